@@ -1,0 +1,13 @@
+"""Operators of Spatial-Mamba, channels-last, defined through ``torch.library``.
+
+Every operator lives in a folder of its own with the same files: ``op.py`` (schema, documentation,
+autograd), ``reference.py`` (the readable truth) and ``eager.py`` (fast plain PyTorch). The
+dispatcher picks the kernel; ``SMD2_BACKEND=reference|eager|native`` forces one (see
+:mod:`spatial_mamba_d2.ops._extension`).
+"""
+
+from spatial_mamba_d2.ops.selective_scan import selective_scan
+from spatial_mamba_d2.ops.state_fusion import merge_taps, state_fusion
+from spatial_mamba_d2.ops.structure_aware_ssm import structure_aware_ssm
+
+__all__ = ["merge_taps", "selective_scan", "state_fusion", "structure_aware_ssm"]

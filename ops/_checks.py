@@ -1,0 +1,27 @@
+"""Argument checks shared by the public operator functions."""
+
+from __future__ import annotations
+
+import torch
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(op: str, name: str, x: torch.Tensor, shape: tuple[int, ...], like: str) -> None:
+    """Raise ``ValueError`` unless ``x`` is floating point and has ``shape`` (described by ``like``)."""
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{op}: {name} must be {like} = {list(shape)}, got {list(x.shape)}")
+
+
+def check_activation(op: str, name: str, x: torch.Tensor, dims: str) -> None:
+    """Raise ``ValueError`` unless ``x`` is floating point with one non-empty axis per word of ``dims``."""
+    axes = dims.split()
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
+    if x.dim() != len(axes) or 0 in x.shape[1:]:
+        raise ValueError(
+            f"{op}: {name} must be [{', '.join(axes)}] with no empty axis but the batch, "
+            f"got {list(x.shape)}"
+        )

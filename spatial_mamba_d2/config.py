@@ -1,0 +1,71 @@
+"""The configuration language: YAML with ``_BASE_`` and ``KEY VALUE`` overrides, typos explained.
+
+Works on any fvcore / yacs ``CfgNode``; the class of the node that is passed in is used for new
+nodes, so that this module needs neither fvcore nor Detectron2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def add_spatial_mamba_config(cfg: Any) -> None:
+    """Add the backbone's keys to a Detectron2 (or any other fvcore) configuration, in place."""
+    node = type(cfg)
+    mamba = cfg.MODEL.SPATIAL_MAMBA = node()
+    mamba.VARIANT = "tiny"  # tiny, small, base: models/variants.py
+    mamba.DROP_PATH_RATE = None  # None: the variant's
+    mamba.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    mamba.BN = "train"  # train, frozen, sync
+    mamba.GRAD_CHECKPOINTING = False  # less memory in training, about a third more time
+
+
+def merge_config(cfg: Any, config_file: str | Path | None, overrides: Sequence[str]) -> None:
+    """Merge a YAML file (with its ``_BASE_``) and then ``KEY VALUE`` pairs into ``cfg``, in place.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown key (the message names the nearest valid one), a value of the wrong
+            type, or an override without a value.
+    """
+    if config_file:
+        if not Path(config_file).is_file():
+            raise FileNotFoundError(f"config file: no such file: {config_file}")
+        _merge(cfg, lambda: cfg.merge_from_file(str(config_file)), str(config_file))
+    if len(overrides) % 2:
+        raise ValueError(
+            f"overrides must come as KEY VALUE pairs, got {len(overrides)} words: "
+            f"{' '.join(overrides)}"
+        )
+    _merge(cfg, lambda: cfg.merge_from_list(list(overrides)), "command line")
+
+
+def _merge(cfg: Any, merge: Any, source: str) -> None:
+    try:
+        merge()
+    except (KeyError, AssertionError) as error:  # merge_from_list asserts that a key exists
+        text = str(error.args[0]) if error.args else repr(error)
+        key = text.rsplit(":", 1)[-1].strip()
+        raise ValueError(f"{source}: unknown config key {key}{_suggestion(key, cfg)}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _suggestion(key: str, cfg: Any) -> str:
+    keys = list(_flat_keys(cfg))
+    nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
+    best = difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0) or nearest
+    return f"; the nearest valid one is {best[0]}" if best else ""
+
+
+def _flat_keys(cfg: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        if isinstance(value, type(cfg)):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key

@@ -1,0 +1,1 @@
+"""Data sets: generated samples, and readers that check what they read. Imports no model."""

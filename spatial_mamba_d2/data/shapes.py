@@ -1,0 +1,450 @@
+"""Generated sample data: pictures of coloured shapes with instance and semantic annotations.
+
+`generate_shapes` writes one tree for both tasks::
+
+    root/
+      images/training/000000000001.jpg ...       images/validation/...
+      annotations/training/000000000001.png ...  annotations/validation/...
+      instances_train.json  instances_val.json   COCO instances format
+      objectInfo.txt                             the semantic classes, as ADE20K lists its own
+
+An object's mask is the part of it that is seen. A semantic label is 1 for background, 2.. for the
+classes in the order of `CLASSES`, and 0, to be ignored, where an object is too hidden for an
+instance annotation. Everything else that is seen of an object carries its label in both.
+
+Image `index` of a split follows from the seed alone, however many images are asked for. Pixels
+come from integer or exactly rounded arithmetic, so that they are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+# To be raised with every change of what is drawn or written: a tree of another version is refused.
+GENERATOR_VERSION = 1
+
+FOLDERS = {"train": "training", "val": "validation"}  # of each split, named as in ADE20K
+IGNORED, BACKGROUND = 0, 1
+
+MIN_VISIBLE_SHARE = 0.3
+MIN_VISIBLE_PX = 12
+SUPERSAMPLING = 4
+
+
+class ShapeClass(NamedTuple):
+    """A kind of object. `outline` is a polygon [N, 2] of radius 1 around the origin."""
+
+    category_id: int
+    name: str
+    hue: float  # in turns
+    outline: np.ndarray
+
+
+def _regular_polygon(*radii: float, repeats: int, start: float = 0) -> np.ndarray:
+    """Corners [N, 2] at equal angles from `start` on, their radii cycling through those given."""
+    angles = np.linspace(start, start + 2 * math.pi, repeats * len(radii), endpoint=False)
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return directions * np.tile(radii, repeats)[:, None]
+
+
+def _plus_sign(half_width: float) -> np.ndarray:
+    reach = math.sqrt(1 - half_width**2)
+    arm = np.array([[reach, -half_width], [reach, half_width], [half_width, half_width]])
+    quarter_turn = np.array([[0, 1], [-1, 0]])
+    return np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)])
+
+
+# The ids have gaps, as COCO's do, so that an id is never taken for an index.
+CLASSES = (
+    ShapeClass(1, "circle", 0.00, _regular_polygon(1, repeats=48)),
+    ShapeClass(2, "square", 0.34, _regular_polygon(1, repeats=4, start=math.pi / 4)),
+    ShapeClass(4, "triangle", 0.60, _regular_polygon(1, repeats=3)),
+    ShapeClass(5, "star", 0.14, _regular_polygon(1, 0.45, repeats=5)),
+    ShapeClass(7, "cross", 0.82, _plus_sign(0.32)),
+)
+SEMANTIC_NAMES = ("background", *(shape.name for shape in CLASSES))  # of the labels 1, 2, ...
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One object, or one crowd of them: its class and its visible part, bool [H, W]."""
+
+    shape: ShapeClass
+    mask: np.ndarray
+    iscrowd: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture, uint8 RGB [H, W, 3], with its labels, uint8 [H, W], and its instances."""
+
+    image: np.ndarray
+    semantic: np.ndarray
+    instances: tuple[Instance, ...]
+
+
+class _Layer(NamedTuple):
+    """What is painted in one go: one outline, or those of a crowd, float [N, 2] of (x, y)."""
+
+    class_index: int
+    outlines: list[np.ndarray]
+    iscrowd: bool
+
+
+def generate_shapes(
+    root: str | Path,
+    *,
+    num_train: int = 1000,
+    num_val: int = 100,
+    image_px: tuple[int, int] = (128, 192),
+    seed: int = 0,
+) -> Path:
+    """Write the sample data to `root`, unless they are there already, and return `root`.
+
+    The tree appears under its name only when it is complete, so an interrupted call leaves none
+    that could be taken for one; it may leave a hidden folder `.NAME-*` beside it.
+
+    Args:
+        root: the folder to make. It may exist if it is empty or holds the very same data.
+        num_train, num_val: images in each split, at least 1.
+        image_px: the smallest and the largest image side; height and width vary independently.
+        seed: at least 0.
+
+    Raises:
+        ValueError: for an argument out of range, or if `root` holds anything else.
+    """
+    root = Path(root)
+    numbers = {"train": num_train, "val": num_val}
+    for split, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"num_{split} must be at least 1, got {number}")
+    _check_drawing_arguments(image_px, seed)
+    parameters = {
+        "version": GENERATOR_VERSION,
+        "num_train": num_train,
+        "num_val": num_val,
+        "image_px": list(image_px),
+        "seed": seed,
+    }
+    if _is_free(root, parameters):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as workspace:
+            tree = Path(workspace, root.name)  # a child, for the workspace itself is private
+            _write_tree(tree, numbers, parameters)
+            if _is_free(root, parameters):  # another process may have been faster
+                if root.exists():
+                    root.rmdir()
+                os.replace(tree, root)
+    return root
+
+
+def render_image(
+    split: str, index: int, *, image_px: tuple[int, int] = (128, 192), seed: int = 0
+) -> Sample:
+    """Draw image `index` (from 0) of a split, "train" or "val", in memory.
+
+    Raises:
+        ValueError: for an argument out of range; see `generate_shapes` for the others.
+    """
+    if split not in FOLDERS:
+        raise ValueError(f"split must be one of {list(FOLDERS)}, got {split!r}")
+    if index < 0:
+        raise ValueError(f"index must be at least 0, got {index}")
+    _check_drawing_arguments(image_px, seed)
+    rng = np.random.default_rng([seed, list(FOLDERS).index(split), index])
+    height, width = rng.integers(*image_px, size=2, endpoint=True).tolist()
+
+    image = _background(rng, height, width)
+    layers = _random_layers(rng, height, width)
+    seen = np.zeros((height, width), np.uint8)  # the number of the uppermost layer, from 1
+    whole_px = []
+    for number, layer in enumerate(layers, 1):
+        coverage = _coverage(layer.outlines, height, width)
+        image += coverage[..., None] * (_surface(rng, layer, height, width) - image)
+        inside = coverage >= 0.5
+        seen[inside] = number
+        whole_px.append(np.count_nonzero(inside))
+    image += rng.integers(-5, 6, image.shape)  # sensor noise
+
+    semantic = np.full((height, width), BACKGROUND, np.uint8)
+    instances = []
+    for number, layer in enumerate(layers, 1):
+        mask = seen == number
+        needed_px = max(MIN_VISIBLE_PX, MIN_VISIBLE_SHARE * whole_px[number - 1])
+        if np.count_nonzero(mask) < needed_px:
+            semantic[mask] = IGNORED
+        else:
+            semantic[mask] = BACKGROUND + 1 + layer.class_index
+            instances.append(Instance(CLASSES[layer.class_index], mask, layer.iscrowd))
+    pixels = np.rint(image.clip(0, 255)).astype(np.uint8)
+    return Sample(pixels, semantic, tuple(instances))
+
+
+def mask_to_polygons(mask: np.ndarray) -> list[list[int]]:
+    """Trace a mask, bool [H, W], along its pixel edges into COCO polygons [x0, y0, x1, y1, ...].
+
+    COCO's rasteriser turns them back into exactly this mask. A polygon has no holes, so a region
+    that has one is cut in two, through the hole.
+    """
+    # With every pixel doubled, a pixel's left edge is met at an even position and its right edge
+    # at an odd one; rounding (position / 2) up gives the edges themselves, and corners with them.
+    doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
+    contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    polygons = []
+    for contour, (_, _, _, parent) in zip(contours, np.reshape(hierarchy, (-1, 4)), strict=True):
+        points = contour.reshape(-1, 2)
+        if parent >= 0:
+            cut = (int(points[:, 0].min()) + int(points[:, 0].max())) // 4 + 1
+            columns = np.arange(mask.shape[1])
+            return mask_to_polygons(mask & (columns < cut)) + mask_to_polygons(
+                mask & (columns >= cut)
+            )
+        corners = (points + 1) // 2
+        is_new = (corners != np.roll(corners, 1, axis=0)).any(axis=1)
+        polygons.append(corners[is_new].ravel().tolist())
+    return polygons
+
+
+def mask_to_rle(mask: np.ndarray) -> dict[str, list[int]]:
+    """Encode a mask, bool [H, W], as COCO's uncompressed RLE.
+
+    Its counts are the lengths of the runs of 0, 1, 0, ... in column-major order.
+    """
+    flat = mask.ravel(order="F")
+    starts = np.flatnonzero(np.diff(flat, prepend=False))  # the first run, of 0, may be empty
+    counts = np.diff(starts, prepend=0, append=flat.size)
+    return {"size": list(mask.shape), "counts": counts.tolist()}
+
+
+def _check_drawing_arguments(image_px: tuple[int, int], seed: int) -> None:
+    if len(image_px) != 2 or not 32 <= image_px[0] <= image_px[1]:
+        raise ValueError(f"image_px must be (min, max) with 32 <= min <= max, got {image_px}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+
+
+def _is_free(root: Path, parameters: dict[str, Any]) -> bool:
+    """Whether the tree is still to be made: False if it is there. Raises ValueError for others."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return True
+    try:
+        contents = (json.loads(_json_file(root, s).read_text(encoding="utf-8")) for s in FOLDERS)
+        found = [content["info"]["parameters"] for content in contents]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = ["something else"]
+    if any(other != parameters for other in found):
+        raise ValueError(
+            f"root must be absent, empty, or hold sample data made with {parameters}; {root} holds "
+            f"{found[0]}. Delete it, or name another folder"
+        )
+    return False
+
+
+def _json_file(root: Path, split: str) -> Path:
+    return root / f"instances_{split}.json"
+
+
+def _write_tree(root: Path, numbers: dict[str, int], parameters: dict[str, Any]) -> None:
+    seen_px = np.zeros(len(SEMANTIC_NAMES) + 1, np.int64)  # of each label, over all images
+    seen_in = {}  # split -> for each label, the number of images that show it
+    for split, number in numbers.items():
+        seen_in[split] = np.zeros_like(seen_px)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        image_folder = root / "images" / FOLDERS[split]
+        label_folder = root / "annotations" / FOLDERS[split]
+        image_folder.mkdir(parents=True)
+        label_folder.mkdir(parents=True)
+        for index in range(number):
+            sample = render_image(
+                split, index, image_px=parameters["image_px"], seed=parameters["seed"]
+            )
+            image_id = index + 1
+            stem = f"{image_id:012d}"
+            bgr = cv2.cvtColor(sample.image, cv2.COLOR_RGB2BGR)
+            _write_image(image_folder / f"{stem}.jpg", bgr)
+            _write_image(label_folder / f"{stem}.png", sample.semantic)
+            height, width = sample.semantic.shape
+            images.append(
+                {
+                    "id": image_id,
+                    "file_name": f"{stem}.jpg",
+                    "height": height,
+                    "width": width,
+                    "license": 1,
+                }
+            )
+            for instance in sample.instances:
+                identity = {"id": len(annotations) + 1, "image_id": image_id}
+                annotations.append({**identity, **_annotation(instance)})
+            label_px = np.bincount(sample.semantic.ravel(), minlength=len(seen_px))
+            seen_px += label_px
+            seen_in[split] += label_px > 0
+        content = {
+            "info": {
+                "description": f"Generated shapes, {split} split",
+                "version": str(GENERATOR_VERSION),
+                "contributor": "spatial_mamba_d2",
+                "parameters": parameters,
+            },
+            "licenses": [
+                {
+                    "id": 1,
+                    "name": "CC0 1.0 Universal",
+                    "url": "https://creativecommons.org/publicdomain/zero/1.0/",
+                }
+            ],
+            "images": images,
+            "annotations": annotations,
+            "categories": [
+                {"id": shape.category_id, "name": shape.name, "supercategory": "shape"}
+                for shape in CLASSES
+            ],
+        }
+        _json_file(root, split).write_text(json.dumps(content), encoding="utf-8")
+    lines = ["Idx\tRatio\tTrain\tVal\tName"]
+    for label, name in enumerate(SEMANTIC_NAMES, BACKGROUND):
+        ratio = seen_px[label] / seen_px.sum()
+        lines.append(
+            f"{label}\t{ratio:.4f}\t{seen_in['train'][label]}\t{seen_in['val'][label]}\t{name}"
+        )
+    (root / "objectInfo.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_image(path: Path, pixels: np.ndarray) -> None:
+    # cv2.imwrite does not take every path on Windows, and reports no reason when it fails.
+    _, encoded = cv2.imencode(path.suffix, pixels)
+    path.write_bytes(encoded.tobytes())
+
+
+def _annotation(instance: Instance) -> dict[str, Any]:
+    """The COCO annotation of an instance, but for its ids."""
+    mask = instance.mask
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    left, top = int(columns[0]), int(rows[0])
+    return {
+        "category_id": instance.shape.category_id,
+        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+        "area": int(np.count_nonzero(mask)),
+        "iscrowd": int(instance.iscrowd),
+        "segmentation": mask_to_rle(mask) if instance.iscrowd else mask_to_polygons(mask),
+    }
+
+
+def _random_layers(rng: np.random.Generator, height: int, width: int) -> list[_Layer]:
+    """What an image shows, from back to front."""
+    if rng.random() < 0.05:
+        return []
+    layers = []
+    side = min(height, width)
+    for _ in range(rng.integers(1, 8)):
+        is_tiny = rng.random() < 0.15
+        smallest, largest = (0.02, 0.04) if is_tiny else (0.06, 0.22)
+        radius = side * smallest * (largest / smallest) ** rng.random()
+        class_index = int(rng.integers(len(CLASSES)))
+        center = rng.random(2) * (width, height)
+        layers.append(_Layer(class_index, [_outline(rng, class_index, center, radius)], False))
+    if rng.random() < 0.1:
+        class_index = int(rng.integers(len(CLASSES)))
+        members = list(_crowd_outlines(rng, class_index, height, width))
+        layers.insert(int(rng.integers(len(layers) + 1)), _Layer(class_index, members, True))
+    return layers
+
+
+def _crowd_outlines(
+    rng: np.random.Generator, class_index: int, height: int, width: int
+) -> Iterator[np.ndarray]:
+    """Tiny shapes on a loose grid, so that they stand close but stay apart."""
+    rows, columns = rng.integers(3, 6, size=2).tolist()
+    radius = min(height, width) * rng.uniform(0.02, 0.03)
+    pitch = 2.4 * radius
+    extent = np.array([columns, rows]) * pitch
+    corner = rng.random(2) * (np.array([width, height]) - extent)
+    for row in range(rows):
+        for column in range(columns):
+            jitter = rng.uniform(0.3, 0.7, size=2)
+            center = corner + (jitter + (column, row)) * pitch
+            yield _outline(rng, class_index, center, radius * rng.uniform(0.7, 1))
+
+
+def _outline(
+    rng: np.random.Generator, class_index: int, center: np.ndarray, radius: float
+) -> np.ndarray:
+    """A squeezed, turned and moved outline of a class, in pixels."""
+    x, y = CLASSES[class_index].outline.T
+    y = y * rng.uniform(0.8, 1)
+    angle = rng.uniform(0, 2 * math.pi)
+    cos, sin = math.cos(angle), math.sin(angle)
+    return center + radius * np.stack([cos * x - sin * y, sin * x + cos * y], axis=1)
+
+
+def _coverage(outlines: list[np.ndarray], height: int, width: int) -> np.ndarray:
+    """How much of each pixel the outlines cover together, float32 [H, W] from 0 to 1.
+
+    Done here because cv2.fillPoly does not draw the same pixels in all versions of OpenCV.
+    """
+    fine_height, fine_width = height * SUPERSAMPLING, width * SUPERSAMPLING
+    x0, y0 = np.concatenate(outlines).T * SUPERSAMPLING
+    x1, y1 = np.concatenate([np.roll(o, -1, axis=0) for o in outlines]).T * SUPERSAMPLING
+    y = np.arange(fine_height) + 0.5
+    descends = (y0[:, None] <= y) & (y < y1[:, None])
+    ascends = (y1[:, None] <= y) & (y < y0[:, None])
+    edge, row = np.nonzero(descends | ascends)
+    x = x0[edge] + (y[row] - y0[edge]) / (y1[edge] - y0[edge]) * (x1[edge] - x0[edge])
+    column = np.ceil(x - 0.5).clip(0, fine_width).astype(np.int64)
+    winding = np.zeros((fine_height, fine_width + 1), np.int8)  # number of turns around a point
+    np.add.at(winding, (row, column), np.where(descends[edge, row], 1, -1).astype(np.int8))
+    covered = np.cumsum(winding, axis=1, dtype=np.int8)[:, :fine_width] != 0
+    blocks = covered.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING)
+    return blocks.sum(axis=(1, 3), dtype=np.float32) / SUPERSAMPLING**2
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A dull gradient under noise of several grain sizes, float32 [H, W, 3]."""
+    lightness = rng.uniform(60, 190)
+    tints = lightness + rng.uniform(-28, 28, size=(2, 3)).astype(np.float32)
+    ramp = (1 + _ramp(rng, height, width))[..., None] / 2
+    image = tints[0] * (1 - ramp) + tints[1] * ramp
+    for cell_px, contrast in ((48, 24), (16, 18), (5, 16), (2, 12)):
+        strength = np.float32(rng.uniform(0.1, 1) * contrast)
+        image += _noise(rng, height, width, cell_px)[..., None] * strength
+    return image
+
+
+def _surface(rng: np.random.Generator, layer: _Layer, height: int, width: int) -> np.ndarray:
+    """The colours of a layer, shaded and grained, float32 [H, W, 3]."""
+    hue = CLASSES[layer.class_index].hue + rng.uniform(-0.04, 0.04)
+    color = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.45, 0.9), rng.uniform(0.55, 0.95))
+    shading = 1 + np.float32(0.2) * _ramp(rng, height, width)
+    shading += np.float32(0.12) * _noise(rng, height, width, 7)
+    return shading[..., None] * np.array(color, np.float32) * np.float32(255)
+
+
+def _ramp(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A linear slope in some direction, float32 [H, W] from -1 to 1."""
+    slope_x, slope_y = rng.uniform(-0.5, 0.5, size=2).astype(np.float32)
+    x = np.linspace(-1, 1, width, dtype=np.float32)
+    y = np.linspace(-1, 1, height, dtype=np.float32)
+    return slope_x * x + slope_y * y[:, None]
+
+
+def _noise(rng: np.random.Generator, height: int, width: int, cell_px: int) -> np.ndarray:
+    """Smooth noise with a grain of `cell_px`, float32 [H, W] from -1 to 1."""
+    rows, columns = height // cell_px + 2, width // cell_px + 2
+    grid = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
+    size = (columns * cell_px, rows * cell_px)
+    smooth = cv2.resize(grid, size, interpolation=cv2.INTER_LINEAR_EXACT)
+    offset = cell_px // 2  # beyond the border, where nothing is interpolated
+    window = smooth[offset : offset + height, offset : offset + width]
+    return window.astype(np.float32) / np.float32(127.5) - 1

@@ -1,0 +1,54 @@
+"""The backbone as Detectron2 wants it, bare and with a feature pyramid."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+
+from spatial_mamba_d2.models import SpatialMambaBackbone
+from spatial_mamba_d2.models.variants import variant_kwargs
+
+
+class SpatialMambaBottomUp(SpatialMambaBackbone, Backbone):
+    """:class:`~spatial_mamba_d2.models.SpatialMambaBackbone` with Detectron2's interface."""
+
+    def output_shape(self) -> dict[str, ShapeSpec]:  # type: ignore[override]
+        return {
+            name: ShapeSpec(channels=channels, stride=stride)
+            for name, (channels, stride) in super().output_shape().items()
+        }
+
+
+@BACKBONE_REGISTRY.register()
+def build_spatial_mamba_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SpatialMambaBottomUp:
+    """The bare backbone from ``cfg.MODEL.SPATIAL_MAMBA`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    mamba = cfg.MODEL.SPATIAL_MAMBA
+    overrides = {
+        "in_chans": input_shape.channels,
+        "out_features": tuple(mamba.OUT_FEATURES),
+        "bn_policy": mamba.BN,
+        "grad_checkpointing": mamba.GRAD_CHECKPOINTING,
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+    }
+    if mamba.DROP_PATH_RATE is not None:
+        overrides["drop_path_rate"] = mamba.DROP_PATH_RATE
+    return SpatialMambaBottomUp(**variant_kwargs(mamba.VARIANT, overrides))
+
+
+@BACKBONE_REGISTRY.register()
+def build_spatial_mamba_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The backbone with Detectron2's FPN and a max-pooled ``p6``."""
+    return FPN(
+        bottom_up=build_spatial_mamba_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

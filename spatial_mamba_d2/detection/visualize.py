@@ -1,0 +1,115 @@
+"""Pictures of predictions, beside the ground truth where there is one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.data import Metadata
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from pycocotools.coco import COCO
+
+from spatial_mamba_d2.data.coco import read_image
+
+logger = logging.getLogger(__name__)
+_SHORTEST_PX = 480  # smaller pictures are enlarged to this, so that labels can be read
+
+
+def draw_instances(
+    image: np.ndarray, instances: Instances, metadata: Metadata, score_thresh: float
+) -> np.ndarray:
+    """Draw boxes, masks, class names and scores.
+
+    Args:
+        image: RGB, ``uint8[H, W, 3]``.
+        instances: a detector's output in the frame of ``image``.
+        score_thresh: lowest score to draw.
+
+    Returns:
+        RGB, ``uint8[H', W', 3]``, enlarged where the image is small.
+    """
+    visualizer = Visualizer(image, metadata, _scale(image), ColorMode.IMAGE)
+    kept = instances[instances.scores >= score_thresh].to("cpu")
+    return visualizer.draw_instance_predictions(kept).get_image()
+
+
+def draw_ground_truth(
+    image: np.ndarray, annotations: list[dict[str, Any]], coco: COCO, metadata: Metadata
+) -> np.ndarray:
+    """Draw COCO annotations of ``image`` (RGB, ``uint8[H, W, 3]``); see :func:`draw_instances`."""
+    classes = metadata.thing_dataset_id_to_contiguous_id
+    names = metadata.thing_classes
+    visualizer = Visualizer(image, metadata, _scale(image), ColorMode.IMAGE)
+    x, y, w, h = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4).T
+    output = visualizer.overlay_instances(
+        boxes=np.stack((x, y, x + w, y + h), axis=1),
+        masks=[coco.annToMask(a) for a in annotations],
+        labels=[
+            names[classes[a["category_id"]]] + (" (crowd)" if a.get("iscrowd") else "")
+            for a in annotations
+        ],
+    )
+    return output.get_image()
+
+
+def _scale(image: np.ndarray) -> float:
+    return max(1.0, _SHORTEST_PX / min(image.shape[:2]))
+
+
+def write_picture(path: Path, image: np.ndarray) -> None:
+    """Write RGB ``uint8[H, W, 3]``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), image[:, :, ::-1]):
+        raise OSError(f"cannot write picture {path}")
+
+
+class PictureWriter(DatasetEvaluator):
+    """Writes ground truth and prediction, side by side, of the first images of a test set.
+
+    Args:
+        metadata: of a data set in COCO format.
+        folder: where the pictures go.
+        number: how many images, over all processes.
+        score_thresh: lowest score to draw.
+    """
+
+    def __init__(self, metadata: Metadata, folder: Path, number: int, score_thresh: float):
+        self.metadata = metadata
+        self.folder = folder
+        self.number = -(-number // comm.get_world_size())
+        self.score_thresh = score_thresh
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+            self.coco = COCO(metadata.json_file)
+
+    def reset(self) -> None:
+        self.written = 0
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        for record, output in zip(inputs, outputs, strict=True):
+            if self.written >= self.number:
+                return
+            image = read_image(record["file_name"])
+            annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=record["image_id"]))
+            pair = (
+                draw_ground_truth(image, annotations, self.coco, self.metadata),
+                draw_instances(image, output["instances"], self.metadata, self.score_thresh),
+            )
+            name = f"{Path(record['file_name']).stem}.png"
+            write_picture(self.folder / name, np.concatenate(pair, axis=1))
+            self.written += 1
+
+    def evaluate(self) -> dict[str, Any]:
+        logger.info("pictures (ground truth | prediction) are in %s", self.folder)
+        return {}

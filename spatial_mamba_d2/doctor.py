@@ -1,0 +1,255 @@
+"""What this installation can do, and the command that mends each lack.
+
+    python -m spatial_mamba_d2.doctor
+    python -m spatial_mamba_d2.doctor --coco annotations.json images/
+
+Exits with 0 if the main job, detection, can run here (or the checked data set is sound), else
+with 1. Each check imports what it needs by itself, so the doctor works where nothing is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+OLDEST, NEWEST = (3, 10), (3, 13)
+
+# What a prepared data set has under its folder; datasets/README.md shows the whole trees.
+DATASETS = {
+    "shapes": ("annotations", "images"),
+    "coco": (
+        "annotations/instances_train2017.json",
+        "annotations/instances_val2017.json",
+        "train2017",
+        "val2017",
+    ),
+    "ADEChallengeData2016": (
+        "images/training",
+        "images/validation",
+        "annotations/training",
+        "annotations/validation",
+    ),
+    "imagenet": ("train", "val"),
+}
+
+
+class Finding(NamedTuple):
+    """The outcome of one check. A "note" is worth knowing, a "lack" stops the main job."""
+
+    status: Literal["ok", "note", "lack"]
+    text: str
+    fix: str = ""
+
+
+Check = Callable[[], Finding]
+
+
+def pip_install(*arguments: str) -> str:
+    """The shell command that installs into this interpreter."""
+    return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
+
+
+def check_python() -> Finding:
+    text = f"{platform.python_version()} on {platform.platform(terse=True)} {platform.machine()}"
+    if OLDEST <= sys.version_info[:2] <= NEWEST:
+        return Finding("ok", text)
+    supported = f"Python 3.{OLDEST[1]} to 3.{NEWEST[1]}"
+    return Finding("lack", f"{text}; supported: {supported}", f"install {supported}")
+
+
+def check_torch() -> Finding:
+    try:
+        import torch
+        import torchvision
+    except ModuleNotFoundError as error:
+        return Finding("lack", str(error), pip_install("torch>=2.4", "torchvision>=0.19"))
+    return Finding("ok", f"torch {torch.__version__}, torchvision {torchvision.__version__}")
+
+
+def check_packages(extra: str, severity: Literal["note", "lack"]) -> Finding:
+    """Whether the distributions of one extra ("" for the core) are installed."""
+    try:
+        requirements = metadata.requires("spatial-mamba-d2") or []
+    except metadata.PackageNotFoundError:
+        checkout = Path(__file__).parents[1]
+        command = pip_install("--no-build-isolation", "--editable", f"{checkout}[detection]")
+        return Finding("lack", "spatial-mamba-d2 itself is not installed", command)
+    installed, missing = [], []
+    for requirement, _, marker in (line.partition(";") for line in requirements):
+        if extra != "".join(re.findall(r"extra == ['\"](\w+)['\"]", marker)):
+            continue
+        name = re.split(r"[^\w.-]", requirement)[0]
+        try:
+            installed.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            # Several distributions provide OpenCV, and any of them will do.
+            if not (name.startswith("opencv") and importlib.util.find_spec("cv2")):
+                missing.append(requirement.strip())
+    if missing:
+        return Finding(severity, f"not installed: {', '.join(missing)}", pip_install(*missing))
+    return Finding("ok", ", ".join(installed))
+
+
+def check_cpu() -> Finding:
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Finding("ok", f"{torch.get_num_threads()} threads, {capability}")
+
+
+def check_gpu() -> Finding:
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver too old
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count:
+        properties = map(torch.cuda.get_device_properties, range(count))
+        devices = (
+            f"{p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB)"
+            for p in properties
+        )
+        return Finding("ok", f"CUDA {torch.version.cuda}: {', '.join(devices)}")
+    if torch.backends.mps.is_available():
+        return Finding("ok", "MPS")
+    built = f"PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    reasons = [built, *(str(warning.message).splitlines()[0] for warning in caught)]
+    return Finding("note", f"none: everything runs on the CPU ({'; '.join(reasons)})")
+
+
+def check_kernels() -> Finding:
+    from spatial_mamba_d2.ops import _extension
+
+    return Finding("ok", _extension.status())
+
+
+def check_model() -> Finding:
+    import torch
+
+    from spatial_mamba_d2.models import build_backbone
+
+    with torch.inference_mode():
+        outputs = build_backbone("tiny").eval()(torch.zeros(1, 3, 64, 64))
+    if not all(output.isfinite().all() for output in outputs.values()):
+        return Finding("lack", "the backbone's outputs are not finite on a blank 64x64 image")
+    return Finding("ok", f"tiny backbone runs: {', '.join(outputs)}")
+
+
+def check_detectron2() -> Finding:
+    try:
+        detectron2 = importlib.import_module("detectron2")
+    except ModuleNotFoundError:
+        command = pip_install(
+            *("--no-deps", "--only-binary=:all:", "--python-version", "3.10", "--target"),
+            *(sysconfig.get_path("purelib"), "sal-detectron2==0.7.2"),
+        )
+        return Finding("lack", "not installed, and not on PyPI under its own name", command)
+    importlib.import_module("spatial_mamba_d2.detection")  # imports all that training needs
+    return Finding("ok", f"{detectron2.__version__} in {detectron2.__path__[0]}")
+
+
+def check_dataset(name: str) -> Finding:
+    folder = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / name
+    missing = [entry for entry in DATASETS[name] if not (folder / entry).exists()]
+    if not missing:
+        return Finding("ok", str(folder))
+    text = f"{folder} lacks {', '.join(missing)}" if folder.exists() else f"no {folder}"
+    if name == "shapes":
+        return Finding("note", text, "python datasets/prepare_shapes.py")
+    return Finding("note", text, f"ln -s /path/to/{name} {folder}  (see datasets/README.md)")
+
+
+def check_output() -> Finding:
+    folder = Path("output").absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        return Finding("lack", f"cannot write to {existing}: {error}", "cd to a writable folder")
+    free_gib = shutil.disk_usage(existing).free / 2**30
+    return Finding("ok", f"{folder} is writable, {free_gib:.1f} GiB free")
+
+
+def check_coco(json_file: str, image_root: str) -> Finding:
+    from spatial_mamba_d2.data.coco import load_coco
+
+    try:
+        coco = load_coco(json_file, image_root, on_error="raise", check_decode=True)
+    except (OSError, ValueError) as error:
+        return Finding("lack", str(error), f"correct {json_file} or {image_root}, then check again")
+    return Finding("ok", f"{len(coco.records)} images, {len(coco.categories)} categories")
+
+
+CHECKS: dict[str, Check] = {
+    "python": check_python,
+    "torch": check_torch,
+    "packages": partial(check_packages, "", "lack"),
+    "detection": partial(check_packages, "detection", "lack"),
+    "segmentation": partial(check_packages, "segmentation", "note"),
+    "classification": partial(check_packages, "classification", "note"),
+    "cpu": check_cpu,
+    "gpu": check_gpu,
+    "kernels": check_kernels,
+    "model": check_model,
+    "detectron2": check_detectron2,
+    **{name: partial(check_dataset, name) for name in DATASETS},
+    "output": check_output,
+}
+
+
+def examine(check: Check) -> Finding:
+    """Run a check. One that crashes is a lack, with its reason, and never a traceback."""
+    try:
+        return check()
+    except Exception as error:
+        return Finding("lack", f"{type(error).__name__}: {error}")
+
+
+def report(checks: dict[str, Check]) -> bool:
+    """Print every finding, and return whether none is a lack."""
+    width = max(map(len, checks))
+    sound = True
+    for name, check in checks.items():
+        status, text, fix = examine(check)
+        print(f"{status:4}  {name:{width}}  {text}", flush=True)
+        if fix:
+            print(f"{'':{width + 8}}fix: {fix}")
+        sound &= status != "lack"
+    return sound
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--coco",
+        nargs=2,
+        metavar=("JSON", "IMAGES"),
+        help="check only this data set: every annotation, and that every image decodes",
+    )
+    options = parser.parse_args(argv)
+    if options.coco:
+        return 0 if report({"coco": partial(check_coco, *options.coco)}) else 1
+    sound = report(CHECKS)
+    print("The main job can run here." if sound else "The main job needs the fixes above.")
+    return 0 if sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

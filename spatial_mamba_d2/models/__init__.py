@@ -1,0 +1,23 @@
+"""The models, and the loading of their weights."""
+
+from spatial_mamba_d2.models.spatial_mamba import (
+    SpatialMamba,
+    SpatialMambaBackbone,
+    SpatialMambaClassifier,
+    build_backbone,
+    build_classifier,
+)
+from spatial_mamba_d2.models.variants import VARIANTS
+from spatial_mamba_d2.models.weights import LoadReport, load_weights, read_checkpoint
+
+__all__ = [
+    "VARIANTS",
+    "LoadReport",
+    "SpatialMamba",
+    "SpatialMambaBackbone",
+    "SpatialMambaClassifier",
+    "build_backbone",
+    "build_classifier",
+    "load_weights",
+    "read_checkpoint",
+]

@@ -1,0 +1,398 @@
+"""Spatial-Mamba: one raster scan per block, then fusion of each state with its neighbours.
+
+Xiao et al., "Spatial-Mamba: Effective Visual State Space Models via Structure-aware State Fusion",
+arXiv 2410.15091. Equal in function to ``classification/models/spatialmamba.py`` of the authors'
+repository (EdwardChasel/Spatial-Mamba), whose parameter names :mod:`.weights` translates.
+
+Activations are channels-last ``[B, H, W, C]`` from the stem to the outputs. Symbols as in the paper;
+C is the width of a stage, D = ``ssm_ratio`` C the width inside the SSM, R the rank of its steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp, trunc_normal_
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from spatial_mamba_d2.models.variants import variant_kwargs
+from spatial_mamba_d2.ops import merge_taps, structure_aware_ssm
+
+STAGES = ("res2", "res3", "res4", "res5")
+STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+BN_POLICIES = ("train", "frozen", "sync")
+
+
+def _nchw(x: Tensor) -> Tensor:
+    """``[B, H, W, C]`` -> ``[B, C, H, W]``, a view in PyTorch's channels_last memory format."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+class ConvLayer(nn.Module):
+    """Convolution without or with batch norm, then ReLU or nothing; ``Tensor[B, C, H, W]``."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        norm: bool = True,
+        bias: bool = False,
+        act: bool = True,
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_dim, out_dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
+        )
+        self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
+        self.act = nn.ReLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class Stem(nn.Module):
+    """``Tensor[B, 3, H, W]`` -> ``Tensor[B, ceil(H/4), ceil(W/4), C]``."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.conv1 = ConvLayer(in_chans, dim // 2, 3, stride=2)
+        self.conv2 = nn.Sequential(
+            ConvLayer(dim // 2, dim // 2, 3), ConvLayer(dim // 2, dim // 2, 3, act=False)
+        )
+        self.conv3 = nn.Sequential(
+            ConvLayer(dim // 2, dim * 4, 3, stride=2), ConvLayer(dim * 4, dim, 1, act=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        return _nhwc(self.conv3(x + self.conv2(x)))
+
+
+class Downsample(nn.Module):
+    """``Tensor[B, H, W, C]`` -> ``Tensor[B, ceil(H/2), ceil(W/2), 2C]`` by an inverted bottleneck."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = 8 * dim
+        self.expand = ConvLayer(dim, hidden, 1, norm=False, bias=True)
+        self.reduce = ConvLayer(hidden, hidden, 3, stride=2, groups=hidden, norm=False, bias=True)
+        self.project = ConvLayer(hidden, 2 * dim, 1, bias=True, act=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _nhwc(self.project(self.reduce(self.expand(_nchw(x)))))
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise 3x3 convolution of ``Tensor[B, H, W, C]``, zero padding."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _nhwc(super().forward(_nchw(x)))
+
+
+class StateFusion(nn.Module):
+    """Holds the weights of structure-aware state fusion; ``forward()`` gives its ``Tensor[25, D]``."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.kernel_d1 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.kernel_d3 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.kernel_d5 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.alpha = nn.Parameter(torch.ones(3))
+
+    def forward(self) -> Tensor:
+        return merge_taps(self.kernel_d1, self.kernel_d3, self.kernel_d5, self.alpha)
+
+
+class StructureAwareSSM(nn.Module):
+    """Gated structure-aware state space model, ``Tensor[B, H, W, C]`` -> the same shape.
+
+    Paper, section 3.3 and figure 4; ``StructureAwareSSM`` in the authors' code, with one state per
+    channel. A, the step bias and D stay float32 under autocast.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ssm_ratio: float = 2.0,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        dt_floor: float = 1e-4,
+    ):
+        super().__init__()
+        inner = int(ssm_ratio * dim)
+        rank = math.ceil(dim / 16)
+        self.split_sizes = (rank, 1, 1)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv = DepthwiseConv(inner)
+        self.x_proj = nn.Linear(inner, sum(self.split_sizes), bias=False)
+        self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(inner))
+        self.A_log = nn.Parameter(torch.zeros(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.fusion = StateFusion(inner)
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.dt_range = (dt_min, dt_max, dt_floor)
+        self.reset_steps()
+
+    @torch.no_grad()
+    def reset_steps(self) -> None:
+        """Initial values of the step projection: steps log-uniform in ``[dt_min, dt_max]``."""
+        dt_min, dt_max, dt_floor = self.dt_range
+        nn.init.kaiming_uniform_(self.x_proj.weight, a=math.sqrt(5))
+        bound = self.dt_proj.in_features**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp_()
+        dt.clamp_(min=dt_floor)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, D] each
+        u = F.silu(self.conv(u))
+        dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
+        y = structure_aware_ssm(
+            u,
+            self.dt_proj(dt),
+            -torch.exp(self.A_log.float().flatten()),
+            B.squeeze(-1),
+            C.squeeze(-1),
+            self.D,
+            self.dt_bias,
+            self.fusion(),
+        )
+        return self.out_proj(self.out_norm(y) * F.silu(z))
+
+
+class Block(nn.Module):
+    """Position encoding, SSM, position encoding, MLP, each residual; ``Tensor[B, H, W, C]``."""
+
+    def __init__(self, dim: int, ssm_ratio: float, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.cpe1 = DepthwiseConv(dim)
+        self.ln1 = nn.LayerNorm(dim)
+        self.ssm = StructureAwareSSM(dim, ssm_ratio)
+        self.cpe2 = DepthwiseConv(dim)
+        self.ln2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.cpe1(x)
+        x = x + self.drop_path(self.ssm(self.ln1(x)))
+        x = x + self.cpe2(x)
+        return x + self.drop_path(self.mlp(self.ln2(x)))
+
+
+class Stage(nn.Module):
+    """Blocks of one width; ``downsample`` leads to the next stage."""
+
+    def __init__(self, blocks: list[Block], downsample: Downsample | None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample if downsample is not None else nn.Identity()
+
+
+class SpatialMamba(nn.Module):
+    """Stem and four stages: what the backbone and the classifier share.
+
+    Args:
+        embed_dim: width of the first stage, doubled by each following one.
+        depths: blocks per stage.
+        drop_path_rate: stochastic depth of the last block, linear from 0 over all blocks.
+        in_chans: channels of the image.
+        ssm_ratio: width inside the SSM over the width of the stage.
+        mlp_ratio: width inside the MLP over the width of the stage.
+        bn_policy: ``"train"``: batch norm as usual; ``"frozen"``: running statistics and no
+            gradients for its weights, also in ``train()``; ``"sync"``: statistics over all processes.
+        grad_checkpointing: recompute each block in the backward pass instead of keeping its
+            activations.
+        freeze_at: 0 nothing, 1 the stem, 2..5 also the stages up to ``res{freeze_at}`` get no
+            gradients and run with fixed batch-norm statistics.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (2, 4, 8, 4),
+        drop_path_rate: float = 0.2,
+        in_chans: int = 3,
+        ssm_ratio: float = 2.0,
+        mlp_ratio: float = 4.0,
+        bn_policy: str = "train",
+        grad_checkpointing: bool = False,
+        freeze_at: int = 0,
+    ):
+        super().__init__()
+        if len(depths) != len(STAGES) or min(depths) < 1:
+            raise ValueError(f"depths must be four positive numbers, got {tuple(depths)}")
+        if bn_policy not in BN_POLICIES:
+            raise ValueError(f"bn_policy must be one of {', '.join(BN_POLICIES)}, got {bn_policy!r}")
+        if not 0 <= freeze_at <= 5:
+            raise ValueError(f"freeze_at must be 0..5, got {freeze_at}")
+        self.dims = [embed_dim * 2**i for i in range(len(STAGES))]
+        self.grad_checkpointing = grad_checkpointing
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stem = Stem(in_chans, embed_dim)
+        self.stages = nn.ModuleList(
+            Stage(
+                [Block(dim, ssm_ratio, mlp_ratio, next(rates)) for _ in range(depth)],
+                Downsample(dim) if dim != self.dims[-1] else None,
+            )
+            for dim, depth in zip(self.dims, depths, strict=True)
+        )
+        self.apply(self._init_weights)
+        self._fixed_bn: list[nn.Module] = []
+        self._set_bn_policy(bn_policy, freeze_at)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, StructureAwareSSM):
+            module.reset_steps()
+        elif isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _set_bn_policy(self, bn_policy: str, freeze_at: int) -> None:
+        frozen = [self.stem, *self.stages][:freeze_at]
+        for part in frozen:
+            part.requires_grad_(False)
+        if bn_policy == "sync":
+            nn.SyncBatchNorm.convert_sync_batchnorm(self)
+        everywhere = [self] if bn_policy == "frozen" else []
+        for part in frozen + everywhere:
+            for module in part.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.requires_grad_(False)
+                    self._fixed_bn.append(module.eval())
+
+    def train(self, mode: bool = True) -> SpatialMamba:
+        super().train(mode)
+        for module in self._fixed_bn:
+            module.eval()
+        return self
+
+    def forward_stages(self, x: Tensor, last: str = STAGES[-1]) -> dict[str, Tensor]:
+        """Output of each stage up to ``last``, before downsampling.
+
+        Args:
+            x: image, ``Tensor[B, in_chans, H, W]`` with any H, W >= 1.
+
+        Returns:
+            ``{"res2": Tensor[B, ceil(H/4), ceil(W/4), C], ..., last: ...}``.
+
+        Raises:
+            ValueError: ``x`` is not such a tensor.
+        """
+        in_chans = self.stem.conv1.conv.in_channels
+        if x.dim() != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
+            raise ValueError(
+                f"x must be [B, {in_chans}, H, W] with H, W >= 1, got {list(x.shape)}"
+            )
+        x = self.stem(x)
+        outputs = {}
+        for name, stage in zip(STAGES, self.stages, strict=True):
+            for block in stage.blocks:
+                if self.grad_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+            outputs[name] = x
+            if name == last:
+                break
+            x = stage.downsample(x)
+        return outputs
+
+
+class SpatialMambaBackbone(SpatialMamba):
+    """Feature pyramid for detection and segmentation; ``Backbone_SpatialMamba`` of the authors.
+
+    Args:
+        out_features: which of ``res2 .. res5`` to return; each has a layer norm of its own.
+        **kwargs: see :class:`SpatialMamba`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, out_features: Sequence[str] = STAGES, **kwargs: Any):
+        super().__init__(**kwargs)
+        unknown = sorted(set(out_features) - set(STAGES))
+        if unknown or not out_features:
+            raise ValueError(
+                f"out_features must be some of {', '.join(STAGES)}, got {list(out_features)}"
+            )
+        self.out_features = tuple(name for name in STAGES if name in out_features)
+        self.output_norms = nn.ModuleDict(
+            {
+                name: nn.LayerNorm(dim)
+                for name, dim in zip(STAGES, self.dims, strict=True)
+                if name in self.out_features
+            }
+        )
+
+    def output_shape(self) -> dict[str, tuple[int, int]]:
+        """``{name: (channels, stride)}`` of :meth:`forward`."""
+        dims = dict(zip(STAGES, self.dims, strict=True))
+        return {name: (dims[name], STRIDES[name]) for name in self.out_features}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """``Tensor[B, in_chans, H, W]`` -> ``{"res2": Tensor[B, C, ceil(H/4), ceil(W/4)], ...}``.
+
+        The outputs are in PyTorch's channels_last memory format.
+        """
+        stages = self.forward_stages(x, last=self.out_features[-1])
+        return {name: _nchw(self.output_norms[name](stages[name])) for name in self.out_features}
+
+
+class SpatialMambaClassifier(SpatialMamba):
+    """Image classifier: ``Tensor[B, in_chans, H, W]`` -> logits ``Tensor[B, num_classes]``."""
+
+    def __init__(self, num_classes: int = 1000, **kwargs: Any):
+        super().__init__(**kwargs)
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        self.norm = nn.LayerNorm(self.dims[-1])
+        self.head = nn.Linear(self.dims[-1], num_classes)
+        self._init_weights(self.head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.forward_stages(x)[STAGES[-1]])
+        return self.head(x.mean((1, 2)))
+
+
+def build_backbone(variant: str, **overrides: Any) -> SpatialMambaBackbone:
+    """The backbone ``"tiny"``, ``"small"`` or ``"base"``.
+
+    Args:
+        overrides: arguments of :class:`SpatialMambaBackbone` that replace the variant's.
+
+    Raises:
+        ValueError: no such variant, or an argument out of its range.
+    """
+    return SpatialMambaBackbone(**variant_kwargs(variant, overrides))
+
+
+def build_classifier(
+    variant: str, num_classes: int = 1000, **overrides: Any
+) -> SpatialMambaClassifier:
+    """The classifier ``"tiny"``, ``"small"`` or ``"base"``; see :func:`build_backbone`."""
+    return SpatialMambaClassifier(num_classes=num_classes, **variant_kwargs(variant, overrides))

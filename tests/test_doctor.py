@@ -1,0 +1,172 @@
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from spatial_mamba_d2 import doctor
+from spatial_mamba_d2.doctor import Finding
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_it_works_where_nothing_is_installed():
+    """-S leaves out site-packages: not even torch is there."""
+    run = subprocess.run(
+        [sys.executable, "-S", "-m", "spatial_mamba_d2.doctor"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert run.stderr == ""
+    assert "lack  torch" in run.stdout
+    assert "pip install 'torch>=2.4'" in run.stdout
+    assert "ok    python" in run.stdout
+    assert run.stdout.endswith("The main job needs the fixes above.\n")
+
+
+def test_a_crashing_check_is_a_finding():
+    def crash():
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    finding = doctor.examine(crash)
+    assert finding == Finding("lack", "RuntimeError: operator torchvision::nms does not exist")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"), [(("ok", "ok"), 0), (("ok", "note"), 0), (("lack", "ok"), 1)]
+)
+def test_only_a_lack_stops_the_main_job(monkeypatch, capsys, statuses, code):
+    findings = [Finding(status, "text", "command") for status in statuses]
+    checks = {f"check {i}": lambda finding=finding: finding for i, finding in enumerate(findings)}
+    monkeypatch.setattr(doctor, "CHECKS", checks)
+    assert doctor.main([]) == code
+    assert capsys.readouterr().out.count("fix: command") == 2
+
+
+def test_an_unsupported_python_is_a_lack(monkeypatch):
+    monkeypatch.setattr(doctor, "NEWEST", (3, 2))
+    finding = doctor.check_python()
+    assert finding.status == "lack"
+    assert finding.fix == "install Python 3.10 to 3.2"
+
+
+REQUIREMENTS = [
+    "torch>=2.4",
+    "no-such-package>=2",
+    "pytest>=8; extra == 'detection'",
+    "no_such.package<3,>=2; extra == 'detection'",
+]
+
+
+def test_missing_packages_are_named_with_their_command(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: REQUIREMENTS)
+    core = doctor.check_packages("", "lack")
+    assert core.text == "not installed: no-such-package>=2"
+    assert core.fix.endswith("-m pip install 'no-such-package>=2'")
+    extra = doctor.check_packages("detection", "note")
+    assert extra.text == "not installed: no_such.package<3,>=2"
+    assert extra.status == "note"
+
+
+def test_any_opencv_will_do(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["opencv-no-such-build"])
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name == "cv2")
+    assert doctor.check_packages("", "lack").status == "ok"
+
+
+def test_an_uninstalled_package_is_a_lack(monkeypatch):
+    def requires(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", requires)
+    finding = doctor.check_packages("", "lack")
+    assert finding.status == "lack"
+    assert f"--editable '{ROOT}[detection]'" in finding.fix
+
+
+def test_dataset_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    absent = doctor.check_dataset("imagenet")
+    assert absent.status == "note"
+    assert absent.fix.startswith(f"ln -s /path/to/imagenet {tmp_path / 'imagenet'}")
+
+    (tmp_path / "imagenet/train").mkdir(parents=True)
+    assert doctor.check_dataset("imagenet").text.endswith("imagenet lacks val")
+
+    (tmp_path / "imagenet/val").mkdir()
+    assert doctor.check_dataset("imagenet") == Finding("ok", str(tmp_path / "imagenet"))
+
+
+def test_sample_data_has_a_command_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    assert doctor.check_dataset("shapes").fix == "python datasets/prepare_shapes.py"
+
+
+def test_output_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert doctor.check_output().status == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    finding = doctor.check_output()
+    assert finding.status == "lack"
+    assert str(tmp_path) in finding.text
+
+
+def test_kernels_are_reported():
+    assert doctor.check_kernels().text
+
+
+def test_the_model_runs():
+    assert doctor.check_model() == Finding("ok", "tiny backbone runs: res2, res3, res4, res5")
+
+
+def test_a_missing_detectron2_is_told_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    finding = doctor.check_detectron2()
+    assert finding.status == "lack"
+    assert "--python-version 3.10" in finding.fix
+    wheel = finding.fix.split()[-1]
+    assert f'"{wheel}"' in (ROOT / "dev.py").read_text(encoding="utf-8")
+
+
+def test_a_broken_detectron2_is_a_lack(monkeypatch):
+    pytest.importorskip("detectron2")
+    monkeypatch.setitem(sys.modules, "spatial_mamba_d2.detection", None)
+    assert doctor.examine(doctor.check_detectron2).status == "lack"
+
+
+@pytest.fixture
+def coco_folder(tmp_path):
+    """One annotated image."""
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (32, 24)).save(tmp_path / "1.jpg")
+    polygon = [4, 4, 20, 4, 20, 16, 4, 16]
+    annotation = {"id": 1, "image_id": 1, "category_id": 7, "iscrowd": 0, "area": 192}
+    annotation |= {"bbox": [4, 4, 16, 12], "segmentation": [polygon]}
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 32, "height": 24}],
+        "annotations": [annotation],
+        "categories": [{"id": 7, "name": "thing"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_a_sound_coco_folder(coco_folder, capsys):
+    assert doctor.main(["--coco", str(coco_folder / "instances.json"), str(coco_folder)]) == 0
+    assert "1 images, 1 categories" in capsys.readouterr().out
+
+
+def test_a_coco_folder_with_a_truncated_image(coco_folder, capsys):
+    image = coco_folder / "1.jpg"
+    image.write_bytes(image.read_bytes()[:-200])
+    assert doctor.main(["--coco", str(coco_folder / "instances.json"), str(coco_folder)]) == 1
+    assert "1.jpg" in capsys.readouterr().out

@@ -1,0 +1,70 @@
+"""What a built sdist and wheel hold."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ("ops", "configs", "spatial_mamba_d2", "tools", "tests")
+
+
+def files(folder: str, *patterns: str) -> set[str]:
+    return {
+        path.relative_to(ROOT).as_posix()
+        for pattern in patterns
+        for path in (ROOT / folder).rglob(pattern)
+    }
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> Path:
+    """A folder with an sdist, and a wheel built from that sdist."""
+    for module in ("build", "setuptools", "wheel"):
+        pytest.importorskip(module, reason="python3 dev.py setup installs the build tools")
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+    for folder in SHIPPED:
+        shutil.copytree(ROOT / folder, source / folder)
+    # Folders that the package does not have yet must not need a new line in MANIFEST.in.
+    (source / "ops/selective_scan/cpu.cpp").touch()
+    (source / "ops/selective_scan/cuda.cuh").touch()
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", output, source]
+    run = subprocess.run(build, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def in_wheel(distributions) -> set[str]:
+    (wheel,) = distributions.glob("spatial_mamba_d2-*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_wheel_holds_the_package(in_wheel):
+    assert files("spatial_mamba_d2", "*.py", "py.typed") <= in_wheel
+
+
+def test_wheel_holds_operators_and_configs_inside_the_package(in_wheel):
+    expected = files("ops", "*.py") | files("configs", "*.yaml")
+    assert {f"spatial_mamba_d2/{name}" for name in expected} <= in_wheel
+
+
+def test_wheel_holds_nothing_else(in_wheel):
+    assert {name.split("/")[0].split("-")[0] for name in in_wheel} == {"spatial_mamba_d2"}
+    assert not any(name.endswith((".cpp", ".cuh")) for name in in_wheel)
+
+
+def test_sdist_holds_what_a_build_and_a_test_run_need(distributions):
+    (sdist,) = distributions.glob("spatial_mamba_d2-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    native = {"ops/selective_scan/cpu.cpp", "ops/selective_scan/cuda.cuh"}
+    assert native | {"dev.py", "LICENSE", "NOTICE"} <= names
+    assert files("tests", "*.py") | files("tools", "*.py") | files("configs", "*.yaml") <= names

@@ -1,0 +1,27 @@
+#!/usr/bin/env python3
+"""Train or evaluate a detector: Detectron2's train_net.py for Spatial-Mamba.
+
+    python tools/train_net.py --config-file configs/mask_rcnn_spatial_mamba_t.yaml \
+        MODEL.WEIGHTS spatialmamba_tiny.pth
+
+runs on the GPU where there is one, else on the CPU. Any COCO-format data set, from the shell:
+
+    ... DATASETS.TRAIN_JSON train.json DATASETS.TRAIN_IMAGES train/ \
+        DATASETS.TEST_JSON val.json DATASETS.TEST_IMAGES val/ MODEL.ROI_HEADS.NUM_CLASSES 5
+"""
+
+from detectron2.engine import default_argument_parser
+
+from spatial_mamba_d2.detection.launch import launch
+from spatial_mamba_d2.detection.run import run
+
+
+def main() -> None:
+    parser = default_argument_parser(epilog=__doc__)
+    parser.set_defaults(dist_url="auto")
+    args = parser.parse_args()
+    launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
+
+
+if __name__ == "__main__":
+    main()
