@@ -31,7 +31,12 @@ OLDEST, NEWEST = (3, 10), (3, 13)
 
 # What a prepared data set has under its folder; datasets/README.md shows the whole trees.
 DATASETS = {
-    "shapes": ("annotations", "images"),
+    "shapes": (
+        "instances_train.json",
+        "instances_val.json",
+        "images/training",
+        "images/validation",
+    ),
     "coco": (
         "annotations/instances_train2017.json",
         "annotations/instances_val2017.json",
@@ -164,13 +169,16 @@ def check_detectron2() -> Finding:
 
 
 def check_dataset(name: str) -> Finding:
-    folder = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / name
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    # The demo's configuration looks for its sample data in the checkout alone.
+    folder = Path("datasets" if name == "shapes" else root).expanduser() / name
     missing = [entry for entry in DATASETS[name] if not (folder / entry).exists()]
     if not missing:
         return Finding("ok", str(folder))
     text = f"{folder} lacks {', '.join(missing)}" if folder.exists() else f"no {folder}"
     if name == "shapes":
-        return Finding("note", text, "python datasets/prepare_shapes.py")
+        command = shlex.join([sys.executable, "datasets/prepare_shapes.py"])
+        return Finding("note", text, command)
     return Finding("note", text, f"ln -s /path/to/{name} {folder}  (see datasets/README.md)")
 
 
@@ -215,7 +223,9 @@ CHECKS: dict[str, Check] = {
 def examine(check: Check) -> Finding:
     """Run a check. One that crashes is a lack, with its reason, and never a traceback."""
     try:
-        return check()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages about each other, at their import
+            return check()
     except Exception as error:
         return Finding("lack", f"{type(error).__name__}: {error}")
 

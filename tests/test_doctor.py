@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -102,8 +103,8 @@ def test_dataset_folders(monkeypatch, tmp_path):
 
 
 def test_sample_data_has_a_command_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    assert doctor.check_dataset("shapes").fix == "python datasets/prepare_shapes.py"
+    monkeypatch.chdir(tmp_path)
+    assert doctor.check_dataset("shapes").fix.endswith(" datasets/prepare_shapes.py")
 
 
 def test_output_folder(monkeypatch, tmp_path):
@@ -118,6 +119,16 @@ def test_output_folder(monkeypatch, tmp_path):
     finding = doctor.check_output()
     assert finding.status == "lack"
     assert str(tmp_path) in finding.text
+
+
+def test_warnings_do_not_disturb_the_report():
+    def check():
+        warnings.warn("deprecated", FutureWarning, stacklevel=1)
+        return Finding("ok", "text")
+
+    with warnings.catch_warnings(record=True) as caught:
+        assert doctor.examine(check) == Finding("ok", "text")
+    assert caught == []
 
 
 def test_kernels_are_reported():

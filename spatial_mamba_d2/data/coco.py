@@ -85,8 +85,9 @@ def load_coco(
         else:
             names[category["id"]] = category["name"]
 
-    sizes: dict[int | str, tuple[int, int]] = {}  # of all images, so that annotations of those
-    records: dict[int | str, dict[str, Any]] = {}  # left out are not reported a second time
+    # An image whose file is missing keeps its size: its annotations are no faults of their own.
+    sizes: dict[int | str, tuple[int, int]] = {}
+    records: dict[int | str, dict[str, Any]] = {}
     folders = _Folders()
     for image in content["images"]:
         if fault := _image_fault(image, sizes):
@@ -124,8 +125,8 @@ def load_coco(
         raise ValueError(f"{json_file}: no usable image{_listing(problems)}")
     if problems and on_error == "raise":
         raise ValueError(
-            f"{json_file}: {len(problems)} problems. Correct them, or leave out what they concern "
-            f"with DATASETS.ON_ERROR skip{_listing(problems)}"
+            f"{json_file}: problems found: {len(problems)}. Correct them, or leave out what they "
+            f"concern with DATASETS.ON_ERROR skip{_listing(problems)}"
         )
     for kind, lines in faults.items():
         logger.warning("Left out for %s: %d. The first: %s", kind, len(lines), lines[0])
@@ -215,7 +216,7 @@ def _image_fault(image: Any, known: Collection[int | str]) -> _Fault | None:
 
 
 class _Folders:
-    """Which files exist, found by listing each folder once: a call per file is slow on a network."""
+    """Which files exist, found by listing each folder once, which is much faster than asking."""
 
     def __init__(self) -> None:
         self._names: dict[str, set[str]] = {}
@@ -288,7 +289,7 @@ def _are_finite(numbers: list[Any]) -> bool:
 
 
 def _polygons_fault(polygons: Any) -> _Fault | None:
-    """A part without area is tolerated where others have one, as in some of COCO's own objects."""
+    """One polygon without area does no harm beside another that has some."""
     kind = "degenerate polygon"
     if not isinstance(polygons, list) or not polygons:
         return _Fault(kind, f"segmentation must be polygons or RLE, got {_short(polygons)}")
@@ -303,7 +304,7 @@ def _polygons_fault(polygons: Any) -> _Fault | None:
                 f"got {len(polygon)} numbers: {_short(polygon)}",
             )
         area += _polygon_area(polygon)
-    if area < 1e-6:  # rounding leaves this much of a line
+    if area < 1e-3:  # square pixels; rounding can leave a little of a line
         return _Fault(kind, f"the polygons enclose no area: {_short(polygons)}")
     return None
 
@@ -341,7 +342,7 @@ def _decode_counts(text: str) -> list[int] | None:
     The format is that of `rleToString` in pycocotools: 5 bits a character from chr(48) on, the
     lowest first; bit 6 says that more follow, and the last one's highest bit is the sign. From the
     fourth number on, each is the difference to the one two places before. Done here because
-    pycocotools decodes a string that is too short without complaint.
+    pycocotools decodes a string that is cut off into what the memory happens to hold.
     """
     counts: list[int] = []
     value, shift = 0, 0

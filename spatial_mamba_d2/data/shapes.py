@@ -38,7 +38,7 @@ FOLDERS = {"train": "training", "val": "validation"}  # of each split, named as 
 IGNORED, BACKGROUND = 0, 1
 
 MIN_VISIBLE_SHARE = 0.3
-MIN_VISIBLE_PX = 12
+MIN_VISIBLE_PX = 16
 SUPERSAMPLING = 4
 
 
@@ -201,15 +201,15 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[int]]:
     # at an odd one; rounding (position / 2) up gives the edges themselves, and corners with them.
     doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if not contours:
+        return []
     polygons = []
-    for contour, (_, _, _, parent) in zip(contours, np.reshape(hierarchy, (-1, 4)), strict=True):
-        points = contour.reshape(-1, 2)
-        if parent >= 0:
+    for contour, (_, _, _, parent) in zip(contours, hierarchy[0], strict=True):
+        points = contour[:, 0]
+        if parent >= 0:  # the contour is that of a hole
             cut = (int(points[:, 0].min()) + int(points[:, 0].max())) // 4 + 1
-            columns = np.arange(mask.shape[1])
-            return mask_to_polygons(mask & (columns < cut)) + mask_to_polygons(
-                mask & (columns >= cut)
-            )
+            is_left = np.arange(mask.shape[1]) < cut
+            return mask_to_polygons(mask & is_left) + mask_to_polygons(mask & ~is_left)
         corners = (points + 1) // 2
         is_new = (corners != np.roll(corners, 1, axis=0)).any(axis=1)
         polygons.append(corners[is_new].ravel().tolist())
@@ -348,9 +348,9 @@ def _random_layers(rng: np.random.Generator, height: int, width: int) -> list[_L
         return []
     layers = []
     side = min(height, width)
-    for _ in range(rng.integers(1, 8)):
-        is_tiny = rng.random() < 0.15
-        smallest, largest = (0.02, 0.04) if is_tiny else (0.06, 0.22)
+    for _ in range(rng.integers(2, 9)):
+        is_tiny = rng.random() < 0.12
+        smallest, largest = (0.025, 0.04) if is_tiny else (0.08, 0.27)
         radius = side * smallest * (largest / smallest) ** rng.random()
         class_index = int(rng.integers(len(CLASSES)))
         center = rng.random(2) * (width, height)
@@ -406,8 +406,9 @@ def _coverage(outlines: list[np.ndarray], height: int, width: int) -> np.ndarray
     winding = np.zeros((fine_height, fine_width + 1), np.int8)  # number of turns around a point
     np.add.at(winding, (row, column), np.where(descends[edge, row], 1, -1).astype(np.int8))
     covered = np.cumsum(winding, axis=1, dtype=np.int8)[:, :fine_width] != 0
-    blocks = covered.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING)
-    return blocks.sum(axis=(1, 3), dtype=np.float32) / SUPERSAMPLING**2
+    rows = covered.reshape(height, SUPERSAMPLING, fine_width).sum(axis=1, dtype=np.uint8)
+    pixels = rows.reshape(height, width, SUPERSAMPLING).sum(axis=2, dtype=np.float32)
+    return pixels / SUPERSAMPLING**2
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -29,9 +29,8 @@ class ResizeTransform(Transform):
         return cv2.resize(segmentation, size, interpolation=cv2.INTER_NEAREST)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        coords[:, 0] *= self.new_w / self.w
-        coords[:, 1] *= self.new_h / self.h
-        return coords
+        # Not in place: polygons may come as integers, which would be truncated.
+        return coords * (self.new_w / self.w, self.new_h / self.h)
 
     def inverse(self) -> ResizeTransform:
         return ResizeTransform(self.new_h, self.new_w, self.h, self.w)

@@ -100,7 +100,7 @@ def _to_detectron2(coco: CocoDataset) -> list[Record]:
                 "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": contiguous[annotation["category_id"]],
                 "iscrowd": annotation.get("iscrowd", 0),
-                "segmentation": annotation["segmentation"],
+                **{key: annotation[key] for key in ("segmentation",) if key in annotation},
             }
             for annotation in image["annotations"]
         ]

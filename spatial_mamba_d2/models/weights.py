@@ -9,6 +9,7 @@ checkpoints carry along (configurations, logs) become empty stand-ins.
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 StateDict = dict[str, Tensor]
 
 # Objects of these packages occur in published checkpoints beside the weights. They are never
-# imported: an inert dictionary takes their place. A reference to anything else is refused.
+# imported: something inert takes their place. A reference to anything else is refused.
 _INERT_PACKAGES = (
-    "argparse", "datetime", "fvcore", "mmcv", "mmengine", "numpy", "omegaconf", "pathlib", "yacs",
+    "addict", "argparse", "datetime", "fvcore", "mmcv", "mmengine", "numpy", "omegaconf", "pathlib",
+    "yacs",
 )  # fmt: skip
+# Subclasses of dict among them; PyTorch's safe unpickler fills exact dictionaries only.
+_INERT_MAPPINGS = ("CfgNode", "ConfigDict", "Dict")
 _WRAPPERS = ("state_dict", "model", "model_ema")
 
 # Official name <-> ours, applied in this order; each row is a bijection on the names it touches.
@@ -113,11 +117,14 @@ def to_official(name: str) -> str:
     return _rename(_rename(name, _TO_OFFICIAL["backbone"]), _TO_OFFICIAL["mask_rcnn"])
 
 
-class _Inert(dict):
+class _Inert:
     """Stands for an object of a foreign class in a checkpoint: keeps nothing, does nothing."""
 
-    def __init__(self, *args: object, **kwargs: object):
-        super().__init__()
+    def __new__(cls, *args: object) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object):
+        pass
 
     def __setstate__(self, state: object) -> None:
         pass
@@ -159,7 +166,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 f"weights: {path} refers to {', '.join(sorted(refused))}, which is not data; "
                 "refused, because loading it would run code from the file"
             )
-        inert = [(type("Inert", (_Inert,), {}), name) for name in names]
+        inert = [(_stand_in(name), name) for name in names]
     try:
         with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -168,6 +175,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise WeightsError(f"weights: {path} must hold a dictionary, got {type(content).__name__}")
     return dict(content)
+
+
+def _stand_in(name: str) -> type:
+    if name.rsplit(".", 1)[-1] in _INERT_MAPPINGS:
+        return OrderedDict
+    return type("Inert", (_Inert,), {})
 
 
 def _read_safetensors(path: Path) -> StateDict:

@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Write the generated sample data, datasets/shapes unless told otherwise.
+
+python datasets/prepare_shapes.py
+python datasets/prepare_shapes.py --root /data/shapes --num-train 5000 --image-px 256 384
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from spatial_mamba_d2.data.shapes import generate_shapes
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent / "shapes")
+    parser.add_argument("--num-train", type=int, default=1000, metavar="N")
+    parser.add_argument("--num-val", type=int, default=100, metavar="N")
+    parser.add_argument("--image-px", type=int, nargs=2, default=(128, 192), metavar=("MIN", "MAX"))
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    options = vars(parser.parse_args(argv))
+    options["image_px"] = tuple(options["image_px"])
+    try:
+        print(f"Sample data are in {generate_shapes(**options)}")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,458 @@
+"""`load_coco` and `read_image` find every fault, and name the file and the reason."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spatial_mamba_d2.data import coco
+from spatial_mamba_d2.data.coco import load_coco, read_image
+
+HEIGHT, WIDTH = 6, 8
+
+
+def sound_content():
+    box = {"category_id": 3, "bbox": [1, 1, 4, 3], "area": 12, "iscrowd": 0}
+    rle = {"size": [HEIGHT, WIDTH], "counts": [7, 5, 36]}
+    return {
+        "info": {},
+        "images": [
+            {"id": 10, "file_name": "a.jpg", "height": HEIGHT, "width": WIDTH},
+            {"id": 20, "file_name": "sub/b.png", "height": HEIGHT, "width": WIDTH},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 10, "segmentation": [[1, 1, 5, 1, 5, 4, 1, 4]], **box},
+            {"id": 2, "image_id": 10, "segmentation": rle, **box, "iscrowd": 1},
+            {"id": 3, "image_id": 20, **box, "category_id": 1},
+        ],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 1, "name": "dog"}],
+    }
+
+
+class Folder:
+    """A small data set on disk, to be damaged by the tests."""
+
+    def __init__(self, root: Path):
+        self.images = root / "images"
+        self.json_file = root / "instances.json"
+        self.content = sound_content()
+        self.image, self.annotation = self.content["images"][0], self.content["annotations"][0]
+        (self.images / "sub").mkdir(parents=True)
+        noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(self.images / "a.jpg")
+        Image.fromarray(noise).save(self.images / "sub" / "b.png")
+
+    def load(self, **kwargs):
+        self.json_file.write_text(json.dumps(self.content))
+        return load_coco(self.json_file, self.images, **kwargs)
+
+    def expect(self, caplog, *parts: str, images: int = 2, annotations: int = 2, **kwargs):
+        """Check both modes: the message holds `parts`; a skip leaves so much, with one warning."""
+        with pytest.raises(ValueError) as caught:
+            self.load(**kwargs)
+        first, problem = str(caught.value).splitlines()
+        assert first.startswith(f"{self.json_file}: problems found: 1.")
+        assert first.endswith("DATASETS.ON_ERROR skip")
+        for part in (str(self.json_file), *parts):
+            assert part in problem
+        dataset = self.load(on_error="skip", **kwargs)
+        assert dataset.problems == [problem.strip()]
+        assert len(dataset.records) == images
+        assert sum(len(record["annotations"]) for record in dataset.records) == annotations
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING and record.name == coco.__name__
+        assert ": 1. The first: " in record.getMessage()
+        assert record.getMessage().endswith(problem.strip())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+# --- sound data ------------------------------------------------------------------------------
+
+
+def test_sound_data_come_through_unchanged(folder, caplog):
+    original = copy.deepcopy(folder.content)
+    dataset = folder.load(check_decode=True)
+    assert dataset.categories == [(1, "dog"), (3, "cat")]
+    assert dataset.problems == [] and not caplog.records
+    first, second = dataset.records
+    assert first == {
+        "file_name": str(folder.images.absolute() / "a.jpg"),
+        "height": HEIGHT,
+        "width": WIDTH,
+        "image_id": 10,
+        "annotations": original["annotations"][:2],
+    }
+    assert Path(second["file_name"]) == folder.images.absolute() / "sub" / "b.png"
+    assert second["annotations"] == original["annotations"][2:]
+
+
+def test_relative_folders_give_absolute_file_names(folder, monkeypatch):
+    folder.load()
+    monkeypatch.chdir(folder.images.parent)
+    dataset = load_coco("instances.json", "images")
+    assert all(Path(record["file_name"]).is_file() for record in dataset.records)
+    assert all(Path(record["file_name"]).is_absolute() for record in dataset.records)
+
+
+@pytest.mark.parametrize(
+    ("split", "images", "annotations"), [("train", 130, 1217), ("val", 80, 815)]
+)
+def test_real_coco_is_sound(coco_mini, split, images, annotations):
+    dataset = load_coco(
+        coco_mini / f"instances_{split}.json", coco_mini / "images", check_decode=True
+    )
+    assert len(dataset.records) == images and len(dataset.categories) == 80
+    assert sum(len(record["annotations"]) for record in dataset.records) == annotations
+
+
+def test_folders_are_listed_once_instead_of_asking_for_each_file(folder, monkeypatch):
+    calls = []
+    real_listdir = coco.os.listdir
+    monkeypatch.setattr(coco.os, "listdir", lambda f: calls.append(f) or real_listdir(f))
+    folder.content["images"] *= 50
+    folder.content["images"] = [
+        {**image, "id": number} for number, image in enumerate(folder.content["images"])
+    ]
+    folder.content["annotations"] = []
+    assert len(folder.load().records) == 100
+    assert len(calls) == 2
+
+
+# --- the whole file is wrong: an error in both modes -----------------------------------------
+
+both_modes = pytest.mark.parametrize("on_error", ["raise", "skip"])
+
+
+@both_modes
+def test_missing_json(folder, on_error):
+    with pytest.raises(FileNotFoundError, match="json_file: no file .*nowhere.json"):
+        load_coco(folder.images / "nowhere.json", folder.images, on_error=on_error)
+
+
+@both_modes
+def test_missing_image_folder(folder, on_error):
+    folder.load()
+    with pytest.raises(FileNotFoundError, match="image_root: no folder .*nowhere"):
+        load_coco(folder.json_file, folder.images / "nowhere", on_error=on_error)
+
+
+@both_modes
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"\xff\xd8", lambda b: b""]
+)
+def test_no_json_or_half_of_it(folder, on_error, damage):
+    folder.load()
+    folder.json_file.write_bytes(damage(folder.json_file.read_bytes()))
+    with pytest.raises(ValueError, match=r"instances\.json: not JSON, or cut off: ."):
+        load_coco(folder.json_file, folder.images, on_error=on_error)
+
+
+@both_modes
+@pytest.mark.parametrize("section", coco.SECTIONS)
+@pytest.mark.parametrize("value", [None, {}], ids=["absent", "no list"])
+def test_missing_section(folder, on_error, section, value):
+    folder.content[section] = value
+    with pytest.raises(ValueError, match=rf"instances\.json: not in COCO.*: {section} is missing"):
+        folder.load(on_error=on_error)
+
+
+@both_modes
+def test_not_an_object(folder, on_error):
+    folder.content = [1, 2]
+    with pytest.raises(ValueError, match=r"instances\.json: not in COCO"):
+        folder.load(on_error=on_error)
+
+
+@both_modes
+def test_empty_dataset(folder, on_error):
+    folder.content["images"] = folder.content["annotations"] = []
+    with pytest.raises(ValueError, match=r"instances\.json: no usable image$"):
+        folder.load(on_error=on_error)
+
+
+@both_modes
+def test_nothing_usable_left(folder, on_error):
+    for image in folder.content["images"]:
+        image["file_name"] = "gone.jpg"
+    with pytest.raises(
+        ValueError, match=r"instances\.json: no usable image\n.*no file .*gone\.jpg"
+    ):
+        folder.load(on_error=on_error)
+
+
+def test_unknown_mode(folder):
+    with pytest.raises(ValueError, match='on_error must be "raise" or "skip", got "?\'ignore\''):
+        folder.load(on_error="ignore")
+
+
+# --- one entry is wrong ----------------------------------------------------------------------
+
+
+def test_missing_image(folder, caplog):
+    (folder.images / "a.jpg").unlink()
+    folder.expect(
+        caplog, "image 10 (a.jpg)", f"no file {folder.images / 'a.jpg'}", images=1, annotations=1
+    )
+
+
+def test_missing_subfolder(folder, caplog):
+    folder.content["images"][1]["file_name"] = "other/b.png"
+    folder.expect(caplog, "image 20 (other/b.png): no file", images=1)
+
+
+def test_repeated_image_id(folder, caplog):
+    folder.content["images"].append({**folder.image, "file_name": "sub/b.png"})
+    folder.expect(caplog, "image 10 (sub/b.png): another image has this id", annotations=3)
+
+
+@pytest.mark.parametrize("value", [None, 0, "480", 4.5])
+def test_malformed_image_size(folder, caplog, value):
+    folder.content["images"].append({**folder.image, "id": 30, "height": value})
+    folder.expect(
+        caplog,
+        f"image 30 (a.jpg): height must be an integer above 0, got {value!r}",
+        annotations=3,
+    )
+
+
+@pytest.mark.parametrize(
+    "entry", [7, {"id": 30}, {"file_name": "a.jpg"}, {"id": [], "file_name": ""}]
+)
+def test_malformed_image(folder, caplog, entry):
+    folder.content["images"].append(entry)
+    folder.expect(caplog, "needs an id and a file_name", annotations=3)
+
+
+def test_repeated_category_id(folder, caplog):
+    folder.content["categories"].append({"id": 3, "name": "cow"})
+    folder.expect(caplog, "category 3: another category has this id", annotations=3)
+    assert folder.load(on_error="skip").categories == [(1, "dog"), (3, "cat")]
+
+
+@pytest.mark.parametrize("entry", [None, {"id": 5}, {"id": "5", "name": "cow"}])
+def test_malformed_category(folder, caplog, entry):
+    folder.content["categories"].append(entry)
+    folder.expect(caplog, "category", "needs an integer id and a name", annotations=3)
+
+
+def test_unknown_category(folder, caplog):
+    folder.annotation["category_id"] = 2
+    folder.expect(caplog, "annotation 1 of image 10: no category has the id 2")
+
+
+@pytest.mark.parametrize("value", [99, None, [10]])
+def test_unknown_image_id(folder, caplog, value):
+    folder.annotation["image_id"] = value
+    folder.expect(caplog, "annotation 1 of image", f"no usable image has the id {value}")
+
+
+def test_repeated_annotation_id(folder, caplog):
+    folder.content["annotations"].append(folder.annotation)
+    folder.expect(caplog, "annotation 1 of image 10: another annotation has", annotations=3)
+
+
+@pytest.mark.parametrize("entry", ["x", {"image_id": 10}])
+def test_malformed_annotation(folder, caplog, entry):
+    folder.content["annotations"].append(entry)
+    folder.expect(caplog, "annotation", "needs an integer id", annotations=3)
+
+
+def test_malformed_iscrowd(folder, caplog):
+    folder.annotation["iscrowd"] = "no"
+    folder.expect(caplog, "annotation 1 of image 10: iscrowd is 'no'")
+
+
+@pytest.mark.parametrize(
+    "value", [None, [1, 2, 3], [1, 1, math.nan, 3], [1, math.inf, 4, 3], [1, 1, "4", 3], [None] * 4]
+)
+def test_malformed_box(folder, caplog, value):
+    folder.annotation["bbox"] = value
+    folder.expect(caplog, "annotation 1 of image 10: bbox must be 4 finite numbers, got")
+
+
+@pytest.mark.parametrize("value", [[1, 1, 0, 3], [1, 1, 4, 0.0], [1, 1, -4, 3]])
+def test_box_without_area(folder, caplog, value):
+    folder.annotation["bbox"] = value
+    folder.expect(caplog, f"annotation 1 of image 10: bbox {value} must have width and height")
+
+
+@pytest.mark.parametrize(
+    ("polygons", "reason"),
+    [
+        ([], "segmentation must be polygons or RLE, got []"),
+        ("x", "segmentation must be polygons or RLE, got 'x'"),
+        ([[1, 1, 5, 1]], "3 or more pairs of numbers, got 4 numbers"),
+        ([[1, 1, 5, 1, 5, 4, 1]], "3 or more pairs of numbers, got 7 numbers"),
+        ([[1, 1, 5, 1, 5, math.nan]], "must be finite numbers"),
+        ([[1, 1, 5, 1, -math.inf, math.inf]], "must be finite numbers"),
+        ([[1, 1, 5, 1, 5, "4"]], "must be finite numbers"),
+        ([1, 1, 5, 1, 5, 4], "must be finite numbers, got 1"),
+        ([[1.1, 1.1, 2.2, 2.2, 3.3, 3.3]], "enclose no area"),
+        ([[2, 2, 2, 2, 2, 2], [1, 1, 1, 3, 1, 5]], "enclose no area"),
+        ([[1, 1, 5, 1, 5, 4], [1, 1]], "3 or more pairs of numbers, got 2 numbers"),
+    ],
+)
+def test_degenerate_polygon(folder, caplog, polygons, reason):
+    folder.annotation["segmentation"] = polygons
+    folder.expect(caplog, "annotation 1 of image 10: ", reason)
+
+
+def test_a_sliver_beside_a_good_polygon_is_kept(folder):
+    folder.annotation["segmentation"].append([2, 2, 2, 2, 2, 2])
+    assert len(folder.load().records[0]["annotations"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"size": [WIDTH, HEIGHT]}, "its size is [8, 6], that of the image [6, 8]"),
+        ({"size": None}, "its size is None"),
+        ({"counts": [7, 5, 35]}, "counts sum to 47, the image has 48 pixels"),
+        ({"counts": [7, 5, 37]}, "counts sum to 49, the image has 48 pixels"),
+        ({"counts": [7, -5, 46]}, "counts must be integers from 0 on"),
+        ({"counts": [7.5, 5, 35.5]}, "counts must be integers from 0 on"),
+        ({"counts": None}, "counts must be integers from 0 on, got None"),
+        ({"counts": [48]}, "marks no pixel"),
+        ({"counts": "75T"}, "counts must be integers from 0 on, got '75T'"),  # more should follow
+        ({"counts": "75"}, "counts sum to 12, the image has 48 pixels"),
+        ({"counts": "\x01"}, "counts must be integers from 0 on"),
+    ],
+)
+def test_wrong_rle(folder, caplog, change, reason):
+    folder.content["annotations"][1]["segmentation"].update(change)
+    folder.expect(caplog, "annotation 2 of image 10: ", reason)
+
+
+def test_compressed_rle_is_understood(folder):
+    codec = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for size in ((HEIGHT, WIDTH), (300, 200)):
+        for density in (0.001, 0.5, 0.999):
+            mask = np.asfortranarray(rng.random(size) < density, np.uint8)
+            mask[:40] = mask[0, 0]  # long runs and short ones, growing and shrinking
+            mask[1, 1] = 1
+            counts = codec.encode(mask)["counts"].decode()
+            runs = coco._decode_counts(counts)
+            decoded = np.repeat(np.arange(len(runs)) % 2, runs)
+            assert (decoded == mask.ravel(order="F")).all()
+            folder.image.update(height=size[0], width=size[1])
+            folder.content["annotations"][1]["segmentation"] = {
+                "size": list(size),
+                "counts": counts,
+            }
+            assert len(folder.load().records[0]["annotations"]) == 2
+
+
+# --- several are wrong -----------------------------------------------------------------------
+
+
+def test_the_first_ten_are_listed_and_all_are_counted(folder, caplog):
+    folder.content["annotations"] = [
+        {**folder.annotation, "id": number, "category_id": 2} for number in range(13)
+    ] + [{**folder.annotation, "id": 13, "bbox": [0, 0, 0, 0]}]
+    with pytest.raises(ValueError) as caught:
+        folder.load()
+    first, *lines, last = str(caught.value).splitlines()
+    assert "found: 14." in first and len(lines) == 10 and last.strip() == "and 4 more"
+    dataset = folder.load(on_error="skip")
+    assert len(dataset.problems) == 14
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2, "one warning for each kind"
+    assert re.match(
+        r"Left out for unknown category_id: 13\. The first: .* annotation 0 ", messages[0]
+    )
+    assert re.match(r"Left out for degenerate box: 1\. The first: .* annotation 13 ", messages[1])
+
+
+# --- image files -----------------------------------------------------------------------------
+
+
+def truncated(path: Path) -> Path:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        path
+    )
+    path.write_bytes(path.read_bytes()[:-600])
+    return path
+
+
+def test_truncated_jpeg(folder, caplog):
+    truncated(folder.images / "a.jpg")
+    assert len(folder.load().records) == 2, "only found by decoding"
+    folder.expect(
+        caplog,
+        "image 10",
+        f"{folder.images / 'a.jpg'} cannot be decoded: image file is truncated",
+        images=1,
+        annotations=1,
+        check_decode=True,
+    )
+
+
+def test_size_in_the_file_differs(folder, caplog):
+    folder.content["images"][1].update(height=WIDTH, width=HEIGHT)
+    folder.expect(
+        caplog,
+        "image 20",
+        f"{Path('sub', 'b.png')} has height 6 and width 8, recorded are 8 and 6",
+        images=1,
+        check_decode=True,
+    )
+
+
+def test_the_size_is_that_of_the_upright_image(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    with Image.open(folder.images / "a.jpg") as image:
+        image.save(folder.images / "a.jpg", exif=exif)
+    folder.image.update(height=WIDTH, width=HEIGHT)
+    folder.content["annotations"] = []
+    assert len(folder.load(check_decode=True).records) == 2
+    assert read_image(folder.images / "a.jpg").shape == (WIDTH, HEIGHT, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "CMYK"])
+def test_read_image_gives_rgb(tmp_path, mode):
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    Image.new("RGB", (5, 3), (255, 255, 255)).convert(mode).save(path)
+    image = read_image(path)
+    assert image.shape == (3, 5, 3) and image.dtype == np.uint8 and image.flags.writeable
+    assert (image == 255).all()
+
+
+def test_read_image_keeps_the_order_of_channels(tmp_path):
+    Image.new("RGB", (5, 3), (10, 20, 30)).save(tmp_path / "image.png")
+    assert read_image(tmp_path / "image.png")[0, 0].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_read_image_refuses_a_truncated_file(tmp_path, suffix):
+    path = truncated(tmp_path / f"image.{suffix}")
+    with pytest.raises(ValueError, match=rf"image\.{suffix} cannot be decoded: .*truncated"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n"])
+def test_read_image_refuses_what_is_no_image(tmp_path, content):
+    path = tmp_path / "image.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"image\.jpg cannot be decoded: ."):
+        read_image(path)
+
+
+def test_read_image_refuses_a_missing_file_and_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no image file .*gone\.jpg"):
+        read_image(tmp_path / "gone.jpg")
+    with pytest.raises(ValueError, match="cannot be decoded: "):
+        read_image(tmp_path)

@@ -1,0 +1,180 @@
+"""Every operator, every plain PyTorch kernel, against the float64 reference and its autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from spatial_mamba_d2 import ops
+from spatial_mamba_d2.ops import _extension
+from spatial_mamba_d2.ops.selective_scan import eager as scan_eager
+from spatial_mamba_d2.ops.selective_scan import reference as scan_reference
+from spatial_mamba_d2.ops.state_fusion import eager as fusion_eager
+from spatial_mamba_d2.ops.state_fusion import reference as fusion_reference
+from spatial_mamba_d2.ops.structure_aware_ssm import eager as ssm_eager
+from spatial_mamba_d2.ops.structure_aware_ssm import reference as ssm_reference
+
+from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
+
+# (batch, height, width, channels): tiny, odd, one chunk and a bit, several levels of chunks
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 1, 7, 3),
+    (1, 9, 1, 5),
+    (2, 5, 6, 8),
+    (1, 7, 7, 4),
+    (3, 3, 16, 4),
+    (1, 11, 13, 17),
+    (1, 2, 331, 2),
+    (2, 40, 33, 6),
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OPS = ["selective_scan", "state_fusion", "structure_aware_ssm"]
+KERNELS = {
+    "selective_scan": (scan_reference, scan_eager),
+    "state_fusion": (fusion_reference, fusion_eager),
+    "structure_aware_ssm": (ssm_reference, ssm_eager),
+}
+
+
+def arguments(op, inputs):
+    """What ``op`` takes of the inputs of ``structure_aware_ssm``."""
+    u, delta, A, B, _, _, bias, taps = inputs
+    if op == "selective_scan":
+        return [u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1), bias]
+    if op == "state_fusion":
+        return [u, taps]
+    return inputs
+
+
+def truth(op, args):
+    """Output, cotangent and gradients of the reference in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in args]
+    output = getattr(KERNELS[op][0], op)(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    return output.detach(), cotangent, torch.autograd.grad(output, leaves, cotangent)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_forward_and_backward(op, shape, dtype, ssm_inputs):
+    args = arguments(op, ssm_inputs(*shape, dtype))
+    output, cotangent, gradients = truth(op, args)
+    leaves = [x.clone().requires_grad_() for x in args]
+    actual = getattr(ops, op)(*leaves)
+    assert actual.shape == output.shape
+    assert actual.is_contiguous()
+    keeps_dtype = op == "structure_aware_ssm" or dtype == torch.float64
+    assert actual.dtype == (dtype if keeps_dtype else torch.float32)
+    assert relative_error(actual, output) <= TOLERANCE[dtype]
+
+    actual_gradients = torch.autograd.grad(actual, leaves, cotangent.to(actual.dtype))
+    for index, (a, e) in enumerate(zip(actual_gradients, gradients, strict=True)):
+        assert a.dtype == dtype and a.shape == e.shape
+        assert relative_error(a, e) <= GRADIENT_TOLERANCE[dtype], f"gradient of input {index}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_strided_inputs(op, ssm_inputs, strided):
+    args = arguments(op, ssm_inputs(2, 6, 9, 5))
+    views = [strided(x).requires_grad_() for x in args]
+    plain = [x.clone().requires_grad_() for x in args]
+    expected, actual = getattr(ops, op)(*plain), getattr(ops, op)(*views)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    cotangent = torch.randn(expected.shape)
+    for a, e in zip(
+        torch.autograd.grad(actual, views, strided(cotangent)),
+        torch.autograd.grad(expected, plain, cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_are_left_alone(op, ssm_inputs):
+    args = arguments(op, ssm_inputs(1, 8, 9, 3))
+    before = [x.clone() for x in args]
+    leaves = [x.requires_grad_() for x in args]
+    output = getattr(ops, op)(*leaves)
+    cotangent = torch.ones_like(output)
+    torch.autograd.grad(output, leaves, cotangent)
+    assert all(torch.equal(x, y) for x, y in zip(args, before, strict=True))
+    assert torch.equal(cotangent, torch.ones_like(output))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck(op, ssm_inputs):
+    args = arguments(op, ssm_inputs(1, 3, 4, 2, torch.float64))
+    assert gradcheck(getattr(ops, op), [x.requires_grad_() for x in args])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, ssm_inputs):
+    args = tuple(x.requires_grad_() for x in arguments(op, ssm_inputs(2, 4, 5, 3)))
+    torch.library.opcheck(getattr(torch.ops.spatial_mamba, op).default, args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_backward(op, ssm_inputs):
+    args = arguments(op, ssm_inputs(2, 4, 5, 3))
+    output = getattr(ops, op)(*args)
+    torch.library.opcheck(
+        getattr(torch.ops.spatial_mamba, f"{op}_backward").default,
+        (torch.randn_like(output), *args),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_are_the_same_run_to_run(op, ssm_inputs):
+    args = [x.requires_grad_() for x in arguments(op, ssm_inputs(2, 20, 31, 16))]
+    output = getattr(ops, op)(*args)
+    first, second = (
+        torch.autograd.grad(output.sum(), args, retain_graph=True) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_reference_gradients(op, ssm_inputs):
+    """What ``SMD2_BACKEND=reference`` registers as the backward kernel."""
+    args = arguments(op, ssm_inputs(1, 4, 3, 2, torch.float64))
+    _, cotangent, expected = truth(op, args)
+    backward = _extension.gradients_of(getattr(KERNELS[op][0], op))
+    actual = backward(cotangent, *args)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_softplus_is_as_accurate_as_pytorchs():
+    x = torch.cat((torch.linspace(-80, 40, 100_001), torch.tensor([20.0, 20.000002])))
+    exact = torch.nn.functional.softplus(x.double())
+    error = ((scan_eager.softplus(x).double() - exact) / exact).abs().max()
+    assert error < 2.5e-7
+
+
+def test_empty_batch(ssm_inputs):
+    args = [x[:0] if x.dim() > 2 else x for x in ssm_inputs(1, 3, 4, 2)]
+    assert ops.structure_aware_ssm(*args).shape == (0, 3, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("index", "replace", "message"),
+    [
+        (0, lambda x: x[0], r"u must be \[B, H, W, D\].*got \[4, 5, 3\]"),
+        (0, lambda x: x[:, :0], r"u must be .* no empty axis"),
+        (1, lambda x: x[..., :2], r"delta must be \[B, H, W, D\] = \[2, 4, 5, 3\], got"),
+        (2, lambda x: x[:2], r"A must be \[D\] = \[3\], got \[2\]"),
+        (3, lambda x: x[:1], r"B must be \[B, H, W\]"),
+        (4, lambda x: x.unsqueeze(-1), r"C must be \[B, H, W\]"),
+        (6, lambda x: x.int(), r"delta_bias must be floating point, got torch.int32"),
+        (7, lambda x: x[:24], r"taps must be \[25, D\] = \[25, 3\], got \[24, 3\]"),
+    ],
+)
+def test_bad_arguments_are_named(index, replace, message, ssm_inputs):
+    args = ssm_inputs(2, 4, 5, 3)
+    args[index] = replace(args[index])
+    with pytest.raises(ValueError, match=message):
+        ops.structure_aware_ssm(*args)
