@@ -8,7 +8,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(op: str, name: str, x: torch.Tensor, shape: tuple[int, ...], like: str) -> None:
-    """Raise ``ValueError`` unless ``x`` is floating point and has ``shape`` (described by ``like``)."""
+    """Raise ``ValueError`` unless ``x`` is floating point and has ``shape``, in words ``like``."""
     if x.dtype not in _FLOATS:
         raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
     if tuple(x.shape) != shape:
@@ -16,7 +16,7 @@ def check_tensor(op: str, name: str, x: torch.Tensor, shape: tuple[int, ...], li
 
 
 def check_activation(op: str, name: str, x: torch.Tensor, dims: str) -> None:
-    """Raise ``ValueError`` unless ``x`` is floating point with one non-empty axis per word of ``dims``."""
+    """Raise ``ValueError`` unless ``x`` is floating point, with an axis per word of ``dims``."""
     axes = dims.split()
     if x.dtype not in _FLOATS:
         raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")

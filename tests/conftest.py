@@ -49,7 +49,8 @@ def golden() -> Callable[[str], dict]:
 @pytest.fixture(scope="session")
 def official_state(golden) -> Callable[[str], dict[str, torch.Tensor]]:
     """``official_state(model)``: a whole state dict under official names, e.g. ``"tiny"``,
-    ``"maskrcnn_tiny"`` or, for the backbone with its output norms, ``"backbone_tiny"``."""
+    ``"maskrcnn_tiny"`` or, for the backbone with its output norms, ``"backbone_tiny"``.
+    """
 
     def state(model: str) -> dict[str, torch.Tensor]:
         if model == "backbone_tiny":

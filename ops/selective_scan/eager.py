@@ -1,10 +1,10 @@
 """Selective scan in plain PyTorch, parallel over chunks of the sequence.
 
 The sequence is cut into chunks of ``CHUNK`` tokens. All chunks advance together, one token at a
-time, from a zero state; the carries between chunks are a scan again, over a sequence ``CHUNK`` times
-shorter; and one fused multiply-add gives every token its carry. A sequence of L tokens takes about
-``3 CHUNK log L / log CHUNK`` tensor operations instead of L, and the working memory is a constant
-number of tensors of the input's size.
+time, from a zero state; the carries between chunks are a scan again, over a sequence that is
+``CHUNK`` times shorter; and one fused multiply-add gives every token its carry. A sequence of L
+tokens takes about ``2 CHUNK log L / log CHUNK`` tensor operations instead of L, and the working
+memory is a constant number of tensors of the input's size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LINEAR_ABOVE = 20.0  # softplus' threshold
 
 
 def linear_recurrence_(decay: Tensor, drive: Tensor) -> Tensor:
-    """Solve ``h_t = decay_t h_{t-1} + drive_t``, ``h_{-1} = 0``, along dim 1 of ``Tensor[B, L, D]``.
+    """Solve ``h_t = decay_t h_{t-1} + drive_t``, ``h_{-1} = 0``, on ``Tensor[B, L, D]``.
 
     Both arguments are overwritten: ``drive`` becomes ``h`` and is returned, ``decay`` is scratch.
     """

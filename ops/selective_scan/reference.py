@@ -1,4 +1,4 @@
-"""Selective scan, token by token: the definition that every other kernel is tested against."""
+"""Selective scan, token by token: what every other kernel is tested against."""
 
 from __future__ import annotations
 

@@ -90,9 +90,7 @@ def _grad_kernel(grad_output: Tensor, padded: Tensor, kernel: Tensor, dilation: 
     height, width, dim = grad_output.shape[1:]
     fill_h, fill_w = -height % dilation, -width % dilation
     crop = RADIUS - dilation
-    window = padded[
-        :, crop : crop + height + 2 * dilation, crop : crop + width + 2 * dilation
-    ]
+    window = padded[:, crop : crop + height + 2 * dilation, crop : crop + width + 2 * dilation]
     if fill_h or fill_w:
         window = pad(window, (0, 0, 0, fill_w, 0, fill_h))
         grad_output = pad(grad_output, (0, 0, 0, fill_w, 0, fill_h))

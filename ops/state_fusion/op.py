@@ -35,9 +35,7 @@ def _(h, taps):
 
 @torch.library.register_fake("spatial_mamba::state_fusion_backward", lib=_extension.LIBRARY)
 def _(grad_output, h, taps):
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (h, taps)
-    )
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (h, taps))
 
 
 def _setup_context(ctx, inputs, output):

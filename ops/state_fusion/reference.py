@@ -1,4 +1,4 @@
-"""State fusion as 25 shifted multiply-adds: the definition that other kernels are tested against."""
+"""State fusion as 25 shifted multiply-adds: what every other kernel is tested against."""
 
 from __future__ import annotations
 

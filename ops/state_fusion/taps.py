@@ -12,9 +12,7 @@ _RING = [i for i in range(9) if i != _CENTRE]
 
 #: (dy, dx) of each tap: the 3x3 of dilation 1 row by row, then the rings of dilations 3 and 5.
 OFFSETS: tuple[tuple[int, int], ...] = tuple(
-    (d * (i // 3 - 1), d * (i % 3 - 1))
-    for d in DILATIONS
-    for i in (range(9) if d == 1 else _RING)
+    (d * (i // 3 - 1), d * (i % 3 - 1)) for d in DILATIONS for i in (range(9) if d == 1 else _RING)
 )
 TAPS = len(OFFSETS)
 

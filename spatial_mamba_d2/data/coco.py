@@ -20,6 +20,8 @@ from PIL import Image, ImageOps
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("images", "annotations", "categories")
+# Left out with a warning, but no reason to refuse a data set: COCO train2017 itself has two.
+HARMLESS = ("box without area",)
 SHOWN_PROBLEMS = 10
 
 
@@ -31,7 +33,7 @@ class CocoDataset:
         categories: (id, name) of each category, sorted by id.
         records: one dict per image, in the order of the file: `file_name` (absolute), `height`,
             `width`, `image_id`, and `annotations`, which are the dicts of the file, unchanged.
-        problems: one line for each thing left out; empty unless they were to be skipped.
+        problems: one line for each thing left out, but for boxes of width or height 0.
     """
 
     categories: list[tuple[int, str]]
@@ -60,7 +62,8 @@ def load_coco(
         image_root: the folder that `file_name` of the images starts from.
         on_error: what to do about single images, annotations or categories that are not usable.
             "raise" reports them together; "skip" leaves out exactly those, logs a warning with
-            their number for each kind of fault, and lists them in the result.
+            their number for each kind of fault, and lists them in the result. Boxes of width or
+            height 0, which COCO itself has, are skipped in either case.
         check_decode: also decode every image, which finds damaged files and wrong sizes.
 
     Raises:
@@ -120,7 +123,7 @@ def load_coco(
         if record := records.get(annotation["image_id"]):
             record["annotations"].append(annotation)
 
-    problems = [line for lines in faults.values() for line in lines]
+    problems = [x for kind, lines in faults.items() if kind not in HARMLESS for x in lines]
     if not records:
         raise ValueError(f"{json_file}: no usable image{_listing(problems)}")
     if problems and on_error == "raise":
@@ -271,8 +274,10 @@ def _annotation_fault(
     bbox = annotation.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4 or not _are_finite(bbox):
         return _Fault("degenerate box", f"bbox must be 4 finite numbers, got {_short(bbox)}")
-    if bbox[2] <= 0 or bbox[3] <= 0:
+    if bbox[2] < 0 or bbox[3] < 0:
         return _Fault("degenerate box", f"bbox {bbox} must have width and height above 0")
+    if bbox[2] == 0 or bbox[3] == 0:
+        return _Fault("box without area", f"bbox {bbox} must have width and height above 0")
     segmentation = annotation.get("segmentation")
     if segmentation is None:  # boxes only
         return None

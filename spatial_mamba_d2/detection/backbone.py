@@ -14,7 +14,7 @@ from spatial_mamba_d2.models.variants import variant_kwargs
 class SpatialMambaBottomUp(SpatialMambaBackbone, Backbone):
     """:class:`~spatial_mamba_d2.models.SpatialMambaBackbone` with Detectron2's interface."""
 
-    def output_shape(self) -> dict[str, ShapeSpec]:  # type: ignore[override]
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return {
             name: ShapeSpec(channels=channels, stride=stride)
             for name, (channels, stride) in super().output_shape().items()

@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer with safe reading, strict loading and writes that cannot be half done."""
+"""Detectron2's checkpointer with safe reading, strict loading and atomic writing."""
 
 from __future__ import annotations
 
@@ -41,14 +41,18 @@ def load_detector_weights(
     Raises:
         FileNotFoundError, WeightsError: see :func:`~spatial_mamba_d2.models.load_weights`.
     """
-    if not isinstance(source, Mapping):
-        source, source_name = read_checkpoint(source), source_name or str(source)
-    state = translate(unwrap(source, source_name), source_name)
-    if any(name.startswith("backbone.") for name in state):
-        return load_weights(model, state, skip=skip, source_name=source_name)
-    has_pyramid = hasattr(model.backbone, "bottom_up")
-    backbone = model.backbone.bottom_up if has_pyramid else model.backbone
-    report = load_weights(backbone, state, skip=skip, source_name=source_name)
+    if isinstance(source, Mapping):
+        name, content = source_name or "the given state dict", source
+    else:
+        name, content = source_name or str(source), read_checkpoint(source)
+    state = translate(unwrap(content, name), name)
+    if any(key.startswith("backbone.") for key in state):
+        return load_weights(model, state, skip=skip, source_name=name)
+    backbone = model.get_submodule("backbone")
+    has_pyramid = hasattr(backbone, "bottom_up")
+    if has_pyramid:
+        backbone = backbone.get_submodule("bottom_up")
+    report = load_weights(backbone, state, skip=skip, source_name=name)
     prefix = DETECTOR_BACKBONE_PREFIX if has_pyramid else "backbone."
     report.loaded = [prefix + name for name in report.loaded]
     loaded = set(report.loaded)

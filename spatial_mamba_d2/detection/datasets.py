@@ -26,7 +26,7 @@ def resolve_datasets(cfg: CfgNode) -> None:
     for split in ("TRAIN", "TEST"):
         json_file, images = cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"]
         if json_file:
-            name = str(Path(json_file).resolve())
+            name = f"{Path(json_file).resolve()} of {Path(images).resolve()}"
             MetadataCatalog.get(name).set(
                 json_file=json_file, image_root=images, evaluator_type="coco"
             )
@@ -56,6 +56,8 @@ def load_records(cfg: CfgNode, name: str, *, is_train: bool) -> list[Record]:
             check_decode=skip and not is_train,
         )
         _check_classes(cfg, metadata, coco)
+        if cfg.MODEL.MASK_ON and is_train:
+            _check_masks(metadata, coco)
         records = _to_detectron2(coco)
         if coco.problems and not is_train:
             _register_cleaned(cfg, metadata, coco)
@@ -86,8 +88,20 @@ def _check_classes(cfg: CfgNode, metadata: Metadata, coco: CocoDataset) -> None:
     if not metadata.get("thing_classes"):
         metadata.set(
             thing_classes=[name for _, name in coco.categories],
-            thing_dataset_id_to_contiguous_id={id_: i for i, (id_, _) in enumerate(coco.categories)},
+            thing_dataset_id_to_contiguous_id={
+                id_: i for i, (id_, _) in enumerate(coco.categories)
+            },
         )
+
+
+def _check_masks(metadata: Metadata, coco: CocoDataset) -> None:
+    for record in coco.records:
+        for annotation in record["annotations"]:
+            if annotation.get("segmentation") is None:
+                raise ValueError(
+                    f"{metadata.json_file}: annotation {annotation['id']} has no segmentation: "
+                    "MODEL.MASK_ON False trains on boxes only"
+                )
 
 
 def _to_detectron2(coco: CocoDataset) -> list[Record]:
@@ -100,7 +114,7 @@ def _to_detectron2(coco: CocoDataset) -> list[Record]:
                 "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": contiguous[annotation["category_id"]],
                 "iscrowd": annotation.get("iscrowd", 0),
-                **{key: annotation[key] for key in ("segmentation",) if key in annotation},
+                "segmentation": annotation.get("segmentation"),
             }
             for annotation in image["annotations"]
         ]

@@ -21,7 +21,7 @@ def launch(
     dist_url: str = "auto",
     args: tuple[Any, ...] = (),
 ) -> Any:
-    """Run ``main(*args)`` in ``processes`` processes on this machine; under ``torchrun`` in this one.
+    """Run ``main(*args)`` in ``processes`` processes here; under ``torchrun``, in this one.
 
     Args:
         main: a function that can be pickled.
@@ -37,7 +37,7 @@ def launch(
         ValueError: more processes than GPUs, or ``auto`` for several machines.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _join("env://", None, None, int(os.environ["LOCAL_WORLD_SIZE"]))
+        _join("env://", -1, -1, int(os.environ["LOCAL_WORLD_SIZE"]))
         return _run(main, args)
     gpus = torch.cuda.device_count()
     if gpus and processes > gpus:
@@ -76,12 +76,11 @@ def _worker(
     _run(main, args)
 
 
-def _join(url: str, rank: int | None, world_size: int | None, local_world_size: int) -> None:
-    explicit = {} if rank is None else {"rank": rank, "world_size": world_size}
+def _join(url: str, rank: int, world_size: int, local_world_size: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=url, **explicit)
+    dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size)
     comm.create_local_process_group(local_world_size)
     comm.synchronize()
 

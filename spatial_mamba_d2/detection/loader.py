@@ -28,8 +28,8 @@ class BatchStream(Sampler[list[Draw]]):
     """An endless stream of batches, the same for every number of processes.
 
     The records are shuffled anew for each pass. A batch holds wide images or tall ones, when
-    ``groups`` says which is which, so that padding is small; each process takes its part of it. The
-    stream can start at any iteration, so that resumed training sees what an uninterrupted one would.
+    ``groups`` says which is which, so that padding is small; each process takes its part of it.
+    The stream can start at any iteration: resumed training sees what an uninterrupted one would.
 
     Args:
         groups: for each record, the group it may share a batch with.

@@ -96,14 +96,14 @@ def draw_folder(
         picture = output / f"{path.stem}.png"
         write_picture(
             picture,
-            draw_instances(
-                image, instances, predictor.metadata, cfg.TEST.PICTURES_SCORE_THRESH
-            ),
+            draw_instances(image, instances, predictor.metadata, cfg.TEST.PICTURES_SCORE_THRESH),
         )
         shown = int((instances.scores >= cfg.TEST.PICTURES_SCORE_THRESH).sum())
         print(f"{path}: {shown} objects -> {picture}")
         pictures.append(picture)
-    print(f"{len(pictures)} pictures in {output}" + (f", {broken} images skipped" if broken else ""))
+    print(
+        f"{len(pictures)} pictures in {output}" + (f", {broken} images skipped" if broken else "")
+    )
     return pictures
 
 

@@ -148,14 +148,12 @@ class Trainer(DefaultTrainer):
         stream.start = self.start_iter
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, but every iteration's metrics are written when there are few."""
-        period = max(1, min(20, self.cfg.SOLVER.MAX_ITER // 50))
-        return [
-            hook
-            if not isinstance(hook, hooks.PeriodicWriter)
-            else hooks.PeriodicWriter(self.build_writers(), period=period)
-            for hook in super().build_hooks()
-        ]
+        """Detectron2's; short trainings write their metrics more often than every 20 iterations."""
+        built = super().build_hooks()
+        for hook in built:
+            if isinstance(hook, hooks.PeriodicWriter):
+                hook._period = max(1, min(20, self.cfg.SOLVER.MAX_ITER // 50))
+        return built
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -185,6 +183,7 @@ class Trainer(DefaultTrainer):
         evaluators: Sequence[DatasetEvaluator] = [
             COCOEvaluator(
                 metadata.name,
+                tasks=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
                 output_dir=str(output_dir),
                 max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
                 use_fast_impl=False,

@@ -4,8 +4,8 @@ Xiao et al., "Spatial-Mamba: Effective Visual State Space Models via Structure-a
 arXiv 2410.15091. Equal in function to ``classification/models/spatialmamba.py`` of the authors'
 repository (EdwardChasel/Spatial-Mamba), whose parameter names :mod:`.weights` translates.
 
-Activations are channels-last ``[B, H, W, C]`` from the stem to the outputs. Symbols as in the paper;
-C is the width of a stage, D = ``ssm_ratio`` C the width inside the SSM, R the rank of its steps.
+Activations are channels-last ``[B, H, W, C]`` from the stem to the outputs. Symbols as in the
+paper; C is the width of a stage, D = ``ssm_ratio`` C the width inside the SSM.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """``Tensor[B, H, W, C]`` -> ``Tensor[B, ceil(H/2), ceil(W/2), 2C]`` by an inverted bottleneck."""
+    """Inverted bottleneck: ``Tensor[B, H, W, C]`` -> ``Tensor[B, ceil(H/2), ceil(W/2), 2C]``."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -105,7 +105,7 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class StateFusion(nn.Module):
-    """Holds the weights of structure-aware state fusion; ``forward()`` gives its ``Tensor[25, D]``."""
+    """Weights of structure-aware state fusion; ``forward()`` gives them as ``Tensor[25, D]``."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -199,12 +199,21 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width; ``downsample`` leads to the next stage."""
+    """Blocks of one width; ``downsample`` leads to the next stage, where there is one."""
 
     def __init__(self, blocks: list[Block], downsample: Downsample | None):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample if downsample is not None else nn.Identity()
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:
+        """``Tensor[B, H, W, C]`` -> the same shape, before downsampling."""
+        for block in self.blocks:
+            if grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
 
 
 class SpatialMamba(nn.Module):
@@ -218,7 +227,7 @@ class SpatialMamba(nn.Module):
         ssm_ratio: width inside the SSM over the width of the stage.
         mlp_ratio: width inside the MLP over the width of the stage.
         bn_policy: ``"train"``: batch norm as usual; ``"frozen"``: running statistics and no
-            gradients for its weights, also in ``train()``; ``"sync"``: statistics over all processes.
+            gradients for its weights, also in ``train()``; ``"sync"``: statistics of all processes.
         grad_checkpointing: recompute each block in the backward pass instead of keeping its
             activations.
         freeze_at: 0 nothing, 1 the stem, 2..5 also the stages up to ``res{freeze_at}`` get no
@@ -244,7 +253,9 @@ class SpatialMamba(nn.Module):
         if len(depths) != len(STAGES) or min(depths) < 1:
             raise ValueError(f"depths must be four positive numbers, got {tuple(depths)}")
         if bn_policy not in BN_POLICIES:
-            raise ValueError(f"bn_policy must be one of {', '.join(BN_POLICIES)}, got {bn_policy!r}")
+            raise ValueError(
+                f"bn_policy must be one of {', '.join(BN_POLICIES)}, got {bn_policy!r}"
+            )
         if not 0 <= freeze_at <= 5:
             raise ValueError(f"freeze_at must be 0..5, got {freeze_at}")
         self.dims = [embed_dim * 2**i for i in range(len(STAGES))]
@@ -304,21 +315,14 @@ class SpatialMamba(nn.Module):
         """
         in_chans = self.stem.conv1.conv.in_channels
         if x.dim() != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
-            raise ValueError(
-                f"x must be [B, {in_chans}, H, W] with H, W >= 1, got {list(x.shape)}"
-            )
+            raise ValueError(f"x must be [B, {in_chans}, H, W] with H, W >= 1, got {list(x.shape)}")
         x = self.stem(x)
         outputs = {}
         for name, stage in zip(STAGES, self.stages, strict=True):
-            for block in stage.blocks:
-                if self.grad_checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
-            outputs[name] = x
+            x = outputs[name] = stage(x, self.grad_checkpointing)
             if name == last:
                 break
-            x = stage.downsample(x)
+            x = stage.downsample(x)  # type: ignore[operator]  # ModuleList hides the type
         return outputs
 
 

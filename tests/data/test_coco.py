@@ -282,10 +282,19 @@ def test_malformed_box(folder, caplog, value):
     folder.expect(caplog, "annotation 1 of image 10: bbox must be 4 finite numbers, got")
 
 
-@pytest.mark.parametrize("value", [[1, 1, 0, 3], [1, 1, 4, 0.0], [1, 1, -4, 3]])
-def test_box_without_area(folder, caplog, value):
+def test_negative_box(folder, caplog):
+    folder.annotation["bbox"] = [1, 1, -4, 3]
+    folder.expect(caplog, "annotation 1 of image 10: bbox [1, 1, -4, 3] must have width and height")
+
+
+@pytest.mark.parametrize("value", [[1, 1, 0, 3], [1, 1, 4, 0.0]])
+def test_box_without_area_is_left_out(folder, caplog, value):
     folder.annotation["bbox"] = value
-    folder.expect(caplog, f"annotation 1 of image 10: bbox {value} must have width and height")
+    dataset = folder.load()
+    assert dataset.problems == []
+    assert sum(len(record["annotations"]) for record in dataset.records) == 2
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Left out for box without area: 1. The first: ")
 
 
 @pytest.mark.parametrize(
@@ -361,7 +370,7 @@ def test_compressed_rle_is_understood(folder):
 def test_the_first_ten_are_listed_and_all_are_counted(folder, caplog):
     folder.content["annotations"] = [
         {**folder.annotation, "id": number, "category_id": 2} for number in range(13)
-    ] + [{**folder.annotation, "id": 13, "bbox": [0, 0, 0, 0]}]
+    ] + [{**folder.annotation, "id": 13, "bbox": [0, 0, -1, 2]}]
     with pytest.raises(ValueError) as caught:
         folder.load()
     first, *lines, last = str(caught.value).splitlines()

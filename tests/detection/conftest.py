@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from spatial_mamba_d2.data.shapes import generate_shapes  # noqa: E402
-from spatial_mamba_d2.detection.config import load_config  # noqa: E402
-from spatial_mamba_d2.detection.datasets import resolve_datasets  # noqa: E402
-from spatial_mamba_d2.models.variants import VARIANTS  # noqa: E402
+from spatial_mamba_d2.data.shapes import generate_shapes
+from spatial_mamba_d2.detection.config import load_config
+from spatial_mamba_d2.detection.datasets import resolve_datasets
+from spatial_mamba_d2.models.variants import VARIANTS
 
 
 @pytest.fixture(scope="session")

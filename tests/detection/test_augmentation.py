@@ -21,7 +21,7 @@ def image():
 
 
 def test_pixels_are_opencvs(image):
-    transform = ResizeShortestEdge([60], 1000).get_transform(image)
+    transform = ResizeShortestEdge([60], 1000, "choice").get_transform(image)
     expected = cv2.resize(image, (85, 60), interpolation=cv2.INTER_LINEAR)
     assert np.array_equal(transform.apply_image(image), expected)
 

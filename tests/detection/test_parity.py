@@ -37,7 +37,9 @@ def box_iou(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "image"), [("a", "image_a"), ("b", "image_b"), ("b800", "image_b")])
+@pytest.mark.parametrize(
+    ("case", "image"), [("a", "image_a"), ("b", "image_b"), ("b800", "image_b")]
+)
 def test_detections(case, image, golden_folder, predictor):
     """``a`` and ``b`` go in as they are; ``b800`` through our resizing to 800 x 1333."""
     pixels = read_image(golden_folder / f"{image}.png")

@@ -207,9 +207,7 @@ def test_freeze_at():
     model = build_backbone("tiny", freeze_at=2, **SMALL).train()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {
-        name
-        for name, _ in model.named_parameters()
-        if name.startswith(("stem.", "stages.0."))
+        name for name, _ in model.named_parameters() if name.startswith(("stem.", "stages.0."))
     }
     assert not any(bn.training for bn in batch_norms(model.stem))
     assert all(bn.training for bn in batch_norms(model.stages[1]))

@@ -22,9 +22,7 @@ def run(backend: str | None) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k != "SMD2_BACKEND"}
     if backend is not None:
         env["SMD2_BACKEND"] = backend
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
 
 
 def test_forced_backends_agree():

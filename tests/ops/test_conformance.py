@@ -132,9 +132,7 @@ def test_opcheck_backward(op, ssm_inputs):
 def test_gradients_are_the_same_run_to_run(op, ssm_inputs):
     args = [x.requires_grad_() for x in arguments(op, ssm_inputs(2, 20, 31, 16))]
     output = getattr(ops, op)(*args)
-    first, second = (
-        torch.autograd.grad(output.sum(), args, retain_graph=True) for _ in range(2)
-    )
+    first, second = (torch.autograd.grad(output.sum(), args, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -24,9 +24,7 @@ def test_selective_scan(case, golden):
     leaves = {name: x.clone().requires_grad_() for name, x in leaves.items()}
     h = ops.selective_scan(**leaves)
     assert relative_error(h.transpose(1, 2), values["h"][:, :, 0]) < 1e-6
-    gradients = torch.autograd.grad(
-        h, list(leaves.values()), values["dh"][:, :, 0].transpose(1, 2)
-    )
+    gradients = torch.autograd.grad(h, list(leaves.values()), values["dh"][:, :, 0].transpose(1, 2))
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         expected = values[f"d_{name}"]
         if name in ("u", "delta"):

@@ -1,0 +1,104 @@
+"""From config keys to records: classes, skipping, and what is evaluated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from detectron2.data import MetadataCatalog
+from pycocotools.coco import COCO
+
+from spatial_mamba_d2.detection.datasets import evaluation_metadata, load_records
+
+
+@pytest.fixture
+def damaged(shapes, tmp_path):
+    """A copy of the test set with one truncated image, one missing, one unknown category."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(shapes / "images/validation", folder)
+    content = json.loads((shapes / "instances_val.json").read_text())
+    cut, missing = (image["file_name"] for image in content["images"][:2])
+    (folder / cut).write_bytes((folder / cut).read_bytes()[:600])
+    (folder / missing).unlink()
+    kept = {image["id"] for image in content["images"][2:]}
+    wrong = next(a for a in content["annotations"] if a["image_id"] in kept)
+    wrong["category_id"] = 99
+    path = tmp_path / "damaged.json"
+    path.write_text(json.dumps(content))
+    return path, folder, content
+
+
+def test_any_coco_set_through_config_alone(make_cfg, shapes):
+    cfg = make_cfg()
+    records = load_records(cfg, cfg.DATASETS.TEST[0], is_train=False)
+    content = json.loads((shapes / "instances_val.json").read_text())
+    assert [r["image_id"] for r in records] == [image["id"] for image in content["images"]]
+    ids = sorted(category["id"] for category in content["categories"])
+    assert ids == [1, 2, 4, 5, 7]
+    by_id = {a["id"]: a for a in content["annotations"]}
+    found = [a for r in records for a in r["annotations"]]
+    assert len(found) == len(by_id)
+    for ours, theirs in zip(found, content["annotations"], strict=True):
+        assert ids[ours["category_id"]] == theirs["category_id"]
+        assert ours["bbox"] == theirs["bbox"]
+    names = [category["name"] for category in content["categories"]]
+    assert MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes == names
+
+
+def test_training_leaves_out_images_without_objects(make_cfg, shapes, tmp_path):
+    content = json.loads((shapes / "instances_train.json").read_text())
+    first = content["images"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == first]
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(content))
+    cfg = make_cfg("DATASETS.TRAIN_JSON", path)
+    assert len(load_records(cfg, cfg.DATASETS.TRAIN[0], is_train=True)) == 1
+    content["annotations"] = []
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="none of its 12 images has an object"):
+        load_records(cfg, cfg.DATASETS.TRAIN[0], is_train=True)
+
+
+def test_number_of_classes_is_checked(make_cfg):
+    cfg = make_cfg("MODEL.ROI_HEADS.NUM_CLASSES", 80)
+    with pytest.raises(ValueError, match=r"NUM_CLASSES must be 5, .* got 80"):
+        load_records(cfg, cfg.DATASETS.TRAIN[0], is_train=True)
+
+
+def test_damage_is_an_error(make_cfg, damaged):
+    path, folder, content = damaged
+    cfg = make_cfg("DATASETS.TEST_JSON", path, "DATASETS.TEST_IMAGES", folder)
+    with pytest.raises(ValueError) as caught:
+        load_records(cfg, cfg.DATASETS.TEST[0], is_train=False)
+    assert str(path) in str(caught.value)
+    assert content["images"][1]["file_name"] in str(caught.value)
+    assert "no category has the id 99" in str(caught.value)
+
+
+def test_what_is_skipped_does_not_count_as_missed(make_cfg, damaged):
+    path, folder, _ = damaged
+    cfg = make_cfg(
+        "DATASETS.TEST_JSON", path, "DATASETS.TEST_IMAGES", folder, "DATASETS.ON_ERROR", "skip"
+    )
+    name = cfg.DATASETS.TEST[0]
+    records = load_records(cfg, name, is_train=False)
+    assert len(records) == 3
+    metadata = evaluation_metadata(name)
+    evaluated = COCO(metadata.json_file)
+    assert sorted(evaluated.getImgIds()) == sorted(r["image_id"] for r in records)
+    assert len(evaluated.getAnnIds()) == sum(len(r["annotations"]) for r in records)
+    assert metadata.thing_classes == MetadataCatalog.get(name).thing_classes
+
+
+def test_masks_are_needed_for_a_mask_head(make_cfg, shapes, tmp_path):
+    content = json.loads((shapes / "instances_train.json").read_text())
+    without = next(a for a in content["annotations"] if not a["iscrowd"])
+    del without["segmentation"]
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(content))
+    cfg = make_cfg("DATASETS.TRAIN_JSON", path)
+    with pytest.raises(ValueError, match=rf"annotation {without['id']} .*MODEL.MASK_ON False"):
+        load_records(cfg, cfg.DATASETS.TRAIN[0], is_train=True)
+    boxes_only = make_cfg("DATASETS.TRAIN_JSON", path, "MODEL.MASK_ON", False)
+    assert load_records(boxes_only, boxes_only.DATASETS.TRAIN[0], is_train=True)

@@ -1,0 +1,227 @@
+"""Training and evaluation through the functions that the command line calls."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.env import seed_all_rng
+
+from spatial_mamba_d2.data.shapes import generate_shapes
+from spatial_mamba_d2.detection.launch import launch
+from spatial_mamba_d2.detection.run import run
+from spatial_mamba_d2.detection.trainer import Trainer
+from spatial_mamba_d2.models.weights import read_checkpoint
+
+CONFIG = "configs/demo_mask_rcnn_spatial_mamba_t.yaml"
+
+
+def arguments(root, overrides, *more, **flags):
+    words = [*overrides, *(str(word) for word in more)]
+    return Namespace(
+        config_file=str(root / CONFIG),
+        opts=words,
+        **{"eval_only": False, "resume": False, **flags},
+    )
+
+
+def losses(cfg, iterations=None):
+    """The total loss of each iteration, as computed, and the trainer."""
+    seed_all_rng(0)  # as default_setup does
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    recorded = []
+    write = trainer._trainer._write_metrics
+
+    def record(loss_dict, *args, **kwargs):
+        recorded.append(sum(loss.item() for loss in loss_dict.values()))
+        write(loss_dict, *args, **kwargs)
+
+    trainer._trainer._write_metrics = record
+    if iterations is not None:
+        trainer.max_iter = iterations
+    trainer.train()
+    return recorded, trainer
+
+
+@pytest.mark.usefixtures("narrow")
+def test_resume_continues_the_same_curve(make_cfg, tmp_path):
+    """With crops, flips, several scales, drop path and sampled proposals."""
+    more = ("INPUT.RESIZE_CROP.ENABLED", True, "INPUT.RESIZE_CROP.SIZES", (70, 90),
+            "INPUT.RESIZE_CROP.CROP_RANGE", (50, 60), "TEST.EVAL_PERIOD", 100)  # fmt: skip
+    whole, _ = losses(make_cfg(*more, "OUTPUT_DIR", tmp_path / "whole"))
+    first, _ = losses(make_cfg(*more), iterations=3)
+    torch.rand(7)  # whatever the generators' state
+    second, trainer = losses(make_cfg(*more))
+    assert trainer.start_iter == 3 and len(whole) == 6
+    assert first + second == pytest.approx(whole, rel=1e-6)
+    states = [
+        read_checkpoint(Path(folder) / "model_final.pth")["model"]
+        for folder in (tmp_path / "whole", tmp_path / "output")
+    ]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_on_the_cpu(precision, make_cfg):
+    cfg = make_cfg("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", precision,
+                   "SOLVER.CLIP_GRADIENTS.ENABLED", True)  # fmt: skip
+    curve, trainer = losses(cfg)
+    assert len(curve) == 6 and all(math.isfinite(x) for x in curve)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    assert trainer._trainer.scaler.is_enabled() == (precision == "float16")
+
+
+@pytest.mark.usefixtures("narrow")
+def test_train_then_evaluate_only(root, overrides, tmp_path):
+    output = tmp_path / "output"
+    trained = run(arguments(root, overrides, "TEST.PICTURES", 3))
+    assert trained and set(trained) == {"bbox", "segm"}
+    assert len(list((output / "pictures").glob("*.png"))) == 3
+    assert (output / "model_final.pth").is_file() and (output / "metrics.json").is_file()
+    assert list(output.glob("events.out.tfevents*"))
+    weights = ("MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", tmp_path / "other")
+    evaluated = run(arguments(root, overrides, *weights, eval_only=True))
+    resumed = run(arguments(root, overrides, eval_only=True, resume=True))
+    for results in (evaluated, resumed):
+        for task in trained:
+            assert results[task] == pytest.approx(trained[task], nan_ok=True)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_finished_training_resumes_to_its_evaluation(root, overrides):
+    first = run(arguments(root, overrides))
+    again = run(arguments(root, overrides, resume=True))
+    assert again["bbox"] == pytest.approx(first["bbox"], nan_ok=True)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("limit", [3, 100, 150])
+def test_evaluator_honours_detections_per_image(limit, make_cfg):
+    cfg = make_cfg("TEST.DETECTIONS_PER_IMAGE", limit)
+    (coco,) = Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])._evaluators
+    assert coco._max_dets_per_image == [1, 10, limit]
+
+
+@pytest.mark.usefixtures("narrow")
+def test_evaluation_needs_weights(root, overrides):
+    with pytest.raises(ValueError, match="--eval-only needs weights: give MODEL.WEIGHTS, or"):
+        run(arguments(root, overrides, eval_only=True))
+
+
+@pytest.mark.usefixtures("narrow")
+def test_missing_weights_are_named(root, overrides, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file: .*absent.pth"):
+        run(arguments(root, overrides, "MODEL.WEIGHTS", tmp_path / "absent.pth"))
+
+
+@pytest.mark.usefixtures("narrow")
+def test_parts_must_divide_the_batch(make_cfg):
+    with pytest.raises(ValueError, match="must divide the 2 images per process, got 3"):
+        Trainer(make_cfg("SOLVER.ACCUMULATION_STEPS", 3))
+
+
+# All anchors and proposals take part, and each image has the same number of them, so that means
+# over processes are means over images; only ground-truth boxes are positive.
+DETERMINISTIC = (
+    "MODEL.SPATIAL_MAMBA.BN", "frozen",
+    "MODEL.SPATIAL_MAMBA.DROP_PATH_RATE", "0.0",
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000",
+    "MODEL.RPN.POSITIVE_FRACTION", "1.0",
+    "MODEL.RPN.NMS_THRESH", "1.0",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "40",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "1000",
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0",
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS", "[0.99]",
+)  # fmt: skip
+
+
+@pytest.fixture
+def equal_images(overrides, tmp_path):
+    """Overrides for square images that have exactly two objects each."""
+    folder = generate_shapes(tmp_path / "squares", num_train=16, num_val=1, image_px=(64, 64))
+    content = json.loads((folder / "instances_train.json").read_text())
+    images, annotations = [], []
+    for image in content["images"]:
+        mine = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+        large = [a for a in mine if not a["iscrowd"] and a["area"] > 60]
+        if len(large) >= 2:
+            images.append(image)
+            annotations += large[:2]
+    assert len(images) >= 4
+    path = tmp_path / "equal.json"
+    path.write_text(json.dumps({**content, "images": images, "annotations": annotations}))
+    return [*overrides, *DETERMINISTIC, "DATASETS.TRAIN_JSON", str(path),
+            "DATASETS.TRAIN_IMAGES", str(folder / "images/training"),
+            "INPUT.MIN_SIZE_TRAIN", "(64,)",
+            "SOLVER.MAX_ITER", "5", "TEST.EVAL_PERIOD", "100"]  # fmt: skip
+
+
+@pytest.mark.usefixtures("narrow")
+def test_accumulation_changes_nothing_but_memory(equal_images, make_cfg, tmp_path):
+    curves = []
+    for parts in (1, 2):
+        cfg = make_cfg(*equal_images, "SOLVER.ACCUMULATION_STEPS", parts,
+                       "OUTPUT_DIR", tmp_path / str(parts))  # fmt: skip
+        curves.append(losses(cfg)[0])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def raw_losses(output: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "loss" in k} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["flag", "torchrun"])
+def test_two_processes_equal_one(launcher, root, equal_images, tmp_path):
+    """The real tool with the real backbone: half the batch each, gloo, the same losses."""
+    tool = [str(root / "tools/train_net.py"), "--config-file", str(root / CONFIG)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    curves = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        command = [sys.executable, *tool]
+        if processes == 2 and launcher == "flag":
+            command += ["--num-gpus", "2"]
+        elif processes == 2:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                       "--nproc-per-node", "2", *tool]  # fmt: skip
+        done = subprocess.run(
+            [*command, *equal_images, "OUTPUT_DIR", str(output)],
+            env=env, cwd=root, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        curves.append(raw_losses(output))
+    assert len(curves[0]) == 5
+    for one, two in zip(*curves, strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_launch_refuses_what_it_cannot_do(monkeypatch):
+    with pytest.raises(ValueError, match="--dist-url must be tcp://HOST:PORT for several machines"):
+        launch(print, 1, num_machines=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="--num-gpus must be at most 1, the GPUs here, got 2"):
+        launch(print, 2)
+
+
+def test_command_line_explains_itself(root):
+    done = subprocess.run(
+        [sys.executable, str(root / "tools/train_net.py"), "--config-file", str(root / CONFIG),
+         "SOLVER.BASELR", "1"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert (
+        "unknown config key SOLVER.BASELR; the nearest valid one is SOLVER.BASE_LR" in done.stderr
+    )
