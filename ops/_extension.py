@@ -52,9 +52,15 @@ def define(schema: str) -> None:
 def register_python(name: str, *, eager: Callable, reference: Callable) -> None:
     """Register the plain PyTorch kernel of ``spatial_mamba::<name>`` for all devices.
 
-    It is a CompositeExplicitAutograd kernel: a compiled one for a device takes precedence.
+    It is a CompositeExplicitAutograd kernel: a compiled one for a device takes precedence. Autocast
+    would reach the operations inside it, so it is off there: the kernel knows its own precision.
     """
-    kernel = reference if FORCED_BACKEND == "reference" else eager
+    function = reference if FORCED_BACKEND == "reference" else eager
+
+    def kernel(first: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest)
+
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
 
 

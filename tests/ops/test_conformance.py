@@ -94,6 +94,18 @@ def test_strided_inputs(op, ssm_inputs, strided):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_autocast_does_not_reach_inside(op, ssm_inputs):
+    args = [x.requires_grad_() for x in arguments(op, ssm_inputs(1, 8, 9, 16))]
+    expected = getattr(ops, op)(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = getattr(ops, op)(*args)
+        gradients = torch.autograd.grad(actual.sum(), args)
+    assert torch.equal(actual, expected)
+    for a, e in zip(gradients, torch.autograd.grad(expected.sum(), args), strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_inputs_are_left_alone(op, ssm_inputs):
     args = arguments(op, ssm_inputs(1, 8, 9, 3))
     before = [x.clone() for x in args]
