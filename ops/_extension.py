@@ -1,4 +1,4 @@
-"""The one place that decides which kernels serve the operators.
+"""The one place that decides which kernels serve the operators, and loads the compiled ones.
 
 ``SMD2_BACKEND`` is read once, at import:
 
@@ -9,39 +9,57 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 BACKENDS = ("reference", "eager", "native")
 LIBRARY = torch.library.Library("spatial_mamba", "FRAGMENT")
 
-_NOT_BUILT = (
-    "no compiled kernels: this release has the pure PyTorch operators only, "
-    "which run on every device that PyTorch supports"
-)
-
 
 def _read_backend() -> str | None:
     name = os.environ.get("SMD2_BACKEND", "").strip().lower()
-    if not name:
-        return None
-    if name not in BACKENDS:
+    if name and name not in BACKENDS:
         raise ImportError(f"SMD2_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "native":
-        raise ImportError(f"SMD2_BACKEND=native, but there are {_NOT_BUILT}")
-    return name
+    return name or None
+
+
+def _load_compiled() -> str | None:
+    """Load the compiled kernels; ``None``, or why there are none and what helps."""
+    if FORCED_BACKEND in ("reference", "eager"):
+        return f"SMD2_BACKEND is {FORCED_BACKEND}"
+    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
+    again = "pip install --no-build-isolation . (in a checkout: python3 dev.py setup)"
+    if not libraries:
+        return f"they were not compiled at installation; with a C++ compiler, {again} does it"
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:  # mostly: compiled against another PyTorch
+        return f"{libraries[0].name} cannot be loaded ({error}); {again} renews it"
+    return None
 
 
 FORCED_BACKEND = _read_backend()
+WHY_NOT_COMPILED = _load_compiled()
+if WHY_NOT_COMPILED and FORCED_BACKEND == "native":
+    raise ImportError(
+        f"SMD2_BACKEND is native, but there are no compiled kernels: {WHY_NOT_COMPILED}"
+    )
+if WHY_NOT_COMPILED and not FORCED_BACKEND:
+    logging.getLogger(__name__).warning(
+        "operators run in plain PyTorch, which is slower, for there are no compiled kernels: %s",
+        WHY_NOT_COMPILED,
+    )
 
 
 def status() -> str:
     """One line: which kernels serve the operators, and why."""
-    if FORCED_BACKEND:
-        return f"{FORCED_BACKEND} (forced by SMD2_BACKEND)"
-    return f"eager ({_NOT_BUILT})"
+    if WHY_NOT_COMPILED is None:
+        return "native on the CPU (compiled), eager on other devices"
+    return f"{FORCED_BACKEND or 'eager'} on every device: {WHY_NOT_COMPILED}"
 
 
 def define(schema: str) -> None:

@@ -1,5 +1,6 @@
 """What a built sdist and wheel hold."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,10 +34,10 @@ def distributions(tmp_path_factory) -> Path:
     for folder in SHIPPED:
         shutil.copytree(ROOT / folder, source / folder)
     # Folders that the package does not have yet must not need a new line in MANIFEST.in.
-    (source / "ops/selective_scan/cpu.cpp").touch()
     (source / "ops/selective_scan/cuda.cuh").touch()
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", output, source]
-    run = subprocess.run(build, capture_output=True, text=True)
+    env = {**os.environ, "SMD2_BUILD_NATIVE": "0"}  # compiling has a test of its own
+    run = subprocess.run(build, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return output
 
@@ -68,3 +69,43 @@ def test_sdist_holds_what_a_build_and_a_test_run_need(distributions):
     native = {"ops/selective_scan/cpu.cpp", "ops/selective_scan/cuda.cuh"}
     assert native | {"dev.py", "LICENSE", "NOTICE"} <= names
     assert files("tests", "*.py") | files("tools", "*.py") | files("configs", "*.yaml") <= names
+
+
+@pytest.fixture
+def build_ext(tmp_path):
+    """``build_ext(**environment)``: run the compilation in a copy of the sources."""
+    for folder in ("ops", "configs", "spatial_mamba_d2"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def build(**environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--build-lib", "built"],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    return build
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "no C++ compiler no-such-compiler"), ("false", "compiling failed")],
+)
+def test_a_compiler_that_fails_does_not_fail_the_installation(compiler, reason, build_ext):
+    done = build_ext(CXX=compiler, SMD2_BUILD_NATIVE="")
+    assert done.returncode == 0, done.stderr
+    assert f"spatial_mamba_d2: operators are not compiled: {reason}" in done.stderr
+    insisted = build_ext(CXX=compiler, SMD2_BUILD_NATIVE="1")
+    assert insisted.returncode != 0
+    assert reason in insisted.stderr
+
+
+def test_compiling_can_be_declined(build_ext):
+    done = build_ext(SMD2_BUILD_NATIVE="0")
+    assert done.returncode == 0
+    assert "operators are not compiled: SMD2_BUILD_NATIVE is 0" in done.stderr

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
+
+from spatial_mamba_d2.ops import _extension
 
 PROGRAM = """
 import torch
 from spatial_mamba_d2 import ops
 from spatial_mamba_d2.ops import _extension
 torch.manual_seed(0)
-h = ops.state_fusion(torch.randn(1, 4, 4, 2), torch.randn(25, 2))
-print(_extension.status(), h.sum().item(), sep="|")
+u, delta = torch.randn(2, 2, 6, 7, 21)
+B, C = torch.randn(2, 2, 6, 7)
+A, D, bias = -torch.rand(21), torch.randn(21), torch.randn(21)
+inputs = [x.requires_grad_() for x in (u, delta, A, B, C, D, bias, torch.randn(25, 21))]
+y = ops.structure_aware_ssm(*inputs)
+total = y.abs().sum() + sum(g.abs().sum() for g in torch.autograd.grad(y.square().sum(), inputs))
+print(_extension.status(), total.item(), sep="|")
 """
 
 
-def run(backend: str | None) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "SMD2_BACKEND"}
-    if backend is not None:
-        env["SMD2_BACKEND"] = backend
-    return subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
+NO_LIBRARY = """
+import pathlib, torch
+pathlib.Path.glob = lambda self, pattern: iter(())
+"""
+
+
+def run(backend: str, program: str = PROGRAM, **more: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "SMD2_BACKEND": backend, **more}
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
 
 
 def test_forced_backends_agree():
@@ -31,7 +43,7 @@ def test_forced_backends_agree():
         done = run(backend)
         assert done.returncode == 0, done.stderr
         status, total = done.stdout.split("|")
-        assert status == f"{backend} (forced by SMD2_BACKEND)"
+        assert status == f"{backend} on every device: SMD2_BACKEND is {backend}"
         sums.append(float(total))
     assert sums[0] == pytest.approx(sums[1], rel=1e-5)
 
@@ -43,6 +55,29 @@ def test_unknown_backend_is_refused():
 
 
 def test_native_never_falls_back():
-    done = run("native")
+    """Told of a library that is not there, it does not use another kernel."""
+    program = PROGRAM.replace("import torch\n", NO_LIBRARY, 1)
+    done = run("native", program=program)
     assert done.returncode != 0
-    assert "SMD2_BACKEND=native, but there are no compiled kernels" in done.stderr
+    assert "SMD2_BACKEND is native, but there are no compiled kernels" in done.stderr
+    assert "pip install --no-build-isolation" in done.stderr
+
+
+def test_without_a_library_it_runs_and_says_so_once():
+    program = PROGRAM.replace("import torch\n", NO_LIBRARY, 1)
+    done = run("", program=program)
+    assert done.returncode == 0
+    assert done.stdout.startswith("eager on every device: they were not compiled")
+    assert done.stderr.count("operators run in plain PyTorch, which is slower") == 1
+
+
+@pytest.mark.skipif(bool(_extension.WHY_NOT_COMPILED), reason="no compiled kernels")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="versions are x86-64's")
+def test_versions_for_other_processors_agree():
+    """The baseline and AVX2 versions that are in every x86-64 build, on this machine."""
+    sums = []
+    for capability in ("baseline", "avx2", "avx512"):
+        done = run("native", SMD2_CPU_CAPABILITY=capability)
+        assert done.returncode == 0, done.stderr
+        sums.append(float(done.stdout.split("|")[1]))
+    assert sums == pytest.approx([sums[0]] * 3, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Every operator, every plain PyTorch kernel, against the float64 reference and its autograd."""
+"""Every operator, every kernel, against the float64 reference and its autograd."""
 
 from __future__ import annotations
 
@@ -38,6 +38,34 @@ KERNELS = {
 }
 
 
+DISPATCHED = "eager" if _extension.WHY_NOT_COMPILED else "native"
+
+
+@pytest.fixture(params=["eager", "native"])
+def kernel(request, monkeypatch):
+    """``kernel(op)``: the public function, served by the named kernel."""
+    if request.param == "native" and DISPATCHED != "native":
+        pytest.skip(f"no compiled kernels: {_extension.WHY_NOT_COMPILED}")
+
+    class Eager(torch.autograd.Function):
+        """What the dispatcher does where nothing is compiled."""
+
+        @staticmethod
+        def forward(ctx, op, *inputs):
+            ctx.op = op
+            ctx.save_for_backward(*inputs)
+            return getattr(KERNELS[op][1], op)(*inputs)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            backward = getattr(KERNELS[ctx.op][1], f"{ctx.op}_backward")
+            return None, *backward(gradient, *ctx.saved_tensors)
+
+    if request.param == DISPATCHED:
+        return lambda op: getattr(ops, op)
+    return lambda op: lambda *inputs: Eager.apply(op, *inputs)
+
+
 def arguments(op, inputs):
     """What ``op`` takes of the inputs of ``structure_aware_ssm``."""
     u, delta, A, B, _, _, bias, taps = inputs
@@ -60,11 +88,11 @@ def truth(op, args):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_forward_and_backward(op, shape, dtype, ssm_inputs):
+def test_forward_and_backward(kernel, op, shape, dtype, ssm_inputs):
     args = arguments(op, ssm_inputs(*shape, dtype))
     output, cotangent, gradients = truth(op, args)
     leaves = [x.clone().requires_grad_() for x in args]
-    actual = getattr(ops, op)(*leaves)
+    actual = kernel(op)(*leaves)
     assert actual.shape == output.shape
     assert actual.is_contiguous()
     keeps_dtype = op == "structure_aware_ssm" or dtype == torch.float64
@@ -78,11 +106,11 @@ def test_forward_and_backward(op, shape, dtype, ssm_inputs):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_strided_inputs(op, ssm_inputs, strided):
+def test_strided_inputs(kernel, op, ssm_inputs, strided):
     args = arguments(op, ssm_inputs(2, 6, 9, 5))
     views = [strided(x).requires_grad_() for x in args]
     plain = [x.clone().requires_grad_() for x in args]
-    expected, actual = getattr(ops, op)(*plain), getattr(ops, op)(*views)
+    expected, actual = kernel(op)(*plain), kernel(op)(*views)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     cotangent = torch.randn(expected.shape)
     for a, e in zip(
@@ -106,11 +134,11 @@ def test_autocast_does_not_reach_inside(op, ssm_inputs):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_inputs_are_left_alone(op, ssm_inputs):
+def test_inputs_are_left_alone(kernel, op, ssm_inputs):
     args = arguments(op, ssm_inputs(1, 8, 9, 3))
     before = [x.clone() for x in args]
     leaves = [x.requires_grad_() for x in args]
-    output = getattr(ops, op)(*leaves)
+    output = kernel(op)(*leaves)
     cotangent = torch.ones_like(output)
     torch.autograd.grad(output, leaves, cotangent)
     assert all(torch.equal(x, y) for x, y in zip(args, before, strict=True))
@@ -118,9 +146,9 @@ def test_inputs_are_left_alone(op, ssm_inputs):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_gradcheck(op, ssm_inputs):
+def test_gradcheck(kernel, op, ssm_inputs):
     args = arguments(op, ssm_inputs(1, 3, 4, 2, torch.float64))
-    assert gradcheck(getattr(ops, op), [x.requires_grad_() for x in args])
+    assert gradcheck(kernel(op), [x.requires_grad_() for x in args])
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -141,9 +169,9 @@ def test_opcheck_backward(op, ssm_inputs):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_gradients_are_the_same_run_to_run(op, ssm_inputs):
+def test_gradients_are_the_same_run_to_run(kernel, op, ssm_inputs):
     args = [x.requires_grad_() for x in arguments(op, ssm_inputs(2, 20, 31, 16))]
-    output = getattr(ops, op)(*args)
+    output = kernel(op)(*args)
     first, second = (torch.autograd.grad(output.sum(), args, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -156,6 +184,36 @@ def test_reference_gradients(op, ssm_inputs):
     backward = _extension.gradients_of(getattr(KERNELS[op][0], op))
     actual = backward(cotangent, *args)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_value_is_written(op, ssm_inputs, monkeypatch):
+    """Outputs start as NaN here, so that what a kernel leaves out shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        args = [x.requires_grad_() for x in arguments(op, ssm_inputs(2, 7, 13, 21))]
+        output = getattr(ops, op)(*args)
+        results = [output, *torch.autograd.grad(output.sum(), args)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in results)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_number_of_threads_changes_nothing(op, ssm_inputs):
+    args = [x.requires_grad_() for x in arguments(op, ssm_inputs(2, 9, 14, 40))]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            output = getattr(ops, op)(*args)
+            results.append([output, *torch.autograd.grad(output.sum(), args)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_softplus_is_as_accurate_as_pytorchs():

@@ -1,0 +1,186 @@
+// Vectors over channels, in plain C++ with the vector extensions of GCC and
+// Clang. Every function here is inlined into kernels that are compiled once per
+// instruction set (see multiversion.h), so nothing needs intrinsics.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define SMD2_INLINE static inline __attribute__((always_inline))
+
+namespace smd2 {
+
+// The type that sums and states have: float, but double for double.
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename T>
+using acc_t = typename Accumulate<T>::type;
+
+// N values of type T, one per channel.
+template <typename T, int N>
+struct VectorOf {
+  typedef T type
+      __attribute__((vector_size(N * sizeof(T)), aligned(sizeof(T))));
+};
+template <typename T, int N>
+using vec = typename VectorOf<T, N>::type;
+
+template <typename T, int N>
+SMD2_INLINE vec<T, N> splat(T x) {
+  return x - vec<T, N>{};
+}
+
+// Contiguous scratch memory, always whole vectors.
+template <typename T, int N>
+SMD2_INLINE vec<T, N> read(const T* p) {
+  vec<T, N> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename T, int N>
+SMD2_INLINE void write(T* p, vec<T, N> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+// Tensors: the first n of N channels; the others read as 0 and stay unwritten.
+template <typename T, int N>
+SMD2_INLINE vec<acc_t<T>, N> load(const T* p, int n) {
+  vec<T, N> v{};
+  std::memcpy(&v, p, n == N ? sizeof(v) : n * sizeof(T));
+  return v;
+}
+template <typename T, int N>
+SMD2_INLINE void store(T* p, vec<acc_t<T>, N> v, int n) {
+  std::memcpy(p, &v, n == N ? sizeof(v) : n * sizeof(T));
+}
+
+template <int N>
+SMD2_INLINE vec<float, N> load(const c10::BFloat16* p, int n) {
+  vec<uint16_t, N> bits{};
+  std::memcpy(&bits, p, n == N ? sizeof(bits) : n * sizeof(uint16_t));
+  auto wide = __builtin_convertvector(bits, vec<uint32_t, N>) << 16;
+  vec<float, N> v;
+  std::memcpy(&v, &wide, sizeof(v));
+  return v;
+}
+template <int N>
+SMD2_INLINE void store(c10::BFloat16* p, vec<float, N> v, int n) {
+  vec<uint32_t, N> bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
+  auto nan = (bits & 0x7fffffff) > 0x7f800000;
+  auto narrow = __builtin_convertvector(
+      nan ? bits >> 16 | 0x40 : rounded, vec<uint16_t, N>);
+  std::memcpy(p, &narrow, n == N ? sizeof(narrow) : n * sizeof(uint16_t));
+}
+template <typename T, int N>
+SMD2_INLINE vec<acc_t<T>, N> load_channels(const T* p, int n) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    return load<N>(p, n);
+  } else {
+    return load<T, N>(p, n);
+  }
+}
+template <typename T, int N>
+SMD2_INLINE void store_channels(T* p, vec<acc_t<T>, N> v, int n) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    store<N>(p, v, n);
+  } else {
+    store<T, N>(p, v, n);
+  }
+}
+
+template <typename T, int N>
+SMD2_INLINE T sum(vec<T, N> v) {
+  T total = 0;
+  for (int i = 0; i < N; i++) {
+    total += v[i];
+  }
+  return total;
+}
+
+// exp to 1 ulp or so: 2^n times a polynomial in the rest (coefficients as in
+// Cephes' expf). Arguments are clamped to the range of normal results.
+template <int N>
+SMD2_INLINE vec<float, N> exp(vec<float, N> x) {
+  const auto low = splat<float, N>(-87.3f), high = splat<float, N>(88.3f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to integers
+  vec<float, N> shifted = x * 1.44269504f + magic;
+  vec<float, N> n = shifted - magic;
+  vec<float, N> r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vec<float, N> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  vec<int32_t, N> bits, exponent;
+  std::memcpy(&bits, &p, sizeof(bits));
+  std::memcpy(&exponent, &shifted, sizeof(exponent));
+  bits += exponent << 23;  // the low bits of `shifted` are n
+  std::memcpy(&p, &bits, sizeof(p));
+  return p;
+}
+
+// log of x >= 1 (coefficients as in Cephes' logf).
+template <int N>
+SMD2_INLINE vec<float, N> log_above_one(vec<float, N> x) {
+  vec<int32_t, N> bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const int32_t sqrt_half = 0x3f3504f3;
+  vec<int32_t, N> n = (bits - sqrt_half) >> 23;
+  bits -= n << 23;  // mantissa in [sqrt(1/2), sqrt(2))
+  vec<float, N> m;
+  std::memcpy(&m, &bits, sizeof(m));
+  m = m - 1.0f;
+  vec<float, N> p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  vec<float, N> square = m * m;
+  vec<float, N> e = __builtin_convertvector(n, vec<float, N>);
+  vec<float, N> y = p * m * square + e * -2.12194440e-4f;
+  y = y - square * 0.5f;
+  return m + y + e * 0.693359375f;
+}
+
+// log(1 + e) for e >= 0. The sum 1 + e is rounded; what it lost, over the sum,
+// is the first-order correction.
+template <int N>
+SMD2_INLINE vec<float, N> log1p(vec<float, N> e) {
+  vec<float, N> w = e + 1.0f;
+  return log_above_one<N>(w) + (e - (w - 1.0f)) / w;
+}
+
+template <int N>
+SMD2_INLINE vec<double, N> exp(vec<double, N> x) {
+  for (int i = 0; i < N; i++) {
+    x[i] = std::exp(x[i]);
+  }
+  return x;
+}
+template <int N>
+SMD2_INLINE vec<double, N> log1p(vec<double, N> x) {
+  for (int i = 0; i < N; i++) {
+    x[i] = std::log1p(x[i]);
+  }
+  return x;
+}
+
+}  // namespace smd2

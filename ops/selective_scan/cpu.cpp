@@ -1,0 +1,235 @@
+// spatial_mamba::selective_scan on the CPU; op.py documents it.
+#include "../common/tensors.h"
+#include "rows.h"
+
+namespace smd2 {
+namespace {
+
+// Tokens that are treated together; sums over tokens add up run by run.
+constexpr int64_t kRun = 256;
+
+// Pointers to whole contiguous tensors; a kernel does one image and one block.
+template <typename T>
+struct ScanArgs {
+  const T* u;
+  const T* delta;
+  const acc_t<T>* A;
+  const acc_t<T>* B;
+  const acc_t<T>* bias;
+  int64_t images, length, dim;
+  int64_t image, block;
+  acc_t<T>* scratch;
+};
+
+template <typename T, int N, bool Full>
+SMD2_INLINE ScanBlock<T, N> scan_block(const ScanArgs<T>& a) {
+  const int64_t c = a.block * N, at = a.image * a.length * a.dim + c;
+  const int n = block_channels<N, Full>(a);
+  return {
+      a.u + at,
+      a.delta + at,
+      a.B + a.image * a.length,
+      a.dim,
+      n,
+      load_channels<acc_t<T>, N>(a.A + c, n),
+      load_channels<acc_t<T>, N>(a.bias + c, n)};
+}
+
+template <typename T>
+struct ForwardArgs : ScanArgs<T> {
+  acc_t<T>* h;
+};
+
+template <typename T>
+struct Forward {
+  template <int N, bool Full>
+  SMD2_INLINE void run(const ForwardArgs<T>& a) {
+    using Acc = acc_t<T>;
+    const auto block = scan_block<T, N, Full>(a);
+    Acc* out = a.h + a.image * a.length * a.dim + a.block * N;
+    vec<Acc, N> h{};
+    for (int64_t first = 0; first < a.length; first += kRun) {
+      const int64_t count = std::min(kRun, a.length - first);
+      scan_row<T, N>(block, first, count, &h, a.scratch);
+      for (int64_t i = 0; i < count; i++) {
+        const auto state = read<Acc, N>(a.scratch + i * N);
+        store_channels<Acc, N>(
+            out + (first + i) * a.dim, state, block.channels);
+      }
+    }
+  }
+};
+
+template <typename T>
+struct BackwardArgs : ScanArgs<T> {
+  const acc_t<T>* grad_h;
+  T* grad_u;
+  T* grad_delta;
+  acc_t<T>* grad_A;     // [images, dim]
+  acc_t<T>* grad_B;     // [blocks, images, length]
+  acc_t<T>* grad_bias;  // [images, dim]
+};
+
+template <typename T>
+struct Backward {
+  template <int N, bool Full>
+  SMD2_INLINE void run(const BackwardArgs<T>& a) {
+    using Acc = acc_t<T>;
+    const auto block = scan_block<T, N, Full>(a);
+    const int64_t c = a.block * N, at = a.image * a.length * a.dim + c;
+    Acc* states = a.scratch;
+    Acc* grads = states + a.length * N;
+    vec<Acc, N> h{}, carry{};
+    scan_row<T, N>(block, 0, a.length, &h, states);
+    ScanGradients<T, N> out{};
+    out.u = a.grad_u + at;
+    out.delta = a.grad_delta + at;
+    out.B = a.grad_B + (a.block * a.images + a.image) * a.length;
+    const int64_t last = (a.length - 1) / kRun * kRun;
+    for (int64_t first = last; first >= 0; first -= kRun) {
+      const int64_t count = std::min(kRun, a.length - first);
+      for (int64_t i = 0; i < count; i++) {
+        const Acc* grad = a.grad_h + at + (first + i) * a.dim;
+        write<Acc, N>(
+            grads + i * N, load_channels<Acc, N>(grad, block.channels));
+      }
+      const auto before =
+          first ? read<Acc, N>(states + (first - 1) * N) : vec<Acc, N>{};
+      scan_row_backward<T, N>(
+          block,
+          first,
+          count,
+          states + first * N,
+          before,
+          grads,
+          nullptr,
+          vec<Acc, N>{},
+          &carry,
+          &out);
+    }
+    const int64_t channel = a.image * a.dim + c;
+    store_channels<Acc, N>(a.grad_A + channel, out.A, block.channels);
+    store_channels<Acc, N>(a.grad_bias + channel, out.bias, block.channels);
+  }
+};
+
+// The inputs as the kernels want them.
+struct Inputs {
+  at::Tensor u, delta, A, B, bias;
+
+  Inputs(
+      const at::Tensor& u_,
+      const at::Tensor& delta_,
+      const at::Tensor& A_,
+      const at::Tensor& B_,
+      const at::Tensor& bias_) {
+    const char* op = "selective_scan";
+    TORCH_CHECK_VALUE(
+        u_.dim() == 3, op, ": u must be [B, L, D], got ", u_.sizes());
+    check_shape(op, "delta", delta_, u_.sizes());
+    check_shape(op, "A", A_, {u_.size(2)});
+    check_shape(op, "B", B_, {u_.size(0), u_.size(1)});
+    check_shape(op, "delta_bias", bias_, {u_.size(2)});
+    const auto type = kernel_type(u_, delta_);
+    u = u_.to(type).contiguous();
+    delta = delta_.to(type).contiguous();
+    A = small(A_, u);
+    B = small(B_, u);
+    bias = small(bias_, u);
+  }
+
+  template <typename T>
+  void fill(ScanArgs<T>* a) const {
+    using Acc = acc_t<T>;
+    a->u = u.const_data_ptr<T>();
+    a->delta = delta.const_data_ptr<T>();
+    a->A = A.const_data_ptr<Acc>();
+    a->B = B.const_data_ptr<Acc>();
+    a->bias = bias.const_data_ptr<Acc>();
+    a->images = u.size(0);
+    a->length = u.size(1);
+    a->dim = u.size(2);
+  }
+};
+
+at::Tensor selective_scan(
+    const at::Tensor& u,
+    const at::Tensor& delta,
+    const at::Tensor& A,
+    const at::Tensor& B,
+    const at::Tensor& delta_bias) {
+  const Inputs in(u, delta, A, B, delta_bias);
+  at::Tensor h = at::empty(in.u.sizes(), in.A.options());
+  SMD2_DISPATCH(in.u.scalar_type(), "selective_scan", [&] {
+    ForwardArgs<scalar_t> shared;
+    in.fill(&shared);
+    shared.h = h.data_ptr<acc_t<scalar_t>>();
+    for_each_block<acc_t<scalar_t>>(
+        shared.images,
+        shared.dim,
+        kRun * lanes(),
+        [&](int64_t image, int64_t block, acc_t<scalar_t>* scratch) {
+          auto args = shared;
+          args.image = image;
+          args.block = block;
+          args.scratch = scratch;
+          run<Forward<scalar_t>>(args);
+        });
+  });
+  return h;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+selective_scan_backward(
+    const at::Tensor& grad_h,
+    const at::Tensor& u,
+    const at::Tensor& delta,
+    const at::Tensor& A,
+    const at::Tensor& B,
+    const at::Tensor& delta_bias) {
+  const Inputs in(u, delta, A, B, delta_bias);
+  check_shape("selective_scan_backward", "grad_h", grad_h, u.sizes());
+  const auto grad = small(grad_h, in.u);
+  const auto images = in.u.size(0), length = in.u.size(1), dim = in.u.size(2);
+  const auto blocks = (dim + lanes() - 1) / lanes();
+  at::Tensor grad_u = at::empty_like(in.u), grad_delta = at::empty_like(in.u);
+  at::Tensor grad_A = at::empty({images, dim}, in.A.options());
+  at::Tensor grad_bias = at::empty_like(grad_A);
+  at::Tensor grad_B = at::empty({blocks, images, length}, in.A.options());
+  SMD2_DISPATCH(in.u.scalar_type(), "selective_scan_backward", [&] {
+    using Acc = acc_t<scalar_t>;
+    BackwardArgs<scalar_t> shared;
+    in.fill(&shared);
+    shared.grad_h = grad.const_data_ptr<Acc>();
+    shared.grad_u = grad_u.data_ptr<scalar_t>();
+    shared.grad_delta = grad_delta.data_ptr<scalar_t>();
+    shared.grad_A = grad_A.data_ptr<Acc>();
+    shared.grad_B = grad_B.data_ptr<Acc>();
+    shared.grad_bias = grad_bias.data_ptr<Acc>();
+    for_each_block<Acc>(
+        images,
+        dim,
+        (length + kRun) * lanes(),
+        [&](int64_t image, int64_t block, Acc* scratch) {
+          auto args = shared;
+          args.image = image;
+          args.block = block;
+          args.scratch = scratch;
+          run<Backward<scalar_t>>(args);
+        });
+  });
+  return {
+      grad_u.to(u.scalar_type()),
+      grad_delta.to(delta.scalar_type()),
+      grad_A.sum(0).to(A.scalar_type()),
+      grad_B.sum(0).to(B.scalar_type()),
+      grad_bias.sum(0).to(delta_bias.scalar_type())};
+}
+
+TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl("selective_scan", &selective_scan);
+  m.impl("selective_scan_backward", &selective_scan_backward);
+}
+
+}  // namespace
+}  // namespace smd2
