@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 BACKENDS = ("reference", "eager", "native")
 LIBRARY = torch.library.Library("spatial_mamba", "FRAGMENT")
+_PYTHON_KERNELS: dict[str, Callable] = {}
 
 
 def _read_backend() -> str | None:
@@ -79,7 +81,20 @@ def register_python(name: str, *, eager: Callable, reference: Callable) -> None:
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *rest)
 
+    _PYTHON_KERNELS[name] = kernel
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+@contextmanager
+def without_compiled_kernels() -> Iterator[None]:
+    """Within it, plain PyTorch serves the CPU too: to compare both in one process."""
+    override = torch.library.Library("spatial_mamba", "IMPL")
+    for name, kernel in _PYTHON_KERNELS.items():
+        override.impl(name, kernel, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        override._destroy()
 
 
 def gradients_of(reference: Callable) -> Callable:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 import random
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -149,9 +152,17 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
         batch_sampler=BatchStream(groups, cfg.SOLVER.IMS_PER_BATCH, seed),
         num_workers=workers,
         collate_fn=trivial_batch_collator,
+        worker_init_fn=_die_with_parent,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )
+
+
+def _die_with_parent(worker: int) -> None:
+    """Else a worker whose training was killed can wait for ever to hand over its last batch."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:

@@ -38,32 +38,16 @@ KERNELS = {
 }
 
 
-DISPATCHED = "eager" if _extension.WHY_NOT_COMPILED else "native"
-
-
-@pytest.fixture(params=["eager", "native"])
-def kernel(request, monkeypatch):
-    """``kernel(op)``: the public function, served by the named kernel."""
-    if request.param == "native" and DISPATCHED != "native":
-        pytest.skip(f"no compiled kernels: {_extension.WHY_NOT_COMPILED}")
-
-    class Eager(torch.autograd.Function):
-        """What the dispatcher does where nothing is compiled."""
-
-        @staticmethod
-        def forward(ctx, op, *inputs):
-            ctx.op = op
-            ctx.save_for_backward(*inputs)
-            return getattr(KERNELS[op][1], op)(*inputs)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            backward = getattr(KERNELS[ctx.op][1], f"{ctx.op}_backward")
-            return None, *backward(gradient, *ctx.saved_tensors)
-
-    if request.param == DISPATCHED:
-        return lambda op: getattr(ops, op)
-    return lambda op: lambda *inputs: Eager.apply(op, *inputs)
+@pytest.fixture(params=["eager", "native"], autouse=True)
+def kernels(request):
+    """Serves the operators by plain PyTorch, then by compiled kernels."""
+    if request.param == "native":
+        if _extension.WHY_NOT_COMPILED:
+            pytest.skip(f"no compiled kernels: {_extension.WHY_NOT_COMPILED}")
+        yield request.param
+    else:
+        with _extension.without_compiled_kernels():
+            yield request.param
 
 
 def arguments(op, inputs):
@@ -88,11 +72,11 @@ def truth(op, args):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_forward_and_backward(kernel, op, shape, dtype, ssm_inputs):
+def test_forward_and_backward(op, shape, dtype, ssm_inputs):
     args = arguments(op, ssm_inputs(*shape, dtype))
     output, cotangent, gradients = truth(op, args)
     leaves = [x.clone().requires_grad_() for x in args]
-    actual = kernel(op)(*leaves)
+    actual = getattr(ops, op)(*leaves)
     assert actual.shape == output.shape
     assert actual.is_contiguous()
     keeps_dtype = op == "structure_aware_ssm" or dtype == torch.float64
@@ -106,11 +90,11 @@ def test_forward_and_backward(kernel, op, shape, dtype, ssm_inputs):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_strided_inputs(kernel, op, ssm_inputs, strided):
+def test_strided_inputs(op, ssm_inputs, strided):
     args = arguments(op, ssm_inputs(2, 6, 9, 5))
     views = [strided(x).requires_grad_() for x in args]
     plain = [x.clone().requires_grad_() for x in args]
-    expected, actual = kernel(op)(*plain), kernel(op)(*views)
+    expected, actual = getattr(ops, op)(*plain), getattr(ops, op)(*views)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     cotangent = torch.randn(expected.shape)
     for a, e in zip(
@@ -134,11 +118,11 @@ def test_autocast_does_not_reach_inside(op, ssm_inputs):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_inputs_are_left_alone(kernel, op, ssm_inputs):
+def test_inputs_are_left_alone(op, ssm_inputs):
     args = arguments(op, ssm_inputs(1, 8, 9, 3))
     before = [x.clone() for x in args]
     leaves = [x.requires_grad_() for x in args]
-    output = kernel(op)(*leaves)
+    output = getattr(ops, op)(*leaves)
     cotangent = torch.ones_like(output)
     torch.autograd.grad(output, leaves, cotangent)
     assert all(torch.equal(x, y) for x, y in zip(args, before, strict=True))
@@ -146,9 +130,9 @@ def test_inputs_are_left_alone(kernel, op, ssm_inputs):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_gradcheck(kernel, op, ssm_inputs):
+def test_gradcheck(op, ssm_inputs):
     args = arguments(op, ssm_inputs(1, 3, 4, 2, torch.float64))
-    assert gradcheck(kernel(op), [x.requires_grad_() for x in args])
+    assert gradcheck(getattr(ops, op), [x.requires_grad_() for x in args])
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -169,9 +153,9 @@ def test_opcheck_backward(op, ssm_inputs):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_gradients_are_the_same_run_to_run(kernel, op, ssm_inputs):
+def test_gradients_are_the_same_run_to_run(op, ssm_inputs):
     args = [x.requires_grad_() for x in arguments(op, ssm_inputs(2, 20, 31, 16))]
-    output = kernel(op)(*args)
+    output = getattr(ops, op)(*args)
     first, second = (torch.autograd.grad(output.sum(), args, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -201,7 +185,8 @@ def test_every_value_is_written(op, ssm_inputs, monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_number_of_threads_changes_nothing(op, ssm_inputs):
+def test_number_of_threads_changes_nothing(op, ssm_inputs, kernels):
+    """Not a bit in compiled kernels; rounding in the libraries' convolutions."""
     args = [x.requires_grad_() for x in arguments(op, ssm_inputs(2, 9, 14, 40))]
     before, results = torch.get_num_threads(), []
     try:
@@ -213,7 +198,8 @@ def test_number_of_threads_changes_nothing(op, ssm_inputs):
         torch.set_num_threads(before)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            tolerance = 0 if kernels == "native" else 1e-5 * b.abs().max().item()
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
 def test_softplus_is_as_accurate_as_pytorchs():

@@ -1,0 +1,41 @@
+"""The benchmark checks before it times, and reports what it ran."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from spatial_mamba_d2 import benchmark
+
+
+@pytest.mark.parametrize("task", benchmark.TASKS)
+def test_small_run(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "PEERS", {"timm convnext": "convnext_atto"})
+    benchmark.main(task, 64, 96, 1, 2, None, tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert any(name.startswith("ours") for name in result["seconds"])
+    assert len(result["seconds"]) >= 2
+    for name, seconds in result["seconds"].items():
+        least, most = result["spread"][name]
+        assert 0 < least <= seconds <= most
+    assert path.with_suffix(".md").read_text().count("\n| ours") >= 1
+
+
+def test_disagreement_is_an_error():
+    with pytest.raises(RuntimeError, match=r"b differs from a by .* of the largest value"):
+        benchmark._check({"a": torch.ones(3), "b": torch.tensor([1.0, 1.0, 1.1])})
+    with pytest.raises(RuntimeError):
+        benchmark._check({"a": torch.ones(1), "b": torch.tensor([float("nan")])})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("fly", 64, 64), "task must be one of op, backbone, train, got 'fly'"),
+     (("op", 0, 64), "height must be at least 1, got 0")],
+)  # fmt: skip
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark.run_benchmark(*arguments)

@@ -1,0 +1,23 @@
+#!/usr/bin/env python3
+"""Time our operators and backbone beside timm's, on this machine's CPU.
+
+python tools/benchmark.py --task backbone --size 640 896
+"""
+
+import argparse
+from pathlib import Path
+
+from spatial_mamba_d2.benchmark import TASKS, main
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=TASKS, default="backbone")
+    parser.add_argument("--size", type=int, nargs=2, default=(640, 896), metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--output", type=Path, default=Path("output/benchmark"))
+    args = parser.parse_args()
+    main(args.task, *args.size, args.batch, args.rounds, args.threads, args.output)
