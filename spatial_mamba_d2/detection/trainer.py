@@ -18,6 +18,12 @@ from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -147,13 +153,28 @@ class Trainer(DefaultTrainer):
         assert isinstance(stream, BatchStream)
         stream.start = self.start_iter
 
+    @property
+    def _write_period(self) -> int:
+        """Iterations from one line of metrics to the next: 20, fewer in a short training."""
+        return max(1, min(20, self.max_iter // 50))
+
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's; short trainings write their metrics more often than every 20 iterations."""
+        """Detectron2's, with our period of writing."""
         built = super().build_hooks()
         for hook in built:
             if isinstance(hook, hooks.PeriodicWriter):
-                hook._period = max(1, min(20, self.cfg.SOLVER.MAX_ITER // 50))
+                hook._period = self._write_period
         return built
+
+    def build_writers(self) -> list[EventWriter]:
+        """Console, metrics.json (medians over the iterations since the last line), TensorBoard."""
+        folder = Path(self.cfg.OUTPUT_DIR)
+        folder.mkdir(parents=True, exist_ok=True)
+        return [
+            CommonMetricPrinter(self.max_iter),
+            JSONWriter(str(folder / "metrics.json"), window_size=self._write_period),
+            TensorboardXWriter(str(folder)),
+        ]
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

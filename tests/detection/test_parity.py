@@ -66,5 +66,6 @@ def test_detections(case, image, golden_folder, predictor):
         assert np.abs(boxes[j] - box).max() < 0.5
         assert abs(found.scores[j].item() - expected["scores"][i]) < 1e-3
         mask = found.pred_masks[j].numpy()
-        union = (mask | masks[i]).sum()
-        assert union == 0 or (mask & masks[i]).sum() / union >= 0.99
+        union, differing = (mask | masks[i]).sum(), (mask ^ masks[i]).sum()
+        # One pixel at the threshold is more than 1 % of the smallest masks.
+        assert differing <= max(1, 0.01 * union)
