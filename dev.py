@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Set up this checkout in .venv and work in it.
 
-    python3 dev.py demo [KEY VALUE ...]   train, evaluate and draw on generated sample data
-    python3 dev.py test [pytest args]     run the tests
-    python3 dev.py lint [paths]           check style and types
-    python3 dev.py setup                  install again, after adding a compiler for example
+    python3 dev.py demo [KEY VALUE ...]       train, evaluate and draw on generated sample data
+    python3 dev.py demo-seg [KEY VALUE ...]   the same for semantic segmentation
+    python3 dev.py test [pytest args]         run the tests
+    python3 dev.py lint [paths]               check style and types
+    python3 dev.py setup                      install again, after adding a compiler for example
 
 Needs Python 3.10 to 3.13 and nothing else; git, a C++ compiler and a GPU are used where they are.
 The first call installs; later ones skip that until the sources it depends on change. Any call can
@@ -158,10 +159,17 @@ def install() -> None:
 
 
 def demo(args: list[str]) -> None:
-    overrides = ["OUTPUT_DIR", "output/demo", *args]
+    run_demo("tools/train_net.py", "configs/demo_mask_rcnn_spatial_mamba_t.yaml", "demo", args)
+
+
+def demo_seg(args: list[str]) -> None:
+    run_demo("tools/train_seg.py", "configs/demo_upernet_spatial_mamba_t.yaml", "demo_seg", args)
+
+
+def run_demo(tool: str, config: str, name: str, args: list[str]) -> None:
+    overrides = ["OUTPUT_DIR", f"output/{name}", *args]
     run(PYTHON, "datasets/prepare_shapes.py")
-    config = "configs/demo_mask_rcnn_spatial_mamba_t.yaml"
-    run(PYTHON, "tools/train_net.py", "--config-file", config, "--resume", *overrides)
+    run(PYTHON, tool, "--config-file", config, "--resume", *overrides)
     output = dict(zip(overrides[::2], overrides[1::2], strict=True))["OUTPUT_DIR"]
     print(f"Scores, checkpoints and pictures are in {ROOT / output}")
 
@@ -186,7 +194,7 @@ def setup(args: list[str]) -> None:
     install()
 
 
-COMMANDS = {command.__name__: command for command in (demo, test, lint, setup)}
+COMMANDS = {c.__name__.replace("_", "-"): c for c in (demo, demo_seg, test, lint, setup)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -157,7 +157,7 @@ def _backbone_candidates(batch: int, height: int, width: int, train: bool) -> Ca
     ours = build_backbone("tiny").train(train)
     models: dict[str, nn.Module] = {}
     for name, timm_name in PEERS.items():
-        size = {"img_size": (height, width)} if "swin" in timm_name else {}
+        size: dict[str, Any] = {"img_size": (height, width)} if "swin" in timm_name else {}
         models[name] = timm.create_model(timm_name, features_only=True, **size).train(train)
 
     def call(model: nn.Module) -> Callable[[], Any]:

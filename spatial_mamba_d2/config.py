@@ -7,9 +7,12 @@ nodes, so that this module needs neither fvcore nor Detectron2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 def add_spatial_mamba_config(cfg: Any) -> None:
@@ -34,18 +37,22 @@ def merge_config(cfg: Any, config_file: str | Path | None, overrides: Sequence[s
     if config_file:
         if not Path(config_file).is_file():
             raise FileNotFoundError(f"config file: no such file: {config_file}")
-        _merge(cfg, lambda: cfg.merge_from_file(str(config_file)), str(config_file))
+        # Detectron2's default reads YAML with tags that run code.
+        load = partial(cfg.merge_from_file, str(config_file), allow_unsafe=False)
+        _merge(cfg, load, str(config_file))
     if len(overrides) % 2:
         raise ValueError(
             f"overrides must come as KEY VALUE pairs, got {len(overrides)} words: "
             f"{' '.join(overrides)}"
         )
-    _merge(cfg, lambda: cfg.merge_from_list(list(overrides)), "command line")
+    _merge(cfg, partial(cfg.merge_from_list, list(overrides)), "command line")
 
 
-def _merge(cfg: Any, merge: Any, source: str) -> None:
+def _merge(cfg: Any, merge: Callable[[], None], source: str) -> None:
     try:
         merge()
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: not plain YAML: {error}") from None
     except (KeyError, AssertionError) as error:  # merge_from_list asserts that a key exists
         text = str(error.args[0]) if error.args else repr(error)
         key = text.rsplit(":", 1)[-1].strip()

@@ -82,7 +82,7 @@ def check_torch() -> Finding:
         import torch
         import torchvision
     except ModuleNotFoundError as error:
-        return Finding("lack", str(error), pip_install("torch>=2.4", "torchvision>=0.19"))
+        return Finding("lack", str(error), pip_install("torch>=2.6", "torchvision>=0.21"))
     return Finding("ok", f"torch {torch.__version__}, torchvision {torchvision.__version__}")
 
 
@@ -140,7 +140,9 @@ def check_gpu() -> Finding:
 def check_kernels() -> Finding:
     from spatial_mamba_d2.ops import _extension
 
-    return Finding("ok", _extension.status())
+    if _extension.WHY_NOT_COMPILED is None:
+        return Finding("ok", _extension.status())
+    return Finding("note", _extension.status(), pip_install("--no-build-isolation", "."))
 
 
 def check_model() -> Finding:
@@ -166,6 +168,16 @@ def check_detectron2() -> Finding:
         return Finding("lack", "not installed, and not on PyPI under its own name", command)
     importlib.import_module("spatial_mamba_d2.detection")  # imports all that training needs
     return Finding("ok", f"{detectron2.__version__} in {detectron2.__path__[0]}")
+
+
+def check_lightning() -> Finding:
+    try:
+        importlib.import_module("spatial_mamba_d2.segmentation.run")  # all that training needs
+    except ModuleNotFoundError as error:
+        packages = pip_install("lightning>=2.4", "fvcore", "tensorboard", "opencv-python-headless")
+        return Finding("note", f"{error}: semantic segmentation cannot run", packages)
+    version = metadata.version("lightning")
+    return Finding("ok", f"{version}: semantic segmentation can run (python3 dev.py demo-seg)")
 
 
 def check_dataset(name: str) -> Finding:
@@ -215,6 +227,7 @@ CHECKS: dict[str, Check] = {
     "kernels": check_kernels,
     "model": check_model,
     "detectron2": check_detectron2,
+    "lightning": check_lightning,
     **{name: partial(check_dataset, name) for name in DATASETS},
     "output": check_output,
 }

@@ -197,11 +197,21 @@ def test_upstream_needs_git_and_a_compiler(dev, commands, without_detectron2, mo
     assert not dev.can_build_detectron2()
 
 
-def test_demo_passes_overrides_on_and_says_where_results_are(dev, commands, installed, capsys):
-    dev.main(["demo", "SOLVER.MAX_ITER", "5", "OUTPUT_DIR", "output/short"])
+@pytest.mark.parametrize(
+    ("command", "tool", "folder"),
+    [("demo", "train_net.py", "demo"), ("demo-seg", "train_seg.py", "demo_seg")],
+)
+def test_demos_pass_overrides_on_and_say_where_results_are(
+    dev, commands, installed, capsys, command, tool, folder
+):
+    dev.main([command, "SOLVER.MAX_ITER", "5", "OUTPUT_DIR", "output/short"])
     data, train = commands.ran
     assert data.endswith("datasets/prepare_shapes.py")
-    assert "--resume OUTPUT_DIR output/demo SOLVER.MAX_ITER 5 OUTPUT_DIR output/short" in train
+    assert tool in train
+    config = train.split("--config-file ")[1].split()[0]
+    assert (ROOT / config).is_file()
+    overrides = f"OUTPUT_DIR output/{folder} SOLVER.MAX_ITER 5 OUTPUT_DIR output/short"
+    assert f"--resume {overrides}" in train
     assert str(dev.ROOT / "output/short") in capsys.readouterr().out
 
 

@@ -24,7 +24,7 @@ def test_it_works_where_nothing_is_installed():
     assert run.returncode == 1
     assert run.stderr == ""
     assert "lack  torch" in run.stdout
-    assert "pip install 'torch>=2.4'" in run.stdout
+    assert "pip install 'torch>=2.6'" in run.stdout
     assert "ok    python" in run.stdout
     assert run.stdout.endswith("The main job needs the fixes above.\n")
 
@@ -56,7 +56,7 @@ def test_an_unsupported_python_is_a_lack(monkeypatch):
 
 
 REQUIREMENTS = [
-    "torch>=2.4",
+    "torch>=2.6",
     "no-such-package>=2",
     "pytest>=8; extra == 'detection'",
     "no_such.package<3,>=2; extra == 'detection'",
@@ -152,6 +152,20 @@ def test_a_broken_detectron2_is_a_lack(monkeypatch):
     pytest.importorskip("detectron2")
     monkeypatch.setitem(sys.modules, "spatial_mamba_d2.detection", None)
     assert doctor.examine(doctor.check_detectron2).status == "lack"
+
+
+def test_segmentation_can_run():
+    assert "semantic segmentation can run" in doctor.check_lightning().text
+
+
+def test_a_missing_lightning_is_told_its_command(monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith("spatial_mamba_d2.segmentation"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    finding = doctor.check_lightning()
+    assert finding.status == "note"
+    assert "lightning" in finding.text and "'lightning>=2.4'" in finding.fix
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
 
+from spatial_mamba_d2.atomic import replacing
 from spatial_mamba_d2.models.weights import (
     DETECTOR_BACKBONE_PREFIX,
     LoadReport,
@@ -60,16 +59,6 @@ def load_detector_weights(
     return report
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` at the end, once it is on disk."""
-    temporary = path.with_name(f".{path.name}.part")
-    yield temporary
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 class SafeCheckpointer(DetectionCheckpointer):
     """Writes checkpoints atomically; reads them without executing code from them.
 
@@ -105,12 +94,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         content.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info("Saving checkpoint to %s", path)
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             torch.save(content, temporary)
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with _replacing(Path(self.save_dir) / "last_checkpoint") as temporary:
+        with replacing(Path(self.save_dir) / "last_checkpoint") as temporary:
             temporary.write_text(last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:

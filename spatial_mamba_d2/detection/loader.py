@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 import random
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +17,7 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from spatial_mamba_d2.data.workers import die_with_parent
 from spatial_mamba_d2.detection.augmentation import build_augmentation
 from spatial_mamba_d2.detection.datasets import Record, load_records
 
@@ -152,17 +150,10 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
         batch_sampler=BatchStream(groups, cfg.SOLVER.IMS_PER_BATCH, seed),
         num_workers=workers,
         collate_fn=trivial_batch_collator,
-        worker_init_fn=_die_with_parent,
+        worker_init_fn=die_with_parent,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )
-
-
-def _die_with_parent(worker: int) -> None:
-    """Else a worker whose training was killed can wait for ever to hand over its last batch."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:

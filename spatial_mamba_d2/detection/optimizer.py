@@ -1,28 +1,14 @@
-"""AdamW with the weight decay rule of the official detection recipe, and gradient clipping."""
+"""AdamW with the official weight decay rule, and gradient clipping."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: no decay for parameters whose name contains ``norm``, decay for all others.
-
-    The official rule (``paramwise_cfg`` of the authors' mmdetection configs), by official names;
-    ours contain ``norm`` exactly where theirs do. The block's ``ln1``, ``ln2``, all biases and
-    ``A_log`` therefore decay.
-    """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for name, p in trainable if "norm" not in name],
-         "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if "norm" in name], "weight_decay": 0.0},
-    ]  # fmt: skip
+from spatial_mamba_d2.optimization import parameter_groups
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:

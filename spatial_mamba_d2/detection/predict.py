@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,14 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from spatial_mamba_d2.data.coco import read_image
+from spatial_mamba_d2.data.images import find_images, write_picture
 from spatial_mamba_d2.detection.augmentation import build_augmentation
 from spatial_mamba_d2.detection.checkpoint import load_detector_weights
 from spatial_mamba_d2.detection.config import load_config
-from spatial_mamba_d2.detection.visualize import draw_instances, write_picture
+from spatial_mamba_d2.detection.visualize import draw_instances
 from spatial_mamba_d2.models import read_checkpoint
 
 logger = logging.getLogger(__name__)
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class Predictor:
@@ -49,25 +49,6 @@ class Predictor:
         resized = self.resize.get_transform(image).apply_image(image)
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         return self.model([{"image": tensor, "height": height, "width": width}])[0]["instances"]
-
-
-def find_images(paths: Iterable[Path]) -> list[Path]:
-    """The files among ``paths``, and the images in the folders among them, sorted.
-
-    Raises:
-        FileNotFoundError: one does not exist, or there is no image at all.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            files += sorted(f for f in path.iterdir() if f.suffix.lower() in _SUFFIXES)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"input: no such file or folder: {path}")
-    if not files:
-        raise FileNotFoundError(f"input: no image in {', '.join(map(str, paths))}")
-    return files
 
 
 def draw_folder(

@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from detectron2.data import Metadata
 from detectron2.evaluation import DatasetEvaluator
@@ -18,6 +17,7 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 from pycocotools.coco import COCO
 
 from spatial_mamba_d2.data.coco import read_image
+from spatial_mamba_d2.data.images import write_picture
 
 logger = logging.getLogger(__name__)
 _SHORTEST_PX = 480  # smaller pictures are enlarged to this, so that labels can be read
@@ -62,17 +62,6 @@ def draw_ground_truth(
 
 def _scale(image: np.ndarray) -> float:
     return max(1.0, _SHORTEST_PX / min(image.shape[:2]))
-
-
-def write_picture(path: Path, image: np.ndarray) -> None:
-    """Write RGB ``uint8[H, W, 3]``.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), image[:, :, ::-1]):
-        raise OSError(f"cannot write picture {path}")
 
 
 class PictureWriter(DatasetEvaluator):

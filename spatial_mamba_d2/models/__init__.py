@@ -7,6 +7,7 @@ from spatial_mamba_d2.models.spatial_mamba import (
     build_backbone,
     build_classifier,
 )
+from spatial_mamba_d2.models.upernet import UPerNet, build_upernet
 from spatial_mamba_d2.models.variants import VARIANTS
 from spatial_mamba_d2.models.weights import LoadReport, load_weights, read_checkpoint
 
@@ -16,8 +17,10 @@ __all__ = [
     "SpatialMamba",
     "SpatialMambaBackbone",
     "SpatialMambaClassifier",
+    "UPerNet",
     "build_backbone",
     "build_classifier",
+    "build_upernet",
     "load_weights",
     "read_checkpoint",
 ]

@@ -260,7 +260,7 @@ class SpatialMamba(nn.Module):
             raise ValueError(f"freeze_at must be 0..5, got {freeze_at}")
         self.dims = [embed_dim * 2**i for i in range(len(STAGES))]
         self.grad_checkpointing = grad_checkpointing
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stem = Stem(in_chans, embed_dim)
         self.stages = nn.ModuleList(
             Stage(

@@ -1,33 +1,24 @@
-"""Checkpoints: read safely, recognise by their keys, translate, load strictly, report.
+"""Checkpoints: recognise by their keys, translate, load strictly, report.
 
 The authors' parameter names and ours are in bijection (:func:`to_official`, :func:`to_ours`), so a
-checkpoint can go either way. Nothing here executes code from a file: tensors come through
-``torch.load(weights_only=True)`` or safetensors, and objects of foreign classes that real
-checkpoints carry along (configurations, logs) become empty stand-ins.
+checkpoint can go either way. Files are read by :mod:`.reading`, without running code from them.
 """
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from spatial_mamba_d2.models.reading import WeightsError, read_checkpoint
 
 StateDict = dict[str, Tensor]
 
-# Objects of these packages occur in published checkpoints beside the weights. They are never
-# imported: something inert takes their place. A reference to anything else is refused.
-_INERT_PACKAGES = (
-    "addict", "argparse", "datetime", "fvcore", "mmcv", "mmengine", "numpy", "omegaconf", "pathlib",
-    "yacs",
-)  # fmt: skip
-# Subclasses of dict among them; PyTorch's safe unpickler fills exact dictionaries only.
-_INERT_MAPPINGS = ("CfgNode", "ConfigDict", "Dict")
 _WRAPPERS = ("state_dict", "model", "model_ema")
 
 # Official name <-> ours, applied in this order; each row is a bijection on the names it touches.
@@ -69,12 +60,22 @@ _MASK_RCNN_NAMES = (
     (r"^roi_head\.mask_head\.upsample\.", "roi_heads.mask_head.deconv."),
     (r"^roi_head\.mask_head\.conv_logits\.", "roi_heads.mask_head.predictor."),
 )
+_UPERNET_NAMES = (
+    *((rf"^decode_head\.psp_modules\.{i}\.1\.", f"decode_head.pool_convs.{i}.") for i in range(4)),
+    (r"^decode_head\.bottleneck\.", "decode_head.pool_fuse."),
+    (r"^decode_head\.lateral_convs\.", "decode_head.laterals."),
+    (r"^decode_head\.fpn_convs\.", "decode_head.outputs."),
+    (r"^decode_head\.fpn_bottleneck\.", "decode_head.fuse."),
+    (r"^decode_head\.conv_seg\.", "decode_head.classify."),
+    (r"^auxiliary_head\.convs\.0\.", "auxiliary_head.conv."),
+    (r"^auxiliary_head\.conv_seg\.", "auxiliary_head.classify."),
+)
+#: Beginnings of our names of all that the authors' Mask R-CNN has beside its backbone.
+MASK_RCNN_HEADS = tuple(ours for _, ours in _MASK_RCNN_NAMES)
 _OFFICIAL_BACKBONE_PREFIX = "backbone."
 DETECTOR_BACKBONE_PREFIX = "backbone.bottom_up."
-
-
-class WeightsError(ValueError):
-    """A checkpoint cannot be read, recognised, or loaded as it is."""
+SEGMENTOR_BACKBONE_PREFIX = "backbone."
+_SEGMENTOR_MARK = "decode_head."  # names that only a segmentor has begin so, theirs and ours
 
 
 def _invert(pattern: str, replacement: str) -> tuple[str, str]:
@@ -91,114 +92,33 @@ def _rename(name: str, table: Sequence[tuple[str, str]]) -> str:
     return name
 
 
-_TO_OURS = {"backbone": _BACKBONE_NAMES, "mask_rcnn": _MASK_RCNN_NAMES}
+_TO_OURS = {"backbone": _BACKBONE_NAMES, "heads": (*_MASK_RCNN_NAMES, *_UPERNET_NAMES)}
 _TO_OFFICIAL = {
     part: tuple(_invert(*row) for row in reversed(table)) for part, table in _TO_OURS.items()
 }
 
 
-def to_ours(name: str) -> str:
+def to_ours(name: str, *, segmentor: bool = False) -> str:
     """Our name of a parameter or buffer, from its official one.
 
-    Names of the classifier and the bare backbone have no prefix on either side; in a detector
-    ``backbone.*`` becomes ``backbone.bottom_up.*``.
+    Names of the classifier and the bare backbone have no prefix on either side; ``backbone.*``
+    stays so in a segmentor, and becomes ``backbone.bottom_up.*`` in a detector.
     """
     if name.startswith(_OFFICIAL_BACKBONE_PREFIX):
         rest = name.removeprefix(_OFFICIAL_BACKBONE_PREFIX)
-        return DETECTOR_BACKBONE_PREFIX + _rename(rest, _TO_OURS["backbone"])
-    return _rename(_rename(name, _TO_OURS["mask_rcnn"]), _TO_OURS["backbone"])
+        prefix = SEGMENTOR_BACKBONE_PREFIX if segmentor else DETECTOR_BACKBONE_PREFIX
+        return prefix + _rename(rest, _TO_OURS["backbone"])
+    return _rename(_rename(name, _TO_OURS["heads"]), _TO_OURS["backbone"])
 
 
 def to_official(name: str) -> str:
     """The official name of a parameter or buffer, from ours; the inverse of :func:`to_ours`."""
-    if name.startswith(DETECTOR_BACKBONE_PREFIX):
-        rest = name.removeprefix(DETECTOR_BACKBONE_PREFIX)
-        return _OFFICIAL_BACKBONE_PREFIX + _rename(rest, _TO_OFFICIAL["backbone"])
-    return _rename(_rename(name, _TO_OFFICIAL["backbone"]), _TO_OFFICIAL["mask_rcnn"])
-
-
-class _Inert:
-    """Stands for an object of a foreign class in a checkpoint: keeps nothing, does nothing."""
-
-    def __new__(cls, *args: object) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: object):
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a ``.safetensors`` or PyTorch checkpoint onto the CPU without executing code from it.
-
-    Args:
-        path: the file.
-
-    Returns:
-        the dictionary in the file; foreign objects in it are empty stand-ins.
-
-    Raises:
-        FileNotFoundError: no such file.
-        WeightsError: truncated, not a checkpoint, or it refers to code that we do not accept.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights: no such file: {path}")
-    with path.open("rb") as file:
-        head = file.read(512)
-    if not head:
-        raise WeightsError(f"weights: {path} is empty; it was probably never fully written")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise WeightsError(f"weights: {path} is a web page, not a checkpoint; download it again")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    inert: list[tuple[type, str]] = []
-    if head.startswith(b"PK"):
-        try:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-            raise _unreadable(path, error) from error
-        refused = [name for name in names if name.split(".")[0] not in _INERT_PACKAGES]
-        if refused:
-            raise WeightsError(
-                f"weights: {path} refers to {', '.join(sorted(refused))}, which is not data; "
-                "refused, because loading it would run code from the file"
-            )
-        inert = [(_stand_in(name), name) for name in names]
-    try:
-        with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types here, all of them about this file
-        raise _unreadable(path, error) from error
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"weights: {path} must hold a dictionary, got {type(content).__name__}")
-    return dict(content)
-
-
-def _stand_in(name: str) -> type:
-    if name.rsplit(".", 1)[-1] in _INERT_MAPPINGS:
-        return OrderedDict
-    return type("Inert", (_Inert,), {})
-
-
-def _read_safetensors(path: Path) -> StateDict:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> WeightsError:
-    size = path.stat().st_size
-    reason = str(error).strip().split("\n")[0]
-    return WeightsError(
-        f"weights: {path} ({size} bytes) is truncated or not a PyTorch checkpoint: {reason}"
-    )
+    name = _rename(name, _TO_OFFICIAL["heads"])
+    for prefix in (DETECTOR_BACKBONE_PREFIX, SEGMENTOR_BACKBONE_PREFIX):
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            return _OFFICIAL_BACKBONE_PREFIX + _rename(rest, _TO_OFFICIAL["backbone"])
+    return _rename(name, _TO_OFFICIAL["backbone"])
 
 
 def unwrap(content: Mapping[str, Any], source: str = "checkpoint") -> StateDict:
@@ -231,9 +151,10 @@ def translate(state: Mapping[str, Tensor], source: str = "checkpoint") -> StateD
         WeightsError: neither an official Spatial-Mamba checkpoint nor one of ours.
     """
     official = any(re.match(r"(backbone\.)?patch_embed\.", name) for name in state)
-    ours = any(re.match(r"(backbone\.bottom_up\.)?stem\.", name) for name in state)
+    ours = any(re.match(r"(backbone\.(bottom_up\.)?)?stem\.", name) for name in state)
     if official:
-        return {to_ours(name): value for name, value in state.items()}
+        segmentor = any(name.startswith(_SEGMENTOR_MARK) for name in state)
+        return {to_ours(name, segmentor=segmentor): value for name, value in state.items()}
     if ours:
         return dict(state)
     raise WeightsError(
@@ -261,10 +182,31 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"weights from {self.source}: {len(self.loaded)} tensors loaded"]
         if self.new:
-            lines.append(f"  new, at their initial values ({len(self.new)}): {_groups(self.new)}")
+            groups = _groups(self.new, most=len(self.new))
+            lines.append(f"  new, at their initial values ({len(self.new)}): {groups}")
         if self.ignored:
             lines.append(f"  not used ({len(self.ignored)}): {_groups(self.ignored)}")
+        if self.new or self.ignored:
+            lines += self._table()
         return "\n".join(lines)
+
+    def _table(self) -> list[str]:
+        """Tensors of each part of the model, and what became of them."""
+        columns = {"loaded": self.loaded, "new": self.new, "not used": self.ignored}
+        counts = [Counter(map(_part, names)) for names in columns.values()]
+        parts = list(dict.fromkeys(part for count in counts for part in count))
+        width = max(map(len, parts))
+        lines = [f"  {'part':{width}}" + "".join(f"{column:>10}" for column in columns)]
+        for part in parts:
+            cells = (f"{count[part] or '-':>10}" for count in counts)
+            lines.append(f"  {part:{width}}" + "".join(cells))
+        return lines
+
+
+def _part(name: str) -> str:
+    """``backbone.bottom_up.stages.1.blocks.0.ln1.weight`` -> ``backbone.bottom_up.stages.1``."""
+    part = re.match(r"((backbone|bottom_up|stages|roi_heads)\.)*[^.]+", name)
+    return part[0] if part else name
 
 
 def _groups(names: Sequence[str], most: int = 8) -> str:
@@ -284,11 +226,12 @@ def load_weights(
     """Load a checkpoint of ours or of the authors into ``model``, strictly.
 
     What a backbone and a classifier of the same variant do not share is no error: the classifier's
-    ``norm`` and ``head`` are not used by a backbone, whose ``output_norms`` are then new, and a
-    detector's checkpoint gives a bare backbone its backbone.
+    ``norm`` and ``head`` are not used by a backbone, whose ``output_norms`` are then new. The
+    checkpoint of a detector or a segmentor gives another kind of model its backbone, and any
+    checkpoint does so to a detector or a segmentor, whose other parts are then new.
 
     Args:
-        model: a backbone, a classifier, or a detector around one.
+        model: a backbone, a classifier, or a detector or segmentor around one.
         source: file, or the content of one.
         skip: prefixes of (our) names that keep their initial values, whatever the file has: for
             example ``["head."]`` to fine-tune a classifier to other classes.
@@ -306,9 +249,9 @@ def load_weights(
         name, content = source_name or str(source), read_checkpoint(source)
     state = translate(unwrap(content, name), name)
     target = model.state_dict()
+    state, new = _fit_backbone(state, target)
     may_lack, may_hold = _tolerated(state, target)
-    if any(key.startswith("stem.") for key in target):
-        state = _bare(state)
+    may_lack += new
     state = {key: value for key, value in state.items() if not key.startswith(tuple(skip))}
 
     report = LoadReport(
@@ -341,19 +284,39 @@ def load_weights(
     return report
 
 
-def _bare(state: StateDict) -> StateDict:
-    """The backbone's part of a detector's ``state``, without prefix; else ``state`` itself."""
-    prefix = DETECTOR_BACKBONE_PREFIX
-    inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    return inner or state
+def backbone_prefix(names: Iterable[str]) -> str:
+    """What stands in front of the backbone's own names."""
+    prefixes = (DETECTOR_BACKBONE_PREFIX, SEGMENTOR_BACKBONE_PREFIX)
+    stems = [prefix for prefix in prefixes if any(n.startswith(f"{prefix}stem.") for n in names)]
+    return stems[0] if stems else ""
+
+
+def _fit_backbone(
+    state: StateDict, target: Mapping[str, Tensor]
+) -> tuple[StateDict, tuple[str, ...]]:
+    """``state`` for a model that has the names of ``target``, and the names it then lacks.
+
+    In a model of another kind the backbone has another prefix, and is all that both have.
+    """
+    theirs, ours = backbone_prefix(state), backbone_prefix(target)
+    if theirs == ours:
+        return state, ()
+    moved = {
+        ours + name.removeprefix(theirs): value
+        for name, value in state.items()
+        if name.startswith(theirs)
+    }
+    return moved, tuple(name for name in target if not name.startswith(ours))
 
 
 def _tolerated(
     state: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Prefixes of names that ``state`` may lack, and that it may hold in vain."""
-    from_classifier = "head.weight" in state
+    prefix = backbone_prefix(target)
+    from_classifier = f"{prefix}head.weight" in state
     to_classifier = "head.weight" in target
-    may_lack = ("output_norms.",) if from_classifier and not to_classifier else ()
-    may_hold = ("output_norms.",) if to_classifier else ("output_norms.", "norm.", "head.")
+    output_norms, classifier = f"{prefix}output_norms.", (f"{prefix}norm.", f"{prefix}head.")
+    may_lack = (output_norms,) if from_classifier and not to_classifier else ()
+    may_hold = (output_norms,) if to_classifier else (output_norms, *classifier)
     return may_lack, may_hold

@@ -55,6 +55,14 @@ def test_unknown_key_in_a_file(tmp_path):
         load_config(path)
 
 
+def test_config_file_cannot_run_code(tmp_path):
+    marker, path = tmp_path / "executed", tmp_path / "evil.yaml"
+    path.write_text(f'OUTPUT_DIR: !!python/object/apply:os.system ["touch {marker}"]\n')
+    with pytest.raises(ValueError, match="evil.yaml: not plain YAML: .*python/object/apply"):
+        load_config(path)
+    assert not marker.exists()
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*absent.yaml"):
         load_config(tmp_path / "absent.yaml")

@@ -1,13 +1,6 @@
-"""Reading, recognising, translating and strictly loading checkpoints."""
+"""Recognising, translating and strictly loading checkpoints."""
 
 from __future__ import annotations
-
-import argparse
-import collections
-import os
-import pickle
-import sys
-import types
 
 import pytest
 import torch
@@ -15,8 +8,8 @@ import torch
 from spatial_mamba_d2.models import (
     build_backbone,
     build_classifier,
+    build_upernet,
     load_weights,
-    read_checkpoint,
 )
 from spatial_mamba_d2.models.weights import WeightsError, to_official, to_ours
 
@@ -35,11 +28,12 @@ def official(classifier):
 
 
 @pytest.mark.parametrize(
-    "model", [f"{head}{v}" for head in ("", "maskrcnn_") for v in ("tiny", "small", "base")]
+    "model",
+    [f"{head}{v}" for head in ("", "maskrcnn_", "upernet_") for v in ("tiny", "small", "base")],
 )
 def test_names_are_in_bijection(model, golden):
     names = list(golden(f"official_keys_{model}.json")["keys"])
-    ours = [to_ours(name) for name in names]
+    ours = [to_ours(name, segmentor=model.startswith("upernet")) for name in names]
     assert len(set(ours)) == len(names)
     assert [to_official(name) for name in ours] == names
 
@@ -82,6 +76,76 @@ def test_detector_into_backbone(classifier):
     other = build_backbone("tiny", **SMALL)
     load_weights(other, state)
     assert all(torch.equal(v, backbone.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+@pytest.fixture
+def segmentor():
+    return build_upernet("tiny", num_classes=5, channels=8, aux_channels=8, **SMALL)
+
+
+@pytest.mark.parametrize("names", ["official", "ours"])
+def test_segmentor_whole(names, segmentor):
+    state = segmentor.state_dict()
+    if names == "official":
+        state = {to_official(name): value for name, value in state.items()}
+        assert "decode_head.psp_modules.0.1.conv.weight" in state
+    other = build_upernet("tiny", num_classes=5, channels=8, aux_channels=8, **SMALL)
+    report = load_weights(other, {"state_dict": state})
+    assert not report.new and not report.ignored
+    for name, value in segmentor.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+
+
+def test_classifier_into_segmentor(official, classifier, segmentor):
+    heads = segmentor.decode_head.classify.weight.clone()
+    report = load_weights(segmentor, official)
+    weight = "stages.2.blocks.0.ssm.in_proj.weight"
+    expected = classifier.state_dict()[weight]
+    assert torch.equal(segmentor.state_dict()[f"backbone.{weight}"], expected)
+    assert torch.equal(segmentor.decode_head.classify.weight, heads)
+    new = ("decode_head.", "auxiliary_head.", "backbone.output_norms.")
+    assert all(name.startswith(new) for name in report.new)
+    assert sorted(report.loaded + report.new) == sorted(segmentor.state_dict())
+    assert len(report.ignored) == 4  # norm and head
+
+    rows = {line.split()[0]: line.split()[1:] for line in str(report).splitlines()}
+    stage = sum(name.startswith("backbone.stages.2.") for name in report.loaded)
+    assert rows["backbone.stages.2"] == [str(stage), "-", "-"]
+    decode_head = sum(name.startswith("decode_head.") for name in segmentor.state_dict())
+    assert rows["decode_head"] == ["-", str(decode_head), "-"]
+    assert rows["backbone.head"] == ["-", "-", "2"]
+    groups = {name.rsplit(".", 1)[0] for name in report.new}
+    assert all(f"{group}.*" in str(report) for group in groups)  # each one by name
+
+
+def test_segmentor_into_backbone_and_back(segmentor):
+    backbone = build_backbone("tiny", **SMALL)
+    report = load_weights(backbone, segmentor.state_dict())
+    assert not report.new
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(segmentor.state_dict()[f"backbone.{name}"], value)
+    other = build_upernet("tiny", num_classes=3, channels=8, aux_channels=8, **SMALL)
+    detector = {f"backbone.bottom_up.{k}": v for k, v in backbone.state_dict().items()}
+    for state in (backbone.state_dict(), detector):
+        report = load_weights(other, state)
+        assert all(name.startswith(("decode_head.", "auxiliary_head.")) for name in report.new)
+
+
+def test_segmentor_of_other_classes_needs_a_word(segmentor):
+    other = build_upernet("tiny", num_classes=3, channels=8, aux_channels=8, **SMALL)
+    message = r"decode_head.classify.weight is \[5, 8, 1, 1\], must be \[3, 8, 1, 1\]"
+    with pytest.raises(WeightsError, match=message):
+        load_weights(other, segmentor.state_dict())
+    skip = ["decode_head.classify", "auxiliary_head.classify"]
+    report = load_weights(other, segmentor.state_dict(), skip=skip)
+    assert len(report.new) == 4
+
+
+def test_half_a_segmentor_is_an_error(segmentor):
+    state = segmentor.state_dict()
+    del state["decode_head.fuse.conv.weight"]
+    with pytest.raises(WeightsError, match=r"lacks, 1: decode_head\.fuse\.conv\.\*"):
+        load_weights(segmentor, state)
 
 
 def test_other_classes_need_a_word(official):
@@ -130,64 +194,3 @@ def test_no_tensors():
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file: .*nowhere.pth"):
         load_weights(build_backbone("tiny", **SMALL), tmp_path / "nowhere.pth")
-
-
-def test_broken_files_are_named(official, tmp_path):
-    torch.save(official, tmp_path / "whole.pth")
-    content = (tmp_path / "whole.pth").read_bytes()
-    cases = {
-        "cut.pth": (content[: len(content) // 2], "is truncated or not a PyTorch checkpoint"),
-        "empty.pth": (b"", "is empty"),
-        "page.pth": (b"<!DOCTYPE html><html>404</html>", "is a web page"),
-        "text.pth": (b"hello world, this is no checkpoint", "is truncated or not"),
-        "cut.safetensors": (b"\x10\0\0\0", "is truncated or not"),
-    }
-    for name, (data, message) in cases.items():
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(WeightsError, match=f"{name}.*{message}"):
-            read_checkpoint(tmp_path / name)
-
-
-def test_foreign_objects_become_inert(official, tmp_path, monkeypatch):
-    """Configurations and logs beside the weights need not be importable."""
-    config = types.ModuleType("yacs.config")
-    config.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
-    logging = types.ModuleType("mmengine.logging")
-    logging.HistoryBuffer = type("HistoryBuffer", (), {"__module__": "mmengine.logging"})
-    history = logging.HistoryBuffer()
-    history.values = [1, 2]
-    path = tmp_path / "with_config.pth"
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "yacs.config", config)
-        patch.setitem(sys.modules, "mmengine", types.ModuleType("mmengine"))
-        patch.setitem(sys.modules, "mmengine.logging", logging)
-        content = {
-            "model": official,
-            "config": config.CfgNode(A=config.CfgNode(B=1)),
-            "log": history,
-            "args": argparse.Namespace(lr=1.0),
-            "best": torch.tensor(83.5).numpy(),
-        }
-        torch.save(content, path)
-    assert type(read_checkpoint(path)["log"]).__name__ == "Inert"
-    assert load_weights(build_classifier("tiny", num_classes=7, **SMALL), path).loaded
-
-
-class Malicious:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
-
-
-def test_code_in_a_checkpoint_is_refused(official, tmp_path):
-    marker = tmp_path / "executed"
-    torch.save({"model": official, "x": Malicious(marker)}, tmp_path / "bad.pth")
-    with pytest.raises(WeightsError, match=r"refers to (posix|nt)\.system.*refused"):
-        read_checkpoint(tmp_path / "bad.pth")
-    with (tmp_path / "bad.pkl").open("wb") as file:
-        pickle.dump({"model": collections.OrderedDict(), "x": Malicious(marker)}, file)
-    with pytest.raises(WeightsError, match="not a PyTorch checkpoint"):
-        read_checkpoint(tmp_path / "bad.pkl")
-    assert not marker.exists()

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Unpack ADE20K's archive, where one is given, and check every image and label of both splits.
+
+    python datasets/prepare_ade20k.py --zip ADEChallengeData2016.zip
+    python datasets/prepare_ade20k.py --root /data/ADEChallengeData2016
+
+The archive is from http://sceneparsing.csail.mit.edu. Other data in the same folder shape:
+
+    python datasets/prepare_ade20k.py --root my/data --num-classes 5 --label-offset 0 --ignore 255
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from spatial_mamba_d2.data.ade20k import LabelFormat, load_split, unpack
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path(__file__).resolve().parent / "ADEChallengeData2016"
+    parser.add_argument("--zip", type=Path, help="unpacked into --root, if that is not there yet")
+    parser.add_argument("--root", type=Path, default=default)
+    parser.add_argument("--splits", nargs="+", default=("training", "validation"))
+    parser.add_argument("--num-classes", type=int, default=150, metavar="N")
+    parser.add_argument("--label-offset", type=int, default=1, metavar="N")
+    parser.add_argument("--ignore", type=int, nargs="*", default=(0,), metavar="N")
+    options = parser.parse_args(argv)
+    try:
+        if options.zip:
+            unpack(options.zip, options.root)
+        labels = LabelFormat(options.num_classes, options.label_offset, tuple(options.ignore))
+        for split in options.splits:
+            pairs = load_split(options.root, split, labels, check_decode=True)
+            print(f"{options.root} {split}: {len(pairs)} images with sound labels")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Writing of checkpoints: for the authors' code, for Detectron2, as safetensors, or as ours.
+
+What is written is complete: a state that lacks a tensor of its model, has one too many, or one of
+another shape, is refused, so that a partial file comes into being only where a part is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spatial_mamba_d2.atomic import replacing
+from spatial_mamba_d2.models import (
+    VARIANTS,
+    SpatialMambaBackbone,
+    SpatialMambaClassifier,
+    UPerNet,
+    read_checkpoint,
+)
+from spatial_mamba_d2.models.weights import (
+    DETECTOR_BACKBONE_PREFIX,
+    MASK_RCNN_HEADS,
+    WeightsError,
+    backbone_prefix,
+    to_official,
+    translate,
+    unwrap,
+)
+
+FORMATS = ("official", "ours", "detectron2", "safetensors")
+PARTS = ("backbone",)
+_CLASSIFIER_ONLY = ("norm.", "head.")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a state dict (under our names) holds.
+
+    Attributes:
+        kind: ``"classifier"``, ``"backbone"``, ``"detector"`` or ``"segmentor"``.
+        variant: ``"tiny"``, ``"small"``, ``"base"``, or ``"custom"`` for other widths and depths.
+        tensors: their number.
+        parameters: elements of the tensors that are no batch-norm statistics.
+    """
+
+    kind: str
+    variant: str
+    tensors: int
+    parameters: int
+
+    def __str__(self) -> str:
+        return f"{self.variant} {self.kind}, {self.tensors} tensors, {self.parameters:,} parameters"
+
+
+def inspect_state(state: Mapping[str, Tensor], source: str = "the given state") -> Contents:
+    """Recognise a state dict under our names, and check that nothing is missing or foreign.
+
+    Of a detector's heads only Mask R-CNN's standard ones are known; others are not checked.
+
+    Raises:
+        WeightsError: it is no complete model.
+    """
+    kind = _kind(state)
+    prefix = backbone_prefix(state)
+    backbone = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+    # A detector's feature pyramid has names inside of a backbone that is not its bottom-up part.
+    backbone = {n: x for n, x in backbone.items() if not n.startswith(("fpn_", "top_block."))}
+    arguments = _backbone_arguments(backbone, source)
+    with torch.device("meta"):
+        model: nn.Module
+        if kind == "classifier":
+            model = SpatialMambaClassifier(len(state["head.weight"]), **arguments)
+        elif kind == "segmentor":
+            model = UPerNet(**_segmentor_arguments(state, source), **arguments)
+        else:
+            model = SpatialMambaBackbone(**arguments)
+    expected = model.state_dict()
+    _compare(state if kind == "segmentor" else backbone, expected, kind, source)
+    shape = {key: tuple(value) if key == "depths" else value for key, value in arguments.items()}
+    variants = (name for name, v in VARIANTS.items() if {k: v[k] for k in shape} == shape)
+    sizes = (x.numel() for name, x in state.items() if not _is_statistic(name))
+    return Contents(kind, next(variants, "custom"), len(state), sum(sizes))
+
+
+def _kind(state: Mapping[str, Tensor]) -> str:
+    if any(name.startswith("decode_head.") for name in state):
+        return "segmentor"
+    if backbone_prefix(state):
+        return "detector"
+    return "classifier" if "head.weight" in state else "backbone"
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
+
+
+def _backbone_arguments(backbone: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """Width and depths, from the names and shapes of a bare backbone."""
+    depths = [0] * 4
+    for name in backbone:
+        if match := re.match(r"stages\.([0-3])\.blocks\.(\d+)\.", name):
+            stage, block = map(int, match.groups())
+            depths[stage] = max(depths[stage], block + 1)
+    widest = "stem.conv3.1.conv.weight"
+    if widest not in backbone or 0 in depths:
+        raise WeightsError(f"weights: {source} holds no whole backbone: {depths} blocks per stage")
+    return {"embed_dim": len(backbone[widest]), "depths": depths}
+
+
+def _segmentor_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    names = ("decode_head.classify.weight", "auxiliary_head.classify.weight")
+    if absent := [name for name in names if name not in state]:
+        raise WeightsError(f"weights: {source} is no whole UPerNet, it lacks {', '.join(absent)}")
+    num_classes, channels = state[names[0]].shape[:2]
+    return {
+        "num_classes": num_classes,
+        "channels": channels,
+        "aux_channels": state[names[1]].shape[1],
+    }
+
+
+def _compare(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], kind: str, source: str
+) -> None:
+    optional = () if kind in ("segmentor", "detector") else ("output_norms.",)
+    problems = {
+        "it lacks": [n for n in expected if n not in state and not n.startswith(optional)],
+        "it has besides": [n for n in state if n not in expected],
+        "of another shape are": [
+            n for n in expected if n in state and state[n].shape != expected[n].shape
+        ],
+    }
+    found = [f"{text} {len(n)}, such as {n[0]}" for text, n in problems.items() if n]
+    if found:
+        raise WeightsError(f"weights: {source} is no whole {kind}: {'; '.join(found)}")
+
+
+def keep_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone alone, under its own names, of a state dict under our names."""
+    prefix = backbone_prefix(state)
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if name.startswith(prefix)
+        and not name.startswith(_CLASSIFIER_ONLY)
+        and not name.startswith(("backbone.fpn_", "backbone.top_block."))
+    }
+
+
+def save_official(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a checkpoint that the authors' code loads.
+
+    A classifier or a bare backbone lies under ``model``, as in the authors' ImageNet training and
+    as their detection and segmentation configs take it for ``pretrained``; a whole detector or
+    segmentor lies under ``state_dict``, as mmengine writes it.
+
+    Args:
+        source: a model, or its state dict under our names.
+        path: a ``.pth`` file.
+
+    Raises:
+        WeightsError: no whole model, or one with heads that the authors' code does not have.
+    """
+    state = source.state_dict() if isinstance(source, nn.Module) else source
+    _save(_official(state, inspect_state(state).kind), Path(path))
+
+
+def _official(state: Mapping[str, Tensor], kind: str) -> dict[str, Any]:
+    if kind == "detector":
+        heads = {n for n in state if not n.startswith(DETECTOR_BACKBONE_PREFIX)}
+        standard = {f"{name}{leaf}" for name in MASK_RCNN_HEADS for leaf in ("weight", "bias")}
+        if unlike := sorted(heads ^ standard):
+            raise WeightsError(
+                "weights: --to official needs the heads of the authors' Mask R-CNN; "
+                f"{len(unlike)} are missing or foreign, such as {unlike[0]}"
+            )
+    translated = {to_official(name): value for name, value in state.items()}
+    if kind in ("classifier", "backbone"):
+        return {"model": translated}
+    return {"state_dict": translated, "meta": {}}
+
+
+def _detectron2(state: Mapping[str, Tensor], kind: str) -> dict[str, Any]:
+    if kind == "detector":
+        return {"model": dict(state)}
+    if kind == "backbone":
+        return {"model": {DETECTOR_BACKBONE_PREFIX + name: x for name, x in state.items()}}
+    raise WeightsError(
+        f"weights: Detectron2 has no place for the other parts of a {kind}; --only backbone takes "
+        "what it has"
+    )
+
+
+def _save(content: Mapping[str, Any], path: Path) -> None:
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def _save_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({name: x.contiguous() for name, x in state.items()}, temporary, {"format": "pt"})
+
+
+def convert_weights(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    *,
+    only: str | None = None,
+    sha256: str | None = None,
+) -> Contents:
+    """Read a checkpoint of ours or of the authors and write it in another format.
+
+    Args:
+        source: file; see :func:`~spatial_mamba_d2.models.read_checkpoint`.
+        target: file to write; it appears only once it is complete.
+        to: ``"official"``: for the authors' code, see :func:`save_official`; ``"ours"``: our names
+            under ``model``; ``"detectron2"``: what Detectron2's own ``DetectionCheckpointer``
+            loads into a model with ``build_spatial_mamba_fpn_backbone``; ``"safetensors"``: our
+            names in a ``.safetensors`` file.
+        only: ``"backbone"`` leaves out all other parts.
+        sha256: that ``source`` must have.
+
+    Returns:
+        what was written.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown ``to`` or ``only``, or a name of ``target`` that does not fit ``to``.
+        WeightsError: ``source`` is not readable, no whole model, or has parts for which the format
+            has no place.
+    """
+    target = Path(target)
+    if to not in FORMATS:
+        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    if only not in (None, *PARTS):
+        raise ValueError(f"only must be one of {', '.join(PARTS)}, got {only!r}")
+    if (target.suffix == ".safetensors") != (to == "safetensors"):
+        raise ValueError(
+            f"target must end with .safetensors for safetensors and for nothing else, "
+            f"got {target} for {to}"
+        )
+    state = translate(unwrap(read_checkpoint(source, sha256), str(source)), str(source))
+    contents = inspect_state(state, str(source))
+    if only == "backbone":
+        state = keep_backbone(state)
+        contents = inspect_state(state, str(source))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if to == "official":
+        _save(_official(state, contents.kind), target)
+    elif to == "detectron2":
+        _save(_detectron2(state, contents.kind), target)
+    elif to == "ours":
+        _save({"model": state}, target)
+    else:
+        _save_safetensors(state, target)
+    return contents

@@ -1,0 +1,248 @@
+"""The models that the authors published: scores, sizes, recipes; and the models themselves.
+
+>>> from spatial_mamba_d2 import model_zoo
+>>> model_zoo.list_models("detection")
+>>> model = model_zoo.get("mask_rcnn_spatial_mamba_t", weights="downloads/mask_rcnn_tiny.pth")
+
+Nothing is ever downloaded: the authors' README links their files, which lie on Google Drive.
+``python -m spatial_mamba_d2.model_zoo`` prints the tables of our README.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SOURCE = "https://github.com/EdwardChasel/Spatial-Mamba"
+LICENSE = "Apache-2.0"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+BEGIN, END = "<!-- model zoo -->", "<!-- /model zoo -->"
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the models of one task have in common.
+
+    Attributes:
+        title: of its table.
+        protocol: how the scores were measured.
+        metrics: their names, in the order of :attr:`Entry.scores`.
+        input_shape: ``[B, 3, H, W]`` of the published FLOPs.
+    """
+
+    title: str
+    protocol: str
+    metrics: tuple[str, ...]
+    input_shape: tuple[int, int, int, int]
+
+
+TASKS = {
+    "classification": Task(
+        "ImageNet-1k classification",
+        "validation set, one centre crop of 224 x 224",
+        ("top-1 %",),
+        (1, 3, 224, 224),
+    ),
+    "detection": Task(
+        "COCO detection and instance segmentation, Mask R-CNN",
+        "val2017, one scale, short side 800, long side at most 1333; 1x: 12 epochs, 3x: 36 epochs "
+        "with multi-scale training",
+        ("box AP", "mask AP"),
+        (1, 3, 800, 1280),
+    ),
+    "segmentation": Task(
+        "ADE20K semantic segmentation, UPerNet",
+        "validation set, whole images, short side 512, long side at most 2048; multi-scale: 0.75, "
+        "1, 1.25, with flip; 160k iterations",
+        ("mIoU", "mIoU, multi-scale"),
+        (1, 3, 512, 2048),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published model.
+
+    Attributes:
+        name: also of its recipe, ``configs/<name>.yaml``.
+        task: a key of :data:`TASKS`.
+        variant: ``"tiny"``, ``"small"`` or ``"base"``.
+        scores: published, see :attr:`Task.metrics`.
+        parameters: exact number, with UPerNet's auxiliary head.
+        published_parameters_m: millions, as the authors round them.
+        published_gflops: by the authors' formula, at :attr:`Task.input_shape`.
+        file_name: of the authors' checkpoint, where it is known for certain.
+        sha256: of that file, where it is known.
+    """
+
+    name: str
+    task: str
+    variant: str
+    scores: tuple[float, ...]
+    parameters: int
+    published_parameters_m: int
+    published_gflops: float
+    file_name: str | None = None
+    sha256: str | None = None
+    source: str = SOURCE
+    license: str = LICENSE
+
+    @property
+    def config_file(self) -> Path | None:
+        """The recipe, if there is one."""
+        # In a checkout the recipes lie beside the package, in an installation inside of it.
+        for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
+            if (path := folder / f"{self.name}.yaml").is_file():
+                return path
+        return None
+
+
+_CLASSIFIER = (26_748_862, 27, 4.5), (43_074_280, 43, 7.1), (95_745_592, 96, 15.8)
+_MASK_RCNN = (46_387_782, 46, 261), (62_713_200, 63, 315), (115_251_840, 115, 494)
+_UPERNET = (56_544_386, 57, 936), (72_869_804, 73, 992), (127_399_100, 127, 1176)
+_ENTRIES = (
+    Entry("spatial_mamba_t", "classification", "tiny", (83.5,), *_CLASSIFIER[0]),
+    Entry("spatial_mamba_s", "classification", "small", (84.6,), *_CLASSIFIER[1]),
+    Entry("spatial_mamba_b", "classification", "base", (85.3,), *_CLASSIFIER[2]),
+    Entry("mask_rcnn_spatial_mamba_t", "detection", "tiny", (47.6, 42.9), *_MASK_RCNN[0]),
+    Entry("mask_rcnn_spatial_mamba_s", "detection", "small", (49.2, 44.0), *_MASK_RCNN[1]),
+    Entry("mask_rcnn_spatial_mamba_b", "detection", "base", (50.4, 45.1), *_MASK_RCNN[2]),
+    Entry("mask_rcnn_spatial_mamba_t_3x", "detection", "tiny", (49.3, 43.8), *_MASK_RCNN[0]),
+    Entry("mask_rcnn_spatial_mamba_s_3x", "detection", "small", (50.5, 44.6), *_MASK_RCNN[1]),
+    Entry("upernet_spatial_mamba_t", "segmentation", "tiny", (48.6, 49.4), *_UPERNET[0]),
+    Entry("upernet_spatial_mamba_s", "segmentation", "small", (50.6, 51.4), *_UPERNET[1]),
+    Entry("upernet_spatial_mamba_b", "segmentation", "base", (51.8, 52.6), *_UPERNET[2]),
+)
+ENTRIES = {entry.name: entry for entry in _ENTRIES}
+
+
+def list_models(task: str | None = None) -> list[str]:
+    """Names of the published models, of one task or all.
+
+    Raises:
+        ValueError: no such task.
+    """
+    if task not in (None, *TASKS):
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    return [name for name, entry in ENTRIES.items() if task in (None, entry.task)]
+
+
+def get_entry(name: str) -> Entry:
+    """What is known of a published model.
+
+    Raises:
+        ValueError: no such model.
+    """
+    if name not in ENTRIES:
+        raise ValueError(f"name must be one of {', '.join(ENTRIES)}, got {name!r}")
+    return ENTRIES[name]
+
+
+def get_config(name: str, overrides: Sequence[str] = ()) -> Any:
+    """The recipe of a published model, as the tools load it.
+
+    Args:
+        name: see :func:`list_models`.
+        overrides: ``KEY VALUE`` pairs.
+
+    Raises:
+        ValueError: no such model, a model without a recipe here, or a wrong override.
+    """
+    entry = get_entry(name)
+    if entry.config_file is None:
+        raise ValueError(f"name must be of a model with a recipe in configs/, got {name!r}")
+    # Only now, for detection needs Detectron2, and segmentation Lightning.
+    room = importlib.import_module(f"spatial_mamba_d2.{entry.task}.config")
+    return room.load_config(entry.config_file, overrides)
+
+
+def build(name: str) -> Any:
+    """A published model with initial weights, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: no such model.
+        ImportError: Detectron2, which detectors need, is not installed.
+    """
+    from spatial_mamba_d2 import models
+
+    entry = get_entry(name)
+    if entry.task == "detection":
+        from spatial_mamba_d2.detection.model import build_detector
+
+        return build_detector(get_config(name, ["MODEL.DEVICE", "cpu"])).eval()
+    builders = {"classification": models.build_classifier, "segmentation": models.build_upernet}
+    return builders[entry.task](entry.variant).eval()
+
+
+def get(name: str, weights: str | Path, sha256: str | None = None) -> Any:
+    """A published model with its weights, on the CPU, in eval mode.
+
+    Args:
+        name: see :func:`list_models`.
+        weights: the checkpoint, the authors' file or one of ours; or a folder that holds it as
+            ``<name>.safetensors``, ``.pth``, ``.pt`` or ``.ckpt``.
+        sha256: that the file must have; by default what the zoo knows, if it does.
+
+    Raises:
+        FileNotFoundError: no such file, with word of where to get it.
+        ImportError: Detectron2, which detectors need, is not installed.
+        ValueError: no such model, or the file does not hold it whole.
+    """
+    from spatial_mamba_d2.models import load_weights, read_checkpoint
+
+    entry = get_entry(name)
+    path = _find(entry, Path(weights))
+    content = read_checkpoint(path, sha256 or entry.sha256)
+    model = build(name)
+    report = load_weights(model, content, source_name=str(path))
+    if report.new:
+        raise ValueError(f"weights must hold all of {name}:\n{report}")
+    return model
+
+
+def _find(entry: Entry, weights: Path) -> Path:
+    if not weights.is_dir():
+        candidates = [weights]
+    else:
+        names = [entry.name + suffix for suffix in SUFFIXES]
+        candidates = [weights / file for file in (*names, entry.file_name) if file]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"weights: no such file: {' or '.join(map(str, candidates))}; the README of {entry.source} "
+        f"links the authors' checkpoints, and nothing is downloaded for you"
+    )
+
+
+def markdown_tables() -> str:
+    """The tables of the README: what was published, and by which recipe."""
+    return "\n\n".join("\n".join(_table(task)) for task in TASKS)
+
+
+def _table(task: str) -> Iterator[str]:
+    about = TASKS[task]
+    height, width = about.input_shape[2:]
+    yield f"**{about.title}** ({about.protocol})"
+    yield ""
+    header = ("model", *about.metrics, "parameters", f"FLOPs at {height} x {width}", "recipe")
+    yield _row(header)
+    yield _row("---" for _ in header)
+    for name in list_models(task):
+        entry = ENTRIES[name]
+        recipe = f"[{name}.yaml](configs/{name}.yaml)" if entry.config_file else "-"
+        sizes = f"{entry.published_parameters_m} M", f"{entry.published_gflops:g} G"
+        yield _row((f"`{name}`", *map(str, entry.scores), *sizes, recipe))
+
+
+def _row(cells: Iterator[str] | Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(markdown_tables())

@@ -1,0 +1,206 @@
+"""Reading of checkpoint files without running code from them.
+
+A PyTorch checkpoint is a pickle, and a pickle can call anything. Here tensors come from safetensors
+or through ``torch.load(weights_only=True)``, which calls PyTorch's own rebuilding functions only.
+Real checkpoints also carry objects of foreign classes (configurations, logs, dates). These are
+never imported: whatever belongs to a known package becomes :class:`Inert`, and a file that refers
+to anything else is refused.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle  # where Python itself keeps how Python 2 called its modules
+import hashlib
+import io
+import pickletools
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+# Objects of these packages occur in published checkpoints beside the weights.
+_INERT_PACKAGES = (
+    "addict", "argparse", "datetime", "fvcore", "lightning", "mmcv", "mmengine", "numpy",
+    "omegaconf", "pathlib", "pytorch_lightning", "typing", "yacs",
+)  # fmt: skip
+# Of these only what configurations and logs refer to; ``getattr`` is how a method is pickled.
+_INERT_NAMES = {
+    "collections.defaultdict",
+    *(
+        f"builtins.{name}"
+        for name in ("bool", "bytes", "dict", "float", "frozenset", "getattr", "int", "list")
+    ),
+    *(f"builtins.{name}" for name in ("object", "range", "slice", "str", "tuple", "type")),
+}
+# Subclasses of dict among them; PyTorch's safe unpickler fills exact dictionaries only.
+_INERT_MAPPINGS = ("AttributeDict", "CfgNode", "ConfigDict", "Dict", "defaultdict")
+# What PyTorch's safe unpickler builds without being told, beside names of its own.
+_PLAIN_NAMES = {
+    "_codecs.encode", "builtins.bytearray", "builtins.complex", "builtins.set",
+    "collections.Counter", "collections.OrderedDict",
+}  # fmt: skip
+
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before PyTorch 1.6
+_LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of the storages
+_NEWEST_PROTOCOL = 3  # of those that PyTorch's safe unpickler understands
+# How files begin that were downloaded and are no checkpoints.
+_NO_CHECKPOINTS = (
+    ((b"<!doctype", b"<html", b"<?xml"), "is a web page, not a checkpoint; download it again"),
+    ((b"version https://git-lfs",), "is a Git LFS pointer, not a checkpoint; run `git lfs pull`"),
+)
+
+
+class WeightsError(ValueError):
+    """A checkpoint cannot be read, recognised, or loaded as it is."""
+
+
+class Inert:
+    """Stands for an object of a foreign class in a checkpoint: keeps nothing, does nothing."""
+
+    def __new__(cls, *args: object) -> Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _InertMapping:
+    """Stands for a foreign subclass of dict: a plain dictionary with its items."""
+
+    def __new__(cls, *args: object) -> Any:
+        return OrderedDict(*(arg for arg in args if isinstance(arg, Mapping)))
+
+
+def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
+    """Read a ``.safetensors`` or PyTorch checkpoint onto the CPU without executing code from it.
+
+    Args:
+        path: the file.
+        sha256: 64 hexadecimal digits that its content must have. Without, nothing is compared: a
+            hash in a file's name (``name-0123abcd.pth``, as torch.hub writes) is only a name,
+            which survives conversions and edits of the content.
+
+    Returns:
+        the dictionary in the file; foreign objects in it are :class:`Inert`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: ``sha256`` is no SHA-256.
+        WeightsError: truncated, not a checkpoint, of another hash, or it refers to code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: no such file: {path}")
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise WeightsError(f"weights: {path} is empty; it was probably never fully written")
+    for beginnings, message in _NO_CHECKPOINTS:
+        if head.lstrip().lower().startswith(beginnings):
+            raise WeightsError(f"weights: {path} {message}")
+    if sha256 is not None:
+        _verify(path, sha256)
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        return _read_pickled(path, head)
+    except WeightsError:
+        raise
+    except Exception as error:  # a dozen types are raised below here, all of them about this file
+        raise _unreadable(path, error) from error
+
+
+def _verify(path: Path, sha256: str) -> None:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != sha256.lower():
+        raise WeightsError(
+            f"weights: {path} is not the file that was meant, or damaged: "
+            f"its SHA-256 is {digest.hexdigest()}, must be {sha256.lower()}"
+        )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read_pickled(path: Path, head: bytes) -> dict[str, Any]:
+    is_zip = head.startswith(b"PK")
+    if head.startswith(b"\x80") and not (is_zip or head.startswith(_LEGACY_MAGIC)):
+        raise WeightsError(
+            f"weights: {path} is a raw pickle, as in Detectron2's model zoo; refused, because "
+            "reading it can run code from the file. Where you trust it, load it with Detectron2 "
+            "and save its tensors with torch.save"
+        )
+    names = set(_zip_names(path) if is_zip else _legacy_names(path))
+    inert = {name for name in names if _becomes_inert(name)}
+    # A first look, for a plain message; what decides is torch.load, which knows no other name.
+    refused = {n for n in names - inert - _PLAIN_NAMES if not n.startswith("torch.")}
+    if refused:
+        raise WeightsError(
+            f"weights: {path} refers to {', '.join(sorted(refused))}, which is not data; "
+            "refused, because loading it would run code from the file"
+        )
+    stand_ins = [(_stand_in(name), name) for name in inert]
+    with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"weights: {path} must hold a dictionary, got {type(content).__name__}")
+    return dict(content)
+
+
+def _becomes_inert(name: str) -> bool:
+    return name.split(".")[0] in _INERT_PACKAGES or name in _INERT_NAMES
+
+
+def _stand_in(name: str) -> type:
+    return _InertMapping if name.rsplit(".", 1)[-1] in _INERT_MAPPINGS else Inert
+
+
+def _zip_names(path: Path) -> Iterator[str]:
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.namelist():
+            if entry.rsplit("/", 1)[-1] == "data.pkl":
+                yield from _pickled_names(path, io.BytesIO(archive.read(entry)))
+
+
+def _legacy_names(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for _ in range(_LEGACY_PICKLES):
+            yield from _pickled_names(path, file)
+
+
+def _pickled_names(path: Path, file: IO[bytes]) -> Iterator[str]:
+    """Dotted names of the classes and functions in the pickle that begins here in ``file``."""
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name == "PROTO" and int(argument or 0) > _NEWEST_PROTOCOL:
+            raise WeightsError(
+                f"weights: {path} is pickled with protocol {argument}, which PyTorch cannot read "
+                "safely; save it again with the default of torch.save"
+            )
+        if opcode.name == "GLOBAL":
+            module, name = str(argument).split(" ", 1)
+            module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+            yield f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
+
+
+def _unreadable(path: Path, error: Exception) -> WeightsError:
+    reason = str(error).strip().split("\n")[0]
+    return WeightsError(
+        f"weights: {path} ({path.stat().st_size} bytes) is truncated or not a PyTorch checkpoint: "
+        f"{reason}"
+    )

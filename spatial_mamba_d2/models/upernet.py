@@ -1,0 +1,170 @@
+"""UPerNet on a Spatial-Mamba backbone, with the auxiliary FCN head of the training recipe.
+
+Xiao et al., "Unified Perceptual Parsing for Scene Understanding", arXiv 1807.10221. Equal in
+function to ``UPerHead`` and ``FCNHead`` of mmsegmentation 1.2 as the Spatial-Mamba authors
+configure them; :mod:`.weights` translates the parameter names. The batch norms of the heads are
+called ``bn`` there and here: the recipe's weight decay rule goes by that.
+
+Symbols: K classes, F channels of the decode head. All resizing is bilinear without
+``align_corners``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spatial_mamba_d2.models.spatial_mamba import STAGES, SpatialMambaBackbone
+from spatial_mamba_d2.models.variants import variant_kwargs
+
+POOL_SIZES = (1, 2, 3, 6)
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, ``Tensor[B, C, H, W]`` -> ``Tensor[B, C, *size]``."""
+    if x.shape[-2:] == torch.Size(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class ConvBNReLU(nn.Module):
+    """Convolution without bias that keeps H and W, batch norm, ReLU; ``Tensor[B, C, H, W]``."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, out_dim, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = nn.BatchNorm2d(out_dim)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+def _classify(dim: int, num_classes: int) -> nn.Conv2d:
+    conv = nn.Conv2d(dim, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.get_parameter("bias"))
+    return conv
+
+
+class UPerHead(nn.Module):
+    """Pyramid pooling of the coarsest level, a feature pyramid, a classifier of their fusion."""
+
+    def __init__(self, in_dims: Sequence[int], channels: int, num_classes: int, dropout: float):
+        super().__init__()
+        *finer, coarsest = in_dims
+        self.pool_convs = nn.ModuleList(ConvBNReLU(coarsest, channels, 1) for _ in POOL_SIZES)
+        self.pool_fuse = ConvBNReLU(coarsest + len(POOL_SIZES) * channels, channels, 3)
+        self.laterals = nn.ModuleList(ConvBNReLU(dim, channels, 1) for dim in finer)
+        self.outputs = nn.ModuleList(ConvBNReLU(channels, channels, 3) for _ in finer)
+        self.fuse = ConvBNReLU(len(in_dims) * channels, channels, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = _classify(channels, num_classes)
+
+    def pool_pyramid(self, x: Tensor) -> Tensor:
+        """``Tensor[B, C, H, W]`` -> ``Tensor[B, F, H, W]`` that has seen the whole image."""
+        pooled = [
+            resize(conv(F.adaptive_avg_pool2d(x, size)), x.shape[-2:])
+            for conv, size in zip(self.pool_convs, POOL_SIZES, strict=True)
+        ]
+        return self.pool_fuse(torch.cat([x, *pooled], dim=1))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Four ``Tensor[B, C_i, H_i, W_i]``, finest first -> logits ``Tensor[B, K, H_0, W_0]``."""
+        *finer, coarsest = features
+        top = self.pool_pyramid(coarsest)
+        levels = [top]  # [B, F, H_i, W_i] each, finest first
+        for x, lateral in zip(reversed(finer), reversed(self.laterals), strict=True):
+            top = lateral(x) + resize(top, x.shape[-2:])
+            levels.insert(0, top)
+        levels[:-1] = [conv(x) for conv, x in zip(self.outputs, levels[:-1], strict=True)]
+        size = levels[0].shape[-2:]
+        x = self.fuse(torch.cat([resize(level, size) for level in levels], dim=1))
+        return self.classify(self.dropout(x))
+
+
+class FCNHead(nn.Module):
+    """One convolution and a classifier: ``Tensor[B, C, H, W]`` -> logits ``Tensor[B, K, H, W]``."""
+
+    def __init__(self, in_dim: int, channels: int, num_classes: int, dropout: float):
+        super().__init__()
+        self.conv = ConvBNReLU(in_dim, channels, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = _classify(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.dropout(self.conv(x)))
+
+
+class UPerNet(nn.Module):
+    """Semantic segmentation.
+
+    Args:
+        num_classes: K.
+        channels: F, the width of the decode head.
+        aux_channels: width of the auxiliary head, which sees ``res4`` and serves training only.
+        dropout: of whole channels in front of each classifier.
+        bn_policy: of the backbone, see :class:`~.spatial_mamba.SpatialMamba`; ``"sync"`` is for
+            the heads too, which train their batch norms in any case.
+        **kwargs: other arguments of the backbone.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 150,
+        channels: int = 512,
+        aux_channels: int = 256,
+        dropout: float = 0.1,
+        bn_policy: str = "train",
+        **kwargs: Any,
+    ):
+        super().__init__()
+        sizes = {"num_classes": num_classes, "channels": channels, "aux_channels": aux_channels}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
+        self.backbone = SpatialMambaBackbone(STAGES, bn_policy=bn_policy, **kwargs)
+        dims = self.backbone.dims
+        self.decode_head = UPerHead(dims, channels, num_classes, dropout)
+        self.auxiliary_head = FCNHead(dims[2], aux_channels, num_classes, dropout)
+        if bn_policy == "sync":
+            for head in (self.decode_head, self.auxiliary_head):
+                nn.SyncBatchNorm.convert_sync_batchnorm(head)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Segment images of any size.
+
+        Args:
+            x: normalised image, ``Tensor[B, 3, H, W]`` with any H, W >= 1.
+
+        Returns:
+            logits, ``Tensor[B, K, ceil(H/4), ceil(W/4)]``; in train mode the pair of these and the
+            auxiliary head's, ``Tensor[B, K, ceil(H/16), ceil(W/16)]``.
+
+        Raises:
+            ValueError: ``x`` is not such a tensor.
+        """
+        features = self.backbone(x)
+        logits = self.decode_head(list(features.values()))
+        return (logits, self.auxiliary_head(features["res4"])) if self.training else logits
+
+
+def build_upernet(variant: str, num_classes: int = 150, **overrides: Any) -> UPerNet:
+    """UPerNet on the backbone ``"tiny"``, ``"small"`` or ``"base"``.
+
+    Args:
+        overrides: arguments of :class:`UPerNet` and its backbone that replace the variant's.
+
+    Raises:
+        ValueError: no such variant, or an argument out of its range.
+    """
+    return UPerNet(num_classes=num_classes, **variant_kwargs(variant, overrides))

@@ -1,0 +1,1 @@
+"""Semantic segmentation with UPerNet on Lightning; needs neither Detectron2 nor OpenMMLab."""

@@ -1,0 +1,64 @@
+"""Lightning's checkpoints, written whole and read without executing code from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
+
+from spatial_mamba_d2.atomic import replacing
+from spatial_mamba_d2.models import load_weights, read_checkpoint
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """A file appears under its name only when it is complete and on disk.
+
+    Lightning's own writes a file in the system's temporary folder and moves it, which is a copy
+    where that is another file system, and may be half done when the process is killed.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Raises FileNotFoundError or WeightsError: see :func:`read_checkpoint`."""
+        return read_checkpoint(path)
+
+
+def build_checkpointing(folder: str | Path, period: int) -> list[ModelCheckpoint]:
+    """Callbacks that keep ``last.ckpt``, every ``period`` iterations, and ``best.ckpt`` by mIoU."""
+    common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_top_k": 1}
+    return [
+        ModelCheckpoint(filename=Path(LAST).stem, every_n_train_steps=period, **common),
+        ModelCheckpoint(
+            filename=Path(BEST).stem,
+            monitor="mIoU",
+            mode="max",
+            save_on_train_epoch_end=False,
+            **common,
+        ),
+    ]
+
+
+def load_segmentor_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Load a whole segmentor, and return all that its file holds.
+
+    Raises:
+        FileNotFoundError, WeightsError: see :func:`load_weights`.
+        ValueError: it holds only a part of a segmentor.
+    """
+    content = read_checkpoint(path)
+    report = load_weights(model, content, source_name=str(path))
+    if report.new:
+        raise ValueError(f"MODEL.WEIGHTS must hold a whole segmentor:\n{report}")
+    return content

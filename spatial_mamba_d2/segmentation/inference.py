@@ -1,0 +1,134 @@
+"""Whole images, sliding windows, several scales and mirror images; as mmsegmentation does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from spatial_mamba_d2.models.upernet import resize
+
+Model = Callable[[Tensor], Tensor]  # Tensor[B, 3, H, W] -> logits Tensor[B, K, H/4, W/4]
+
+# name -> scales, and whether each is mirrored too
+PROTOCOLS: dict[str, tuple[tuple[float, ...], bool]] = {
+    "ss": ((1.0,), False),
+    "ms": ((0.75, 1.0, 1.25), True),  # the authors'
+    "ms_wide": ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True),  # mmsegmentation's
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that a score depends on, beside model and data; stored with every score.
+
+    Attributes:
+        name: a short word for file names: ``ss``, ``ms``, ``ms_wide`` or ``custom``.
+        mode: ``whole`` or ``slide``.
+        crop_px, stride_px: of the sliding window.
+        scales: of the frame ``short_px`` x ``long_px`` that an image is fitted into.
+        flip: also mirror each view, and average.
+        ignored: the stored labels that do not count.
+    """
+
+    name: str
+    mode: str
+    crop_px: int
+    stride_px: int
+    scales: tuple[float, ...]
+    flip: bool
+    short_px: int
+    long_px: int
+    ignored: tuple[int, ...]
+
+    def __str__(self) -> str:
+        window = f", crop {self.crop_px}, stride {self.stride_px}" if self.mode == "slide" else ""
+        return (
+            f"{self.name} ({self.mode}{window}; scales {', '.join(map(str, self.scales))}"
+            f"{' with flip' if self.flip else ''}; short side {self.short_px}, "
+            f"long <= {self.long_px}, OpenCV bilinear; stored labels "
+            f"{', '.join(map(str, self.ignored)) or 'none'} ignored)"
+        )
+
+
+def build_protocol(cfg: CfgNode) -> Protocol:
+    """From ``cfg.TEST``, ``cfg.INPUT`` and ``cfg.DATASETS``."""
+    custom = tuple(map(float, cfg.TEST.SCALES)), cfg.TEST.FLIP
+    scales, flip = PROTOCOLS.get(cfg.TEST.PROTOCOL, custom)
+    return Protocol(
+        name=cfg.TEST.PROTOCOL,
+        mode=cfg.TEST.MODE,
+        crop_px=cfg.TEST.CROP_PX,
+        stride_px=cfg.TEST.STRIDE_PX,
+        scales=scales,
+        flip=flip,
+        short_px=cfg.INPUT.SHORT_PX,
+        long_px=cfg.INPUT.LONG_PX,
+        ignored=tuple(cfg.DATASETS.IGNORE_LABELS),
+    )
+
+
+def _windows(side: int, crop_px: int, stride_px: int) -> Iterator[slice]:
+    """Windows that cover ``side``; the last one ends with it."""
+    number = max(side - crop_px + stride_px - 1, 0) // stride_px + 1
+    for i in range(number):
+        end = min(i * stride_px + crop_px, side)
+        yield slice(max(end - crop_px, 0), end)
+
+
+def slide(model: Model, x: Tensor, crop_px: int, stride_px: int) -> Tensor:
+    """Logits of ``x``, ``Tensor[B, 3, H, W]``, averaged over windows: ``Tensor[B, K, H, W]``."""
+    height, width = x.shape[-2:]
+    total: Tensor | None = None
+    count = x.new_zeros(height, width)
+    for rows in _windows(height, crop_px, stride_px):
+        for columns in _windows(width, crop_px, stride_px):
+            logits = whole(model, x[..., rows, columns])
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], height, width)
+            total[..., rows, columns] += logits
+            count[rows, columns] += 1
+    assert total is not None  # an image has at least one window
+    return total.div_(count)
+
+
+def whole(model: Model, x: Tensor) -> Tensor:
+    """Logits of ``x``, ``Tensor[B, 3, H, W]``, as large as it: float32 ``Tensor[B, K, H, W]``."""
+    return resize(model(x).float(), x.shape[-2:])
+
+
+@torch.no_grad()
+def segment(
+    model: Model, views: Sequence[Tensor], size: Sequence[int], protocol: Protocol
+) -> Tensor:
+    """Scores of one image for each class and pixel; their argmax is the prediction.
+
+    Args:
+        model: in eval mode.
+        views: the normalised image in each scale, ``Tensor[3, H_s, W_s]``.
+        size: H, W of the scores, those of the original image.
+
+    Returns:
+        ``Tensor[K, H, W]``: logits for a single view, else the mean of the views' probabilities.
+    """
+    inputs = [x[None] for x in views]
+    if protocol.flip:
+        inputs = [x for view in inputs for x in (view, view.flip(-1))]
+    total: Tensor | None = None
+    for i, x in enumerate(inputs):
+        if protocol.mode == "slide":
+            logits = slide(model, x, protocol.crop_px, protocol.stride_px)
+        else:
+            logits = whole(model, x)
+        if protocol.flip and i % 2:
+            logits = logits.flip(-1)
+        logits = resize(logits, size)[0]
+        if len(inputs) == 1:
+            return logits
+        total = logits.softmax(0) if total is None else total.add_(logits.softmax(0))
+    if total is None:
+        raise ValueError("views must hold at least one view, got none")
+    return total.div_(len(inputs))

@@ -1,0 +1,81 @@
+"""Intersection over union and accuracies from one confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+
+
+class Confusion:
+    """Counts pixels by true and predicted class, over images and then over processes.
+
+    Attributes:
+        matrix: ``int64 Tensor[K, K]``, rows the truth, columns the prediction.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, prediction: Tensor, truth: Tensor) -> None:
+        """Count one image.
+
+        Args:
+            prediction: class indices, integer ``Tensor[H, W]``.
+            truth: class indices and :data:`IGNORE`, integer ``Tensor[H, W]``.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if prediction.shape != truth.shape:
+            raise ValueError(
+                f"prediction and truth must have one shape, got {list(prediction.shape)} and "
+                f"{list(truth.shape)}"
+            )
+        counted = truth != IGNORE
+        number = len(self.matrix)
+        cells = truth[counted].long() * number + prediction[counted].long()
+        self.matrix += torch.bincount(cells, minlength=number**2).view(number, number)
+
+    def sum_over_processes(self) -> None:
+        """Add the other processes' counts; once, after the last image."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.matrix)
+
+    def per_class(self) -> tuple[Tensor, Tensor]:
+        """IoU and accuracy of each class, in percent, ``float64 Tensor[K]``.
+
+        NaN where a class is in neither truth nor prediction, or not in the truth.
+        """
+        matrix = self.matrix.double().cpu()
+        hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
+        return 100 * hit / (true + predicted - hit), 100 * hit / true
+
+    def scores(self) -> dict[str, float]:
+        """``mIoU``, ``mAcc``: means over classes that have them; ``aAcc``: share of all pixels."""
+        iou, accuracy = self.per_class()
+        pixels = 100 * self.matrix.diag().sum().double() / self.matrix.sum()
+        return {
+            "mIoU": iou.nanmean().item(),
+            "mAcc": accuracy.nanmean().item(),
+            "aAcc": pixels.item(),
+        }
+
+
+def format_table(confusion: Confusion, names: Sequence[str]) -> str:
+    """IoU and accuracy of each class and overall, in percent; ``-`` where undefined."""
+
+    def number(value: float) -> str:
+        return f"{value:7.2f}" if value == value else "      -"
+
+    width = max(map(len, (*names, "class")))
+    iou, accuracy = confusion.per_class()
+    lines = [f"{'class':{width}}      IoU      Acc"]
+    for name, i, a in zip(names, iou.tolist(), accuracy.tolist(), strict=True):
+        lines.append(f"{name:{width}}  {number(i)}  {number(a)}")
+    scores = "  ".join(f"{name} {value:.2f}" for name, value in confusion.scores().items())
+    return "\n".join([*lines, scores])

@@ -1,0 +1,240 @@
+"""The Lightning module: loss, optimizer, schedule, moving average, evaluation."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from spatial_mamba_d2.atomic import replacing
+from spatial_mamba_d2.data.ade20k import Classes
+from spatial_mamba_d2.data.coco import read_image
+from spatial_mamba_d2.data.images import write_picture
+from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.models.upernet import UPerNet, build_upernet, resize
+from spatial_mamba_d2.optimization import parameter_groups
+from spatial_mamba_d2.segmentation.inference import build_protocol, segment
+from spatial_mamba_d2.segmentation.metrics import Confusion, format_table
+from spatial_mamba_d2.segmentation.pictures import draw_panels
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(cfg: CfgNode) -> UPerNet:
+    """UPerNet as ``cfg.MODEL`` says, with initial weights."""
+    mamba, upernet = cfg.MODEL.SPATIAL_MAMBA, cfg.MODEL.UPERNET
+    overrides = {} if mamba.DROP_PATH_RATE is None else {"drop_path_rate": mamba.DROP_PATH_RATE}
+    return build_upernet(
+        mamba.VARIANT,
+        cfg.MODEL.NUM_CLASSES,
+        channels=upernet.CHANNELS,
+        aux_channels=upernet.AUX_CHANNELS,
+        dropout=upernet.DROPOUT,
+        bn_policy=mamba.BN,
+        grad_checkpointing=mamba.GRAD_CHECKPOINTING,
+        **overrides,
+    )
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over all pixels, of which the ignored ones contribute 0, as in mmsegmentation.
+
+    So the mean over processes and parts of a batch is the mean over the batch.
+
+    Args:
+        logits: ``Tensor[B, K, h, w]``, resized to the target.
+        target: class indices and :data:`IGNORE`, ``Tensor[B, H, W]``.
+    """
+    logits = resize(logits, target.shape[-2:])
+    return F.cross_entropy(logits, target.long(), ignore_index=IGNORE, reduction="none").mean()
+
+
+def learning_rate_factor(
+    iteration: int, warmup_iters: int, warmup_factor: float, max_iter: int
+) -> float:
+    """Linear from ``warmup_factor`` to 1, then linear to 0 in the last iteration.
+
+    mmengine's ``LinearLR`` followed by ``PolyLR`` of power 1.
+    """
+    if iteration < warmup_iters:
+        progress = iteration / max(1, warmup_iters - 1)
+        return warmup_factor + (1 - warmup_factor) * progress
+    return 1 - (iteration - warmup_iters) / max(1, max_iter - warmup_iters - 1)
+
+
+class Segmentor(lightning.LightningModule):
+    """UPerNet with what the trainer needs to train and evaluate it.
+
+    Its state dict is that of the network that is evaluated: with ``SOLVER.EMA_DECAY`` the moving
+    average. A checkpoint then has the network in training under ``training_model``.
+
+    Args:
+        cfg: from :func:`~.config.load_config`.
+        classes: of the data set.
+
+    Attributes:
+        scores: of the last evaluation, ``{"mIoU": ..., "mAcc": ..., "aAcc": ...}`` in percent.
+        evaluated_step: the iteration it took place after; -1 before the first.
+    """
+
+    def __init__(self, cfg: CfgNode, classes: Classes):
+        super().__init__()
+        self.cfg = cfg
+        self.classes = classes
+        self.protocol = build_protocol(cfg)
+        self.model = build_model(cfg)
+        self.average: AveragedModel | None = None
+        if cfg.SOLVER.EMA_DECAY:
+            self.average = AveragedModel(
+                self.model,
+                multi_avg_fn=get_ema_multi_avg_fn(cfg.SOLVER.EMA_DECAY),
+                use_buffers=True,
+            ).requires_grad_(False)
+        self.weights_source = "random weights"
+        self.scores: dict[str, float] = {}
+        self.evaluated_step = -1
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that evaluation uses and checkpoints hold first."""
+        return self.model if self.average is None else self.average.module
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return self.evaluated.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return self.evaluated.load_state_dict(state_dict, *args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["classes"] = list(self.classes.names)
+        checkpoint["palette"] = [list(color) for color in self.classes.palette]
+        if self.average is not None:
+            checkpoint["training_model"] = self.model.state_dict()
+            checkpoint["averaged_steps"] = int(self.average.n_averaged)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        in_training = checkpoint.get("training_model", checkpoint["state_dict"])
+        self.model.load_state_dict(in_training)
+        if self.average is None:
+            checkpoint["state_dict"] = in_training
+        else:
+            self.average.n_averaged.fill_(checkpoint.get("averaged_steps", 1))
+
+    def configure_optimizers(self) -> Any:
+        solver = self.cfg.SOLVER
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, solver.WEIGHT_DECAY),
+            lr=solver.BASE_LR,
+            betas=tuple(solver.BETAS),
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda iteration: learning_rate_factor(
+                iteration, solver.WARMUP_ITERS, solver.WARMUP_FACTOR, solver.MAX_ITER
+            ),
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout and drop path depend on the iteration, not on the past: resuming is exact."""
+        parts = self.cfg.SOLVER.ACCUMULATION_STEPS
+        turn = self.trainer.global_step * parts + batch_idx % parts
+        torch.manual_seed((self.cfg.SEED * 1_000_003 + turn * 1009 + self.global_rank) % 2**63)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        image, target = batch
+        logits, auxiliary = self.model(image)
+        decode, aux = cross_entropy(logits, target), cross_entropy(auxiliary, target)
+        loss = decode + self.cfg.MODEL.UPERNET.AUX_WEIGHT * aux
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("loss", loss.detach(), prog_bar=True)
+        self.log_dict({"loss_decode": decode.detach(), "loss_aux": aux.detach(), "lr": rate})
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def on_validation_epoch_start(self) -> None:
+        if self.trainer.world_size > 1:  # running statistics of batch norm may differ
+            for buffer in self.evaluated.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        self.confusion = Confusion(self.cfg.MODEL.NUM_CLASSES, self.device)
+        self.skipped = 0
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if "error" in batch:
+            self.skipped += 1
+            logger.warning("skipped broken pair no. %d: %s", self.skipped, batch["error"])
+            return
+        truth = batch["label"]
+        prediction = segment(self.evaluated, batch["views"], truth.shape, self.protocol).argmax(0)
+        self.confusion.update(prediction, truth)
+        if batch["index"] < self.cfg.TEST.PICTURES:
+            maps = {"ground truth": _array(truth), "prediction": _array(prediction)}
+            picture = draw_panels(read_image(batch["file"]), maps, self.classes)
+            name = f"{Path(batch['file']).stem}.png"
+            write_picture(Path(self.cfg.OUTPUT_DIR, "pictures", name), picture)
+
+    def on_validation_epoch_end(self) -> None:
+        self.confusion.sum_over_processes()
+        skipped = self.trainer.strategy.reduce(
+            torch.tensor(self.skipped, device=self.device), reduce_op="sum"
+        )
+        if not self.confusion.matrix.any():
+            raise ValueError(
+                f"DATASETS.TEST must have labelled pixels, got none in {self.cfg.DATASETS.ROOT}"
+            )
+        self.scores = self.confusion.scores()
+        self.evaluated_step = self.trainer.global_step
+        self.log_dict(self.scores, sync_dist=True)
+        if self.trainer.is_global_zero:
+            self._write_scores(int(skipped))
+
+    def _write_scores(self, skipped: int) -> None:
+        """Table to the log; scores, protocol and confusion matrix into the output folder."""
+        iou, accuracy = (values.tolist() for values in self.confusion.per_class())
+        trained = self.evaluated_step > 0
+        content = {
+            "protocol": asdict(self.protocol),
+            "weights": f"iteration {self.evaluated_step}" if trained else self.weights_source,
+            "data": f"{self.cfg.DATASETS.ROOT} {self.cfg.DATASETS.TEST}",
+            "skipped_images": skipped,
+            **self.scores,
+            "classes": {
+                name: {"IoU": i if i == i else None, "Acc": a if a == a else None}
+                for name, i, a in zip(self.classes.names, iou, accuracy, strict=True)
+            },
+            "confusion": self.confusion.matrix.tolist(),  # rows the truth, columns the prediction
+        }
+        path = Path(self.cfg.OUTPUT_DIR, f"scores_{self.protocol.name}_{self.protocol.mode}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        logger.info(
+            "%s, %s%s\n%s\nwritten to %s",
+            content["weights"],
+            self.protocol,
+            f", {skipped} images skipped" if skipped else "",
+            format_table(self.confusion, self.classes.names),
+            path,
+        )
+
+
+def _array(label: Tensor) -> np.ndarray:
+    return label.to("cpu", torch.uint8).numpy()

@@ -1,0 +1,100 @@
+"""Segmentation of single images, also without ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+
+from spatial_mamba_d2.data.ade20k import Classes, load_classes
+from spatial_mamba_d2.data.coco import read_image
+from spatial_mamba_d2.data.images import find_images, write_picture
+from spatial_mamba_d2.data.segmentation_transforms import TestTransform
+from spatial_mamba_d2.segmentation.checkpoint import load_segmentor_weights
+from spatial_mamba_d2.segmentation.config import load_config
+from spatial_mamba_d2.segmentation.inference import build_protocol, segment
+from spatial_mamba_d2.segmentation.module import build_model
+from spatial_mamba_d2.segmentation.pictures import draw_panels
+
+
+class Predictor:
+    """A segmentor from a configuration and ``MODEL.WEIGHTS``, for images one at a time.
+
+    Attributes:
+        classes: names and colours, those in the checkpoint or else of the configuration.
+
+    Raises:
+        FileNotFoundError, ValueError: the weights are missing, or do not fit.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        if not cfg.MODEL.WEIGHTS:
+            raise ValueError("MODEL.WEIGHTS must name a segmentor's checkpoint, got ''")
+        self.device = torch.device(cfg.MODEL.DEVICE)
+        self.model = build_model(cfg).eval().to(self.device)
+        self.classes = _classes(load_segmentor_weights(self.model, cfg.MODEL.WEIGHTS), cfg)
+        self.protocol = build_protocol(cfg)
+        self.transform = TestTransform(
+            cfg.INPUT.SHORT_PX,
+            cfg.INPUT.LONG_PX,
+            self.protocol.scales,
+            tuple(cfg.MODEL.PIXEL_MEAN),
+            tuple(cfg.MODEL.PIXEL_STD),
+        )
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """RGB image, ``uint8[H, W, 3]`` -> class indices, ``uint8[H, W]``."""
+        views = [view.to(self.device) for view in self.transform(image)]
+        scores = segment(self.model, views, image.shape[:2], self.protocol)
+        return scores.argmax(0).to("cpu", torch.uint8).numpy()
+
+
+def _classes(checkpoint: dict[str, Any], cfg: CfgNode) -> Classes:
+    if "classes" in checkpoint:
+        return Classes(
+            tuple(checkpoint["classes"]), tuple(tuple(color) for color in checkpoint["palette"])
+        )
+    return load_classes(cfg.DATASETS.CLASSES, cfg.DATASETS.ROOT, cfg.MODEL.NUM_CLASSES)
+
+
+def segment_folder(
+    config_file: str | None, overrides: Sequence[str], inputs: Sequence[Path], output: Path
+) -> list[Path]:
+    """For each image in ``inputs`` write ``NAME.png``, a picture, and ``NAME_label.png``.
+
+    A label file holds class indices as its integers. Broken images are reported and left out.
+
+    Returns:
+        the pictures.
+
+    Raises:
+        FileNotFoundError, ValueError: no image, or configuration or weights are unusable.
+    """
+    images = find_images(inputs)
+    predictor = Predictor(load_config(config_file, overrides))
+    pictures, broken = [], 0
+    for path in images:
+        try:
+            image = read_image(path)
+        except ValueError as error:
+            broken += 1
+            print(f"skipped: {error}")
+            continue
+        label = predictor(image)
+        picture = output / f"{path.stem}.png"
+        write_picture(picture, draw_panels(image, {"prediction": label}, predictor.classes))
+        write_picture(output / f"{path.stem}_label.png", label)
+        shares = np.bincount(label.ravel()) / label.size
+        largest = [
+            f"{predictor.classes.names[i]} {shares[i]:.0%}" for i in shares.argsort()[:-4:-1]
+        ]
+        print(f"{path}: {', '.join(largest)} -> {picture}")
+        pictures.append(picture)
+    print(
+        f"{len(pictures)} pictures in {output}" + (f", {broken} images skipped" if broken else "")
+    )
+    return pictures

@@ -1,0 +1,286 @@
+"""Reading of checkpoint files: what real ones hold, what broken and malicious ones do."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import hashlib
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from spatial_mamba_d2.models import build_classifier, load_weights, read_checkpoint
+from spatial_mamba_d2.models.reading import Inert, WeightsError
+from spatial_mamba_d2.models.weights import to_official
+
+FORMATS = {"zip": True, "legacy": False}  # since PyTorch 1.6, and before
+
+
+@pytest.fixture(params=FORMATS)
+def save(request, tmp_path):
+    """``save(content)``: the path of a checkpoint, in each of PyTorch's two formats."""
+
+    def write(content):
+        path = tmp_path / f"{request.param}.pth"
+        zipped = FORMATS[request.param]
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def foreign(monkeypatch):
+    """``foreign(module, class, bases)``: a class that is gone when the test reads the file."""
+    names = []
+
+    def make(module, name, *bases, **attributes):
+        parts = module.split(".")
+        for i in range(len(parts)):
+            package = ".".join(parts[: i + 1])
+            if package not in names:
+                names.append(package)
+                monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+        made = type(name, bases, {"__module__": module, "__qualname__": name, **attributes})
+        setattr(sys.modules[module], name, made)
+        return made
+
+    make.forget = lambda: [monkeypatch.setitem(sys.modules, name, None) for name in names]
+    return make
+
+
+def test_both_formats_hold_the_same(save):
+    path = save({"state_dict": {"a": torch.arange(3)}, "n": 1, "t": (True, None, 2.5, b"x")})
+    content = read_checkpoint(path)
+    assert torch.equal(content["state_dict"]["a"], torch.arange(3))
+    assert (content["n"], content["t"]) == (1, (True, None, 2.5, b"x"))
+
+
+OBJECTS = {
+    "numpy float": lambda: np.float64(83.5),
+    "numpy integer": lambda: np.int64(3),
+    "numpy bool": lambda: np.bool_(True),
+    "numpy array": lambda: np.arange(3),
+    "random state": np.random.get_state,
+    "Namespace": lambda: argparse.Namespace(lr=1.0, output=pathlib.PurePosixPath("a/b")),
+    "datetime": lambda: datetime.datetime(2025, 1, 2),
+    "timedelta": lambda: datetime.timedelta(seconds=1),
+    "path": lambda: pathlib.Path("a"),
+    "defaultdict": lambda: collections.defaultdict(list, a=[1]),
+    "frozenset": lambda: frozenset({1}),
+}
+
+
+@pytest.mark.parametrize("make", OBJECTS.values(), ids=OBJECTS)
+def test_common_objects_are_no_obstacle(make, save):
+    path = save({"model": {"a": torch.ones(2)}, "x": make()})
+    assert torch.equal(read_checkpoint(path)["model"]["a"], torch.ones(2))
+
+
+def test_yacs_and_fvcore_nodes(save, foreign):
+    yacs = foreign("yacs.config", "CfgNode", dict)
+    fvcore = foreign("fvcore.common.config", "CfgNode", yacs)
+    node = yacs(A=yacs(B=(1, "x")))
+    node.__dict__["__immutable__"] = True
+    path = save({"model": {"a": torch.ones(2)}, "yacs": node, "fvcore": fvcore(C=1)})
+    foreign.forget()
+    content = read_checkpoint(path)
+    assert content["yacs"] == {"A": {"B": (1, "x")}} and content["fvcore"] == {"C": 1}
+    assert type(content["yacs"]) is collections.OrderedDict
+
+
+def test_mmengine_configuration_and_history(save, foreign):
+    """As ``mmengine.runner`` writes them; a method pickles as a call of ``getattr``."""
+    config_dict = foreign(
+        "mmengine.config.config",
+        "ConfigDict",
+        dict,
+        __reduce_ex__=lambda self, _: (type(self), (dict(self),), None, None, None),
+    )
+
+    def mean(self):
+        pass
+
+    mean.__module__, mean.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer.mean"
+    buffer = foreign("mmengine.logging.history_buffer", "HistoryBuffer", mean=mean)
+    history = buffer()
+    history._log_history = np.ones(3)
+    history._statistics_methods = collections.OrderedDict(mean=buffer.mean)
+    hub = {"log_scalars": {"train/loss": history}, "runtime_info": {"iter": 5}}
+    path = save(
+        {
+            "state_dict": {"a": torch.ones(2)},
+            "meta": {"cfg": config_dict(model=config_dict(type="MaskRCNN"))},
+            "message_hub": hub,
+        }
+    )
+    foreign.forget()
+    content = read_checkpoint(path)
+    assert content["meta"]["cfg"] == {"model": {"type": "MaskRCNN"}}
+    assert content["message_hub"]["runtime_info"] == {"iter": 5}
+    assert type(content["message_hub"]["log_scalars"]["train/loss"]) is Inert
+
+
+def test_omegaconf(save, foreign):
+    node = foreign("omegaconf.nodes", "AnyNode")
+    metadata = foreign("omegaconf.base", "ContainerMetadata")
+    config = foreign("omegaconf.dictconfig", "DictConfig")
+    leaf, root, about = node(), config(), metadata()
+    leaf._val, about.object_type, about.flags = 3, dict, {}
+    root.__dict__.update(_content={"a": leaf}, _metadata=about, _parent=None)
+    path = save({"state_dict": {"a": torch.ones(2)}, "cfg": root})
+    foreign.forget()
+    assert type(read_checkpoint(path)["cfg"]) is Inert
+
+
+def test_weights_load_from_among_foreign_objects(save, foreign):
+    narrow = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
+    model = build_classifier("tiny", num_classes=7, **narrow)
+    state = {to_official(name): value for name, value in model.state_dict().items()}
+    node = foreign("yacs.config", "CfgNode", dict)
+    path = save({"model": state, "config": node(A=1), "max_accuracy": np.float64(83.5)})
+    foreign.forget()
+    other = build_classifier("tiny", num_classes=7, **narrow)
+    assert not load_weights(other, path).new
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+class Call:
+    """Pickles as a call of ``function``."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def malicious(marker):
+    command = f"touch {marker}"
+    source = f"open({str(marker)!r}, 'w')"
+    return {
+        "os.system": (Call(os.system, command), r"(posix|nt)\.system"),
+        "eval": (Call(eval, source), r"builtins\.eval"),
+        "exec": (Call(exec, source), r"builtins\.exec"),
+        "subprocess": (Call(subprocess.Popen, ["touch", str(marker)]), r"subprocess\.Popen"),
+        "import": (Call(__import__, "os"), r"builtins\.__import__"),
+    }
+
+
+@pytest.mark.parametrize("attack", malicious(""))
+def test_code_is_refused(attack, save, tmp_path):
+    marker = tmp_path / "executed"
+    call, named = malicious(marker)[attack]
+    path = save({"model": {"a": torch.ones(2)}, "x": call})
+    with pytest.raises(WeightsError, match=rf"refers to {named}, which is not data; refused"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+def test_code_behind_an_allowed_class_is_refused(save, foreign, tmp_path):
+    marker = tmp_path / "executed"
+    node = foreign(
+        "yacs.config", "CfgNode", dict, __reduce__=lambda _: (os.system, (f"touch {marker}",))
+    )
+    path = save({"model": {"a": torch.ones(2)}, "config": node()})
+    with pytest.raises(WeightsError, match=r"refers to (posix|nt)\.system"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+def test_functions_of_allowed_packages_are_not_called(save, foreign, tmp_path):
+    """Nor is ``getattr``, which would lead from an allowed class to others."""
+    marker = tmp_path / "executed"
+    save_text = Call(np.savetxt, str(marker), [1.0])
+    method = Call(getattr, np.ndarray, "tofile")
+    path = save({"model": {"a": torch.ones(2)}, "x": save_text, "y": method})
+    content = read_checkpoint(path)
+    assert type(content["x"]) is type(content["y"]) is Inert
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_raw_pickles_are_refused(protocol, tmp_path):
+    """Detectron2 unpickles such files; nothing here does."""
+    marker, path = tmp_path / "executed", tmp_path / "model_final.pkl"
+    content = {"model": {"a": np.ones(2)}, "x": Call(os.system, f"touch {marker}")}
+    path.write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(WeightsError, match="model_final.pkl is a raw pickle, as in Detectron2's"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+def test_newer_protocols_are_named(tmp_path):
+    path = tmp_path / "protocol4.pth"
+    torch.save({"a": torch.ones(2), "x": Call(os.system, "true")}, path, pickle_protocol=4)
+    with pytest.raises(WeightsError, match=r"protocol4.pth is pickled with protocol 4"):
+        read_checkpoint(path)
+
+
+def test_scripts_are_refused(tmp_path):
+    path = tmp_path / "script.pth"
+    with pytest.warns():  # PyTorch is about to drop TorchScript
+        torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+    with pytest.raises(WeightsError, match=r"script.pth"):
+        read_checkpoint(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*nowhere.pth"):
+        read_checkpoint(tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.pth", b"", "is empty"),
+        ("page.pth", b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
+        ("page.safetensors", b"<html>Google Drive - Quota exceeded</html>", "is a web page"),
+        ("pointer.pth", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ("text.pth", b"hello world, this is no checkpoint", "is truncated or not"),
+        ("cut.safetensors", b"\x10\0\0\0", "is truncated or not"),
+    ],
+)
+def test_files_that_are_no_checkpoints_are_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=f"{name}.*{message}"):
+        read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_truncated_files_are_named(share, save):
+    path = save({f"layer{i}": torch.rand(100) for i in range(20)})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(WeightsError, match=rf"{path.name} \(\d+ bytes\) is truncated or not"):
+        read_checkpoint(path)
+
+
+def test_a_list_is_no_checkpoint(save):
+    with pytest.raises(WeightsError, match="must hold a dictionary, got list"):
+        read_checkpoint(save([torch.ones(2)]))
+
+
+def test_sha256(save):
+    path = save({"a": torch.ones(2)})
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "a" in read_checkpoint(path, right) and "a" in read_checkpoint(path, right.upper())
+    wrong = "0" * 64
+    with pytest.raises(WeightsError, match=f"its SHA-256 is {right}, must be {wrong}"):
+        read_checkpoint(path, wrong)
+    with pytest.raises(ValueError, match="sha256 must be 64 hexadecimal digits, got '0123abcd'"):
+        read_checkpoint(path, "0123abcd")
+
+
+def test_a_hash_in_the_name_is_only_a_name(save):
+    path = save({"a": torch.ones(2)})
+    renamed = path.rename(path.with_name("spatialmamba-0123abcd.pth"))
+    assert "a" in read_checkpoint(renamed)

@@ -1,0 +1,79 @@
+"""A segmentor and data small enough for tests of behaviour."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning", reason="Lightning is not installed")
+
+from spatial_mamba_d2.data.shapes import generate_shapes
+from spatial_mamba_d2.models.variants import VARIANTS
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """12 training and 5 test images of 64 to 96 pixels."""
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    return generate_shapes(folder, num_train=12, num_val=5, image_px=(64, 96))
+
+
+@pytest.fixture
+def narrow(monkeypatch) -> None:
+    """Makes the tiny variant narrow and shallow."""
+    arguments = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
+    monkeypatch.setitem(VARIANTS, "tiny", arguments)
+
+
+@pytest.fixture
+def overrides(shapes, tmp_path) -> list[str]:
+    """``KEY VALUE`` pairs that put the defaults onto the small data, on the CPU."""
+    pairs = {
+        "DATASETS.ROOT": shapes,
+        "OUTPUT_DIR": tmp_path / "output",
+        "MODEL.DEVICE": "cpu",
+        "MODEL.UPERNET.CHANNELS": 16,
+        "MODEL.UPERNET.AUX_CHANNELS": 8,
+        "DATALOADER.NUM_WORKERS": 0,
+        "INPUT.SHORT_PX": 64,
+        "INPUT.LONG_PX": 128,
+        "INPUT.CROP_PX": 48,
+        "SOLVER.IMS_PER_BATCH": 4,
+        "SOLVER.BASE_LR": 1e-3,
+        "SOLVER.MAX_ITER": 6,
+        "SOLVER.WARMUP_ITERS": 2,
+        "SOLVER.CHECKPOINT_PERIOD": 3,
+        "TEST.PICTURES": 0,
+    }
+    return [str(word) for pair in pairs.items() for word in pair]
+
+
+@pytest.fixture
+def arguments(overrides) -> Callable[..., Namespace]:
+    """``arguments(KEY, VALUE, ..., resume=...)``: what the command line would give."""
+
+    def make(*more: object, resume: bool = False) -> Namespace:
+        return Namespace(
+            config_file=None,
+            num_gpus=1,
+            num_machines=1,
+            machine_rank=0,
+            dist_url="auto",
+            opts=[*overrides, *(str(word) for word in more)],
+            resume=resume,
+        )
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def quiet_package_logger():
+    """What ``setup`` adds to the package's logger goes, so that ``caplog`` sees messages."""
+    package = logging.getLogger("spatial_mamba_d2")
+    before = list(package.handlers)
+    yield
+    package.handlers[:] = before

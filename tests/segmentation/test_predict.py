@@ -1,0 +1,61 @@
+"""Single images and folders of them, and the pictures."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from spatial_mamba_d2.data.ade20k import Classes, distinct_colors
+from spatial_mamba_d2.segmentation.config import load_config
+from spatial_mamba_d2.segmentation.pictures import draw_panels, paint
+from spatial_mamba_d2.segmentation.predict import Predictor, segment_folder
+from spatial_mamba_d2.segmentation.run import train
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_folder_with_a_broken_image(arguments, overrides, shapes, tmp_path, capsys):
+    train(arguments("SOLVER.MAX_ITER", 1))
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "output/last.ckpt")]
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    image = cv2.imread(str(next((shapes / "images/validation").iterdir())))
+    cv2.imwrite(str(folder / "a.png"), image)
+    cv2.imwrite(str(folder / "tiny.png"), image[:1, :3])
+    (folder / "b.jpg").write_bytes(b"no image")
+    # Names and colours come from the checkpoint: no data set needs to be there.
+    words = [*overrides, *weights, "DATASETS.ROOT", "nowhere", "TEST.PROTOCOL", "ms"]
+    pictures = segment_folder(None, words, [folder], tmp_path / "pictures")
+    assert [path.name for path in pictures] == ["a.png", "tiny.png"]
+    label = cv2.imread(str(tmp_path / "pictures/a_label.png"), cv2.IMREAD_UNCHANGED)
+    assert label.shape == image.shape[:2] and label.max() < 6
+    out = capsys.readouterr().out
+    assert "skipped: image file" in out and "2 pictures in" in out and "1 images skipped" in out
+
+
+@pytest.mark.usefixtures("narrow")
+def test_weights_and_images_must_be_there(overrides, tmp_path):
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS must name a segmentor's checkpoint"):
+        Predictor(load_config(None, overrides))
+    with pytest.raises(FileNotFoundError, match="no such file or folder: .*absent"):
+        segment_folder(None, overrides, [tmp_path / "absent"], tmp_path)
+
+
+def test_colours_and_legend():
+    classes = Classes(tuple(f"class {i}" for i in range(6)), distinct_colors(6))
+    label = np.array([[0, 5], [255, 5]], np.uint8)
+    painted = paint(label, classes)
+    assert tuple(painted[0, 1]) == classes.palette[5] and not painted[1, 0].any()
+    image = np.full((100, 150, 3), 127, np.uint8)
+    large = np.zeros((100, 150), np.uint8)
+    large[50:] = 5
+    picture = draw_panels(image, {"ground truth": large, "prediction": large}, classes)
+    assert picture.shape[1] == 3 * 360 and picture.shape[0] > 240
+    colours = {tuple(colour) for colour in picture[-20:].reshape(-1, 3).tolist()}
+    assert {classes.palette[0], classes.palette[5]} <= colours  # in the legend
+    assert classes.palette[1] not in colours
+
+
+@pytest.mark.parametrize("number", [2, 6, 19, 150])
+def test_colours_are_distinct(number):
+    assert len(set(distinct_colors(number))) == number

@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Convert a checkpoint of the authors or of ours; the input's format is recognised.
+
+    python tools/convert_weights.py IN OUT --to official|ours|detectron2|safetensors
+
+OUT is for the authors' code, for ours, for Detectron2's own DetectionCheckpointer, or safetensors.
+Only whole models are converted; for the backbone of one:
+
+    python tools/convert_weights.py spatialmamba_tiny.pth backbone.pth --to detectron2 \
+        --only backbone
+"""
+
+import argparse
+
+from spatial_mamba_d2.conversion import FORMATS, PARTS, convert_weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="IN")
+    parser.add_argument("target", metavar="OUT")
+    parser.add_argument("--to", required=True, choices=FORMATS)
+    parser.add_argument("--only", choices=PARTS, help="leave out all other parts")
+    parser.add_argument("--sha256", help="that IN must have, 64 hexadecimal digits")
+    args = parser.parse_args()
+    contents = convert_weights(
+        args.source, args.target, args.to, only=args.only, sha256=args.sha256
+    )
+    print(f"{args.target}: {contents}")
+
+
+if __name__ == "__main__":
+    main()
