@@ -41,19 +41,19 @@ inline void check_shape(
       x.sizes());
 }
 
-// Runs body(image, block) for every image and block of channels, in parallel;
-// `Acc scratch[size]` belongs to the thread.
-template <typename Acc, typename Body>
-void for_each_block(
-    int64_t images,
-    int64_t dim,
-    int64_t scratch_size,
-    const Body& body) {
-  const int64_t blocks = (dim + lanes() - 1) / lanes();
+// Runs Kernel for every image and block of channels, in parallel. `shared` has
+// what all of them have in common; `scratch_size` values belong to a thread.
+template <typename Kernel, typename Acc, typename Args>
+void run_blocks(const Args& shared, int64_t images, int64_t scratch_size) {
+  const int64_t blocks = (shared.dim + lanes() - 1) / lanes();
   at::parallel_for(0, images * blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<Acc> scratch(scratch_size);
+    Args args = shared;
+    args.scratch = scratch.data();
     for (int64_t i = begin; i < end; i++) {
-      body(i / blocks, i % blocks, scratch.data());
+      args.image = i / blocks;
+      args.block = i % blocks;
+      run<Kernel>(args);
     }
   });
 }

@@ -164,17 +164,8 @@ at::Tensor selective_scan(
     ForwardArgs<scalar_t> shared;
     in.fill(&shared);
     shared.h = h.data_ptr<acc_t<scalar_t>>();
-    for_each_block<acc_t<scalar_t>>(
-        shared.images,
-        shared.dim,
-        kRun * lanes(),
-        [&](int64_t image, int64_t block, acc_t<scalar_t>* scratch) {
-          auto args = shared;
-          args.image = image;
-          args.block = block;
-          args.scratch = scratch;
-          run<Forward<scalar_t>>(args);
-        });
+    run_blocks<Forward<scalar_t>, acc_t<scalar_t>>(
+        shared, shared.images, kRun * lanes());
   });
   return h;
 }
@@ -206,17 +197,8 @@ selective_scan_backward(
     shared.grad_A = grad_A.data_ptr<Acc>();
     shared.grad_B = grad_B.data_ptr<Acc>();
     shared.grad_bias = grad_bias.data_ptr<Acc>();
-    for_each_block<Acc>(
-        images,
-        dim,
-        (length + kRun) * lanes(),
-        [&](int64_t image, int64_t block, Acc* scratch) {
-          auto args = shared;
-          args.image = image;
-          args.block = block;
-          args.scratch = scratch;
-          run<Backward<scalar_t>>(args);
-        });
+    run_blocks<Backward<scalar_t>, Acc>(
+        shared, images, (length + kRun) * lanes());
   });
   return {
       grad_u.to(u.scalar_type()),

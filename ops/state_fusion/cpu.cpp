@@ -167,17 +167,7 @@ at::Tensor state_fusion(const at::Tensor& h, const at::Tensor& taps) {
     shared.out = out.data_ptr<Acc>();
     const int64_t scratch_size =
         (2 * kRadius + 1) * (shared.width + 2 * kRadius) * lanes();
-    for_each_block<Acc>(
-        h.size(0),
-        shared.dim,
-        scratch_size,
-        [&](int64_t image, int64_t block, Acc* scratch) {
-          auto args = shared;
-          args.image = image;
-          args.block = block;
-          args.scratch = scratch;
-          run<Forward<scalar_t>>(args);
-        });
+    run_blocks<Forward<scalar_t>, Acc>(shared, h.size(0), scratch_size);
   });
   return out;
 }
@@ -205,17 +195,7 @@ std::tuple<at::Tensor, at::Tensor> state_fusion_backward(
     const int64_t margins = shared.width + 2 * kMargin;
     const int64_t scratch_size = lanes() * ((shared.height + 2) * padded +
                                             (shared.height + 1) * margins);
-    for_each_block<Acc>(
-        h.size(0),
-        shared.dim,
-        scratch_size,
-        [&](int64_t image, int64_t block, Acc* scratch) {
-          auto args = shared;
-          args.image = image;
-          args.block = block;
-          args.scratch = scratch;
-          run<Backward<scalar_t>>(args);
-        });
+    run_blocks<Backward<scalar_t>, Acc>(shared, h.size(0), scratch_size);
   });
   return {grad_h.to(h.scalar_type()), grad_taps.sum(0).to(taps.scalar_type())};
 }

@@ -270,17 +270,7 @@ at::Tensor structure_aware_ssm(
     shared.y = y.data_ptr<scalar_t>();
     const int64_t scratch_size =
         (2 * kRadius + 1) * (shared.width + 2 * kRadius) * lanes();
-    for_each_block<Acc>(
-        shared.images,
-        shared.dim,
-        scratch_size,
-        [&](int64_t image, int64_t block, Acc* scratch) {
-          auto args = shared;
-          args.image = image;
-          args.block = block;
-          args.scratch = scratch;
-          run<Forward<scalar_t>>(args);
-        });
+    run_blocks<Forward<scalar_t>, Acc>(shared, shared.images, scratch_size);
   });
   return y.to(u.scalar_type());
 }
@@ -334,17 +324,7 @@ structure_aware_ssm_backward(
     const int64_t scratch_size =
         lanes() * ((height + 2) * (width + 2 * kRadius) +
                    (height + 1) * (width + 2 * kMargin));
-    for_each_block<Acc>(
-        images,
-        dim,
-        scratch_size,
-        [&](int64_t image, int64_t block, Acc* scratch) {
-          auto args = shared;
-          args.image = image;
-          args.block = block;
-          args.scratch = scratch;
-          run<Backward<scalar_t>>(args);
-        });
+    run_blocks<Backward<scalar_t>, Acc>(shared, images, scratch_size);
   });
   return {
       grad_u.to(u.scalar_type()),
