@@ -314,7 +314,7 @@ def test_two_processes_count_every_image_once(root, overrides, shapes, tmp_path)
 def test_a_killed_training_loses_one_period_at_most(root, overrides, tmp_path):
     words = [*overrides, "SOLVER.MAX_ITER", "500", "SOLVER.CHECKPOINT_PERIOD", "1"]
     command = [sys.executable, str(root / "tools/train_seg.py")]
-    last, metrics = tmp_path / "output/last.ckpt", tmp_path / "output/metrics.json"
+    last = tmp_path / "output/last.ckpt"
     steps = []
     for wait in (2.0, 0.3):
         resume = ["--resume"] if steps else []
@@ -332,7 +332,6 @@ def test_a_killed_training_loses_one_period_at_most(root, overrides, tmp_path):
         process.wait()
         steps.append(read_checkpoint(last)["global_step"])
     assert 1 <= steps[0] < steps[1]
-    assert metrics.exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
