@@ -37,6 +37,7 @@ def segmentation_defaults() -> CfgNode:
     cfg.MODEL.UPERNET.DROPOUT = 0.1
     cfg.MODEL.UPERNET.AUX_CHANNELS = 256
     cfg.MODEL.UPERNET.AUX_WEIGHT = 0.4  # of the auxiliary head's loss
+    cfg.MODEL.CLASS_WEIGHTS = ()  # of each class in both losses; (): 1 for all
 
     # Any data set in ADE20K's folder shape: ROOT/images/SPLIT/*, ROOT/annotations/SPLIT/*.png
     cfg.DATASETS = CfgNode()
@@ -150,6 +151,12 @@ def _check(cfg: CfgNode) -> None:
         raise ValueError(
             f"TEST.STRIDE_PX must be at most TEST.CROP_PX {cfg.TEST.CROP_PX}, or pixels are left "
             f"out, got {cfg.TEST.STRIDE_PX}"
+        )
+    weights = cfg.MODEL.CLASS_WEIGHTS
+    if weights and (len(weights) != cfg.MODEL.NUM_CLASSES or min(weights) < 0):
+        raise ValueError(
+            f"MODEL.CLASS_WEIGHTS must be {cfg.MODEL.NUM_CLASSES} numbers from 0, as many as "
+            f"MODEL.NUM_CLASSES, or none, got {weights}"
         )
     low_high = cfg.INPUT.RATIO_RANGE
     if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:

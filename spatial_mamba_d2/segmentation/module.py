@@ -47,7 +47,7 @@ def build_model(cfg: CfgNode) -> UPerNet:
     )
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean over all pixels, of which the ignored ones contribute 0, as in mmsegmentation.
 
     So the mean over processes and parts of a batch is the mean over the batch.
@@ -55,9 +55,11 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: ``Tensor[B, K, h, w]``, resized to the target.
         target: class indices and :data:`IGNORE`, ``Tensor[B, H, W]``.
+        weights: factor on the loss of each class's pixels, ``Tensor[K]``.
     """
     logits = resize(logits, target.shape[-2:])
-    return F.cross_entropy(logits, target.long(), ignore_index=IGNORE, reduction="none").mean()
+    losses = F.cross_entropy(logits, target.long(), weights, ignore_index=IGNORE, reduction="none")
+    return losses.mean()
 
 
 def learning_rate_factor(
@@ -88,6 +90,8 @@ class Segmentor(lightning.LightningModule):
         evaluated_step: the iteration it took place after; -1 before the first.
     """
 
+    class_weights: Tensor | None
+
     def __init__(self, cfg: CfgNode, classes: Classes):
         super().__init__()
         self.cfg = cfg
@@ -101,6 +105,10 @@ class Segmentor(lightning.LightningModule):
                 multi_avg_fn=get_ema_multi_avg_fn(cfg.SOLVER.EMA_DECAY),
                 use_buffers=True,
             ).requires_grad_(False)
+        weights = cfg.MODEL.CLASS_WEIGHTS
+        self.register_buffer(
+            "class_weights", torch.tensor(weights, dtype=torch.float32) if weights else None
+        )
         self.weights_source = "random weights"
         self.scores: dict[str, float] = {}
         self.evaluated_step = -1
@@ -158,7 +166,8 @@ class Segmentor(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         image, target = batch
         logits, auxiliary = self.model(image)
-        decode, aux = cross_entropy(logits, target), cross_entropy(auxiliary, target)
+        decode = cross_entropy(logits, target, self.class_weights)
+        aux = cross_entropy(auxiliary, target, self.class_weights)
         loss = decode + self.cfg.MODEL.UPERNET.AUX_WEIGHT * aux
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("loss", loss.detach(), prog_bar=True)

@@ -67,6 +67,7 @@ def test_unknown_key_in_a_file(tmp_path):
         (["TEST.SCALES", "(0.0,)"], "TEST.SCALES must be numbers above 0"),
         (["INPUT.RATIO_RANGE", "(2.0, 0.5)"], r"must be \(low, high\) above 0, got \(2.0, 0.5\)"),
         (["INPUT.LONG_PX", "100"], "INPUT.LONG_PX must be at least 512, got 100"),
+        (["MODEL.CLASS_WEIGHTS", "(1, 2)"], r"CLASS_WEIGHTS must be 6 numbers .*got \(1, 2\)"),
         (["SOLVER.EMA_DECAY", "1.0"], r"EMA_DECAY must be in \[0, 1\), got 1.0"),
         (["SOLVER.AMP.PRECISION", "int8"], "PRECISION must be one of bfloat16, float16"),
     ],

@@ -86,6 +86,10 @@ def test_loss_is_the_mean_over_all_pixels():
     losses = -resized.log_softmax(1).gather(1, target.clamp(max=4)[:, None])[:, 0]
     expected = losses[target != IGNORE].sum() / target.numel()
     torch.testing.assert_close(cross_entropy(logits, target.to(torch.uint8)), expected)
+    weights = torch.rand(5, dtype=torch.float64)
+    weighted = losses * weights[target.clamp(max=4)] * (target != IGNORE)
+    actual = cross_entropy(logits, target.to(torch.uint8), weights)
+    torch.testing.assert_close(actual, weighted.mean())
     nothing = torch.full_like(target, IGNORE, dtype=torch.uint8)
     assert cross_entropy(logits, nothing) == 0
 
@@ -167,6 +171,12 @@ def test_mixed_precision_on_the_cpu(precision, arguments, tmp_path):
     content = read_checkpoint(tmp_path / "output/last.ckpt")
     assert ("MixedPrecision" in content) == (precision == "float16")  # the scaler's state
     assert all(v.dtype != torch.bfloat16 for v in content["state_dict"].values())
+
+
+@pytest.mark.usefixtures("narrow")
+def test_weightless_classes_do_not_train(arguments, tmp_path):
+    train(arguments("MODEL.CLASS_WEIGHTS", "(0, 0, 0, 0, 0, 0)", "SOLVER.MAX_ITER", 1))
+    assert curve(tmp_path / "output") == {0: 0.0}
 
 
 @pytest.mark.usefixtures("narrow")
