@@ -57,7 +57,7 @@ TASKS = {
     "segmentation": Task(
         "ADE20K semantic segmentation, UPerNet",
         "validation set, whole images, short side 512, long side at most 2048; multi-scale: 0.75, "
-        "1, 1.25, with flip; 160k iterations",
+        "1, 1.25 of the image, with flip; 160k iterations",
         ("mIoU", "mIoU, multi-scale"),
         (1, 3, 512, 2048),
     ),

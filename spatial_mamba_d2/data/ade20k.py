@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import cv2
 import lightning
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from spatial_mamba_d2.data import ade20k_classes
 from spatial_mamba_d2.data.coco import read_image
 from spatial_mamba_d2.data.images import SUFFIXES
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE, TestTransform, TrainTransform
-from spatial_mamba_d2.data.workers import die_with_parent
+from spatial_mamba_d2.data.workers import worker_options
 
 logger = logging.getLogger(__name__)
 
@@ -530,7 +529,7 @@ class SegmentationData(lightning.LightningDataModule):
         images = TrainingImages(
             self.train_pairs, self.labels, self.train_transform, self.seed, self.on_error
         )
-        return DataLoader(images, batch_sampler=stream, **self._loading())
+        return DataLoader(images, batch_sampler=stream, **worker_options(self.workers))
 
     def val_dataloader(self) -> DataLoader:
         """Each image in exactly one process; the processes' shares may differ by one."""
@@ -538,15 +537,4 @@ class SegmentationData(lightning.LightningDataModule):
         world_size = self.trainer.world_size if self.trainer else 1
         images = TestImages(self.test_pairs, self.labels, self.test_transform, self.on_error)
         share = range(rank, len(images), world_size)
-        return DataLoader(images, batch_size=None, sampler=share, **self._loading())
-
-    def _loading(self) -> dict[str, Any]:
-        if self.workers:
-            # A forked worker inherits OpenCV's threads as dead ones, and would wait for them.
-            cv2.setNumThreads(0)
-        return {
-            "num_workers": self.workers,
-            "worker_init_fn": die_with_parent,
-            "pin_memory": torch.cuda.is_available(),
-            "persistent_workers": self.workers > 0,
-        }
+        return DataLoader(images, batch_size=None, sampler=share, **worker_options(self.workers))

@@ -142,22 +142,31 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class TestTransform:
-    """One network input for each scale of the frame that the image is fitted into; no padding."""
+    """One network input for each scale; no padding.
+
+    Attributes:
+        short_px, long_px: the frame that an image is fitted into.
+        scales: factors on that frame, or on the image itself.
+        scales_of: ``frame`` or ``image``.
+    """
 
     short_px: int
     long_px: int
     scales: tuple[float, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    scales_of: str = "frame"
     __test__ = False  # no test case, whatever pytest makes of the name
 
     def __call__(self, image: np.ndarray) -> list[Tensor]:
         """Image -> ``float32 Tensor[3, H_s, W_s]`` for each scale s."""
         height, width = image.shape[:2]
-        sizes = (
-            fitted_size(height, width, int(self.short_px * s), int(self.long_px * s))
-            for s in self.scales
-        )
+        sizes = (self._size(height, width, scale) for scale in self.scales)
         return [
             to_tensor(normalize(resize_image(image, size), self.mean, self.std)) for size in sizes
         ]
+
+    def _size(self, height: int, width: int, scale: float) -> tuple[int, int]:
+        if self.scales_of == "image":
+            return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+        return fitted_size(height, width, int(self.short_px * scale), int(self.long_px * scale))

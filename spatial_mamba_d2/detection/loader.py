@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data.build import trivial_batch_collator
@@ -17,7 +16,7 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from spatial_mamba_d2.data.workers import die_with_parent
+from spatial_mamba_d2.data.workers import single_thread_opencv, worker_options
 from spatial_mamba_d2.detection.augmentation import build_augmentation
 from spatial_mamba_d2.detection.datasets import Record, load_records
 
@@ -144,21 +143,18 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
     else:
         groups = [0] * len(records)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    workers = cfg.DATALOADER.NUM_WORKERS
     return DataLoader(
         TrainingImages(records, Mapper(cfg, is_train=True), cfg.DATASETS.ON_ERROR == "skip"),
         batch_sampler=BatchStream(groups, cfg.SOLVER.IMS_PER_BATCH, seed),
-        num_workers=workers,
         collate_fn=trivial_batch_collator,
-        worker_init_fn=die_with_parent,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
+        **worker_options(cfg.DATALOADER.NUM_WORKERS),
     )
 
 
 def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
     """The images of a test set, one at a time, split over the processes."""
     records = load_records(cfg, name, is_train=False)
+    single_thread_opencv()
     return build_detection_test_loader(
         records, mapper=Mapper(cfg, is_train=False), num_workers=cfg.DATALOADER.NUM_WORKERS
     )

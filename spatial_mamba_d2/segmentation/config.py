@@ -85,10 +85,11 @@ def segmentation_defaults() -> CfgNode:
     cfg.TEST.MODE = "whole"  # the image at once, or "slide": windows, whose logits are averaged
     cfg.TEST.CROP_PX = 512  # side of the window
     cfg.TEST.STRIDE_PX = 341
-    # ss: one scale. ms: scales 0.75, 1, 1.25, mirrored too. ms_wide: 0.5 to 1.75 in six steps,
-    # mirrored too. custom: the two keys below.
+    # ss: fitted into the frame of INPUT. ms: the image itself times 0.75, 1, 1.25, mirrored too.
+    # ms_wide: times 0.5 to 1.75 in six steps, mirrored too. custom: the three keys below.
     cfg.TEST.PROTOCOL = "ss"
     cfg.TEST.SCALES = (1.0,)
+    cfg.TEST.SCALES_OF = "frame"  # or "image"
     cfg.TEST.FLIP = False
     cfg.TEST.PICTURES = 8  # test images drawn with ground truth and prediction
     return cfg
@@ -123,6 +124,7 @@ def _check(cfg: CfgNode) -> None:
         "SOLVER.AMP.PRECISION": (cfg.SOLVER.AMP.PRECISION, ("bfloat16", "float16")),
         "TEST.MODE": (cfg.TEST.MODE, ("whole", "slide")),
         "TEST.PROTOCOL": (cfg.TEST.PROTOCOL, ("ss", "ms", "ms_wide", "custom")),
+        "TEST.SCALES_OF": (cfg.TEST.SCALES_OF, ("frame", "image")),
     }
     for key, (value, valid) in choices.items():
         if value not in valid:

@@ -13,11 +13,12 @@ from spatial_mamba_d2.models.upernet import resize
 
 Model = Callable[[Tensor], Tensor]  # Tensor[B, 3, H, W] -> logits Tensor[B, K, H/4, W/4]
 
-# name -> scales, and whether each is mirrored too
-PROTOCOLS: dict[str, tuple[tuple[float, ...], bool]] = {
-    "ss": ((1.0,), False),
-    "ms": ((0.75, 1.0, 1.25), True),  # the authors'
-    "ms_wide": ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True),  # mmsegmentation's
+# name -> scales, of what, and whether each is mirrored too. The test-time augmentation of
+# mmsegmentation 1.x resizes the original image by each factor, not the frame 2048 x 512.
+PROTOCOLS: dict[str, tuple[tuple[float, ...], str, bool]] = {
+    "ss": ((1.0,), "frame", False),
+    "ms": ((0.75, 1.0, 1.25), "image", True),  # the authors'
+    "ms_wide": ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "image", True),  # mmsegmentation's
 }
 
 
@@ -29,7 +30,9 @@ class Protocol:
         name: a short word for file names: ``ss``, ``ms``, ``ms_wide`` or ``custom``.
         mode: ``whole`` or ``slide``.
         crop_px, stride_px: of the sliding window.
-        scales: of the frame ``short_px`` x ``long_px`` that an image is fitted into.
+        scales: factors on what ``scales_of`` says.
+        scales_of: ``frame``, the ``short_px`` x ``long_px`` that an image is fitted into, or
+            ``image``, its own size.
         flip: also mirror each view, and average.
         ignored: the stored labels that do not count.
     """
@@ -39,6 +42,7 @@ class Protocol:
     crop_px: int
     stride_px: int
     scales: tuple[float, ...]
+    scales_of: str
     flip: bool
     short_px: int
     long_px: int
@@ -46,24 +50,29 @@ class Protocol:
 
     def __str__(self) -> str:
         window = f", crop {self.crop_px}, stride {self.stride_px}" if self.mode == "slide" else ""
+        base = (
+            "the image"
+            if self.scales_of == "image"
+            else f"short side {self.short_px}, long <= {self.long_px}"
+        )
         return (
-            f"{self.name} ({self.mode}{window}; scales {', '.join(map(str, self.scales))}"
-            f"{' with flip' if self.flip else ''}; short side {self.short_px}, "
-            f"long <= {self.long_px}, OpenCV bilinear; stored labels "
+            f"{self.name} ({self.mode}{window}; scales {', '.join(map(str, self.scales))} of {base}"
+            f"{'; with flip' if self.flip else ''}; OpenCV bilinear; stored labels "
             f"{', '.join(map(str, self.ignored)) or 'none'} ignored)"
         )
 
 
 def build_protocol(cfg: CfgNode) -> Protocol:
     """From ``cfg.TEST``, ``cfg.INPUT`` and ``cfg.DATASETS``."""
-    custom = tuple(map(float, cfg.TEST.SCALES)), cfg.TEST.FLIP
-    scales, flip = PROTOCOLS.get(cfg.TEST.PROTOCOL, custom)
+    custom = tuple(map(float, cfg.TEST.SCALES)), cfg.TEST.SCALES_OF, cfg.TEST.FLIP
+    scales, scales_of, flip = PROTOCOLS.get(cfg.TEST.PROTOCOL, custom)
     return Protocol(
         name=cfg.TEST.PROTOCOL,
         mode=cfg.TEST.MODE,
         crop_px=cfg.TEST.CROP_PX,
         stride_px=cfg.TEST.STRIDE_PX,
         scales=scales,
+        scales_of=scales_of,
         flip=flip,
         short_px=cfg.INPUT.SHORT_PX,
         long_px=cfg.INPUT.LONG_PX,

@@ -44,6 +44,7 @@ class Predictor:
             self.protocol.scales,
             tuple(cfg.MODEL.PIXEL_MEAN),
             tuple(cfg.MODEL.PIXEL_STD),
+            self.protocol.scales_of,
         )
 
     def __call__(self, image: np.ndarray) -> np.ndarray:

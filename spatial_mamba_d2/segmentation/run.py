@@ -93,6 +93,7 @@ def _log_to(stream: Any) -> None:
 
 def build_data(cfg: CfgNode) -> SegmentationData:
     """The data module of ``cfg``; it reads nothing yet."""
+    protocol = build_protocol(cfg)
     frame = {
         "short_px": cfg.INPUT.SHORT_PX,
         "long_px": cfg.INPUT.LONG_PX,
@@ -114,7 +115,7 @@ def build_data(cfg: CfgNode) -> SegmentationData:
             photometric=cfg.INPUT.PHOTOMETRIC,
             **frame,
         ),
-        TestTransform(scales=build_protocol(cfg).scales, **frame),
+        TestTransform(scales=protocol.scales, scales_of=protocol.scales_of, **frame),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         iterations=cfg.SOLVER.MAX_ITER,
         parts=cfg.SOLVER.ACCUMULATION_STEPS,

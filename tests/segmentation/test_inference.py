@@ -78,8 +78,8 @@ def test_multi_scale_and_flip_average_probabilities(model):
     image = np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8)
     protocol = build_protocol(load_config(None, ["TEST.PROTOCOL", "ms"]))
     assert protocol.scales == (0.75, 1.0, 1.25) and protocol.flip
-    views = TestTransform(64, 256, protocol.scales, *MEAN_STD)(image)
-    assert [tuple(v.shape) for v in views] == [(3, 48, 67), (3, 64, 90), (3, 80, 112)]
+    views = TestTransform(64, 256, protocol.scales, *MEAN_STD, protocol.scales_of)(image)
+    assert [tuple(v.shape) for v in views] == [(3, 38, 53), (3, 50, 70), (3, 63, 88)]
     probabilities = []
     for view in views:
         for mirrored in (False, True):
@@ -94,6 +94,19 @@ def test_multi_scale_and_flip_average_probabilities(model):
     )
 
 
+def test_scales_of_the_frame_and_of_the_image():
+    """0.75 of a short side of 64 is 48; of a short side of 50 it is 37.5, rounded up."""
+    image = np.zeros((50, 70, 3), np.uint8)
+    for scales_of, sizes in {
+        "frame": [(3, 48, 67), (3, 64, 90), (3, 80, 112)],
+        "image": [(3, 38, 53), (3, 50, 70), (3, 63, 88)],
+    }.items():
+        keys = ["TEST.PROTOCOL", "custom", "TEST.SCALES", "(0.75, 1, 1.25)"]
+        protocol = build_protocol(load_config(None, [*keys, "TEST.SCALES_OF", scales_of]))
+        transform = TestTransform(64, 256, protocol.scales, *MEAN_STD, protocol.scales_of)
+        assert [tuple(view.shape) for view in transform(image)] == sizes
+
+
 @torch.no_grad()
 def test_flip_makes_predictions_symmetric(model):
     view = torch.rand(3, 48, 64)
@@ -106,8 +119,12 @@ def test_flip_makes_predictions_symmetric(model):
 def test_the_protocol_says_all():
     text = str(build_protocol(load_config(None, ["TEST.PROTOCOL", "ms", "TEST.MODE", "slide"])))
     assert text == (
-        "ms (slide, crop 512, stride 341; scales 0.75, 1.0, 1.25 with flip; "
-        "short side 512, long <= 2048, OpenCV bilinear; stored labels 0 ignored)"
+        "ms (slide, crop 512, stride 341; scales 0.75, 1.0, 1.25 of the image; with flip; "
+        "OpenCV bilinear; stored labels 0 ignored)"
+    )
+    assert str(SS) == (
+        "ss (whole; scales 1.0 of short side 512, long <= 2048; OpenCV bilinear; "
+        "stored labels 0 ignored)"
     )
 
 
