@@ -6,8 +6,17 @@ dispatcher picks the kernel; ``SMD2_BACKEND=reference|eager|native`` forces one 
 :mod:`spatial_mamba_d2.ops._extension`).
 """
 
+from spatial_mamba_d2.ops.depthwise_conv3x3 import depthwise_conv3x3
+from spatial_mamba_d2.ops.gated_layer_norm import gated_layer_norm
 from spatial_mamba_d2.ops.selective_scan import selective_scan
 from spatial_mamba_d2.ops.state_fusion import merge_taps, state_fusion
 from spatial_mamba_d2.ops.structure_aware_ssm import structure_aware_ssm
 
-__all__ = ["merge_taps", "selective_scan", "state_fusion", "structure_aware_ssm"]
+__all__ = [
+    "depthwise_conv3x3",
+    "gated_layer_norm",
+    "merge_taps",
+    "selective_scan",
+    "state_fusion",
+    "structure_aware_ssm",
+]

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ def register_python(name: str, *, eager: Callable, reference: Callable) -> None:
     """
     function = reference if FORCED_BACKEND == "reference" else eager
 
-    def kernel(first: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def kernel(first: torch.Tensor, *rest: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *rest)
 
@@ -98,12 +99,16 @@ def without_compiled_kernels() -> Iterator[None]:
 
 
 def gradients_of(reference: Callable) -> Callable:
-    """The backward kernel of ``reference`` by autograd: ``(grad_output, *inputs) -> gradients``."""
+    """The backward kernel of ``reference`` by autograd: ``(grad_output, *inputs) -> gradients``.
 
-    def backward(grad_output: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    Inputs that are no tensors stand behind the others and have no gradient.
+    """
+
+    def backward(grad_output: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in inputs]
-            output = reference(*leaves)
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            output = reference(*leaves, *inputs[len(leaves) :])
         return torch.autograd.grad(output, leaves, grad_output)
 
     return backward

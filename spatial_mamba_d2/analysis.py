@@ -79,6 +79,8 @@ _COMPLETE_COUNTS: dict[str, Callable[..., int]] = {
     **dict.fromkeys(_FREE, lambda *_: 0),
     "max_pool2d_with_indices": lambda output, *_: output[0].numel(),
     "structure_aware_ssm": lambda output, u, *_: (7 + 25 + 2) * u.numel(),
+    "depthwise_conv3x3": lambda output, *_: (9 + 1) * output.numel(),  # sum or SiLU
+    "gated_layer_norm": lambda output, *_: (5 + 2) * output.numel(),  # SiLU, product
 }
 
 

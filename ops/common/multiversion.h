@@ -2,9 +2,11 @@
 // for the baseline, and the processor decides at run time.
 //
 // A kernel is a struct with a static, always inlined
+//   template <int N> void run(const Args&),
+// N being the number of channels that it treats together. PerBlock makes one of
+// a kernel for the single block args.block of args.dim channels,
 //   template <int N, bool Full> void run(const Args&),
-// N being the number of channels that it treats together, and Full whether the
-// block args.block of args.dim channels has that many.
+// Full saying whether the block has N channels.
 #pragma once
 
 #include <cstdlib>
@@ -20,14 +22,17 @@ constexpr int kLanesAvx512 = 16;
 constexpr int kLanesAvx2 = 8;
 constexpr int kLanesBaseline = 4;
 
-template <typename Kernel, int N, typename Args>
-SMD2_INLINE void run_block(const Args& args) {
-  if ((args.block + 1) * N <= args.dim) {
-    Kernel::template run<N, true>(args);
-  } else {
-    Kernel::template run<N, false>(args);
+template <typename Kernel>
+struct PerBlock {
+  template <int N, typename Args>
+  SMD2_INLINE void run(const Args& args) {
+    if ((args.block + 1) * N <= args.dim) {
+      Kernel::template run<N, true>(args);
+    } else {
+      Kernel::template run<N, false>(args);
+    }
   }
-}
+};
 
 // Channels in a block, known to the compiler where it is full.
 template <int N, bool Full, typename Args>
@@ -39,11 +44,11 @@ SMD2_INLINE int block_channels(const Args& args) {
 template <typename Kernel, typename Args>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void
 run_avx512(const Args& args) {
-  run_block<Kernel, kLanesAvx512>(args);
+  Kernel::template run<kLanesAvx512>(args);
 }
 template <typename Kernel, typename Args>
 __attribute__((target("avx2,fma"))) void run_avx2(const Args& args) {
-  run_block<Kernel, kLanesAvx2>(args);
+  Kernel::template run<kLanesAvx2>(args);
 }
 #endif
 
@@ -82,7 +87,7 @@ void run(const Args& args) {
       break;
   }
 #endif
-  run_block<Kernel, kLanesBaseline>(args);
+  Kernel::template run<kLanesBaseline>(args);
 }
 
 }  // namespace smd2

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #define SMD2_INLINE static inline __attribute__((always_inline))
+#define SMD2_LAMBDA __attribute__((always_inline))
 
 namespace smd2 {
 
@@ -181,6 +182,23 @@ SMD2_INLINE vec<double, N> log1p(vec<double, N> x) {
     x[i] = std::log1p(x[i]);
   }
   return x;
+}
+
+template <typename T, int N>
+SMD2_INLINE vec<T, N> sigmoid(vec<T, N> x) {
+  return 1 / (1 + exp<N>(-x));
+}
+
+// Calls body(c, n) for blocks of N channels; n is less in the last one.
+template <int N, typename Body>
+SMD2_INLINE void for_channels(int64_t dim, const Body& body) {
+  int64_t c = 0;
+  for (; c + N <= dim; c += N) {
+    body(c, N);
+  }
+  if (c < dim) {
+    body(c, static_cast<int>(dim - c));
+  }
 }
 
 }  // namespace smd2

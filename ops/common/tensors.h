@@ -53,9 +53,39 @@ void run_blocks(const Args& shared, int64_t images, int64_t scratch_size) {
     for (int64_t i = begin; i < end; i++) {
       args.image = i / blocks;
       args.block = i % blocks;
-      run<Kernel>(args);
+      run<PerBlock<Kernel>>(args);
     }
   });
+}
+
+// Runs Kernel for runs of `size` of the `count` rows or tokens, in parallel; in
+// `shared` it finds its own as args.first, args.last and args.part. The parts
+// are the same for every number of threads.
+template <typename Kernel, typename Args>
+void run_parts(const Args& shared, int64_t count, int64_t size) {
+  at::parallel_for(
+      0, (count + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
+        Args args = shared;
+        for (args.part = begin; args.part < end; args.part++) {
+          args.first = args.part * size;
+          args.last = std::min(count, args.first + size);
+          run<Kernel>(args);
+        }
+      });
+}
+
+// The same values as tokens with dense channels, each token as far from the
+// one before: [..., D] itself where it is so, else a copy.
+inline at::Tensor even_tokens(const at::Tensor& x) {
+  bool even = x.stride(-1) == 1;
+  for (int64_t i = x.dim() - 3; i >= 0 && even; i--) {
+    even = x.stride(i) == x.stride(i + 1) * x.size(i + 1);
+  }
+  return even ? x : x.contiguous();
+}
+
+inline int64_t token_stride(const at::Tensor& x) {
+  return x.is_contiguous() ? x.size(-1) : x.stride(-2);
 }
 
 }  // namespace smd2

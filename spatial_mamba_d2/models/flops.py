@@ -49,6 +49,8 @@ OFFICIAL_COUNTS: dict[str, Callable[..., int]] = {
     "upsample_bilinear2d": lambda output, *_: 4 * output.numel(),
     "_adaptive_avg_pool2d": lambda output, x, *_: x.numel(),
     "structure_aware_ssm": lambda output, u, *_: (7 + 27) * u.numel(),
+    "depthwise_conv3x3": lambda output, *_: 9 * output.numel(),
+    "gated_layer_norm": lambda output, *_: 5 * output.numel(),
 }
 
 

@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from spatial_mamba_d2.models.variants import variant_kwargs
-from spatial_mamba_d2.ops import merge_taps, structure_aware_ssm
+from spatial_mamba_d2.ops import (
+    depthwise_conv3x3,
+    gated_layer_norm,
+    merge_taps,
+    structure_aware_ssm,
+)
 
 STAGES = ("res2", "res3", "res4", "res5")
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -95,13 +99,17 @@ class Downsample(nn.Module):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise 3x3 convolution of ``Tensor[B, H, W, C]``, zero padding."""
+    """Depthwise 3x3 convolution of ``Tensor[B, H, W, C]``, zero padding.
 
-    def __init__(self, dim: int):
+    The input is added to it with ``residual``, else SiLU follows.
+    """
+
+    def __init__(self, dim: int, residual: bool):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
+        self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        return _nhwc(super().forward(_nchw(x)))
+        return depthwise_conv3x3(x, self.weight, self.bias, self.residual)
 
 
 class StateFusion(nn.Module):
@@ -138,7 +146,7 @@ class StructureAwareSSM(nn.Module):
         rank = math.ceil(dim / 16)
         self.split_sizes = (rank, 1, 1)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv = DepthwiseConv(inner)
+        self.conv = DepthwiseConv(inner, residual=False)
         self.x_proj = nn.Linear(inner, sum(self.split_sizes), bias=False)
         self.dt_proj = nn.Linear(rank, inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(inner))
@@ -163,7 +171,7 @@ class StructureAwareSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, D] each
-        u = F.silu(self.conv(u))
+        u = self.conv(u)
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
         y = structure_aware_ssm(
             u,
@@ -175,7 +183,8 @@ class StructureAwareSSM(nn.Module):
             self.dt_bias,
             self.fusion(),
         )
-        return self.out_proj(self.out_norm(y) * F.silu(z))
+        norm = self.out_norm
+        return self.out_proj(gated_layer_norm(y, z, norm.weight, norm.bias, norm.eps))
 
 
 class Block(nn.Module):
@@ -183,18 +192,18 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, ssm_ratio: float, mlp_ratio: float, drop_path: float):
         super().__init__()
-        self.cpe1 = DepthwiseConv(dim)
+        self.cpe1 = DepthwiseConv(dim, residual=True)
         self.ln1 = nn.LayerNorm(dim)
         self.ssm = StructureAwareSSM(dim, ssm_ratio)
-        self.cpe2 = DepthwiseConv(dim)
+        self.cpe2 = DepthwiseConv(dim, residual=True)
         self.ln2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.cpe1(x)
+        x = self.cpe1(x)
         x = x + self.drop_path(self.ssm(self.ln1(x)))
-        x = x + self.cpe2(x)
+        x = self.cpe2(x)
         return x + self.drop_path(self.mlp(self.ln2(x)))
 
 

@@ -8,11 +8,11 @@ from torch.autograd import gradcheck
 
 from spatial_mamba_d2 import ops
 from spatial_mamba_d2.ops import _extension
+from spatial_mamba_d2.ops.depthwise_conv3x3 import reference as conv_reference
+from spatial_mamba_d2.ops.gated_layer_norm import reference as norm_reference
 from spatial_mamba_d2.ops.selective_scan import eager as scan_eager
 from spatial_mamba_d2.ops.selective_scan import reference as scan_reference
-from spatial_mamba_d2.ops.state_fusion import eager as fusion_eager
 from spatial_mamba_d2.ops.state_fusion import reference as fusion_reference
-from spatial_mamba_d2.ops.structure_aware_ssm import eager as ssm_eager
 from spatial_mamba_d2.ops.structure_aware_ssm import reference as ssm_reference
 
 from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
@@ -30,12 +30,23 @@ SHAPES = [
     (2, 40, 33, 6),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-OPS = ["selective_scan", "state_fusion", "structure_aware_ssm"]
-KERNELS = {
-    "selective_scan": (scan_reference, scan_eager),
-    "state_fusion": (fusion_reference, fusion_eager),
-    "structure_aware_ssm": (ssm_reference, ssm_eager),
+REFERENCES = {
+    "selective_scan": scan_reference,
+    "state_fusion": fusion_reference,
+    "structure_aware_ssm": ssm_reference,
+    "depthwise_conv3x3": conv_reference,
+    "gated_layer_norm": norm_reference,
 }
+# name of a case -> operator, and the arguments behind its tensors
+CASES: dict[str, tuple[str, tuple]] = {
+    "selective_scan": ("selective_scan", ()),
+    "state_fusion": ("state_fusion", ()),
+    "structure_aware_ssm": ("structure_aware_ssm", ()),
+    "depthwise_conv3x3 residual": ("depthwise_conv3x3", (True,)),
+    "depthwise_conv3x3 silu": ("depthwise_conv3x3", (False,)),
+    "gated_layer_norm": ("gated_layer_norm", (1e-5,)),
+}
+KEEPS_DTYPE = ("structure_aware_ssm", "depthwise_conv3x3", "gated_layer_norm")
 
 
 @pytest.fixture(params=["eager", "native"], autouse=True)
@@ -50,36 +61,48 @@ def kernels(request):
             yield request.param
 
 
-def arguments(op, inputs):
-    """What ``op`` takes of the inputs of ``structure_aware_ssm``."""
-    u, delta, A, B, _, _, bias, taps = inputs
-    if op == "selective_scan":
+def arguments(case, inputs):
+    """The tensors that ``case`` takes, from the inputs of ``structure_aware_ssm``."""
+    u, delta, A, B, _, D, bias, taps = inputs
+    if case == "selective_scan":
         return [u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1), bias]
-    if op == "state_fusion":
+    if case == "state_fusion":
         return [u, taps]
+    if case.startswith("depthwise_conv3x3"):
+        return [u, taps[:9].T.reshape(-1, 1, 3, 3).contiguous(), bias]
+    if case == "gated_layer_norm":
+        return [u, delta / 2, D, bias]
     return inputs
 
 
-def truth(op, args):
+def call(case, tensors, of=ops):
+    op, others = CASES[case]
+    return getattr(of, op)(*tensors, *others)
+
+
+def truth(case, args):
     """Output, cotangent and gradients of the reference in float64."""
     leaves = [x.detach().double().requires_grad_() for x in args]
-    output = getattr(KERNELS[op][0], op)(*leaves)
+    output = call(case, leaves, REFERENCES[CASES[case][0]])
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    cotangent = cotangent.to(args[0].dtype).double()  # so that kernels get it exactly
     return output.detach(), cotangent, torch.autograd.grad(output, leaves, cotangent)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_forward_and_backward(op, shape, dtype, ssm_inputs):
-    args = arguments(op, ssm_inputs(*shape, dtype))
-    output, cotangent, gradients = truth(op, args)
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_backward(case, shape, dtype, ssm_inputs):
+    if case == "gated_layer_norm":  # of one or two channels it is constant
+        shape = (*shape[:3], shape[3] + 3)
+    args = arguments(case, ssm_inputs(*shape, dtype))
+    output, cotangent, gradients = truth(case, args)
     leaves = [x.clone().requires_grad_() for x in args]
-    actual = getattr(ops, op)(*leaves)
+    actual = call(case, leaves)
     assert actual.shape == output.shape
     assert actual.is_contiguous()
-    keeps_dtype = op == "structure_aware_ssm" or dtype == torch.float64
+    keeps_dtype = CASES[case][0] in KEEPS_DTYPE or dtype == torch.float64
     assert actual.dtype == (dtype if keeps_dtype else torch.float32)
     assert relative_error(actual, output) <= TOLERANCE[dtype]
 
@@ -89,12 +112,12 @@ def test_forward_and_backward(op, shape, dtype, ssm_inputs):
         assert relative_error(a, e) <= GRADIENT_TOLERANCE[dtype], f"gradient of input {index}"
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_strided_inputs(op, ssm_inputs, strided):
-    args = arguments(op, ssm_inputs(2, 6, 9, 5))
+@pytest.mark.parametrize("case", CASES)
+def test_strided_inputs(case, ssm_inputs, strided):
+    args = arguments(case, ssm_inputs(2, 6, 9, 5))
     views = [strided(x).requires_grad_() for x in args]
     plain = [x.clone().requires_grad_() for x in args]
-    expected, actual = getattr(ops, op)(*plain), getattr(ops, op)(*views)
+    expected, actual = call(case, plain), call(case, views)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     cotangent = torch.randn(expected.shape)
     for a, e in zip(
@@ -105,94 +128,97 @@ def test_strided_inputs(op, ssm_inputs, strided):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_autocast_does_not_reach_inside(op, ssm_inputs):
-    args = [x.requires_grad_() for x in arguments(op, ssm_inputs(1, 8, 9, 16))]
-    expected = getattr(ops, op)(*args)
+@pytest.mark.parametrize("case", CASES)
+def test_autocast_does_not_reach_inside(case, ssm_inputs):
+    args = [x.requires_grad_() for x in arguments(case, ssm_inputs(1, 8, 9, 16))]
+    expected = call(case, args)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = getattr(ops, op)(*args)
+        actual = call(case, args)
         gradients = torch.autograd.grad(actual.sum(), args)
     assert torch.equal(actual, expected)
     for a, e in zip(gradients, torch.autograd.grad(expected.sum(), args), strict=True):
         assert torch.equal(a, e)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_inputs_are_left_alone(op, ssm_inputs):
-    args = arguments(op, ssm_inputs(1, 8, 9, 3))
+@pytest.mark.parametrize("case", CASES)
+def test_inputs_are_left_alone(case, ssm_inputs):
+    args = arguments(case, ssm_inputs(1, 8, 9, 3))
     before = [x.clone() for x in args]
     leaves = [x.requires_grad_() for x in args]
-    output = getattr(ops, op)(*leaves)
+    output = call(case, leaves)
     cotangent = torch.ones_like(output)
     torch.autograd.grad(output, leaves, cotangent)
     assert all(torch.equal(x, y) for x, y in zip(args, before, strict=True))
     assert torch.equal(cotangent, torch.ones_like(output))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_gradcheck(op, ssm_inputs):
-    args = arguments(op, ssm_inputs(1, 3, 4, 2, torch.float64))
-    assert gradcheck(getattr(ops, op), [x.requires_grad_() for x in args])
+@pytest.mark.parametrize("case", CASES)
+def test_gradcheck(case, ssm_inputs):
+    args = arguments(case, ssm_inputs(1, 3, 4, 2, torch.float64))
+    assert gradcheck(lambda *x: call(case, x), [x.requires_grad_() for x in args])
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op, ssm_inputs):
-    args = tuple(x.requires_grad_() for x in arguments(op, ssm_inputs(2, 4, 5, 3)))
-    torch.library.opcheck(getattr(torch.ops.spatial_mamba, op).default, args)
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case, ssm_inputs):
+    op, others = CASES[case]
+    args = [x.requires_grad_() for x in arguments(case, ssm_inputs(2, 4, 5, 3))]
+    torch.library.opcheck(getattr(torch.ops.spatial_mamba, op).default, (*args, *others))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck_backward(op, ssm_inputs):
-    args = arguments(op, ssm_inputs(2, 4, 5, 3))
-    output = getattr(ops, op)(*args)
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck_backward(case, ssm_inputs):
+    op, others = CASES[case]
+    args = arguments(case, ssm_inputs(2, 4, 5, 3))
+    output = call(case, args)
     torch.library.opcheck(
         getattr(torch.ops.spatial_mamba, f"{op}_backward").default,
-        (torch.randn_like(output), *args),
+        (torch.randn_like(output), *args, *others),
         test_utils=("test_schema", "test_faketensor"),
     )
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_gradients_are_the_same_run_to_run(op, ssm_inputs):
-    args = [x.requires_grad_() for x in arguments(op, ssm_inputs(2, 20, 31, 16))]
-    output = getattr(ops, op)(*args)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_the_same_run_to_run(case, ssm_inputs):
+    args = [x.requires_grad_() for x in arguments(case, ssm_inputs(2, 20, 31, 16))]
+    output = call(case, args)
     first, second = (torch.autograd.grad(output.sum(), args, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_reference_gradients(op, ssm_inputs):
+@pytest.mark.parametrize("case", CASES)
+def test_reference_gradients(case, ssm_inputs):
     """What ``SMD2_BACKEND=reference`` registers as the backward kernel."""
-    args = arguments(op, ssm_inputs(1, 4, 3, 2, torch.float64))
-    _, cotangent, expected = truth(op, args)
-    backward = _extension.gradients_of(getattr(KERNELS[op][0], op))
-    actual = backward(cotangent, *args)
+    args = arguments(case, ssm_inputs(1, 4, 3, 2, torch.float64))
+    _, cotangent, expected = truth(case, args)
+    op, others = CASES[case]
+    backward = _extension.gradients_of(getattr(REFERENCES[op], op))
+    actual = backward(cotangent, *args, *others)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_every_value_is_written(op, ssm_inputs, monkeypatch):
+@pytest.mark.parametrize("case", CASES)
+def test_every_value_is_written(case, ssm_inputs, monkeypatch):
     """Outputs start as NaN here, so that what a kernel leaves out shows."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     try:
-        args = [x.requires_grad_() for x in arguments(op, ssm_inputs(2, 7, 13, 21))]
-        output = getattr(ops, op)(*args)
+        args = [x.requires_grad_() for x in arguments(case, ssm_inputs(2, 7, 13, 21))]
+        output = call(case, args)
         results = [output, *torch.autograd.grad(output.sum(), args)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(x.isfinite().all() for x in results)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_number_of_threads_changes_nothing(op, ssm_inputs, kernels):
+@pytest.mark.parametrize("case", CASES)
+def test_number_of_threads_changes_nothing(case, ssm_inputs, kernels):
     """Not a bit in compiled kernels; rounding in the libraries' convolutions."""
-    args = [x.requires_grad_() for x in arguments(op, ssm_inputs(2, 9, 14, 40))]
+    args = [x.requires_grad_() for x in arguments(case, ssm_inputs(2, 9, 14, 40))]
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            output = getattr(ops, op)(*args)
+            output = call(case, args)
             results.append([output, *torch.autograd.grad(output.sum(), args)])
     finally:
         torch.set_num_threads(before)

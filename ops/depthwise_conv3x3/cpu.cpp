@@ -1,0 +1,380 @@
+// spatial_mamba::depthwise_conv3x3 on the CPU; op.py documents it.
+//
+// Rows are shared out to threads; within a row, strips of tokens run over all
+// channels, so that memory is read in order.
+#include "../common/tensors.h"
+
+namespace smd2 {
+namespace {
+
+constexpr int kKernel = 3;
+constexpr int kWeights = kKernel * kKernel;
+constexpr int kStrip = 4;  // tokens
+constexpr int kRowsPerPart = 4;
+
+// A map whose tokens lie `stride` elements apart.
+template <typename T>
+struct Map {
+  const T* data;
+  int64_t stride;
+
+  explicit Map(const at::Tensor& x)
+      : data(x.const_data_ptr<T>()), stride(token_stride(x)) {}
+};
+
+struct Geometry {
+  int64_t height, width, dim;
+  int64_t part, first, last;  // rows of all images together
+
+  explicit Geometry(const at::Tensor& x)
+      : height(x.size(1)), width(x.size(2)), dim(x.size(3)) {}
+};
+
+// Rows r - 1, r, r + 1 of a map; null outside of the image.
+template <typename T>
+struct Rows {
+  const T* row[kKernel];
+  int64_t stride;
+
+  SMD2_INLINE Rows around(const Map<T>& map, const Geometry& g, int64_t r) {
+    Rows rows{{}, map.stride};
+    const int64_t y = r % g.height;
+    for (int i = 0; i < kKernel; i++) {
+      const bool inside = y + i - 1 >= 0 && y + i - 1 < g.height;
+      rows.row[i] =
+          inside ? map.data + (r + i - 1) * g.width * map.stride : nullptr;
+    }
+    return rows;
+  }
+};
+
+// Tokens x - 1 .. x + S of a row, n channels from c on; 0 outside.
+template <typename T, int N, int S>
+SMD2_INLINE void load_tokens(
+    const T* row,
+    int64_t stride,
+    int64_t x,
+    int64_t width,
+    int64_t c,
+    int n,
+    vec<acc_t<T>, N>* values) {
+#pragma GCC unroll 8
+  for (int i = 0; i < S + 2; i++) {
+    const int64_t at = x - 1 + i;
+    values[i] = at >= 0 && at < width
+                    ? load_channels<T, N>(row + at * stride + c, n)
+                    : vec<acc_t<T>, N>{};
+  }
+}
+
+// The convolution at tokens x .. x + S - 1.
+template <typename T, int N, int S>
+SMD2_INLINE void convolve(
+    const Rows<T>& rows,
+    int64_t x,
+    int64_t width,
+    const acc_t<T>* weights,  // [9, dim], and the bias behind
+    int64_t dim,
+    int64_t c,
+    int n,
+    vec<acc_t<T>, N>* out) {
+  using V = vec<acc_t<T>, N>;
+  const V bias = load_channels<acc_t<T>, N>(weights + kWeights * dim + c, n);
+  for (int s = 0; s < S; s++) {
+    out[s] = bias;
+  }
+  for (int i = 0; i < kKernel; i++) {
+    if (!rows.row[i]) {
+      continue;
+    }
+    V values[S + 2];
+    load_tokens<T, N, S>(rows.row[i], rows.stride, x, width, c, n, values);
+#pragma GCC unroll 3
+    for (int j = 0; j < kKernel; j++) {
+      const V w =
+          load_channels<acc_t<T>, N>(weights + (i * kKernel + j) * dim + c, n);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; s++) {
+        out[s] += w * values[s + j];
+      }
+    }
+  }
+}
+
+// Calls body(S, x, c, n) for strips of S tokens of a row and blocks of
+// channels, n being N but in the last one.
+template <int N, typename Body>
+SMD2_INLINE void for_strips(int64_t width, int64_t dim, const Body& body) {
+  int64_t x = 0;
+  for (; x + kStrip <= width; x += kStrip) {
+    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
+      body(std::integral_constant<int, kStrip>{}, x, c, n);
+    });
+  }
+  for (; x < width; x++) {
+    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
+      body(std::integral_constant<int, 1>{}, x, c, n);
+    });
+  }
+}
+
+template <typename T>
+struct ForwardArgs : Geometry {
+  Map<T> x;
+  const acc_t<T>* weights;
+  T* out;
+  bool residual;
+};
+
+template <typename T>
+struct Forward {
+  template <int N>
+  SMD2_INLINE void run(const ForwardArgs<T>& a) {
+    using V = vec<acc_t<T>, N>;
+    for (int64_t r = a.first; r < a.last; r++) {
+      const auto rows = Rows<T>::around(a.x, a, r);
+      T* out = a.out + r * a.width * a.dim;
+      for_strips<N>(
+          a.width,
+          a.dim,
+          [&](auto strip, int64_t x, int64_t c, int n) SMD2_LAMBDA {
+            constexpr int S = decltype(strip)::value;
+            V conv[S];
+            convolve<T, N, S>(rows, x, a.width, a.weights, a.dim, c, n, conv);
+            for (int s = 0; s < S; s++) {
+              V y;
+              if (a.residual) {
+                const T* here = rows.row[1] + (x + s) * rows.stride + c;
+                y = conv[s] + load_channels<T, N>(here, n);
+              } else {
+                y = conv[s] * sigmoid<acc_t<T>, N>(conv[s]);
+              }
+              store_channels<T, N>(out + (x + s) * a.dim + c, y, n);
+            }
+          });
+    }
+  }
+};
+
+// Gradient of the convolution from that of its SiLU.
+template <typename T>
+struct ConvGradientArgs : Geometry {
+  Map<T> x;
+  const acc_t<T>* weights;
+  const T* grad;  // contiguous
+  acc_t<T>* grad_conv;
+};
+
+template <typename T>
+struct ConvGradient {
+  template <int N>
+  SMD2_INLINE void run(const ConvGradientArgs<T>& a) {
+    using Acc = acc_t<T>;
+    using V = vec<Acc, N>;
+    for (int64_t r = a.first; r < a.last; r++) {
+      const auto rows = Rows<T>::around(a.x, a, r);
+      for_strips<N>(
+          a.width,
+          a.dim,
+          [&](auto strip, int64_t x, int64_t c, int n) SMD2_LAMBDA {
+            constexpr int S = decltype(strip)::value;
+            V conv[S];
+            convolve<T, N, S>(rows, x, a.width, a.weights, a.dim, c, n, conv);
+            for (int s = 0; s < S; s++) {
+              const int64_t at = (r * a.width + x + s) * a.dim + c;
+              const V gate = sigmoid<Acc, N>(conv[s]);
+              const V slope = gate * (1 + conv[s] * (1 - gate));
+              const V grad = load_channels<T, N>(a.grad + at, n);
+              store_channels<Acc, N>(a.grad_conv + at, grad * slope, n);
+            }
+          });
+    }
+  }
+};
+
+// Gradients of input, weights and bias from that of the convolution, G values.
+template <typename T, typename G>
+struct BackwardArgs : Geometry {
+  Map<T> x;
+  Map<G> grad_conv;
+  const acc_t<T>* weights;
+  T* grad_x;
+  acc_t<T>* grad_weights;  // [parts, 10, dim], 0 at first; the last is the bias
+  bool residual;
+};
+
+template <typename T, typename G>
+struct Backward {
+  template <int N>
+  SMD2_INLINE void run(const BackwardArgs<T, G>& a) {
+    using Acc = acc_t<T>;
+    using V = vec<Acc, N>;
+    Acc* sums = a.grad_weights + a.part * (kWeights + 1) * a.dim;
+    for (int64_t r = a.first; r < a.last; r++) {
+      const auto rows = Rows<G>::around(a.grad_conv, a, r);
+      const T* input = a.x.data + r * a.width * a.x.stride;
+      T* grad_x = a.grad_x + r * a.width * a.dim;
+      for_strips<N>(
+          a.width,
+          a.dim,
+          [&](auto strip, int64_t x, int64_t c, int n) SMD2_LAMBDA {
+            constexpr int S = decltype(strip)::value;
+            V inputs[S], out[S]{};
+            for (int s = 0; s < S; s++) {
+              inputs[s] =
+                  load_channels<T, N>(input + (x + s) * a.x.stride + c, n);
+            }
+            for (int i = 0; i < kKernel; i++) {
+              if (!rows.row[i]) {
+                continue;
+              }
+              V grads[S + 2];
+              load_tokens<G, N, S>(
+                  rows.row[i], rows.stride, x, a.width, c, n, grads);
+#pragma GCC unroll 3
+              for (int j = 0; j < kKernel; j++) {
+                // The output at row r + i - 1, column + j - 1 saw this input
+                // through the opposite weight.
+                const int64_t k = kWeights - 1 - (i * kKernel + j);
+                const V w = load_channels<Acc, N>(a.weights + k * a.dim + c, n);
+                V total = load_channels<Acc, N>(sums + k * a.dim + c, n);
+#pragma GCC unroll 8
+                for (int s = 0; s < S; s++) {
+                  out[s] += w * grads[s + j];
+                  total += inputs[s] * grads[s + j];
+                }
+                store_channels<Acc, N>(sums + k * a.dim + c, total, n);
+              }
+              if (i == 1) {
+                Acc* bias = sums + kWeights * a.dim + c;
+                V total = load_channels<Acc, N>(bias, n);
+                for (int s = 0; s < S; s++) {
+                  total += grads[s + 1];
+                  if (a.residual) {
+                    out[s] += grads[s + 1];
+                  }
+                }
+                store_channels<Acc, N>(bias, total, n);
+              }
+            }
+            for (int s = 0; s < S; s++) {
+              store_channels<T, N>(grad_x + (x + s) * a.dim + c, out[s], n);
+            }
+          });
+    }
+  }
+};
+
+// The inputs as the kernels want them.
+struct Inputs {
+  at::Tensor x, weights;
+
+  Inputs(
+      const at::Tensor& x_,
+      const at::Tensor& weight,
+      const at::Tensor& bias) {
+    const char* op = "depthwise_conv3x3";
+    TORCH_CHECK_VALUE(
+        x_.dim() == 4 && x_.size(1) && x_.size(2),
+        op,
+        ": x must be [B, H, W, D] with H, W >= 1, got ",
+        x_.sizes());
+    const auto dim = x_.size(3);
+    check_shape(op, "weight", weight, {dim, 1, kKernel, kKernel});
+    check_shape(op, "bias", bias, {dim});
+    x = even_tokens(x_.to(kernel_type(x_, x_)));
+    const auto flat = small(weight, x).view({dim, kWeights}).t();
+    weights = at::cat({flat, small(bias, x).view({1, dim})});
+  }
+
+  int64_t rows() const {
+    return x.size(0) * x.size(1);
+  }
+};
+
+at::Tensor depthwise_conv3x3(
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const at::Tensor& bias,
+    bool residual) {
+  const Inputs in(x, weight, bias);
+  at::Tensor out = at::empty(in.x.sizes(), in.x.options());
+  SMD2_DISPATCH(in.x.scalar_type(), "depthwise_conv3x3", [&] {
+    const ForwardArgs<scalar_t> args{
+        Geometry(in.x),
+        Map<scalar_t>(in.x),
+        in.weights.const_data_ptr<acc_t<scalar_t>>(),
+        out.data_ptr<scalar_t>(),
+        residual};
+    run_parts<Forward<scalar_t>>(args, in.rows(), kRowsPerPart);
+  });
+  return out.to(x.scalar_type());
+}
+
+template <typename T, typename G>
+void backward(
+    const Inputs& in,
+    const at::Tensor& grad_conv,
+    const at::Tensor& grad_x,
+    const at::Tensor& grad_weights,
+    bool residual) {
+  const BackwardArgs<T, G> args{
+      Geometry(in.x),
+      Map<T>(in.x),
+      Map<G>(grad_conv),
+      in.weights.const_data_ptr<acc_t<T>>(),
+      grad_x.data_ptr<T>(),
+      grad_weights.data_ptr<acc_t<T>>(),
+      residual};
+  run_parts<Backward<T, G>>(args, in.rows(), kRowsPerPart);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv3x3_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const at::Tensor& bias,
+    bool residual) {
+  const Inputs in(x, weight, bias);
+  check_shape(
+      "depthwise_conv3x3_backward", "grad_output", grad_output, x.sizes());
+  const auto grad = grad_output.to(in.x.scalar_type()).contiguous();
+  const auto dim = x.size(3);
+  const auto parts = (in.rows() + kRowsPerPart - 1) / kRowsPerPart;
+  at::Tensor grad_x = at::empty(in.x.sizes(), in.x.options());
+  at::Tensor grad_weights =
+      at::zeros({parts, kWeights + 1, dim}, in.weights.options());
+  SMD2_DISPATCH(in.x.scalar_type(), "depthwise_conv3x3_backward", [&] {
+    using Acc = acc_t<scalar_t>;
+    if (residual) {
+      backward<scalar_t, scalar_t>(in, grad, grad_x, grad_weights, true);
+    } else {
+      at::Tensor grad_conv = at::empty(in.x.sizes(), in.weights.options());
+      const ConvGradientArgs<scalar_t> args{
+          Geometry(in.x),
+          Map<scalar_t>(in.x),
+          in.weights.const_data_ptr<Acc>(),
+          grad.const_data_ptr<scalar_t>(),
+          grad_conv.data_ptr<Acc>()};
+      run_parts<ConvGradient<scalar_t>>(args, in.rows(), kRowsPerPart);
+      backward<scalar_t, Acc>(in, grad_conv, grad_x, grad_weights, false);
+    }
+  });
+  const auto sums = grad_weights.sum(0);
+  return {
+      grad_x.to(x.scalar_type()),
+      sums.slice(0, 0, kWeights)
+          .t()
+          .contiguous()
+          .view(weight.sizes())
+          .to(weight.scalar_type()),
+      sums[kWeights].clone().to(bias.scalar_type())};
+}
+
+TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl("depthwise_conv3x3", &depthwise_conv3x3);
+  m.impl("depthwise_conv3x3_backward", &depthwise_conv3x3_backward);
+}
+
+}  // namespace
+}  // namespace smd2

@@ -1,0 +1,230 @@
+// spatial_mamba::gated_layer_norm on the CPU; op.py documents it.
+#include "../common/tensors.h"
+
+namespace smd2 {
+namespace {
+
+constexpr int64_t kTokensPerPart = 128;
+
+// Tokens of y lie dim elements apart, those of z z_stride.
+template <typename T>
+struct NormArgs {
+  const T* y;
+  const T* z;
+  const acc_t<T>* weight;
+  const acc_t<T>* bias;
+  int64_t z_stride, dim;
+  acc_t<T> eps;
+  int64_t part, first, last;
+};
+
+template <typename T>
+struct Moments {
+  acc_t<T> mean, scale;  // scale: 1 / deviation
+
+  template <int N>
+  SMD2_INLINE Moments of(const T* y, int64_t dim, acc_t<T> eps) {
+    using Acc = acc_t<T>;
+    vec<Acc, N> total{}, squares{};
+    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
+      total += load_channels<T, N>(y + c, n);
+    });
+    const Acc mean = sum<Acc, N>(total) / dim;
+    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
+      auto centred = load_channels<T, N>(y + c, n) - mean;
+      for (int i = n; i < N; i++) {
+        centred[i] = 0;
+      }
+      squares += centred * centred;
+    });
+    return {mean, 1 / std::sqrt(sum<Acc, N>(squares) / dim + eps)};
+  }
+};
+
+template <typename T>
+struct ForwardArgs : NormArgs<T> {
+  T* out;
+};
+
+template <typename T>
+struct Forward {
+  template <int N>
+  SMD2_INLINE void run(const ForwardArgs<T>& a) {
+    using Acc = acc_t<T>;
+    for (int64_t t = a.first; t < a.last; t++) {
+      const T* y = a.y + t * a.dim;
+      const T* z = a.z + t * a.z_stride;
+      const auto m = Moments<T>::template of<N>(y, a.dim, a.eps);
+      for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {
+        const auto normal = (load_channels<T, N>(y + c, n) - m.mean) * m.scale;
+        const auto norm = normal * load_channels<Acc, N>(a.weight + c, n) +
+                          load_channels<Acc, N>(a.bias + c, n);
+        const auto gate = load_channels<T, N>(z + c, n);
+        store_channels<T, N>(
+            a.out + t * a.dim + c, norm * gate * sigmoid<Acc, N>(gate), n);
+      });
+    }
+  }
+};
+
+template <typename T>
+struct BackwardArgs : NormArgs<T> {
+  const T* grad;
+  T* grad_y;
+  T* grad_z;
+  acc_t<T>* grad_weights;  // [parts, 2, dim], 0 at first: weight, bias
+};
+
+template <typename T>
+struct Backward {
+  template <int N>
+  SMD2_INLINE void run(const BackwardArgs<T>& a) {
+    using Acc = acc_t<T>;
+    Acc* grad_weight = a.grad_weights + 2 * a.part * a.dim;
+    Acc* grad_bias = grad_weight + a.dim;
+    for (int64_t t = a.first; t < a.last; t++) {
+      const T* y = a.y + t * a.dim;
+      const T* z = a.z + t * a.z_stride;
+      const T* grad = a.grad + t * a.dim;
+      const auto m = Moments<T>::template of<N>(y, a.dim, a.eps);
+      // Gradient of the normalised values: its mean, and that times the values.
+      vec<Acc, N> total{}, product{};
+      for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {
+        const auto normal = (load_channels<T, N>(y + c, n) - m.mean) * m.scale;
+        const auto weight = load_channels<Acc, N>(a.weight + c, n);
+        const auto norm =
+            normal * weight + load_channels<Acc, N>(a.bias + c, n);
+        const auto gate = load_channels<T, N>(z + c, n);
+        const auto open = sigmoid<Acc, N>(gate);
+        const auto g = load_channels<T, N>(grad + c, n);
+        const auto grad_norm = g * gate * open;
+        store_channels<T, N>(
+            a.grad_z + t * a.dim + c,
+            g * norm * open * (1 + gate * (1 - open)),
+            n);
+        store_channels<Acc, N>(
+            grad_weight + c,
+            load_channels<Acc, N>(grad_weight + c, n) + grad_norm * normal,
+            n);
+        store_channels<Acc, N>(
+            grad_bias + c,
+            load_channels<Acc, N>(grad_bias + c, n) + grad_norm,
+            n);
+        total += grad_norm * weight;  // 0 beyond the last channel, as g is
+        product += grad_norm * weight * normal;
+      });
+      const Acc mean = sum<Acc, N>(total) / a.dim;
+      const Acc slope = sum<Acc, N>(product) / a.dim;
+      for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {
+        const auto normal = (load_channels<T, N>(y + c, n) - m.mean) * m.scale;
+        const auto gate = load_channels<T, N>(z + c, n);
+        const auto grad_normal = load_channels<T, N>(grad + c, n) * gate *
+                                 sigmoid<Acc, N>(gate) *
+                                 load_channels<Acc, N>(a.weight + c, n);
+        store_channels<T, N>(
+            a.grad_y + t * a.dim + c,
+            m.scale * (grad_normal - mean - normal * slope),
+            n);
+      });
+    }
+  }
+};
+
+// The inputs as the kernels want them.
+struct Inputs {
+  at::Tensor y, z, weight, bias;
+
+  Inputs(
+      const at::Tensor& y_,
+      const at::Tensor& z_,
+      const at::Tensor& weight_,
+      const at::Tensor& bias_) {
+    const char* op = "gated_layer_norm";
+    TORCH_CHECK_VALUE(
+        y_.dim() == 4 && y_.size(3),
+        op,
+        ": y must be [B, H, W, D] with D >= 1, got ",
+        y_.sizes());
+    check_shape(op, "z", z_, y_.sizes());
+    check_shape(op, "weight", weight_, {y_.size(3)});
+    check_shape(op, "bias", bias_, {y_.size(3)});
+    const auto type = kernel_type(y_, z_);
+    y = y_.to(type).contiguous();
+    z = even_tokens(z_.to(type));
+    weight = small(weight_, y);
+    bias = small(bias_, y);
+  }
+
+  int64_t tokens() const {
+    return y.numel() / y.size(3);
+  }
+
+  template <typename T>
+  void fill(NormArgs<T>* a, double eps) const {
+    a->y = y.const_data_ptr<T>();
+    a->z = z.const_data_ptr<T>();
+    a->z_stride = token_stride(z);
+    a->weight = weight.const_data_ptr<acc_t<T>>();
+    a->bias = bias.const_data_ptr<acc_t<T>>();
+    a->dim = y.size(3);
+    a->eps = eps;
+  }
+};
+
+at::Tensor gated_layer_norm(
+    const at::Tensor& y,
+    const at::Tensor& z,
+    const at::Tensor& weight,
+    const at::Tensor& bias,
+    double eps) {
+  const Inputs in(y, z, weight, bias);
+  at::Tensor out = at::empty_like(in.y);
+  SMD2_DISPATCH(in.y.scalar_type(), "gated_layer_norm", [&] {
+    ForwardArgs<scalar_t> args;
+    in.fill(&args, eps);
+    args.out = out.data_ptr<scalar_t>();
+    run_parts<Forward<scalar_t>>(args, in.tokens(), kTokensPerPart);
+  });
+  return out.to(y.scalar_type());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+gated_layer_norm_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& y,
+    const at::Tensor& z,
+    const at::Tensor& weight,
+    const at::Tensor& bias,
+    double eps) {
+  const Inputs in(y, z, weight, bias);
+  check_shape(
+      "gated_layer_norm_backward", "grad_output", grad_output, y.sizes());
+  const auto grad = grad_output.to(in.y.scalar_type()).contiguous();
+  at::Tensor grad_y = at::empty_like(in.y), grad_z = at::empty_like(in.y);
+  const auto parts = (in.tokens() + kTokensPerPart - 1) / kTokensPerPart;
+  at::Tensor grad_weights =
+      at::zeros({parts, 2, in.y.size(3)}, in.weight.options());
+  SMD2_DISPATCH(in.y.scalar_type(), "gated_layer_norm_backward", [&] {
+    BackwardArgs<scalar_t> args;
+    in.fill(&args, eps);
+    args.grad = grad.const_data_ptr<scalar_t>();
+    args.grad_y = grad_y.data_ptr<scalar_t>();
+    args.grad_z = grad_z.data_ptr<scalar_t>();
+    args.grad_weights = grad_weights.data_ptr<acc_t<scalar_t>>();
+    run_parts<Backward<scalar_t>>(args, in.tokens(), kTokensPerPart);
+  });
+  const auto sums = grad_weights.sum(0);
+  return {
+      grad_y.to(y.scalar_type()),
+      grad_z.to(z.scalar_type()),
+      sums[0].clone().to(weight.scalar_type()),
+      sums[1].clone().to(bias.scalar_type())};
+}
+
+TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl("gated_layer_norm", &gated_layer_norm);
+  m.impl("gated_layer_norm_backward", &gated_layer_norm_backward);
+}
+
+}  // namespace
+}  // namespace smd2

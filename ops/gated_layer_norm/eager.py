@@ -1,0 +1,37 @@
+"""Norm and gate by PyTorch's own operators; backward computes the norm again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _precise(*tensors: Tensor) -> list[Tensor]:
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [x.to(dtype) for x in tensors]
+
+
+def gated_layer_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See :func:`spatial_mamba_d2.ops.gated_layer_norm`."""
+    y_, z_, weight, bias = _precise(y, z, weight, bias)
+    norm = F.layer_norm(y_, y_.shape[-1:], weight, bias, eps)
+    return (norm * F.silu(z_)).to(y.dtype).contiguous()
+
+
+def gated_layer_norm_backward(
+    grad_output: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of y, z, weight, bias."""
+    y_, z_, weight_, bias_, grad = _precise(y, z, weight, bias, grad_output)
+    norm, mean, rstd = torch.native_layer_norm(y_, y_.shape[-1:], weight_, bias_, eps)
+    grad_z = torch.ops.aten.silu_backward(grad * norm, z_)
+    grad_y, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad * F.silu(z_), y_, y_.shape[-1:], mean, rstd, weight_, bias_, [True, True, True]
+    )
+    return (
+        grad_y.to(y.dtype).contiguous(),
+        grad_z.to(z.dtype).contiguous(),
+        grad_weight.to(weight.dtype),
+        grad_bias.to(bias.dtype),
+    )
