@@ -46,6 +46,7 @@ def _load_compiled() -> str | None:
 
 FORCED_BACKEND = _read_backend()
 WHY_NOT_COMPILED = _load_compiled()
+WHY_NO_CUDA = "todo"
 if WHY_NOT_COMPILED and FORCED_BACKEND == "native":
     raise ImportError(
         f"SMD2_BACKEND is native, but there are no compiled kernels: {WHY_NOT_COMPILED}"

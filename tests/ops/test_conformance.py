@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -15,6 +17,7 @@ from spatial_mamba_d2.ops.state_fusion import reference as fusion_reference
 from spatial_mamba_d2.ops.structure_aware_ssm import eager as ssm_eager
 from spatial_mamba_d2.ops.structure_aware_ssm import reference as ssm_reference
 
+from . import emulator
 from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
 
 # (batch, height, width, channels): tiny, odd, one chunk and a bit, several levels of chunks
@@ -38,16 +41,27 @@ KERNELS = {
 }
 
 
-@pytest.fixture(params=["eager", "native"], autouse=True)
+@pytest.fixture(params=["eager", "native", "emulated CUDA", "CUDA"], autouse=True)
 def kernels(request):
-    """Serves the operators by plain PyTorch, then by compiled kernels."""
-    if request.param == "native":
-        if _extension.WHY_NOT_COMPILED:
-            pytest.skip(f"no compiled kernels: {_extension.WHY_NOT_COMPILED}")
+    """Who serves the operators: plain PyTorch, then compiled kernels of each kind."""
+    if request.param == "native" and _extension.WHY_NOT_COMPILED:
+        pytest.skip(f"no compiled kernels: {_extension.WHY_NOT_COMPILED}")
+    if request.param == "CUDA" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if request.param == "CUDA" and _extension.WHY_NO_CUDA:
+        pytest.skip(f"no compiled CUDA kernels: {_extension.WHY_NO_CUDA}")
+    serving = {
+        "eager": _extension.without_compiled_kernels,
+        "emulated CUDA": emulator.emulated_cuda,
+    }
+    with serving.get(request.param, nullcontext)():
         yield request.param
-    else:
-        with _extension.without_compiled_kernels():
-            yield request.param
+
+
+@pytest.fixture
+def device(kernels):
+    """Where the inputs are."""
+    return torch.device("cuda" if kernels == "CUDA" else "cpu")
 
 
 def arguments(op, inputs):
@@ -62,7 +76,7 @@ def arguments(op, inputs):
 
 def truth(op, args):
     """Output, cotangent and gradients of the reference in float64."""
-    leaves = [x.detach().double().requires_grad_() for x in args]
+    leaves = [x.detach().cpu().double().requires_grad_() for x in args]
     output = getattr(KERNELS[op][0], op)(*leaves)
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
@@ -83,7 +97,7 @@ def test_forward_and_backward(op, shape, dtype, ssm_inputs):
     assert actual.dtype == (dtype if keeps_dtype else torch.float32)
     assert relative_error(actual, output) <= TOLERANCE[dtype]
 
-    actual_gradients = torch.autograd.grad(actual, leaves, cotangent.to(actual.dtype))
+    actual_gradients = torch.autograd.grad(actual, leaves, cotangent.to(actual))
     for index, (a, e) in enumerate(zip(actual_gradients, gradients, strict=True)):
         assert a.dtype == dtype and a.shape == e.shape
         assert relative_error(a, e) <= GRADIENT_TOLERANCE[dtype], f"gradient of input {index}"
@@ -96,7 +110,7 @@ def test_strided_inputs(op, ssm_inputs, strided):
     plain = [x.clone().requires_grad_() for x in args]
     expected, actual = getattr(ops, op)(*plain), getattr(ops, op)(*views)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
-    cotangent = torch.randn(expected.shape)
+    cotangent = torch.randn_like(expected)
     for a, e in zip(
         torch.autograd.grad(actual, views, strided(cotangent)),
         torch.autograd.grad(expected, plain, cotangent),
@@ -109,7 +123,7 @@ def test_strided_inputs(op, ssm_inputs, strided):
 def test_autocast_does_not_reach_inside(op, ssm_inputs):
     args = [x.requires_grad_() for x in arguments(op, ssm_inputs(1, 8, 9, 16))]
     expected = getattr(ops, op)(*args)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(args[0].device.type, torch.bfloat16):
         actual = getattr(ops, op)(*args)
         gradients = torch.autograd.grad(actual.sum(), args)
     assert torch.equal(actual, expected)
@@ -166,8 +180,8 @@ def test_reference_gradients(op, ssm_inputs):
     args = arguments(op, ssm_inputs(1, 4, 3, 2, torch.float64))
     _, cotangent, expected = truth(op, args)
     backward = _extension.gradients_of(getattr(KERNELS[op][0], op))
-    actual = backward(cotangent, *args)
-    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    actual = backward(cotangent.to(args[0]), *args)
+    assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -198,7 +212,7 @@ def test_number_of_threads_changes_nothing(op, ssm_inputs, kernels):
         torch.set_num_threads(before)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            tolerance = 0 if kernels == "native" else 1e-5 * b.abs().max().item()
+            tolerance = 0 if kernels != "eager" else 1e-5 * b.abs().max().item()
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
