@@ -28,7 +28,7 @@ import spatial_mamba_d2.ops  # noqa: F401  defines the schemas
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests/cuda_emulator"
 KERNELS = tuple(sorted(ROOT.glob("ops/*/cuda.cu")))
-GLUE = tuple(sorted(ROOT.glob("ops/*/cuda.cpp")))
+GLUE = tuple(sorted(ROOT.glob("ops/*/cuda_glue.cpp")))
 HEADERS = tuple(
     sorted([*ROOT.glob("ops/**/*.h"), *ROOT.glob("ops/**/*.cuh"), *EMULATOR.glob("*.h")])
 )
@@ -73,9 +73,7 @@ def _make(command: Sequence[str], inputs: Sequence[Path], suffix: str) -> Path:
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             unfinished = Path(scratch) / target.name
-            done = subprocess.run(
-                [*command, "-o", str(unfinished)], capture_output=True, text=True
-            )
+            done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
             assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
             unfinished.rename(target)
     return target
