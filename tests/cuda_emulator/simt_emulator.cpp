@@ -19,7 +19,6 @@
 #if defined(SMD2_TSAN)
 extern "C" {
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void* __tsan_get_current_fiber();
 void __tsan_acquire(void* tag);
@@ -62,16 +61,30 @@ struct Fiber {
   }
 };
 
-// Memory of a block: under ThreadSanitizer each block has its own until the
-// launch ends, for blocks that run one after the other look unordered to it,
-// as they are on a device.
-struct Memory {
+// What a block runs in. Blocks of a launch share one, but not under
+// ThreadSanitizer: there, each block has its own stacks and its own barrier, so
+// that nothing orders the accesses of different blocks, as on a device.
+struct Room {
   std::unique_ptr<char[]> shared;
   std::vector<char*> stacks;
+  std::vector<void*> sanitizers;
+  // Of barriers in turn: who waits at one must not learn what others did since.
+  char barrier_tags[2] = {0, 0};
 
-  Memory(unsigned threads, size_t shared_bytes)
-      : shared(new char[std::max<size_t>(shared_bytes, 1)]) {
-    for (unsigned i = 0; i < threads; i++) {
+  Room() = default;
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
+  ~Room() {
+    for (char* stack : stacks) {
+      munmap(stack, kStackBytes);
+    }
+  }
+
+  // Shared memory is of the exact size, for AddressSanitizer to see its end.
+  void prepare(unsigned threads, size_t shared_bytes) {
+    shared.reset(new char[std::max<size_t>(shared_bytes, 1)]);
+    std::fill_n(shared.get(), shared_bytes, char(0xff));  // NaN
+    while (stacks.size() < threads) {
       void* stack = mmap(
           nullptr,
           kStackBytes,
@@ -83,21 +96,19 @@ struct Memory {
         throw std::runtime_error("emulator: no memory for another stack");
       }
       stacks.push_back(static_cast<char*>(stack));
-    }
-  }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  ~Memory() {
-    for (char* stack : stacks) {
-      munmap(stack, kStackBytes);
+#if defined(SMD2_TSAN)
+      sanitizers.push_back(__tsan_create_fiber(0));
+#else
+      sanitizers.push_back(nullptr);
+#endif
     }
   }
 };
 
 struct Block {
   dim3 index{}, size{};
-  unsigned threads = 0, running = 0, waiting = 0;
-  void* shared = nullptr;
+  unsigned threads = 0, running = 0, waiting = 0, barriers = 0;
+  Room* room = nullptr;
   std::vector<Fiber> fibers;
   Fiber* current = nullptr;
   const std::function<void()>* body = nullptr;
@@ -108,7 +119,7 @@ struct Block {
   ucontext_t scheduler{};
 #endif
   void* sanitizer = nullptr;
-  char barrier_tag = 0, end_tag = 0;
+  char start_tag = 0, end_tag = 0;
 };
 
 Block block;
@@ -170,9 +181,13 @@ void open_barrier() {
     }
   }
   block.waiting = 0;
+  block.barriers++;
 }
 
 void thread_main() {
+#if defined(SMD2_TSAN)
+  __tsan_acquire(&block.start_tag);
+#endif
   (*block.body)();
 #if defined(SMD2_TSAN)
   __tsan_release(&block.end_tag);
@@ -232,9 +247,7 @@ void start(Fiber* fiber, unsigned number, char* stack) {
   fiber->context.uc_link = nullptr;
   makecontext(&fiber->context, thread_main, 0);
 #endif
-#if defined(SMD2_TSAN)
-  fiber->sanitizer = __tsan_create_fiber(0);
-#endif
+  fiber->sanitizer = block.room->sanitizers[number];
 }
 
 // Lets a warp run until all its threads wait for others or have ended.
@@ -257,10 +270,9 @@ bool run_warp(unsigned warp, const std::vector<unsigned>& lanes) {
   return moved;
 }
 
-void run_block(const Memory& memory, std::mt19937* random) {
+void run_block(Room* room, std::mt19937* random) {
+  block.room = room;
   block.fibers.resize(block.threads);
-  block.shared = memory.shared.get();
-  block.error.clear();
   block.running = block.threads;
   block.waiting = 0;
   std::vector<unsigned> warps((block.threads + kWarpSize - 1) / kWarpSize);
@@ -275,8 +287,11 @@ void run_block(const Memory& memory, std::mt19937* random) {
     std::shuffle(lanes.begin(), lanes.end(), *random);
   }
   for (unsigned i = 0; i < block.threads; i++) {
-    start(&block.fibers[i], i, memory.stacks[i]);
+    start(&block.fibers[i], i, room->stacks[i]);
   }
+#if defined(SMD2_TSAN)
+  __tsan_release(&block.start_tag);
+#endif
   while (block.running && block.error.empty()) {
     bool moved = false;
     for (const unsigned warp : warps) {
@@ -293,11 +308,6 @@ void run_block(const Memory& memory, std::mt19937* random) {
       }
     }
   }
-#if defined(SMD2_TSAN)
-  for (const Fiber& fiber : block.fibers) {
-    __tsan_destroy_fiber(fiber.sanitizer);
-  }
-#endif
   block.current = nullptr;
 }
 
@@ -317,7 +327,7 @@ const dim3& block_size() {
   return block.size;
 }
 void* shared_memory() {
-  return block.shared;
+  return block.room->shared.get();
 }
 unsigned lane() {
   return block.current->lane();
@@ -336,7 +346,8 @@ void synchronize_block(int line) {
   self->line = line;
   self->state = State::at_barrier;
 #if defined(SMD2_TSAN)
-  __tsan_release(&block.barrier_tag);
+  char* tag = &block.room->barrier_tags[block.barriers % 2];
+  __tsan_release(tag);
 #endif
   block.waiting++;
   if (block.running != block.threads) {
@@ -347,7 +358,7 @@ void synchronize_block(int line) {
   }
   to_scheduler();
 #if defined(SMD2_TSAN)
-  __tsan_acquire(&block.barrier_tag);
+  __tsan_acquire(tag);
 #endif
 }
 
@@ -404,25 +415,24 @@ void run(
         std::to_string(shared_bytes));
   }
   block.body = &thread;
+  block.error.clear();
   std::mt19937 random(static_cast<unsigned>(blocks));
-  std::vector<std::unique_ptr<Memory>> memories;
+  static std::vector<std::unique_ptr<Room>> rooms;
 #if defined(SMD2_TSAN)
   block.sanitizer = __tsan_get_current_fiber();
-  constexpr bool kKeepMemory = true;
+  constexpr bool kShareRoom = false;
 #else
-  constexpr bool kKeepMemory = false;
+  constexpr bool kShareRoom = true;
 #endif
-  for (int64_t i = 0; i < blocks; i++) {
-    if (memories.empty() || kKeepMemory) {
-      memories.emplace_back(new Memory(block.threads, shared_bytes));
+  for (int64_t i = 0; i < blocks && block.error.empty(); i++) {
+    const size_t number = kShareRoom ? 0 : static_cast<size_t>(i);
+    if (rooms.size() <= number) {
+      rooms.emplace_back(new Room);
     }
-    const Memory& memory = *memories.back();
-    std::fill_n(memory.shared.get(), shared_bytes, char(0xff));  // NaN
+    Room* room = rooms[number].get();
+    room->prepare(block.threads, shared_bytes);
     block.index = {static_cast<unsigned>(i), 0, 0};
-    run_block(memory, &random);
-    if (!block.error.empty()) {
-      break;
-    }
+    run_block(room, &random);
   }
 #if defined(SMD2_TSAN)
   __tsan_acquire(&block.end_tag);  // as the next launch does
