@@ -73,6 +73,17 @@ def _tell_slow(device_type: str) -> None:
     )
 
 
+def _on_fallback(device_type: str) -> None:
+    """Plain PyTorch is about to serve a device: say so, or refuse where kernels are forced."""
+    if FORCED_BACKEND == "native":
+        raise RuntimeError(
+            f"SMD2_BACKEND is native, but there are no compiled kernels for {device_type}: "
+            f"{_why_not_on(device_type)}"
+        )
+    if FORCED_BACKEND is None:
+        _tell_slow(device_type)
+
+
 if WHY_NOT_COMPILED and not FORCED_BACKEND:
     _tell_slow("cpu")
 
@@ -108,14 +119,7 @@ def register_python(name: str, *, eager: Callable, reference: Callable) -> None:
     def fallback(
         first: torch.Tensor, *rest: torch.Tensor
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        device_type = first.device.type
-        if FORCED_BACKEND == "native":
-            raise RuntimeError(
-                f"SMD2_BACKEND is native, but there are no compiled kernels for {device_type}: "
-                f"{_why_not_on(device_type)}"
-            )
-        if FORCED_BACKEND is None:
-            _tell_slow(device_type)
+        _on_fallback(first.device.type)
         return kernel(first, *rest)
 
     _PYTHON_KERNELS[name] = kernel
@@ -124,10 +128,11 @@ def register_python(name: str, *, eager: Callable, reference: Callable) -> None:
 
 @contextmanager
 def without_compiled_kernels() -> Iterator[None]:
-    """Within it, plain PyTorch serves the CPU too: to compare both in one process."""
+    """Within it, plain PyTorch serves CPU and CUDA too: to compare both in one process."""
     override = torch.library.Library("spatial_mamba", "IMPL")
     for name, kernel in _PYTHON_KERNELS.items():
-        override.impl(name, kernel, "CPU", allow_override=True)
+        for key in ("CPU", "CUDA"):
+            override.impl(name, kernel, key, allow_override=True)
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 // spatial_mamba::selective_scan on CUDA devices; op.py documents it.
-#include "cuda.h"
 #include "../common/cuda_tensors.h"
+#include "cuda.h"
 
 namespace smd2 {
 namespace cuda {

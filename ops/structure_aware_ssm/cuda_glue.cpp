@@ -1,6 +1,6 @@
 // spatial_mamba::structure_aware_ssm on CUDA devices; op.py documents it.
-#include "cuda.h"
 #include "../common/cuda_tensors.h"
+#include "cuda.h"
 
 namespace smd2 {
 namespace cuda {

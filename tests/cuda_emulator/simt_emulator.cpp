@@ -124,6 +124,7 @@ struct Block {
 
 Block block;
 Order order = Order::forward;
+void (*observer)(const char*) = nullptr;
 
 #if defined(__x86_64__)
 // Saves what a callee must on the old stack, and goes on on the new one.
@@ -317,6 +318,10 @@ void set_order(Order wanted) {
   order = wanted;
 }
 
+void set_observer(void (*wanted)(const char*)) {
+  observer = wanted;
+}
+
 const dim3& thread_index() {
   return block.current->index;
 }
@@ -439,6 +444,9 @@ void run(
 #endif
   if (!block.error.empty()) {
     throw std::runtime_error(prefix + block.error);
+  }
+  if (observer) {
+    observer(name);
   }
 }
 

@@ -35,6 +35,9 @@ namespace emulator {
 enum class Order { forward, reverse, random };
 void set_order(Order order);
 
+// Called with the name of every launch, when it is over.
+void set_observer(void (*observer)(const char* launch));
+
 // Of the running CUDA thread.
 const dim3& thread_index();
 const dim3& block_index();

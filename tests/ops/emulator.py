@@ -74,7 +74,7 @@ def _make(command: Sequence[str], inputs: Sequence[Path], suffix: str) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             unfinished = Path(scratch) / target.name
             done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
-            assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+            assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[:4000]}"
             unfinished.rename(target)
     return target
 

@@ -216,6 +216,25 @@ def test_number_of_threads_changes_nothing(op, ssm_inputs, kernels):
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_cuda_graph_replays(op, ssm_inputs, kernels):
+    """Nothing in a call waits for the device, or depends on values."""
+    if kernels != "CUDA":
+        pytest.skip("CUDA graphs are for GPUs")
+    args = arguments(op, ssm_inputs(1, 20, 31, 40))
+    function = getattr(torch.ops.spatial_mamba, op)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warms up, and runs on a stream that is not the default one
+        expected = function(*args)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function(*args)
+    graph.replay()
+    assert torch.equal(output, expected)
+
+
 def test_softplus_is_as_accurate_as_pytorchs():
     x = torch.cat((torch.linspace(-80, 40, 100_001), torch.tensor([20.0, 20.000002])))
     exact = torch.nn.functional.softplus(x.double())

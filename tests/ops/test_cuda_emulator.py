@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from spatial_mamba_d2 import cuda_report
+
 from . import emulator
 
 # Compiler flags of the kernels, of the emulator's runtime, and of the linker.
@@ -84,6 +86,29 @@ def test_a_correct_kernel_is_not(sanitizer, order):
     program = build_program(emulator.EMULATOR / "planted_bugs.cpp", (), sanitizer)
     done = run(program, "correct", order)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("element", [4, 2])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 25, 40, 64), (2, 37, 33, 35)])
+def test_the_model_of_dram_bytes_is_what_kernels_touch(shape, element):
+    """Byte by byte, of every launch; the model is spatial_mamba_d2.cuda_report's."""
+    sources = (emulator.EMULATOR / "trace.cpp", emulator.EMULATOR / "simt_emulator.cpp")
+    objects = emulator.compile_all(sources, "-O1")
+    objects += emulator.compile_all(emulator.KERNELS, "-O1", "-fsanitize=thread")
+    dtype = {4: "float32", 2: "bfloat16"}[element]
+    done = run(emulator.link(objects), *map(str, shape), dtype)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (line.split(" ", 2) for line in done.stdout.splitlines())
+    touched = [cuda_report.Launch(name, int(read), int(write)) for read, write, name in lines]
+    m = cuda_report.Map(*shape, element=element, multiprocessors=4)
+    assert touched == [
+        *cuda_report.scan_forward(m),
+        *cuda_report.scan_backward(m),
+        *cuda_report.fusion_forward(m),
+        *cuda_report.fusion_backward(m),
+        *cuda_report.ssm_forward(m),
+        *cuda_report.ssm_backward(m),
+    ]
 
 
 BARRIER = "__syncthreads();"
