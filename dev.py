@@ -5,6 +5,7 @@
     python3 dev.py demo-seg [KEY VALUE ...]   the same for semantic segmentation
     python3 dev.py test [pytest args]         run the tests
     python3 dev.py lint [paths]               check style and types
+    python3 dev.py cuda-report                registers, occupancy, DRAM bytes of the CUDA kernels
     python3 dev.py setup                      install again, after adding a compiler for example
 
 Needs Python 3.10 to 3.13 and nothing else; git, a C++ compiler and a GPU are used where they are.
@@ -181,7 +182,7 @@ def test(args: list[str]) -> None:
 def lint(args: list[str]) -> None:
     run(PYTHON, "-m", "ruff", "check", *args)
     run(PYTHON, "-m", "ruff", "format", "--check", *args)
-    if sources := native_sources():
+    if sources := [*native_sources(), *sorted(ROOT.glob("tests/cuda_emulator/*.*"))]:
         run(PYTHON.with_name("clang-format"), "--dry-run", "--Werror", *sources)
     # ops/ is spatial_mamba_d2.ops once built, so a built copy is what gets its types checked.
     copy = ROOT / "build/lint"
@@ -190,11 +191,17 @@ def lint(args: list[str]) -> None:
     run(PYTHON, "-m", "mypy", copy / "spatial_mamba_d2", "dev.py")
 
 
+def cuda_report(args: list[str]) -> None:
+    run(PYTHON, "tools/cuda_report.py", *args)
+
+
 def setup(args: list[str]) -> None:
     install()
 
 
-COMMANDS = {c.__name__.replace("_", "-"): c for c in (demo, demo_seg, test, lint, setup)}
+COMMANDS = {
+    c.__name__.replace("_", "-"): c for c in (demo, demo_seg, test, lint, cuda_report, setup)
+}
 
 
 def main(argv: list[str] | None = None) -> None:

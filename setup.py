@@ -1,4 +1,11 @@
-"""Where the package's folders lie, and the compiled operators; pyproject.toml has the rest."""
+"""Where the package's folders lie, and the compiled operators; pyproject.toml has the rest.
+
+Operators run without being compiled, in plain PyTorch. So a compilation that is not possible, or
+fails, is explained in one line and does not fail the installation:
+
+* ``SMD2_BUILD_NATIVE=0`` compiles nothing, ``=1`` makes a failure of the CPU operators an error;
+* ``SMD2_BUILD_CUDA=0`` and ``=1`` do the same for those for CUDA alone.
+"""
 
 import os
 import shutil
@@ -8,60 +15,132 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # pip does not put the sources there
+
+from spatial_mamba_d2 import cuda_toolkit  # noqa: E402  needs that path
+
+SWITCHES = {
+    "spatial_mamba_d2.ops._C": ("operators", "SMD2_BUILD_NATIVE"),
+    "spatial_mamba_d2.ops._cuda": ("CUDA operators", "SMD2_BUILD_CUDA"),
+}
 
 
 def native_build():
-    """Arguments of ``setup()`` that compile the CPU operators, where that is possible.
-
-    The operators run without, in plain PyTorch. ``SMD2_BUILD_NATIVE=0`` does not even try, ``=1``
-    makes a failure an error.
-    """
-    wish = os.environ.get("SMD2_BUILD_NATIVE", "")
-    compiler = os.environ.get("CXX", "c++")
+    """Arguments of ``setup()`` that compile the operators, as far as that is possible."""
     try:
-        if wish == "0":
-            raise RuntimeError("SMD2_BUILD_NATIVE is 0")
-        if sys.platform == "win32":
-            raise RuntimeError("the sources need GCC or Clang, and this is Windows")
-        if not shutil.which(compiler.split()[0]):
-            raise RuntimeError(f"no C++ compiler {compiler}; install one, or set CXX")
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        check_compiler()
+        from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
-        return explain(
-            wish, f"{error}: pip needs --no-build-isolation to see the installed PyTorch"
-        )
+        reason = f"{error}: pip needs --no-build-isolation to see the installed PyTorch"
+        return explain_both(reason)
     except RuntimeError as error:
-        return explain(wish, error)
+        return explain_both(error)
 
     class BuildNative(BuildExtension):
-        def run(self):
-            try:
-                super().run()
-            except Exception as error:  # whatever a compiler can do wrong
-                explain(wish, f"compiling failed: {error}")
-                self.extensions = []
+        """Compiles one library after the other: one that fails leaves the other."""
 
-    extension = CppExtension(
+        def build_extensions(self):
+            wanted, built = self.extensions, []
+            for extension in wanted:
+                self.extensions = [extension]
+                try:
+                    super().build_extensions()
+                    built.append(extension)
+                except Exception as error:  # whatever a compiler can do wrong
+                    explain(extension.name, f"compiling failed: {error}")
+            self.extensions = built
+
+    return {
+        "ext_modules": [cpu_extension(), *cuda_extensions()],
+        "cmdclass": {"build_ext": BuildNative},
+    }
+
+
+def check_compiler():
+    """Raise ``RuntimeError`` where C++ shall not or cannot be compiled."""
+    compiler = os.environ.get("CXX", "c++")
+    if os.environ.get("SMD2_BUILD_NATIVE") == "0":
+        raise RuntimeError("SMD2_BUILD_NATIVE is 0")
+    if sys.platform == "win32":
+        raise RuntimeError("the sources need GCC or Clang, and this is Windows")
+    if not shutil.which(compiler.split()[0]):
+        raise RuntimeError(f"no C++ compiler {compiler}; install one, or set CXX")
+
+
+def sources(*patterns):
+    paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
+def cpu_extension():
+    from torch.utils.cpp_extension import CppExtension
+
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    return CppExtension(
         "spatial_mamba_d2.ops._C",
-        [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("ops/*/cpu.cpp"))],
-        depends=[path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("ops/*/*.h"))],
+        sources("ops/*/cpu.cpp"),
+        depends=sources("ops/**/*.h"),
         extra_compile_args=[
             "-O3",
             "-Wno-psabi",  # vectors are passed between inlined functions only
             "-Wno-ignored-attributes",
-            *([] if sys.platform == "darwin" else ["-fopenmp"]),
+            *openmp,
         ],
-        extra_link_args=[] if sys.platform == "darwin" else ["-fopenmp"],
+        extra_link_args=openmp,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
 
 
-def explain(wish, reason):
-    message = f"spatial_mamba_d2: operators are not compiled: {reason}"
-    if wish == "1":
+def cuda_extensions():
+    """The library for CUDA devices, where a toolkit is found that matches PyTorch's."""
+    name = "spatial_mamba_d2.ops._cuda"
+    try:
+        if os.environ.get("SMD2_BUILD_CUDA") == "0":
+            raise cuda_toolkit.NoToolkitError("SMD2_BUILD_CUDA is 0")
+        import torch
+
+        toolkit = cuda_toolkit.find_toolkit(torch.version.cuda)
+        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")  # PyTorch reads it itself
+        names = [] if chosen else cuda_toolkit.architectures(toolkit)
+        if not (chosen or names):
+            raise cuda_toolkit.NoToolkitError(
+                f"CUDA {toolkit.version} compiles for none of "
+                f"{', '.join(cuda_toolkit.ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST"
+            )
+    except cuda_toolkit.NoToolkitError as error:
+        explain(name, error)
+        return []
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = str(toolkit.home)  # its own guess takes a wrapper script's folder
+    print(f"spatial_mamba_d2: CUDA operators with {toolkit.home}", file=sys.stderr)
+    return [
+        cpp_extension.CUDAExtension(
+            name,
+            sources("ops/*/cuda_glue.cpp", "ops/*/cuda.cu", "ops/common/cuda_build.cpp"),
+            depends=sources("ops/**/*.h", "ops/**/*.cuh"),
+            define_macros=[("SMD2_CUDA_ARCHITECTURES", f'"{chosen or " ".join(names) + "+PTX"}"')],
+            extra_compile_args={
+                "cxx": ["-O2"],
+                "nvcc": ["-O3", *(cuda_toolkit.architecture_flags(names) if names else [])],
+            },
+        )
+    ]
+
+
+def explain(extension, reason):
+    """Say in one line why something is not compiled, or end if it was insisted on."""
+    what, switch = SWITCHES[extension]
+    message = f"spatial_mamba_d2: {what} are not compiled: {reason}"
+    if os.environ.get(switch) == "1":
         raise SystemExit(message)
     print(message, file=sys.stderr)
     return {}
+
+
+def explain_both(reason):
+    if os.environ.get("SMD2_BUILD_CUDA") == "1":
+        explain("spatial_mamba_d2.ops._cuda", reason)
+    return explain("spatial_mamba_d2.ops._C", reason)
 
 
 setup(

@@ -29,13 +29,20 @@ PEERS = {
 }
 NATIVE, EAGER = "ours, compiled operators", "ours, plain PyTorch operators"
 TASKS = ("op", "backbone", "train")
+DEVICES = ("cpu", "cuda")
 Candidates = dict[str, Callable[[], Any]]
 
 
 def run_benchmark(
-    task: str, height: int, width: int, batch: int = 1, rounds: int = 7, threads: int | None = None
+    task: str,
+    height: int,
+    width: int,
+    batch: int = 1,
+    rounds: int = 7,
+    threads: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Check, then time one task on the CPU in float32.
+    """Check, then time one task in float32.
 
     Args:
         task: ``"op"``: the fused operator on a map of a quarter of the image's size with 128
@@ -45,13 +52,14 @@ def run_benchmark(
         batch: images.
         rounds: turns of each candidate.
         threads: of PyTorch; ``None`` leaves them.
+        device: ``"cpu"`` or ``"cuda"``.
 
     Returns:
         a dictionary with ``machine``, ``task``, ``seconds`` (median of each candidate) and
         ``spread`` (least and most of each).
 
     Raises:
-        ValueError: no such task, or a size below 1.
+        ValueError: no such task, a size below 1, or a device that is not there.
         RuntimeError: the results of two candidates that must agree do not.
     """
     if task not in TASKS:
@@ -59,22 +67,28 @@ def run_benchmark(
     for name, value in {"height": height, "width": width, "batch": batch, "rounds": rounds}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
+        there = DEVICES if torch.cuda.is_available() else DEVICES[:1]
+        raise ValueError(f"device must be one of {', '.join(there)} here, got {device!r}")
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    if task == "op":
-        candidates = _operator_candidates(batch, height // 4 or 1, width // 4 or 1, 128)
-    else:
-        candidates = _backbone_candidates(batch, height, width, train=task == "train")
+    with torch.device(device):
+        if task == "op":
+            candidates = _operator_candidates(batch, height // 4 or 1, width // 4 or 1, 128)
+        else:
+            candidates = _backbone_candidates(batch, height, width, train=task == "train")
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):  # the first one warms up
         for name, candidate in candidates.items():
             start = time.perf_counter()
             candidate()
+            if device == "cuda":
+                torch.cuda.synchronize()
             if turn:
                 times[name].append(time.perf_counter() - start)
     return {
-        "machine": describe_machine(),
+        "machine": describe_machine(device),
         "task": f"{task}, batch {batch}, {height} x {width} pixels, float32, "
         f"median of {rounds} interleaved rounds",
         "seconds": {name: statistics.median(values) for name, values in times.items()},
@@ -82,8 +96,8 @@ def run_benchmark(
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, threads, instruction set and versions."""
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, threads, instruction set, GPU and versions."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -96,19 +110,22 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "operators": _extension.status(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
 
 
 @contextmanager
 def _kernels(name: str):
     with ExitStack() as stack:
-        if name == EAGER and _extension.WHY_NOT_COMPILED is None:
+        if name == EAGER:
             stack.enter_context(_extension.without_compiled_kernels())
         yield
 
 
 def _ours() -> list[str]:
-    return [NATIVE, EAGER] if _extension.WHY_NOT_COMPILED is None else [EAGER]
+    on_cuda = torch.get_default_device().type == "cuda"
+    why_not = _extension.WHY_NO_CUDA if on_cuda else _extension.WHY_NOT_COMPILED
+    return [EAGER] if why_not else [NATIVE, EAGER]
 
 
 def _served_by(kernels: str, function: Callable[[], Any]) -> Callable[[], Any]:
@@ -185,7 +202,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     """A table of the result, the fastest of ours first, with ratios to it."""
     best = min(seconds for name, seconds in result["seconds"].items() if name.startswith("ours"))
     lines = [
-        f"{result['task']}; {result['machine']['processor']}, "
+        f"{result['task']}; on {result['machine']['device']}; {result['machine']['processor']}, "
         f"{result['machine']['threads']} threads, {result['machine']['capability']}, "
         f"PyTorch {result['machine']['torch']}",
         "",
@@ -201,13 +218,21 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def main(
-    task: str, height: int, width: int, batch: int, rounds: int, threads: int | None, output: Path
+    task: str,
+    height: int,
+    width: int,
+    batch: int,
+    rounds: int,
+    threads: int | None,
+    output: Path,
+    device: str = "cpu",
 ) -> None:
     """Run, print a table, and save it with all figures as ``output``/benchmark_<task>.{md,json}."""
-    result = run_benchmark(task, height, width, batch, rounds, threads)
+    result = run_benchmark(task, height, width, batch, rounds, threads, device)
     table = to_markdown(result)
     print(table)
     output.mkdir(parents=True, exist_ok=True)
-    stem = output / f"benchmark_{task}_{batch}x{height}x{width}"
+    on_device = "" if device == "cpu" else f"_{device}"
+    stem = output / f"benchmark_{task}_{batch}x{height}x{width}{on_device}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=2))
     stem.with_suffix(".md").write_text(table + "\n")

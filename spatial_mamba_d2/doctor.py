@@ -145,6 +145,26 @@ def check_kernels() -> Finding:
     return Finding("note", _extension.status(), pip_install("--no-build-isolation", "."))
 
 
+def check_cuda_kernels() -> Finding:
+    """Whether the operators are compiled for CUDA; if not, whether they could be."""
+    import torch
+
+    from spatial_mamba_d2 import cuda_toolkit
+    from spatial_mamba_d2.ops import _extension
+
+    if _extension.WHY_NO_CUDA is None:
+        return Finding("ok", f"compiled for {torch.ops.spatial_mamba.cuda_architectures()}")
+    if torch.version.cuda is None:
+        return Finding("ok", "none, and PyTorch is built without CUDA")
+    text = f"none: {_extension.WHY_NO_CUDA}"
+    try:
+        toolkit = cuda_toolkit.find_toolkit(torch.version.cuda)
+    except cuda_toolkit.NoToolkitError as error:
+        return Finding("note", f"{text} ({error})")
+    text += f" (there is CUDA {toolkit.version} in {toolkit.home})"
+    return Finding("note", text, f"SMD2_BUILD_CUDA=1 {pip_install('--no-build-isolation', '.')}")
+
+
 def check_model() -> Finding:
     import torch
 
@@ -225,6 +245,7 @@ CHECKS: dict[str, Check] = {
     "cpu": check_cpu,
     "gpu": check_gpu,
     "kernels": check_kernels,
+    "cuda kernels": check_cuda_kernels,
     "model": check_model,
     "detectron2": check_detectron2,
     "lightning": check_lightning,

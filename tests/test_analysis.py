@@ -53,10 +53,12 @@ def test_each_authors_operator(root):
         assert expected[entry.variant]["total"] == pytest.approx(TOTALS[entry.variant], rel=1e-12)
         assert scan == pytest.approx(counts["PythonOp.SelectiveScanStateFn"])
         fusion = found["structure_aware_ssm"] - scan
-        assert found["convolution"] + fusion == pytest.approx(counts["conv"])
+        depthwise = found["depthwise_conv3x3"]
+        assert found["convolution"] + depthwise + fusion == pytest.approx(counts["conv"])
         assert found["mm"] + found["addmm"] == pytest.approx(counts["linear"] + counts["matmul"])
         assert found["native_batch_norm"] == pytest.approx(counts["batch_norm"])
-        assert found["native_layer_norm"] == pytest.approx(counts["layer_norm"])
+        norms = found["native_layer_norm"] + found["gated_layer_norm"]
+        assert norms == pytest.approx(counts["layer_norm"])
 
 
 @pytest.mark.parametrize("entry", entries("segmentation"), ids=lambda e: e.name)

@@ -10,10 +10,13 @@ import torch
 from spatial_mamba_d2 import benchmark
 
 
+@pytest.mark.parametrize("device", benchmark.DEVICES)
 @pytest.mark.parametrize("task", benchmark.TASKS)
-def test_small_run(task, tmp_path, monkeypatch):
+def test_small_run(task, device, tmp_path, monkeypatch):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
     monkeypatch.setattr(benchmark, "PEERS", {"timm convnext": "convnext_atto"})
-    benchmark.main(task, 64, 96, 1, 2, None, tmp_path)
+    benchmark.main(task, 64, 96, 1, 2, None, tmp_path, device)
     (path,) = tmp_path.glob("*.json")
     result = json.loads(path.read_text())
     assert any(name.startswith("ours") for name in result["seconds"])
@@ -29,6 +32,12 @@ def test_disagreement_is_an_error():
         benchmark._check({"a": torch.ones(3), "b": torch.tensor([1.0, 1.0, 1.1])})
     with pytest.raises(RuntimeError):
         benchmark._check({"a": torch.ones(1), "b": torch.tensor([float("nan")])})
+
+
+def test_a_missing_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device must be one of cpu here, got 'cuda'"):
+        benchmark.run_benchmark("op", 64, 64, device="cuda")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time our operators and backbone beside timm's, on this machine's CPU.
+"""Time our operators and backbone beside timm's, on this machine's CPU or GPU.
 
 python tools/benchmark.py --task backbone --size 640 896
 """
@@ -7,7 +7,7 @@ python tools/benchmark.py --task backbone --size 640 896
 import argparse
 from pathlib import Path
 
-from spatial_mamba_d2.benchmark import TASKS, main
+from spatial_mamba_d2.benchmark import DEVICES, TASKS, main
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -18,6 +18,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark"))
     args = parser.parse_args()
-    main(args.task, *args.size, args.batch, args.rounds, args.threads, args.output)
+    main(args.task, *args.size, args.batch, args.rounds, args.threads, args.output, args.device)

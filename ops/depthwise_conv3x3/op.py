@@ -14,12 +14,16 @@ _INPUTS = "Tensor x, Tensor weight, Tensor bias, bool residual"
 _extension.define(f"{_NAME}({_INPUTS}) -> Tensor")
 _extension.define(f"{_NAME}_backward(Tensor grad_output, {_INPUTS}) -> (Tensor, Tensor, Tensor)")
 _extension.register_python(
-    _NAME, eager=eager.depthwise_conv3x3, reference=reference.depthwise_conv3x3
+    _NAME,
+    eager=eager.depthwise_conv3x3,
+    reference=reference.depthwise_conv3x3,
+    by_design=("cuda",),
 )
 _extension.register_python(
     f"{_NAME}_backward",
     eager=eager.depthwise_conv3x3_backward,
     reference=_extension.gradients_of(reference.depthwise_conv3x3),
+    by_design=("cuda",),
 )
 
 

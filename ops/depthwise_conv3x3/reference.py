@@ -1,4 +1,4 @@
-"""The depthwise convolution as nine shifted multiply-adds: what other kernels are tested against."""
+"""The convolution as nine shifted multiply-adds: what every other kernel is tested against."""
 
 from __future__ import annotations
 

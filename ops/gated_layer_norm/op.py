@@ -16,12 +16,13 @@ _extension.define(
     f"{_NAME}_backward(Tensor grad_output, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _extension.register_python(
-    _NAME, eager=eager.gated_layer_norm, reference=reference.gated_layer_norm
+    _NAME, eager=eager.gated_layer_norm, reference=reference.gated_layer_norm, by_design=("cuda",)
 )
 _extension.register_python(
     f"{_NAME}_backward",
     eager=eager.gated_layer_norm_backward,
     reference=_extension.gradients_of(reference.gated_layer_norm),
+    by_design=("cuda",),
 )
 
 

@@ -21,12 +21,19 @@ GRADIENT_TOLERANCE = {**TOLERANCE, torch.float64: 1e-11, torch.float32: 1e-5}
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected value; NaN where ``actual`` has one."""
-    difference = (actual.double() - expected.double()).abs().max()
-    return (difference / expected.double().abs().max().clamp(min=1e-30)).item()
+    actual, expected = actual.cpu().double(), expected.cpu().double()
+    difference = (actual - expected).abs().max()
+    return (difference / expected.abs().max().clamp(min=1e-30)).item()
 
 
 @pytest.fixture
-def ssm_inputs() -> Callable[..., list[Tensor]]:
+def device() -> torch.device:
+    """Where the inputs are; a test module may choose another one."""
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def ssm_inputs(device) -> Callable[..., list[Tensor]]:
     """``ssm_inputs(B, H, W, D, dtype)``: u, delta, A, B, C, D, delta_bias, taps.
 
     Steps cover the linear branch of softplus and very small values.
@@ -53,7 +60,7 @@ def ssm_inputs() -> Callable[..., list[Tensor]]:
             randn(dim) - 1,
             0.2 * randn(25, dim),
         ]
-        return [x.to(dtype) for x in inputs]
+        return [x.to(device, dtype) for x in inputs]
 
     return make
 

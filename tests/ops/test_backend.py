@@ -71,6 +71,23 @@ def test_without_a_library_it_runs_and_says_so_once():
     assert done.stderr.count("operators run in plain PyTorch, which is slower") == 1
 
 
+def test_native_never_falls_back_on_other_devices(monkeypatch):
+    monkeypatch.setattr(_extension, "FORCED_BACKEND", "native")
+    monkeypatch.setattr(_extension, "WHY_NO_CUDA", "they were not compiled")
+    message = "SMD2_BACKEND is native, but there are no compiled kernels for cuda: they were not"
+    with pytest.raises(RuntimeError, match=message):
+        _extension._on_fallback("cuda")
+
+
+def test_plain_pytorch_on_another_device_is_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(_extension, "FORCED_BACKEND", None)
+    _extension._tell_slow.cache_clear()
+    for _ in range(2):
+        _extension._on_fallback("xpu")
+    (record,) = caplog.records
+    assert "in plain PyTorch on xpu, which is slower, for there are no" in record.getMessage()
+
+
 @pytest.mark.skipif(bool(_extension.WHY_NOT_COMPILED), reason="no compiled kernels")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="versions are x86-64's")
 def test_versions_for_other_processors_agree():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -15,6 +17,7 @@ from spatial_mamba_d2.ops.selective_scan import reference as scan_reference
 from spatial_mamba_d2.ops.state_fusion import reference as fusion_reference
 from spatial_mamba_d2.ops.structure_aware_ssm import reference as ssm_reference
 
+from . import emulator
 from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
 
 # (batch, height, width, channels): tiny, odd, one chunk and a bit, several levels of chunks
@@ -49,16 +52,30 @@ CASES: dict[str, tuple[str, tuple]] = {
 KEEPS_DTYPE = ("structure_aware_ssm", "depthwise_conv3x3", "gated_layer_norm")
 
 
-@pytest.fixture(params=["eager", "native"], autouse=True)
+@pytest.fixture(params=["eager", "native", "emulated CUDA", "CUDA"], autouse=True)
 def kernels(request):
-    """Serves the operators by plain PyTorch, then by compiled kernels."""
-    if request.param == "native":
-        if _extension.WHY_NOT_COMPILED:
-            pytest.skip(f"no compiled kernels: {_extension.WHY_NOT_COMPILED}")
+    """Who serves the operators: plain PyTorch, then compiled kernels of each kind."""
+    if request.param == "native" and _extension.WHY_NOT_COMPILED:
+        pytest.skip(f"no compiled kernels: {_extension.WHY_NOT_COMPILED}")
+    case = request.node.callspec.params.get("case")
+    if "CUDA" in request.param and case and CASES[case][0] not in emulator.OPERATORS:
+        pytest.skip("it has no CUDA kernels: PyTorch's own serve it on GPUs")
+    if request.param == "CUDA" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if request.param == "CUDA" and _extension.WHY_NO_CUDA:
+        pytest.skip(f"no compiled CUDA kernels: {_extension.WHY_NO_CUDA}")
+    serving = {
+        "eager": _extension.without_compiled_kernels,
+        "emulated CUDA": emulator.emulated_cuda,
+    }
+    with serving.get(request.param, nullcontext)():
         yield request.param
-    else:
-        with _extension.without_compiled_kernels():
-            yield request.param
+
+
+@pytest.fixture
+def device(kernels):
+    """Where the inputs are."""
+    return torch.device("cuda" if kernels == "CUDA" else "cpu")
 
 
 def arguments(case, inputs):
@@ -82,7 +99,7 @@ def call(case, tensors, of=ops):
 
 def truth(case, args):
     """Output, cotangent and gradients of the reference in float64."""
-    leaves = [x.detach().double().requires_grad_() for x in args]
+    leaves = [x.detach().cpu().double().requires_grad_() for x in args]
     output = call(case, leaves, REFERENCES[CASES[case][0]])
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
@@ -106,7 +123,7 @@ def test_forward_and_backward(case, shape, dtype, ssm_inputs):
     assert actual.dtype == (dtype if keeps_dtype else torch.float32)
     assert relative_error(actual, output) <= TOLERANCE[dtype]
 
-    actual_gradients = torch.autograd.grad(actual, leaves, cotangent.to(actual.dtype))
+    actual_gradients = torch.autograd.grad(actual, leaves, cotangent.to(actual))
     for index, (a, e) in enumerate(zip(actual_gradients, gradients, strict=True)):
         assert a.dtype == dtype and a.shape == e.shape
         assert relative_error(a, e) <= GRADIENT_TOLERANCE[dtype], f"gradient of input {index}"
@@ -119,7 +136,7 @@ def test_strided_inputs(case, ssm_inputs, strided):
     plain = [x.clone().requires_grad_() for x in args]
     expected, actual = call(case, plain), call(case, views)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
-    cotangent = torch.randn(expected.shape)
+    cotangent = torch.randn_like(expected)
     for a, e in zip(
         torch.autograd.grad(actual, views, strided(cotangent)),
         torch.autograd.grad(expected, plain, cotangent),
@@ -132,7 +149,7 @@ def test_strided_inputs(case, ssm_inputs, strided):
 def test_autocast_does_not_reach_inside(case, ssm_inputs):
     args = [x.requires_grad_() for x in arguments(case, ssm_inputs(1, 8, 9, 16))]
     expected = call(case, args)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(args[0].device.type, torch.bfloat16):
         actual = call(case, args)
         gradients = torch.autograd.grad(actual.sum(), args)
     assert torch.equal(actual, expected)
@@ -192,8 +209,8 @@ def test_reference_gradients(case, ssm_inputs):
     _, cotangent, expected = truth(case, args)
     op, others = CASES[case]
     backward = _extension.gradients_of(getattr(REFERENCES[op], op))
-    actual = backward(cotangent, *args, *others)
-    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    actual = backward(cotangent.to(args[0]), *args, *others)
+    assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -224,8 +241,26 @@ def test_number_of_threads_changes_nothing(case, ssm_inputs, kernels):
         torch.set_num_threads(before)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            tolerance = 0 if kernels == "native" else 1e-5 * b.abs().max().item()
+            tolerance = 0 if kernels != "eager" else 1e-5 * b.abs().max().item()
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_cuda_graph_replays(case, ssm_inputs, kernels):
+    """Nothing in a call waits for the device, or depends on values."""
+    if kernels != "CUDA":
+        pytest.skip("CUDA graphs are for GPUs")
+    args = arguments(case, ssm_inputs(1, 20, 31, 40))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warms up, and runs on a stream that is not the default one
+        expected = call(case, args, torch.ops.spatial_mamba)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call(case, args, torch.ops.spatial_mamba)
+    graph.replay()
+    assert torch.equal(output, expected)
 
 
 def test_softplus_is_as_accurate_as_pytorchs():

@@ -1,0 +1,10 @@
+// What the library was compiled for, for the doctor to report.
+#include <torch/library.h>
+
+#include <string>
+
+TORCH_LIBRARY_FRAGMENT(spatial_mamba, m) {
+  m.def("cuda_architectures() -> str", [] {
+    return std::string(SMD2_CUDA_ARCHITECTURES);
+  });
+}

@@ -1,0 +1,91 @@
+// Arithmetic and memory access that all kernels share. A warp treats 32
+// channels of one token: a lane is a channel, and what a lane does never
+// depends on its values, so that all lanes of a warp stay together.
+#pragma once
+
+#include "cuda_types.h"
+
+namespace smd2 {
+namespace cuda {
+
+// Blocks that a multiprocessor shall hold at least: it caps the registers,
+// which ptxas otherwise spends, or spills, as it likes.
+template <typename Acc>
+constexpr int min_blocks(int of_float, int of_double) {
+  return sizeof(Acc) == sizeof(float) ? of_float : of_double;
+}
+
+SMD2_DEVICE float exp_(float x) {
+  return expf(x);
+}
+SMD2_DEVICE double exp_(double x) {
+  return exp(x);
+}
+SMD2_DEVICE float log1p_(float x) {
+  return log1pf(x);
+}
+SMD2_DEVICE double log1p_(double x) {
+  return log1p(x);
+}
+
+// softplus(x), the identity above 20.
+template <typename Acc>
+SMD2_DEVICE Acc softplus(Acc x) {
+  const Acc y = log1p_(exp_(x < Acc(20) ? x : Acc(20)));
+  return x > Acc(20) ? x : y;
+}
+
+// The same, and its derivative.
+template <typename Acc>
+SMD2_DEVICE Acc softplus(Acc x, Acc* slope) {
+  const Acc e = exp_(x < Acc(20) ? x : Acc(20));
+  const Acc y = log1p_(e);
+  *slope = x > Acc(20) ? Acc(1) : e / (e + Acc(1));
+  return x > Acc(20) ? x : y;
+}
+
+// Lanes beyond the last channel read 0 and write nothing.
+template <typename T>
+SMD2_DEVICE acc_t<T> load(const T* p, bool valid) {
+  return valid ? static_cast<acc_t<T>>(*p) : acc_t<T>(0);
+}
+template <typename T>
+SMD2_DEVICE void store(T* p, acc_t<T> value, bool valid) {
+  if (valid) {
+    *p = static_cast<T>(value);
+  }
+}
+
+// Sum over the lanes of a warp, in every lane.
+template <typename Acc>
+SMD2_DEVICE Acc warp_sum(Acc value) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  }
+  return value;
+}
+
+// Sums `count` values of each lane over the warps of a block, into those of
+// warp 0. `scratch` has room for warps x count x 32 values and is free again
+// after the next __syncthreads.
+template <int count, typename Acc>
+SMD2_DEVICE void block_sum(Acc (&values)[count], Acc* scratch) {
+  const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
+#pragma unroll
+  for (int k = 0; k < count; k++) {
+    scratch[(warp * count + k) * kLanes + lane] = values[k];
+  }
+  __syncthreads();
+  if (warp == 0) {
+#pragma unroll
+    for (int k = 0; k < count; k++) {
+      for (int other = 1; other < warps; other++) {
+        values[k] += scratch[(other * count + k) * kLanes + lane];
+      }
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace smd2

@@ -1,0 +1,357 @@
+// Kernels of the selective scan, forward and adjoint.
+//
+// The recursion h_t = decay_t h_{t-1} + drive_t is a chain of affine maps, and
+// so is its adjoint m_t = decay_t (grad_h_t + m_{t+1}), from the last token to
+// the first. Either runs in three launches: `reduce` composes the maps of each
+// segment, and of the segments in front of it within its row; `carry` passes
+// the state from row to row; then every segment starts at once.
+#pragma once
+
+#include "../common/device.cuh"
+#include "cuda.h"
+
+namespace smd2 {
+namespace cuda {
+
+constexpr int kScanWarps = 8;     // of a block that treats a row
+constexpr int kAdjointWarps = 4;  // the same, with states in shared memory
+constexpr int kCarryWarps = 32;
+
+// The map h -> decay * h + state.
+template <typename Acc>
+struct Affine {
+  Acc decay, state;
+};
+
+template <typename Acc>
+SMD2_DEVICE Affine<Acc> then(Affine<Acc> first, Affine<Acc> second) {
+  return {
+      first.decay * second.decay, second.decay * first.state + second.state};
+}
+
+// The workspace of one pass. "Before" is in the order of the recursion: of the
+// adjoint, the first token is the sequence's last.
+template <typename Acc>
+struct Carries {
+  Affine<Acc>* before;  // [images, rows, per_row, dim]: the row's segments
+                        // before this one
+  Affine<Acc>* rows;    // [images, rows, dim]: the whole row
+  Acc* row_state;       // [images, rows, dim]: the state before it
+
+  SMD2_HOST_DEVICE Carries(
+      Acc* workspace,
+      const Segments& segments,
+      int64_t images,
+      int64_t dim) {
+    const int64_t rows_size = images * segments.rows() * dim;
+    before = reinterpret_cast<Affine<Acc>*>(workspace);
+    rows = before + rows_size * segments.per_row;
+    row_state = reinterpret_cast<Acc*>(rows + rows_size);
+  }
+};
+
+// The part of a tensor that a block of threads treats: a row of an image, 32
+// channels. Neighbouring blocks have neighbouring channels of the same tokens.
+struct RowPlace {
+  int64_t channel_block, row, image;
+  int64_t channel;  // of this lane
+  bool valid;       // whether there is such a channel
+
+  SMD2_DEVICE RowPlace(int64_t channel_blocks, int64_t rows, int64_t dim) {
+    const int64_t block = blockIdx.x;
+    channel_block = block % channel_blocks;
+    row = block / channel_blocks % rows;
+    image = block / channel_blocks / rows;
+    channel = channel_block * kLanes + threadIdx.x;
+    valid = channel < dim;
+  }
+};
+
+// One channel of one image, as the recursion sees it.
+template <typename T>
+struct Channel {
+  using Acc = acc_t<T>;
+  const T* u;
+  const T* delta;
+  const Acc* B;
+  int64_t stride;  // from token to token
+  Acc A, bias;
+  bool valid;
+
+  SMD2_DEVICE
+  Channel(const ScanArgs<T>& a, int64_t image, int64_t channel, bool valid_) {
+    const int64_t tokens = a.segments.tokens;
+    u = a.u + image * tokens * a.dim + channel;
+    delta = a.delta + image * tokens * a.dim + channel;
+    B = a.B + image * tokens;
+    stride = a.dim;
+    valid = valid_;
+    A = load(a.A + channel, valid);
+    bias = load(a.bias + channel, valid);
+  }
+
+  SMD2_DEVICE Acc biased(int64_t t) const {
+    return load(delta + t * stride, valid) + bias;
+  }
+  SMD2_DEVICE Acc input(int64_t t) const {
+    return load(u + t * stride, valid);
+  }
+  SMD2_DEVICE Affine<Acc> map(int64_t t) const {
+    const Acc step = softplus(biased(t));
+    return {exp_(step * A), step * input(t) * B[t]};
+  }
+};
+
+// The state before a segment.
+template <typename T>
+SMD2_DEVICE acc_t<T> state_before(
+    const ScanArgs<T>& a,
+    const Carries<acc_t<T>>& carries,
+    int64_t image,
+    int64_t row,
+    int64_t s,
+    int64_t channel,
+    bool valid) {
+  if (!valid) {
+    return 0;
+  }
+  const int64_t at = image * a.segments.rows() + row;
+  const auto before =
+      carries.before[(at * a.segments.per_row + s) * a.dim + channel];
+  return before.decay * carries.row_state[at * a.dim + channel] + before.state;
+}
+
+// What `reduce` composes: the recursion itself ...
+template <typename T>
+struct ForwardPass : ScanArgs<T> {
+  static constexpr bool kReverse = false;
+
+  struct Maps {
+    Channel<T> channel;
+    SMD2_DEVICE Maps(const ForwardPass& a, const RowPlace& place)
+        : channel(a, place.image, place.channel, place.valid) {}
+    SMD2_DEVICE Affine<acc_t<T>> operator()(int64_t t) const {
+      return channel.map(t);
+    }
+  };
+};
+
+// ... or its adjoint.
+template <typename T>
+struct AdjointPass : ScanArgs<T> {
+  static constexpr bool kReverse = true;
+  const acc_t<T>* grad_h;
+
+  struct Maps {
+    Channel<T> channel;
+    const acc_t<T>* grad_h;
+    SMD2_DEVICE Maps(const AdjointPass& a, const RowPlace& place)
+        : channel(a, place.image, place.channel, place.valid),
+          grad_h(
+              a.grad_h + place.image * a.segments.tokens * a.dim +
+              place.channel) {}
+    SMD2_DEVICE Affine<acc_t<T>> operator()(int64_t t) const {
+      const auto decay = exp_(softplus(channel.biased(t)) * channel.A);
+      const auto grad = load(grad_h + t * channel.stride, channel.valid);
+      return {decay, decay * grad};
+    }
+  };
+};
+
+// One block per row and 32 channels.
+template <typename T, typename Pass>
+__global__ void __launch_bounds__(
+    kScanWarps* kLanes,
+    min_blocks<acc_t<T>>(2, 2)) reduce(Pass a) {
+  using Acc = acc_t<T>;
+  SMD2_SHARED(Affine<Acc>, of_warps);  // [warps][32]
+  const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
+  const Segments& segments = a.segments;
+  const int64_t per_row = segments.per_row;
+  const RowPlace place(a.channel_blocks(), segments.rows(), a.dim);
+  const typename Pass::Maps map(a, place);
+  const Carries<Acc> carries(a.workspace, segments, a.images, a.dim);
+  const int64_t at = place.image * segments.rows() + place.row;
+
+  Affine<Acc> total{1, 0};
+  for (int64_t first = 0; first < per_row; first += warps) {
+    const int64_t i = first + warp;
+    const int64_t s = Pass::kReverse ? per_row - 1 - i : i;
+    Affine<Acc> own{1, 0};
+    if (i < per_row) {
+      const int64_t begin = segments.begin(place.row, s);
+      const int64_t count = segments.end(place.row, s) - begin;
+#pragma unroll 4
+      for (int64_t k = 0; k < count; k++) {
+        own = then(own, map(begin + (Pass::kReverse ? count - 1 - k : k)));
+      }
+    }
+    of_warps[warp * kLanes + lane] = own;
+    __syncthreads();
+    Affine<Acc> before = total;
+    for (int other = 0; other < warps; other++) {
+      if (other == warp) {
+        before = total;
+      }
+      total = then(total, of_warps[other * kLanes + lane]);
+    }
+    if (i < per_row && place.valid) {
+      carries.before[(at * per_row + s) * a.dim + place.channel] = before;
+    }
+    __syncthreads();
+  }
+  if (warp == 0 && place.valid) {
+    carries.rows[at * a.dim + place.channel] = total;
+  }
+}
+
+template <typename Acc>
+struct CarryArgs {
+  Acc* workspace;
+  Segments segments;
+  int64_t images, dim;
+  bool reverse;
+};
+
+// One block per image and 32 channels; a warp composes its share of the rows,
+// then passes the state through it.
+template <typename Acc>
+__global__ void __launch_bounds__(kCarryWarps* kLanes, 1)
+    carry(CarryArgs<Acc> a) {
+  SMD2_SHARED(Affine<Acc>, of_warps);  // [warps][32]
+  const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
+  const int64_t rows = a.segments.rows();
+  const RowPlace place(blocks_of(a.dim, kLanes), 1, a.dim);
+  const Carries<Acc> carries(a.workspace, a.segments, a.images, a.dim);
+  const int64_t base = place.image * rows * a.dim + place.channel;
+  const int64_t begin = warp * rows / warps, end = (warp + 1) * rows / warps;
+
+  Affine<Acc> own{1, 0};
+  if (place.valid) {
+#pragma unroll 8
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t row = a.reverse ? rows - 1 - i : i;
+      own = then(own, carries.rows[base + row * a.dim]);
+    }
+  }
+  of_warps[warp * kLanes + lane] = own;
+  __syncthreads();
+  Acc state = 0;
+  for (int other = 0; other < warp; other++) {
+    const auto map = of_warps[other * kLanes + lane];
+    state = map.decay * state + map.state;
+  }
+  if (place.valid) {
+#pragma unroll 8
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t at = base + (a.reverse ? rows - 1 - i : i) * a.dim;
+      const auto map = carries.rows[at];
+      carries.row_state[at] = state;
+      state = map.decay * state + map.state;
+    }
+  }
+}
+
+// One block per row and 32 channels, a warp does every so many segments.
+template <typename T>
+__global__ void __launch_bounds__(
+    kScanWarps* kLanes,
+    min_blocks<acc_t<T>>(3, 2)) apply(ScanForwardArgs<T> a) {
+  using Acc = acc_t<T>;
+  const Segments& segments = a.segments;
+  const RowPlace place(a.channel_blocks(), segments.rows(), a.dim);
+  const Channel<T> channel(a, place.image, place.channel, place.valid);
+  const Carries<Acc> carries(a.workspace, segments, a.images, a.dim);
+  Acc* h = a.h + place.image * segments.tokens * a.dim + place.channel;
+  for (int64_t s = threadIdx.y; s < segments.per_row; s += blockDim.y) {
+    Acc state = state_before(
+        a, carries, place.image, place.row, s, place.channel, place.valid);
+    const int64_t end = segments.end(place.row, s);
+#pragma unroll 4
+    for (int64_t t = segments.begin(place.row, s); t < end; t++) {
+      const auto map = channel.map(t);
+      state = map.decay * state + map.state;
+      store(h + t * a.dim, state, place.valid);
+    }
+  }
+}
+
+// The same for the adjoint. A warp computes the states of its segment again,
+// and keeps them in shared memory.
+template <typename T, bool kSkip>
+__global__ void __launch_bounds__(
+    kAdjointWarps* kLanes,
+    min_blocks<acc_t<T>>(4, 3)) apply_adjoint(ScanBackwardArgs<T> a) {
+  using Acc = acc_t<T>;
+  SMD2_SHARED(Acc, shared);  // [warps][kMaxSegment][32]
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  const Segments& segments = a.segments;
+  const RowPlace place(a.channel_blocks(), segments.rows(), a.dim);
+  const Channel<T> channel(a, place.image, place.channel, place.valid);
+  const Carries<Acc> carries(a.workspace, segments, a.images, a.dim);
+  const Carries<Acc> adjoint(a.adjoint_workspace, segments, a.images, a.dim);
+  const int64_t base = place.image * segments.tokens * a.dim + place.channel;
+  const Acc D = kSkip ? load(a.D + place.channel, place.valid) : Acc(0);
+  Acc* states = shared + warp * kMaxSegment * kLanes + lane;
+  Acc* grad_B = a.grad_B + (place.channel_block * a.images + place.image) *
+                               segments.tokens;
+  Acc sums[3] = {0, 0, 0};  // of A, bias, D
+
+  for (int64_t s = warp; s < segments.per_row; s += blockDim.y) {
+    const int64_t begin = segments.begin(place.row, s);
+    const int count = static_cast<int>(segments.end(place.row, s) - begin);
+    const Acc before = state_before(
+        a, carries, place.image, place.row, s, place.channel, place.valid);
+    Acc state = before;
+#pragma unroll 4
+    for (int i = 0; i < count; i++) {
+      const auto map = channel.map(begin + i);
+      state = map.decay * state + map.state;
+      states[i * kLanes] = state;
+    }
+    // decay * gradient of the token after
+    Acc next = state_before(
+        a, adjoint, place.image, place.row, s, place.channel, place.valid);
+#pragma unroll 2
+    for (int i = count - 1; i >= 0; i--) {
+      const int64_t t = begin + i, at = base + t * a.dim;
+      const Acc u = channel.input(t), B = channel.B[t];
+      Acc slope;
+      const Acc step = softplus(channel.biased(t), &slope);
+      const Acc g = load(a.grad_h + at, place.valid) + next;
+      const Acc previous = i > 0 ? states[(i - 1) * kLanes] : before;
+      next = exp_(step * channel.A) * g;
+      const Acc grad_exponent = next * previous;  // with respect to step * A
+      sums[0] += grad_exponent * step;
+      const Acc grad_delta = (g * u * B + grad_exponent * channel.A) * slope;
+      sums[1] += grad_delta;
+      Acc grad_u = g * step * B;
+      if (kSkip) {
+        const Acc grad_y = load(a.grad_y + at, place.valid);
+        grad_u += D * grad_y;
+        sums[2] += grad_y * u;
+      }
+      store(a.grad_u + at, grad_u, place.valid);
+      store(a.grad_delta + at, grad_delta, place.valid);
+      const Acc of_B = warp_sum(g * step * u);
+      if (lane == 0) {
+        grad_B[t] = of_B;
+      }
+    }
+  }
+
+  __syncthreads();
+  block_sum(sums, shared);
+  if (warp == 0) {
+    const int64_t at =
+        (place.image * segments.rows() + place.row) * a.dim + place.channel;
+    store(a.grad_A + at, sums[0], place.valid);
+    store(a.grad_bias + at, sums[1], place.valid);
+    if (kSkip) {
+      store(a.grad_D + at, sums[2], place.valid);
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace smd2

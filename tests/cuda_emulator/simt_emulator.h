@@ -1,0 +1,103 @@
+// Runs CUDA kernels on the CPU: stands in for cuda_runtime.h, see
+// ops/common/simt.h. Every CUDA thread is a fiber; blocks run one after the
+// other, on the calling thread.
+//
+// Reported as an exception of `launch`: a barrier or a shuffle that not all
+// threads reach (or reach at different lines), a shuffle with a lane that has
+// exited or is not in its mask, a deadlock, a launch that no device since 7.5
+// can run. Shared memory starts as NaN. Sanitizers find the rest: compiled with
+// -fsanitize=thread, two accesses that no barrier orders are a race, be it in
+// one block or between blocks; with -fsanitize=address,undefined, accesses out
+// of bounds and misaligned ones are errors.
+//
+// Not modelled: time, the order of memory accesses of different warps beyond
+// the three orders of threads, the rounding of the device's exp and log.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+struct dim3 {
+  unsigned x, y, z;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+using cudaStream_t = void*;
+
+namespace smd2 {
+namespace emulator {
+
+// In which order the warps of a block, and the lanes of a warp, get their turn.
+// A warp runs up to its next barrier before another one starts, so that what a
+// missing barrier allows does happen in one order or the other.
+enum class Order { forward, reverse, random };
+void set_order(Order order);
+
+// Called with the name of every launch, when it is over.
+void set_observer(void (*observer)(const char* launch));
+
+// Of the running CUDA thread.
+const dim3& thread_index();
+const dim3& block_index();
+const dim3& block_size();
+void* shared_memory();
+void synchronize_block(int line);
+// The 64 bits that lane `source` of the warp hands in.
+uint64_t shuffle(unsigned mask, uint64_t value, unsigned source, int line);
+unsigned lane();
+
+void run(
+    const char* name,
+    int64_t blocks,
+    unsigned threads_x,
+    unsigned threads_y,
+    size_t shared_bytes,
+    const std::function<void()>& thread);
+
+template <typename T>
+T shuffle_xor(int line, unsigned mask, T value, unsigned distance) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "as in CUDA");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = shuffle(mask, bits, lane() ^ distance, line);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace emulator
+
+inline int multiprocessors() {
+  return 4;
+}
+
+template <typename Args>
+void launch(
+    const char* name,
+    void (*kernel)(Args),
+    int64_t blocks,
+    int warps,
+    size_t shared_bytes,
+    cudaStream_t,
+    const Args& args) {
+  emulator::run(
+      name, blocks, 32, static_cast<unsigned>(warps), shared_bytes, [&] {
+        kernel(args);
+      });
+}
+
+}  // namespace smd2
+
+#define SMD2_DEVICE inline __attribute__((always_inline))
+#define SMD2_HOST_DEVICE inline __attribute__((always_inline))
+#define SMD2_SHARED(TYPE, NAME) \
+  TYPE* NAME = static_cast<TYPE*>(::smd2::emulator::shared_memory())
+#define __global__
+#define __launch_bounds__(...)
+#define threadIdx (::smd2::emulator::thread_index())
+#define blockIdx (::smd2::emulator::block_index())
+#define blockDim (::smd2::emulator::block_size())
+#define __syncthreads() ::smd2::emulator::synchronize_block(__LINE__)
+#define __shfl_xor_sync(...) \
+  ::smd2::emulator::shuffle_xor(__LINE__, __VA_ARGS__)

@@ -1,0 +1,18 @@
+#!/usr/bin/env python3
+"""Registers, occupancy and modelled DRAM bytes of the CUDA kernels; needs no GPU.
+
+python tools/cuda_report.py --output output/cuda_report
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from spatial_mamba_d2.cuda_report import main
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/cuda_report"))
+    sys.exit(main(parser.parse_args().output))
