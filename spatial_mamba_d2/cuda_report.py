@@ -43,9 +43,8 @@ class Limits(NamedTuple):
     shared_kib: int
     reserved_kib: int  # of shared memory, by each block
 
-    REGISTERS = 65536
 
-
+REGISTERS = 65536  # the same on all
 LIMITS = {
     "7.5": Limits(1024, 16, 64, 0),
     "8.0": Limits(2048, 32, 164, 1),
@@ -78,7 +77,7 @@ class Kernel(NamedTuple):
         blocks = min(
             limits.blocks,
             limits.threads // (32 * self.warps),
-            Limits.REGISTERS // registers // self.warps,
+            REGISTERS // registers // self.warps,
             limits.shared_kib * 1024 // (self.shared_bytes + limits.reserved_kib * 1024 or 1),
         )
         return blocks * self.warps * 32 / limits.threads

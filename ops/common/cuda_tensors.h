@@ -37,9 +37,17 @@ struct OnDeviceOf {
 struct OnDeviceOf {
   c10::cuda::CUDAGuard guard;
 
-  explicit OnDeviceOf(const at::Tensor& x) : guard(x.device()) {}
+  explicit OnDeviceOf(const at::Tensor& x) : guard(checked(x)) {}
   cudaStream_t stream() const {
     return c10::cuda::getCurrentCUDAStream();
+  }
+  // The dispatcher comes here if any argument is on a CUDA device.
+  static c10::Device checked(const at::Tensor& x) {
+    TORCH_CHECK_VALUE(
+        x.is_cuda(),
+        "spatial_mamba: all arguments must be on one CUDA device, got one on ",
+        x.device());
+    return x.device();
   }
 };
 #endif

@@ -1,6 +1,6 @@
 // Runs every launcher over small maps, for sanitizers to watch. With the
 // argument "orders", results must be the same to the bit in the three orders of
-// threads.
+// threads. Without it there is less to do, for ThreadSanitizer is slow.
 #include <cstdio>
 #include <exception>
 #include <string>
@@ -37,7 +37,9 @@ int main(int count, char** arguments) {
     for (const Case& c :
          {Case(1, 1, 1, 1), Case(1, 21, 21, 33), Case(1, 2, 301, 2)}) {
       smd2::cuda::run<float>(c, orders);
-      smd2::cuda::run<c10::BFloat16>(c, orders);
+      if (orders) {
+        smd2::cuda::run<c10::BFloat16>(c, orders);
+      }
     }
     smd2::cuda::run<double>(Case(1, 9, 18, 3), orders);
     smd2::cuda::run<c10::Half>(Case(1, 9, 18, 3), orders);

@@ -109,7 +109,7 @@ def load() -> None:
     """Register ``torch.ops.spatial_mamba_emulated`` on the CPU."""
     sources = (*GLUE, *KERNELS, EMULATOR / "library.cpp", EMULATOR / "simt_emulator.cpp")
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    objects = compile_all(sources, "-O2", abi)
+    objects = compile_all(sources, "-O1", abi)
     paths = [flag for path in cpp_extension.library_paths() for flag in (f"-L{path}",)]
     library = link(objects, "-shared", *paths, "-ltorch_cpu", "-lc10", suffix=".so")
     for name in OPERATORS:
