@@ -104,6 +104,8 @@ class DepthwiseConv(nn.Conv2d):
     The input is added to it with ``residual``, else SiLU follows.
     """
 
+    bias: Tensor
+
     def __init__(self, dim: int, residual: bool):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
         self.residual = residual
