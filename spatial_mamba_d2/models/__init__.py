@@ -1,11 +1,10 @@
 """The models, and the loading of their weights."""
 
+from spatial_mamba_d2.models.classifier import SpatialMambaClassifier, build_classifier
 from spatial_mamba_d2.models.spatial_mamba import (
     SpatialMamba,
     SpatialMambaBackbone,
-    SpatialMambaClassifier,
     build_backbone,
-    build_classifier,
 )
 from spatial_mamba_d2.models.upernet import UPerNet, build_upernet
 from spatial_mamba_d2.models.variants import VARIANTS

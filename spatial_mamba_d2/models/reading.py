@@ -155,7 +155,7 @@ def _read_pickled(path: Path, head: bytes) -> dict[str, Any]:
             f"weights: {path} refers to {', '.join(sorted(refused))}, which is not data; "
             "refused, because loading it would run code from the file"
         )
-    stand_ins = [(_stand_in(name), name) for name in inert]
+    stand_ins = [(stand_in(name), name) for name in inert]
     with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
@@ -167,7 +167,8 @@ def _becomes_inert(name: str) -> bool:
     return name.split(".")[0] in _INERT_PACKAGES or name in _INERT_NAMES
 
 
-def _stand_in(name: str) -> type:
+def stand_in(name: str) -> type:
+    """The class that takes the place of the foreign class ``name`` in safe loading."""
     return _InertMapping if name.rsplit(".", 1)[-1] in _INERT_MAPPINGS else Inert
 
 

@@ -329,9 +329,9 @@ class SpatialMamba(nn.Module):
             raise ValueError(f"x must be [B, {in_chans}, H, W] with H, W >= 1, got {list(x.shape)}")
         x = self.stem(x)
         outputs = {}
-        for name, stage in zip(STAGES, self.stages, strict=True):
+        for name, stage in zip(STAGES, self.stages, strict=False):
             x = outputs[name] = stage(x, self.grad_checkpointing)
-            if name == last:
+            if name == last or stage.downsample is None:
                 break
             x = stage.downsample(x)  # type: ignore[operator]  # ModuleList hides the type
         return outputs
@@ -378,22 +378,6 @@ class SpatialMambaBackbone(SpatialMamba):
         return {name: _nchw(self.output_norms[name](stages[name])) for name in self.out_features}
 
 
-class SpatialMambaClassifier(SpatialMamba):
-    """Image classifier: ``Tensor[B, in_chans, H, W]`` -> logits ``Tensor[B, num_classes]``."""
-
-    def __init__(self, num_classes: int = 1000, **kwargs: Any):
-        super().__init__(**kwargs)
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.norm = nn.LayerNorm(self.dims[-1])
-        self.head = nn.Linear(self.dims[-1], num_classes)
-        self._init_weights(self.head)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.forward_stages(x)[STAGES[-1]])
-        return self.head(x.mean((1, 2)))
-
-
 def build_backbone(variant: str, **overrides: Any) -> SpatialMambaBackbone:
     """The backbone ``"tiny"``, ``"small"`` or ``"base"``.
 
@@ -404,10 +388,3 @@ def build_backbone(variant: str, **overrides: Any) -> SpatialMambaBackbone:
         ValueError: no such variant, or an argument out of its range.
     """
     return SpatialMambaBackbone(**variant_kwargs(variant, overrides))
-
-
-def build_classifier(
-    variant: str, num_classes: int = 1000, **overrides: Any
-) -> SpatialMambaClassifier:
-    """The classifier ``"tiny"``, ``"small"`` or ``"base"``; see :func:`build_backbone`."""
-    return SpatialMambaClassifier(num_classes=num_classes, **variant_kwargs(variant, overrides))

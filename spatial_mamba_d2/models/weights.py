@@ -144,15 +144,19 @@ def unwrap(content: Mapping[str, Any], source: str = "checkpoint") -> StateDict:
     return state
 
 
+def is_official(names: Iterable[str]) -> bool:
+    """Whether a model with these parameters has the authors' names."""
+    return any(re.match(r"(backbone\.)?patch_embed\.", name) for name in names)
+
+
 def translate(state: Mapping[str, Tensor], source: str = "checkpoint") -> StateDict:
     """``state`` under our names, whoever wrote it: recognised by its keys.
 
     Raises:
         WeightsError: neither an official Spatial-Mamba checkpoint nor one of ours.
     """
-    official = any(re.match(r"(backbone\.)?patch_embed\.", name) for name in state)
     ours = any(re.match(r"(backbone\.(bottom_up\.)?)?stem\.", name) for name in state)
-    if official:
+    if is_official(state):
         segmentor = any(name.startswith(_SEGMENTOR_MARK) for name in state)
         return {to_ours(name, segmentor=segmentor): value for name, value in state.items()}
     if ours:
