@@ -78,11 +78,10 @@ class SpatialMambaClassifier(SpatialMamba):
         """
         if num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
+        pool_type: Any = self.global_pool.pool_type if global_pool is None else global_pool
         self.num_classes = num_classes
         self.global_pool, self.head = create_classifier(
-            self.num_features, num_classes, global_pool, input_fmt="NHWC"
+            self.num_features, num_classes, pool_type, input_fmt="NHWC"
         )
         self._init_weights(self.head)
 
@@ -149,7 +148,7 @@ class SpatialMambaClassifier(SpatialMamba):
         taken, last = feature_take_indices(len(self.stages), indices)
         cut = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
-        self.stages[-1].register_module("downsample", None)
+        self.stages[-1].downsample = None  # type: ignore[assignment]  # ModuleList hides it
         if cut:
             self.num_features = self.head_hidden_size = self.dims[last]
         if prune_norm or cut:
