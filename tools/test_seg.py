@@ -10,7 +10,8 @@ Several scales and mirror images, or a sliding window:
     ... TEST.MODE slide TEST.CROP_PX 512 TEST.STRIDE_PX 341
 """
 
-from spatial_mamba_d2.segmentation.run import build_parser, test
+from spatial_mamba_d2.segmentation.run import test
+from spatial_mamba_d2.training.launch import build_parser
 
 
 def main() -> None:

@@ -16,29 +16,28 @@ import logging
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import lightning
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from spatial_mamba_d2.data import ade20k_classes
 from spatial_mamba_d2.data.coco import read_image
 from spatial_mamba_d2.data.images import SUFFIXES
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE, TestTransform, TrainTransform
-from spatial_mamba_d2.data.workers import worker_options
+from spatial_mamba_d2.data.stream import OnError, StreamedData, TrainingSamples
 
 logger = logging.getLogger(__name__)
 
 LABEL_MODES = ("L", "P", "I", "I;16")  # Pillow's names for one channel of integers
 SHOWN_PROBLEMS = 10
-OnError = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
@@ -331,105 +330,6 @@ def unpack(archive: str | Path, root: str | Path) -> None:
         trees[0].replace(root)
 
 
-Draw = tuple[int, int]  # index of a pair, and the seed of its augmentation
-
-
-class TrainingStream(Sampler[list[Draw]]):
-    """The batches of a whole training run, the same for every number of processes.
-
-    The pairs are shuffled anew for each pass. Each process takes its part of every batch, in
-    ``parts`` turns. The stream can start at any iteration, so that resumed training sees what
-    an uninterrupted one would.
-
-    Args:
-        size: number of pairs.
-        batch_size: of an iteration, over all processes and parts.
-        iterations: of the whole run; the length is ``iterations * parts``.
-        start: the iterations that are already done.
-
-    Raises:
-        ValueError: the batch cannot be divided so.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        iterations: int,
-        *,
-        seed: int = 0,
-        parts: int = 1,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        if batch_size < 1 or batch_size % (world_size * parts):
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH must be a multiple of {world_size} processes x {parts} "
-                f"SOLVER.ACCUMULATION_STEPS, got {batch_size}"
-            )
-        self.size, self.batch_size, self.iterations, self.seed = size, batch_size, iterations, seed
-        self.parts, self.start, self.rank, self.world_size = parts, start, rank, world_size
-
-    def __len__(self) -> int:
-        return self.iterations * self.parts
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        share = self.batch_size // self.world_size
-        micro = share // self.parts
-        order, known_pass = np.empty(0, int), -1
-        for iteration in range(self.start, self.iterations):
-            first = iteration * self.batch_size + self.rank * share
-            draws = []
-            for position in range(first, first + share):
-                number, place = divmod(position, self.size)
-                if number != known_pass:
-                    order = np.random.default_rng([self.seed, number]).permutation(self.size)
-                    known_pass = number
-                draws.append((int(order[place]), position))
-            for part in range(self.parts):
-                yield draws[part * micro : (part + 1) * micro]
-
-
-class TrainingImages(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Maps draws to network input and target; a broken pair is an error, or the next one serves."""
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        labels: LabelFormat,
-        transform: TrainTransform,
-        seed: int,
-        on_error: OnError,
-    ):
-        self.pairs = pairs
-        self.labels = labels
-        self.transform = transform
-        self.seed = seed
-        self.on_error = on_error
-        self.broken: set[Path] = set()
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-        index, position = draw
-        rng = np.random.default_rng([self.seed, position])
-        for offset in range(len(self.pairs)):
-            pair = self.pairs[(index + offset) % len(self.pairs)]
-            try:
-                image, label = read_pair(pair, self.labels)
-            except (OSError, ValueError) as error:
-                if self.on_error == "raise":
-                    raise
-                if pair.image not in self.broken:
-                    self.broken.add(pair.image)
-                    logger.warning("skipped broken pair no. %d: %s", len(self.broken), error)
-                continue
-            return self.transform(image, label, rng)
-        raise ValueError(f"all {len(self.pairs)} training pairs are broken")
-
-
 class TestImages(Dataset[dict[str, Any]]):
     """One image at a time: ``views``, ``label`` (absent for a broken pair), ``index``, ``file``."""
 
@@ -461,19 +361,14 @@ class TestImages(Dataset[dict[str, Any]]):
         return {**sample, "views": self.transform(image), "label": torch.from_numpy(label)}
 
 
-class SegmentationData(lightning.LightningDataModule):
+class SegmentationData(StreamedData[Pair]):
     """Training and test images for the trainer.
 
     Args:
         root, train, test: the folder, and the names of its splits.
         labels: what its label files hold.
-        batch_size: of an iteration, over all processes and parts.
         iterations: of the whole training.
-        parts: into which each process divides its share of a batch.
-        seed: of order and augmentations.
-        workers: processes that load, for each training process.
-        on_error: about unusable files, see :func:`load_split`. A file that only turns out to be
-            broken when it is read is skipped and counted then.
+        **kwargs: see :class:`~.stream.StreamedData`.
 
     Raises:
         FileNotFoundError, ValueError: from ``setup``, see :func:`load_split`.
@@ -488,53 +383,22 @@ class SegmentationData(lightning.LightningDataModule):
         train_transform: TrainTransform,
         test_transform: TestTransform,
         *,
-        batch_size: int,
         iterations: int,
-        parts: int = 1,
-        seed: int = 0,
-        workers: int = 0,
-        on_error: OnError = "raise",
+        **kwargs: Any,
     ):
-        super().__init__()
-        self.root, self.train, self.test, self.labels = Path(root), train, test, labels
+        super().__init__(root, train, test, **kwargs)
+        self.labels, self.max_iter = labels, iterations
         self.train_transform, self.test_transform = train_transform, test_transform
-        self.batch_size, self.iterations, self.parts = batch_size, iterations, parts
-        self.seed, self.workers, self.on_error = seed, workers, on_error
 
-    def setup(self, stage: str) -> None:
-        def load(split: str) -> list[Pair]:
-            return load_split(self.root, split, self.labels, on_error=self.on_error)
+    def iterations(self) -> int:
+        return self.max_iter
 
-        if stage == "fit":
-            self.train_pairs = load(self.train)
-        self.test_pairs = load(self.test)
-        world_size = self.trainer.world_size if self.trainer else 1
-        if len(self.test_pairs) < world_size:
-            raise ValueError(
-                f"{self.root}/*/{self.test}: must have at least one image for each of the "
-                f"{world_size} processes, got {len(self.test_pairs)}"
-            )
+    def load_split(self, split: str) -> list[Pair]:
+        return load_split(self.root, split, self.labels, on_error=self.on_error)
 
-    def train_dataloader(self) -> DataLoader:
-        stream = TrainingStream(
-            len(self.train_pairs),
-            self.batch_size,
-            self.iterations,
-            seed=self.seed,
-            parts=self.parts,
-            start=self.trainer.global_step if self.trainer else 0,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
-        )
-        images = TrainingImages(
-            self.train_pairs, self.labels, self.train_transform, self.seed, self.on_error
-        )
-        return DataLoader(images, batch_sampler=stream, **worker_options(self.workers))
+    def training_samples(self, items: list[Pair]) -> TrainingSamples[Pair]:
+        read = partial(read_pair, labels=self.labels)
+        return TrainingSamples(items, read, self.train_transform, self.seed, self.on_error)
 
-    def val_dataloader(self) -> DataLoader:
-        """Each image in exactly one process; the processes' shares may differ by one."""
-        rank = self.trainer.global_rank if self.trainer else 0
-        world_size = self.trainer.world_size if self.trainer else 1
-        images = TestImages(self.test_pairs, self.labels, self.test_transform, self.on_error)
-        share = range(rank, len(images), world_size)
-        return DataLoader(images, batch_size=None, sampler=share, **worker_options(self.workers))
+    def test_samples(self, items: list[Pair]) -> TestImages:
+        return TestImages(items, self.labels, self.test_transform, self.on_error)

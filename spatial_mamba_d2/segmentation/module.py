@@ -1,23 +1,18 @@
-"""The Lightning module: loss, optimizer, schedule, moving average, evaluation."""
+"""The Lightning module of segmentation: loss, optimizer, schedule, evaluation."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from spatial_mamba_d2.atomic import replacing
 from spatial_mamba_d2.data.ade20k import Classes
 from spatial_mamba_d2.data.coco import read_image
 from spatial_mamba_d2.data.images import write_picture
@@ -27,6 +22,7 @@ from spatial_mamba_d2.optimization import parameter_groups
 from spatial_mamba_d2.segmentation.inference import build_protocol, segment
 from spatial_mamba_d2.segmentation.metrics import Confusion, format_table
 from spatial_mamba_d2.segmentation.pictures import draw_panels
+from spatial_mamba_d2.training.module import TrainingModule
 
 logger = logging.getLogger(__name__)
 
@@ -75,69 +71,31 @@ def learning_rate_factor(
     return 1 - (iteration - warmup_iters) / max(1, max_iter - warmup_iters - 1)
 
 
-class Segmentor(lightning.LightningModule):
+class Segmentor(TrainingModule):
     """UPerNet with what the trainer needs to train and evaluate it.
 
-    Its state dict is that of the network that is evaluated: with ``SOLVER.EMA_DECAY`` the moving
-    average. A checkpoint then has the network in training under ``training_model``.
+    Its scores are ``{"mIoU": ..., "mAcc": ..., "aAcc": ...}`` in percent.
 
     Args:
         cfg: from :func:`~.config.load_config`.
         classes: of the data set.
-
-    Attributes:
-        scores: of the last evaluation, ``{"mIoU": ..., "mAcc": ..., "aAcc": ...}`` in percent.
-        evaluated_step: the iteration it took place after; -1 before the first.
     """
 
     class_weights: Tensor | None
 
     def __init__(self, cfg: CfgNode, classes: Classes):
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg, build_model(cfg))
         self.classes = classes
         self.protocol = build_protocol(cfg)
-        self.model = build_model(cfg)
-        self.average: AveragedModel | None = None
-        if cfg.SOLVER.EMA_DECAY:
-            self.average = AveragedModel(
-                self.model,
-                multi_avg_fn=get_ema_multi_avg_fn(cfg.SOLVER.EMA_DECAY),
-                use_buffers=True,
-            ).requires_grad_(False)
         weights = cfg.MODEL.CLASS_WEIGHTS
         self.register_buffer(
             "class_weights", torch.tensor(weights, dtype=torch.float32) if weights else None
         )
-        self.weights_source = "random weights"
-        self.scores: dict[str, float] = {}
-        self.evaluated_step = -1
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The network that evaluation uses and checkpoints hold first."""
-        return self.model if self.average is None else self.average.module
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        return self.evaluated.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return self.evaluated.load_state_dict(state_dict, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["classes"] = list(self.classes.names)
         checkpoint["palette"] = [list(color) for color in self.classes.palette]
-        if self.average is not None:
-            checkpoint["training_model"] = self.model.state_dict()
-            checkpoint["averaged_steps"] = int(self.average.n_averaged)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        in_training = checkpoint.get("training_model", checkpoint["state_dict"])
-        self.model.load_state_dict(in_training)
-        if self.average is None:
-            checkpoint["state_dict"] = in_training
-        else:
-            self.average.n_averaged.fill_(checkpoint.get("averaged_steps", 1))
 
     def configure_optimizers(self) -> Any:
         solver = self.cfg.SOLVER
@@ -157,12 +115,6 @@ class Segmentor(lightning.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Dropout and drop path depend on the iteration, not on the past: resuming is exact."""
-        parts = self.cfg.SOLVER.ACCUMULATION_STEPS
-        turn = self.trainer.global_step * parts + batch_idx % parts
-        torch.manual_seed((self.cfg.SEED * 1_000_003 + turn * 1009 + self.global_rank) % 2**63)
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         image, target = batch
         logits, auxiliary = self.model(image)
@@ -174,15 +126,8 @@ class Segmentor(lightning.LightningModule):
         self.log_dict({"loss_decode": decode.detach(), "loss_aux": aux.detach(), "lr": rate})
         return loss
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-
     def on_validation_epoch_start(self) -> None:
-        if self.trainer.world_size > 1:  # running statistics of batch norm may differ
-            for buffer in self.evaluated.buffers():
-                torch.distributed.broadcast(buffer, 0)
+        super().on_validation_epoch_start()
         self.confusion = Confusion(self.cfg.MODEL.NUM_CLASSES, self.device)
         self.skipped = 0
 
@@ -202,42 +147,31 @@ class Segmentor(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.confusion.sum_over_processes()
-        skipped = self.trainer.strategy.reduce(
-            torch.tensor(self.skipped, device=self.device), reduce_op="sum"
-        )
+        skipped = self.sum_over_processes(self.skipped)
         if not self.confusion.matrix.any():
             raise ValueError(
                 f"DATASETS.TEST must have labelled pixels, got none in {self.cfg.DATASETS.ROOT}"
             )
-        self.scores = self.confusion.scores()
-        self.evaluated_step = self.trainer.global_step
-        self.log_dict(self.scores, sync_dist=True)
+        self.finish_evaluation(self.confusion.scores())
         if self.trainer.is_global_zero:
-            self._write_scores(int(skipped))
+            self._report(skipped)
 
-    def _write_scores(self, skipped: int) -> None:
+    def _report(self, skipped: int) -> None:
         """Table to the log; scores, protocol and confusion matrix into the output folder."""
         iou, accuracy = (values.tolist() for values in self.confusion.per_class())
-        trained = self.evaluated_step > 0
         content = {
             "protocol": asdict(self.protocol),
-            "weights": f"iteration {self.evaluated_step}" if trained else self.weights_source,
-            "data": f"{self.cfg.DATASETS.ROOT} {self.cfg.DATASETS.TEST}",
             "skipped_images": skipped,
-            **self.scores,
             "classes": {
                 name: {"IoU": i if i == i else None, "Acc": a if a == a else None}
                 for name, i, a in zip(self.classes.names, iou, accuracy, strict=True)
             },
             "confusion": self.confusion.matrix.tolist(),  # rows the truth, columns the prediction
         }
-        path = Path(self.cfg.OUTPUT_DIR, f"scores_{self.protocol.name}_{self.protocol.mode}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        path = self.write_scores(f"{self.protocol.name}_{self.protocol.mode}", content)
         logger.info(
             "%s, %s%s\n%s\nwritten to %s",
-            content["weights"],
+            self.evaluated_weights,
             self.protocol,
             f", {skipped} images skipped" if skipped else "",
             format_table(self.confusion, self.classes.names),

@@ -14,11 +14,11 @@ from spatial_mamba_d2.data.ade20k import Classes, load_classes
 from spatial_mamba_d2.data.coco import read_image
 from spatial_mamba_d2.data.images import find_images, write_picture
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform
-from spatial_mamba_d2.segmentation.checkpoint import load_segmentor_weights
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.inference import build_protocol, segment
 from spatial_mamba_d2.segmentation.module import build_model
 from spatial_mamba_d2.segmentation.pictures import draw_panels
+from spatial_mamba_d2.training.checkpoint import load_whole_model
 
 
 class Predictor:
@@ -36,7 +36,7 @@ class Predictor:
             raise ValueError("MODEL.WEIGHTS must name a segmentor's checkpoint, got ''")
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.model = build_model(cfg).eval().to(self.device)
-        self.classes = _classes(load_segmentor_weights(self.model, cfg.MODEL.WEIGHTS), cfg)
+        self.classes = _classes(load_whole_model(self.model, cfg.MODEL.WEIGHTS), cfg)
         self.protocol = build_protocol(cfg)
         self.transform = TestTransform(
             cfg.INPUT.SHORT_PX,

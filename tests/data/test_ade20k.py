@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -18,8 +19,6 @@ from spatial_mamba_d2.data.ade20k import (
     LabelFormat,
     SegmentationData,
     TestImages,
-    TrainingImages,
-    TrainingStream,
     find_pairs,
     load_classes,
     load_split,
@@ -37,6 +36,7 @@ from spatial_mamba_d2.data.segmentation_transforms import (
     resize_image,
 )
 from spatial_mamba_d2.data.shapes import SEMANTIC_NAMES, generate_shapes
+from spatial_mamba_d2.data.stream import TrainingSamples, TrainingStream
 
 LABELS = LabelFormat(3)
 MEAN_STD = {"mean": (127.0, 127.0, 127.0), "std": (64.0, 64.0, 64.0)}
@@ -163,6 +163,10 @@ FAULTS = {
 }
 
 
+def training_images(pairs, seed, on_error):
+    return TrainingSamples(pairs, partial(read_pair, labels=LABELS), TRAIN, seed, on_error)
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -185,11 +189,11 @@ def test_a_truncated_image_shows_when_decoded(tree):
         load_split(tree, "training", LABELS, check_decode=True)
     pairs, _ = find_pairs(tree, "training")
     with pytest.raises(ValueError, match="bb.jpg"):
-        TrainingImages(pairs, LABELS, TRAIN, 0, "raise")[1, 0]
-    skipping = TrainingImages(pairs, LABELS, TRAIN, 0, "skip")
+        training_images(pairs, 0, "raise")[1, 0]
+    skipping = training_images(pairs, 0, "skip")
     expected = skipping[0, 0]
     assert all(map(torch.equal, skipping[1, 0], expected))
-    assert [path.stem for path in skipping.broken] == ["bb"]
+    assert skipping.broken == {1}
     assert "bb.jpg" in TestImages(pairs, LABELS, TEST, "skip")[1]["error"]
     truncate(tree / "images/training/a.jpg")
     with pytest.raises(ValueError, match="all 2 training pairs are broken"):
@@ -241,7 +245,7 @@ def test_resizing_equals_the_authors(root, golden):
 
 
 def test_a_sample_depends_on_its_seed_alone(tree):
-    images = TrainingImages(load_split(tree, "training", LABELS), LABELS, TRAIN, 3, "raise")
+    images = training_images(load_split(tree, "training", LABELS), 3, "raise")
     first, again, other = images[0, 7], images[0, 7], images[0, 8]
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0], other[0])
@@ -290,38 +294,7 @@ def test_colours_change_within_their_limits():
     assert len({r.tobytes() for r in results}) > 150
 
 
-# The stream and the data module
-
-
-def collect(size, batch, iterations, world_size=1, **kwargs):
-    """The draws of each iteration, over all processes and parts, in order."""
-    streams = [
-        TrainingStream(size, batch, iterations, rank=rank, world_size=world_size, **kwargs)
-        for rank in range(world_size)
-    ]
-    parts = kwargs.get("parts", 1)
-    batches = [list(stream) for stream in streams]
-    return [
-        [draw for rank in batches for part in rank[i : i + parts] for draw in part]
-        for i in range(0, len(batches[0]), parts)
-    ]
-
-
-def test_the_stream_is_the_same_for_any_processes_and_start():
-    expected = collect(7, 12, 10, seed=5)
-    assert collect(7, 12, 10, world_size=3, seed=5) == expected
-    assert collect(7, 12, 10, world_size=2, parts=3, seed=5) == expected
-    assert collect(7, 12, 10, seed=5, start=6) == expected[6:]
-    assert collect(7, 12, 10, seed=6) != expected
-    indices = [index for batch in expected for index, _ in batch]
-    assert all(sorted(indices[i : i + 7]) == list(range(7)) for i in range(0, 105, 7))
-    assert len({seed for batch in expected for _, seed in batch}) == 120
-    assert len(TrainingStream(7, 12, 10, parts=3, start=6)) == 30
-
-
-def test_a_batch_must_divide():
-    with pytest.raises(ValueError, match="IMS_PER_BATCH must be a multiple of 2 processes x 3"):
-        TrainingStream(7, 8, 10, world_size=2, parts=3)
+# The data module
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -332,7 +305,8 @@ def test_workers_change_nothing(tree, workers):
     )  # fmt: skip
     data.setup("fit")
     batches = list(data.train_dataloader())
-    expected = TrainingImages(data.train_pairs, LABELS, TRAIN, 0, "raise")
+    pairs = load_split(tree, "training", LABELS)
+    expected = data.training_samples(pairs)
     for (images, targets), draws in zip(batches, TrainingStream(2, 2, 3), strict=True):
         for i, draw in enumerate(draws):
             assert torch.equal(images[i], expected[draw][0])

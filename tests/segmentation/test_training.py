@@ -19,7 +19,6 @@ from spatial_mamba_d2.data.ade20k import Classes, read_label
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models import build_classifier, build_upernet, load_weights
 from spatial_mamba_d2.models.weights import WeightsError, read_checkpoint, to_official
-from spatial_mamba_d2.segmentation.checkpoint import SafeCheckpointIO
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.module import (
     Segmentor,
@@ -28,6 +27,7 @@ from spatial_mamba_d2.segmentation.module import (
 )
 from spatial_mamba_d2.segmentation.run import build_data, setup, train
 from spatial_mamba_d2.segmentation.run import test as evaluate
+from spatial_mamba_d2.training.checkpoint import SafeCheckpointIO
 
 
 def curve(folder, key="loss"):
@@ -182,10 +182,11 @@ def test_weightless_classes_do_not_train(arguments, tmp_path):
 @pytest.mark.usefixtures("narrow")
 def test_average_is_evaluated_and_saved(arguments, tmp_path):
     decay = 0.5
-    averages, raw = [], []
+    averages, raw, initial = [], [], []
     step = Segmentor.optimizer_step
 
     def record(self, *args, **kwargs):
+        initial.append(self.model.decode_head.classify.bias.detach().clone())
         step(self, *args, **kwargs)
         raw.append(self.model.decode_head.classify.bias.detach().clone())
         averages.append(self.average.module.decode_head.classify.bias.clone())
@@ -193,9 +194,9 @@ def test_average_is_evaluated_and_saved(arguments, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Segmentor, "optimizer_step", record)
         scores = train(arguments("SOLVER.EMA_DECAY", decay, "TEST.EVAL_PERIOD", 3))
-    expected = raw[0]
+    expected = initial[0]
     for now, average in zip(raw, averages, strict=True):
-        expected = now if now is raw[0] else decay * expected + (1 - decay) * now
+        expected = decay * expected + (1 - decay) * now
         torch.testing.assert_close(average, expected)
     content = read_checkpoint(tmp_path / "output/last.ckpt")
     assert torch.equal(content["state_dict"]["decode_head.classify.bias"], averages[-1])
@@ -260,7 +261,7 @@ def test_testing_needs_a_whole_segmentor(arguments, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*absent.pth"):
         evaluate(arguments("MODEL.WEIGHTS", tmp_path / "absent.pth"))
     torch.save(build_classifier("tiny").state_dict(), tmp_path / "classifier.pth")
-    with pytest.raises(ValueError, match="must hold a whole segmentor:\n(.*\n)+.*decode_head"):
+    with pytest.raises(ValueError, match="must hold a whole UPerNet:\n(.*\n)+.*decode_head"):
         evaluate(arguments("MODEL.WEIGHTS", tmp_path / "classifier.pth"))
 
 
@@ -288,8 +289,8 @@ def test_broken_pairs_are_skipped_and_counted(arguments, tmp_path, shapes, caplo
         train(arguments("DATASETS.ROOT", root))
     train(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip"))
     assert scores_of(tmp_path / "output")["skipped_images"] == 1
-    for path in broken:
-        assert f"skipped broken pair no. 1: image file {path}" in caplog.text
+    for kind, path in zip(("sample", "pair"), broken, strict=True):
+        assert f"skipped broken {kind} no. 1: image file {path}" in caplog.text
 
 
 def run_tool(root, tool, words, processes=1):
@@ -348,7 +349,7 @@ def test_a_killed_training_loses_one_period_at_most(root, overrides, tmp_path):
 def test_no_kill_leaves_half_a_checkpoint(tmp_path):
     program = (
         "import sys, torch\n"
-        "from spatial_mamba_d2.segmentation.checkpoint import SafeCheckpointIO\n"
+        "from spatial_mamba_d2.training.checkpoint import SafeCheckpointIO\n"
         "io, step = SafeCheckpointIO(), 0\n"
         "while True:\n"
         "    io.save_checkpoint({'a': torch.full((400_000,), step), 'step': step}, sys.argv[1])\n"

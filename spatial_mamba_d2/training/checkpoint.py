@@ -35,14 +35,18 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
-def build_checkpointing(folder: str | Path, period: int) -> list[ModelCheckpoint]:
-    """Callbacks that keep ``last.ckpt``, every ``period`` iterations, and ``best.ckpt`` by mIoU."""
+def build_checkpointing(folder: str | Path, period: int, metric: str) -> list[ModelCheckpoint]:
+    """Callbacks that keep ``last.ckpt``, every ``period`` iterations, and ``best.ckpt``.
+
+    Args:
+        metric: by which the best is known; more is better.
+    """
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_top_k": 1}
     return [
         ModelCheckpoint(filename=Path(LAST).stem, every_n_train_steps=period, **common),
         ModelCheckpoint(
             filename=Path(BEST).stem,
-            monitor="mIoU",
+            monitor=metric,
             mode="max",
             save_on_train_epoch_end=False,
             **common,
@@ -50,15 +54,15 @@ def build_checkpointing(folder: str | Path, period: int) -> list[ModelCheckpoint
     ]
 
 
-def load_segmentor_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Load a whole segmentor, and return all that its file holds.
+def load_whole_model(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Load all of ``model``, and return all that the file holds.
 
     Raises:
         FileNotFoundError, WeightsError: see :func:`load_weights`.
-        ValueError: it holds only a part of a segmentor.
+        ValueError: it holds only a part of such a model.
     """
     content = read_checkpoint(path)
     report = load_weights(model, content, source_name=str(path))
     if report.new:
-        raise ValueError(f"MODEL.WEIGHTS must hold a whole segmentor:\n{report}")
+        raise ValueError(f"MODEL.WEIGHTS must hold a whole {type(model).__name__}:\n{report}")
     return content

@@ -1,0 +1,1 @@
+"""What training on Lightning needs in segmentation and classification alike."""
