@@ -7,12 +7,15 @@ nodes, so that this module needs neither fvcore nor Detectron2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+logger = logging.getLogger(__name__)
 
 
 def add_spatial_mamba_config(cfg: Any) -> None:
@@ -46,6 +49,38 @@ def merge_config(cfg: Any, config_file: str | Path | None, overrides: Sequence[s
             f"{' '.join(overrides)}"
         )
     _merge(cfg, partial(cfg.merge_from_list, list(overrides)), "command line")
+
+
+def require_one_of(cfg: Any, choices: Mapping[str, Sequence[Any]]) -> None:
+    """Raises ValueError where the value of a key is none of those it may have."""
+    for key, valid in choices.items():
+        if (value := _value(cfg, key)) not in valid:
+            raise ValueError(f"{key} must be one of {', '.join(map(str, valid))}, got {value!r}")
+
+
+def require_at_least(cfg: Any, bounds: Mapping[str, float]) -> None:
+    """Raises ValueError where the value of a key is below its bound."""
+    for key, least in bounds.items():
+        if (value := _value(cfg, key)) < least:
+            raise ValueError(f"{key} must be at least {least}, got {value}")
+
+
+def _value(cfg: Any, key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def use_cpu_without_gpu(cfg: Any) -> None:
+    """``MODEL.DEVICE`` becomes cpu where there is no GPU, and what a CPU cannot do is changed."""
+    import torch  # only now, for `import spatial_mamba_d2.config` is cheap
+
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        logger.info("no CUDA device: MODEL.DEVICE is cpu")
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE == "cpu" and cfg.MODEL.SPATIAL_MAMBA.BN == "sync":
+        logger.info("PyTorch has no SyncBN on a CPU: MODEL.SPATIAL_MAMBA.BN is train")
+        cfg.MODEL.SPATIAL_MAMBA.BN = "train"
 
 
 def _merge(cfg: Any, merge: Callable[[], None], source: str) -> None:

@@ -21,8 +21,6 @@ from __future__ import annotations
 import colorsys
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,8 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+
+from spatial_mamba_d2.atomic import new_folder
 
 # To be raised with every change of what is drawn or written: a tree of another version is refused.
 GENERATOR_VERSION = 1
@@ -138,14 +138,8 @@ def generate_shapes(
         "seed": seed,
     }
     if _is_free(root, parameters):
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as workspace:
-            tree = Path(workspace, root.name)  # a child, for the workspace itself is private
+        with new_folder(root) as tree:
             _write_tree(tree, numbers, parameters)
-            if _is_free(root, parameters):  # another process may have been faster
-                if root.exists():
-                    root.rmdir()
-                os.replace(tree, root)
     return root
 
 

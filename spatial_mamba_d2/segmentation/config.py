@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from fvcore.common.config import CfgNode
 
-from spatial_mamba_d2.config import add_spatial_mamba_config, merge_config
-
-logger = logging.getLogger(__name__)
+from spatial_mamba_d2.config import (
+    add_spatial_mamba_config,
+    merge_config,
+    require_at_least,
+    require_one_of,
+    use_cpu_without_gpu,
+)
 
 
 def segmentation_defaults() -> CfgNode:
@@ -107,48 +109,43 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
     cfg = segmentation_defaults()
     merge_config(cfg, config_file, overrides)
     _check(cfg)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logger.info("no CUDA device: MODEL.DEVICE is cpu")
-        cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.DEVICE == "cpu" and cfg.MODEL.SPATIAL_MAMBA.BN == "sync":
-        logger.info("PyTorch has no SyncBN on a CPU: MODEL.SPATIAL_MAMBA.BN is train")
-        cfg.MODEL.SPATIAL_MAMBA.BN = "train"
+    use_cpu_without_gpu(cfg)
     cfg.freeze()
     return cfg
 
 
 def _check(cfg: CfgNode) -> None:
-    choices = {
-        "MODEL.DEVICE": (cfg.MODEL.DEVICE, ("cuda", "cpu")),
-        "DATASETS.ON_ERROR": (cfg.DATASETS.ON_ERROR, ("raise", "skip")),
-        "SOLVER.AMP.PRECISION": (cfg.SOLVER.AMP.PRECISION, ("bfloat16", "float16")),
-        "TEST.MODE": (cfg.TEST.MODE, ("whole", "slide")),
-        "TEST.PROTOCOL": (cfg.TEST.PROTOCOL, ("ss", "ms", "ms_wide", "custom")),
-        "TEST.SCALES_OF": (cfg.TEST.SCALES_OF, ("frame", "image")),
-    }
-    for key, (value, valid) in choices.items():
-        if value not in valid:
-            raise ValueError(f"{key} must be one of {', '.join(valid)}, got {value!r}")
-    least = {
-        "MODEL.NUM_CLASSES": (cfg.MODEL.NUM_CLASSES, 1),
-        "DATALOADER.NUM_WORKERS": (cfg.DATALOADER.NUM_WORKERS, 0),
-        "INPUT.SHORT_PX": (cfg.INPUT.SHORT_PX, 1),
-        "INPUT.LONG_PX": (cfg.INPUT.LONG_PX, cfg.INPUT.SHORT_PX),
-        "INPUT.CROP_PX": (cfg.INPUT.CROP_PX, 1),
-        "SEED": (cfg.SEED, 0),
-        "SOLVER.IMS_PER_BATCH": (cfg.SOLVER.IMS_PER_BATCH, 1),
-        "SOLVER.ACCUMULATION_STEPS": (cfg.SOLVER.ACCUMULATION_STEPS, 1),
-        "SOLVER.MAX_ITER": (cfg.SOLVER.MAX_ITER, 1),
-        "SOLVER.WARMUP_ITERS": (cfg.SOLVER.WARMUP_ITERS, 0),
-        "SOLVER.CHECKPOINT_PERIOD": (cfg.SOLVER.CHECKPOINT_PERIOD, 1),
-        "SOLVER.LOG_PERIOD": (cfg.SOLVER.LOG_PERIOD, 1),
-        "TEST.EVAL_PERIOD": (cfg.TEST.EVAL_PERIOD, 0),
-        "TEST.CROP_PX": (cfg.TEST.CROP_PX, 1),
-        "TEST.STRIDE_PX": (cfg.TEST.STRIDE_PX, 1),
-    }
-    for key, (value, least_value) in least.items():
-        if value < least_value:
-            raise ValueError(f"{key} must be at least {least_value}, got {value}")
+    require_one_of(
+        cfg,
+        {
+            "MODEL.DEVICE": ("cuda", "cpu"),
+            "DATASETS.ON_ERROR": ("raise", "skip"),
+            "SOLVER.AMP.PRECISION": ("bfloat16", "float16"),
+            "TEST.MODE": ("whole", "slide"),
+            "TEST.PROTOCOL": ("ss", "ms", "ms_wide", "custom"),
+            "TEST.SCALES_OF": ("frame", "image"),
+        },
+    )
+    require_at_least(
+        cfg,
+        {
+            "MODEL.NUM_CLASSES": 1,
+            "DATALOADER.NUM_WORKERS": 0,
+            "INPUT.SHORT_PX": 1,
+            "INPUT.LONG_PX": cfg.INPUT.SHORT_PX,
+            "INPUT.CROP_PX": 1,
+            "SEED": 0,
+            "SOLVER.IMS_PER_BATCH": 1,
+            "SOLVER.ACCUMULATION_STEPS": 1,
+            "SOLVER.MAX_ITER": 1,
+            "SOLVER.WARMUP_ITERS": 0,
+            "SOLVER.CHECKPOINT_PERIOD": 1,
+            "SOLVER.LOG_PERIOD": 1,
+            "TEST.EVAL_PERIOD": 0,
+            "TEST.CROP_PX": 1,
+            "TEST.STRIDE_PX": 1,
+        },
+    )
     if cfg.TEST.STRIDE_PX > cfg.TEST.CROP_PX:
         raise ValueError(
             f"TEST.STRIDE_PX must be at most TEST.CROP_PX {cfg.TEST.CROP_PX}, or pixels are left "

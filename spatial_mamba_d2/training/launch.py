@@ -206,7 +206,8 @@ def evaluate(
     weights = Path(cfg.MODEL.WEIGHTS or Path(cfg.OUTPUT_DIR, BEST))
     if not cfg.MODEL.WEIGHTS and not weights.is_file():
         raise ValueError(f"testing needs weights: give MODEL.WEIGHTS, for there is no {weights}")
-    load_whole_model(module.evaluated, weights)
+    module.average = None  # the file's weights are evaluated, averaged or not
+    load_whole_model(module.model, weights)
     module.weights_source = str(weights)
     trainer = build_trainer(cfg, args, logger=False, enable_checkpointing=False)
     trainer.validate(module, datamodule=data, verbose=False)

@@ -196,7 +196,7 @@ def test_a_truncated_image_shows_when_decoded(tree):
     assert skipping.broken == {1}
     assert "bb.jpg" in TestImages(pairs, LABELS, TEST, "skip")[1]["error"]
     truncate(tree / "images/training/a.jpg")
-    with pytest.raises(ValueError, match="all 2 training pairs are broken"):
+    with pytest.raises(ValueError, match="all 2 training samples are broken"):
         skipping[0, 0]
 
 

@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Write the generated sample data of classification, datasets/shape_classes unless told otherwise.
+
+python datasets/prepare_shape_classes.py
+python datasets/prepare_shape_classes.py --root /data/shape_classes --num-train 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from spatial_mamba_d2.data.shape_classes import generate_shape_classes
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path(__file__).resolve().parent / "shape_classes"
+    parser.add_argument("--root", type=Path, default=default)
+    parser.add_argument("--num-train", type=int, default=100, metavar="N", help="of each class")
+    parser.add_argument("--num-val", type=int, default=20, metavar="N", help="of each class")
+    parser.add_argument("--image-px", type=int, default=72, metavar="PX")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    try:
+        folder = generate_shape_classes(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"Sample data are in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training and evaluation of the classifier on ImageNet, or any images in class folders."""
