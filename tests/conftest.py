@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from spatial_mamba_d2.models.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -74,3 +77,28 @@ def coco_mini() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real COCO images are not at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def imagenet_mini() -> Path:
+    """280 real images of ten classes of ImageNet, which are not part of this repository."""
+    folder = SHARED_DATA / "imagenet_mini"
+    if not folder.is_dir():
+        pytest.skip(f"real ImageNet images are not at {folder}")
+    return folder
+
+
+@pytest.fixture
+def narrow(monkeypatch) -> None:
+    """Makes the tiny variant narrow and shallow."""
+    arguments = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
+    monkeypatch.setitem(VARIANTS, "tiny", arguments)
+
+
+@pytest.fixture(autouse=True)
+def quiet_package_logger():
+    """What ``setup`` adds to the package's logger goes, so that ``caplog`` sees messages."""
+    package = logging.getLogger("spatial_mamba_d2")
+    before = list(package.handlers)
+    yield
+    package.handlers[:] = before

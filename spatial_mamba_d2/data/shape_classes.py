@@ -69,6 +69,7 @@ def generate_shape_classes(
             for split, number in (("train", num_train), ("val", num_val)):
                 _write_split(tree / split, split, number, image_px, seed)
             (tree / PARAMETERS).write_text(json.dumps(parameters), encoding="utf-8")
+        _is_free(root, parameters)  # another process may have been faster, and of another mind
     return root
 
 

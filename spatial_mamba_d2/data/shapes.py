@@ -140,6 +140,7 @@ def generate_shapes(
     if _is_free(root, parameters):
         with new_folder(root) as tree:
             _write_tree(tree, numbers, parameters)
+        _is_free(root, parameters)  # another process may have been faster, and of another mind
     return root
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 pytest.importorskip("lightning", reason="Lightning is not installed")
 
 from spatial_mamba_d2.data.shapes import generate_shapes
-from spatial_mamba_d2.models.variants import VARIANTS
 
 
 @pytest.fixture(scope="session")
@@ -20,13 +18,6 @@ def shapes(tmp_path_factory) -> Path:
     """12 training and 5 test images of 64 to 96 pixels."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     return generate_shapes(folder, num_train=12, num_val=5, image_px=(64, 96))
-
-
-@pytest.fixture
-def narrow(monkeypatch) -> None:
-    """Makes the tiny variant narrow and shallow."""
-    arguments = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
-    monkeypatch.setitem(VARIANTS, "tiny", arguments)
 
 
 @pytest.fixture
@@ -68,12 +59,3 @@ def arguments(overrides) -> Callable[..., Namespace]:
         )
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def quiet_package_logger():
-    """What ``setup`` adds to the package's logger goes, so that ``caplog`` sees messages."""
-    package = logging.getLogger("spatial_mamba_d2")
-    before = list(package.handlers)
-    yield
-    package.handlers[:] = before

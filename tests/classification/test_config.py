@@ -1,0 +1,58 @@
+"""The recipes, and what becomes of wrong values."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from spatial_mamba_d2.classification.config import classification_defaults, load_config
+
+
+@pytest.mark.parametrize(
+    ("letter", "variant", "mesa"), [("t", "tiny", 1.0), ("s", "small", 1.5), ("b", "base", 2.0)]
+)
+def test_the_official_recipes(root, letter, variant, mesa):
+    cfg = load_config(root / f"configs/spatial_mamba_{letter}.yaml")
+    solver = cfg.SOLVER
+    assert cfg.MODEL.SPATIAL_MAMBA.VARIANT == variant and cfg.MODEL.NUM_CLASSES == 1000
+    assert (solver.MESA.WEIGHT, solver.MESA.START) == (mesa, 0.25)
+    assert (solver.EPOCHS, solver.WARMUP_EPOCHS, solver.IMS_PER_BATCH) == (300, 20, 1024)
+    assert solver.BASE_LR * solver.IMS_PER_BATCH / 512 == pytest.approx(1e-3)
+    assert (solver.EMA_DECAY, solver.WEIGHT_DECAY, solver.LABEL_SMOOTHING) == (0.9999, 0.05, 0.1)
+    assert solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_VALUE == 5
+    assert (cfg.INPUT.MIXING.MIXUP, cfg.INPUT.MIXING.CUTMIX) == (0.8, 1.0)
+    assert (cfg.TEST.SHORT_PX, cfg.INPUT.CROP_PX) == (256, 224)
+    assert str(cfg.OUTPUT_DIR) == f"output/spatial_mamba_{letter}"
+
+
+def test_the_demo_and_its_base_files_hold_only_known_keys(root):
+    cfg = load_config(root / "configs/demo_spatial_mamba_t.yaml")
+    assert cfg.MODEL.NUM_CLASSES == classification_defaults().MODEL.NUM_CLASSES == 5
+
+
+def test_no_float16_on_a_cpu(caplog):
+    with caplog.at_level(logging.INFO, "spatial_mamba_d2"):
+        assert not load_config(None, ["MODEL.DEVICE", "cpu"]).SOLVER.AMP.ENABLED
+    assert "float16 is slow on a CPU: SOLVER.AMP.ENABLED is False" in caplog.text
+    words = ["MODEL.DEVICE", "cpu", "SOLVER.AMP.PRECISION", "bfloat16"]
+    assert load_config(None, words).SOLVER.AMP.ENABLED
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("SOLVER.EPOCHS", "0"), "SOLVER.EPOCHS must be at least 1, got 0"),
+        (("SOLVER.EPOCHS", "20"), "WARMUP_EPOCHS must be below SOLVER.EPOCHS 20, got 20"),
+        (("TEST.SHORT_PX", "200"), "TEST.SHORT_PX must be at least 224, got 200"),
+        (("INPUT.ERASE_PROB", "1.5"), r"INPUT.ERASE_PROB must be in \[0, 1\], got 1.5"),
+        (("SOLVER.EMA_DECAY", "1.0"), r"SOLVER.EMA_DECAY must be in \[0, 1\), got 1.0"),
+        (("SOLVER.EMA_DECAY", "0.0"), "MESA.WEIGHT must be 0 without a moving average"),
+        (("INPUT.SCALE_RANGE", "(1, 0.5)"), "INPUT.SCALE_RANGE must be .low, high. above 0"),
+        (("SOLVER.AMP.PRECISION", "fp16"), "must be one of bfloat16, float16, got 'fp16'"),
+        (("SOLVER.MAX_ITER", "5"), "unknown config key SOLVER.MAX_ITER"),
+    ],
+)
+def test_wrong_values_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, words)

@@ -1,0 +1,186 @@
+"""Reading and checking class folders; each way in which a data set is wrong."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("lightning", reason="Lightning is not installed")
+
+from spatial_mamba_d2.data.imagenet import (
+    BROKEN,
+    ClassificationData,
+    TestPictures,
+    TrainTransform,
+    build_test_transform,
+    load_classes,
+    load_split,
+    read_picture,
+)
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+OPTIONS = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": "pixel"}
+TRAIN = TrainTransform(24, MEAN, STD, OPTIONS)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """train: 3 of bird, 2 of cat; val: 1 of cat; sizes, modes and suffixes vary."""
+    rng = np.random.default_rng(0)
+    for name, size, mode in (
+        ("train/bird/a.JPEG", (40, 30), "RGB"),
+        ("train/bird/b.png", (31, 57), "RGBA"),
+        ("train/bird/c.jpg", (40, 40), "L"),
+        ("train/cat/a.jpg", (33, 33), "RGB"),
+        ("train/cat/deeper/b.webp", (64, 32), "RGB"),
+        ("val/cat/x.bmp", (40, 30), "RGB"),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(path)
+    (tmp_path / "train/notes.txt").write_text("no class")
+    (tmp_path / "train/cat/notes.txt").write_text("no image")
+    return tmp_path
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def test_a_split_in_the_order_of_its_classes(tree, caplog):
+    classes = load_classes("", tree, "train", 2)
+    assert classes == ("bird", "cat")
+    pictures = load_split(tree, "train", classes)
+    names = [(p.path.relative_to(tree / "train").as_posix(), p.target) for p in pictures]
+    assert names == [("bird/a.JPEG", 0), ("bird/b.png", 0), ("bird/c.jpg", 0), ("cat/a.jpg", 1),
+                     ("cat/deeper/b.webp", 1)]  # fmt: skip
+    assert all(read_picture(p.path).mode == "RGB" for p in pictures)
+    assert not caplog.records
+    assert [p.target for p in load_split(tree, "val", classes)] == [1]
+    assert "val: 1 of 2 classes have no image" in caplog.text
+
+
+def test_class_names_from_elsewhere(tree):
+    (tree / "names.txt").write_text("cat\nbird\n\nfish\n")
+    classes = load_classes("names.txt", tree, "train", 3)
+    assert classes == ("cat", "bird", "fish")
+    assert [p.target for p in load_split(tree, "train", classes)] == [1, 1, 1, 0, 0]
+    with pytest.raises(ValueError, match="NUM_CLASSES must be 3, .*names.txt.*, got 1000"):
+        load_classes("names.txt", tree, "train", 1000)
+    with pytest.raises(FileNotFoundError, match="DATASETS.CLASSES: no such file: .*absent.txt"):
+        load_classes("absent.txt", tree, "train", 2)
+    imagenet = load_classes("imagenet-1k", tree, "train", 1000)
+    # By the table of imagenet_mini, and the order of the folders.
+    assert [imagenet.index(name) for name in ("n01440764", "n02102040", "n03888257")] == [
+        0,
+        217,
+        701,
+    ]
+    assert list(imagenet) == sorted(imagenet)
+
+
+def test_faults_are_named_together_or_left_out(tree, caplog):
+    (tree / "train/empty").mkdir()
+    (tree / "train/fish").mkdir()
+    truncate(tree / "train/cat/a.jpg")
+    classes = ("bird", "cat", "empty")
+    with pytest.raises(ValueError, match="(?s)problems found: 3.*empty holds no image"):
+        load_split(tree, "train", classes, check_decode=True)
+    with pytest.raises(ValueError, match="(?s)problems found: 2.*fish is none of the 3 classes"):
+        load_split(tree, "train", classes)
+    left = load_split(tree, "train", classes, on_error="skip", check_decode=True)
+    assert len(left) == 4 and "left out: 3. The first: " in caplog.text
+    with pytest.raises(ValueError, match="no usable image: folder .*bird is none of the 1 classes"):
+        load_split(tree, "train", ("fox",), on_error="skip")
+    with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no folder .*absent"):
+        load_split(tree, "absent", classes)
+    with pytest.raises(ValueError, match="on_error must be raise or skip, got 'ignore'"):
+        load_split(tree, "train", classes, on_error="ignore")
+
+
+def test_a_broken_picture_is_named(tree):
+    truncate(tree / "train/cat/a.jpg")
+    with pytest.raises(ValueError, match="image file .*a.jpg cannot be decoded: .*truncated"):
+        read_picture(tree / "train/cat/a.jpg")
+    (tree / "train/cat/a.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="image file .*a.jpg cannot be decoded"):
+        read_picture(tree / "train/cat/a.jpg")
+    with pytest.raises(FileNotFoundError, match="no image file .*absent.jpg"):
+        read_picture(tree / "absent.jpg")
+
+
+def test_orientation_is_left_alone_as_the_authors_do(tmp_path):
+    image = Image.fromarray(np.zeros((20, 40, 3), np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a right angle
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(tmp_path / "turned.jpg").size == (40, 20)
+
+
+def test_evaluation_resizes_bicubically_and_crops_the_centre(tree):
+    image = read_picture(tree / "train/bird/a.JPEG")  # 40 x 30
+    actual = build_test_transform(36, 24, MEAN, STD)(image)
+    resized = image.resize((48, 36), Image.Resampling.BICUBIC)
+    crop = np.asarray(resized.crop((12, 6, 36, 30)), np.float64) / 255
+    expected = torch.from_numpy((crop - MEAN) / STD).permute(2, 0, 1).float()
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_training_sample_depends_on_its_seed_alone(tree):
+    image = read_picture(tree / "train/bird/a.JPEG")
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    first = TRAIN(image, 3, np.random.default_rng(5))
+    assert states[0] == random.getstate() and torch.equal(states[2], torch.get_rng_state())
+    assert states[1] == np.random.get_state()[1].tolist()
+    torch.rand(3), np.random.rand(3), random.random()
+    again = TRAIN(image, 3, np.random.default_rng(5))
+    assert first[1] == 3 and first[0].shape == (3, 24, 24) and torch.equal(first[0], again[0])
+    samples = {TRAIN(image, 3, np.random.default_rng(i))[0].sum().item() for i in range(20)}
+    assert len(samples) == 20
+
+
+def test_broken_test_pictures_are_marked(tree):
+    truncate(tree / "train/cat/a.jpg")
+    pictures = load_split(tree, "train", ("bird", "cat"))
+    transform = build_test_transform(36, 24, MEAN, STD)
+    marked = TestPictures(pictures, transform, "skip")
+    assert [target for _, target, _ in marked] == [0, 0, 0, BROKEN, 1]
+    assert "a.jpg" in marked[3][2] and marked[3][0].shape == (3, 24, 24)
+    with pytest.raises(ValueError, match="a.jpg"):
+        TestPictures(pictures, transform, "raise")[3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(tree, workers):
+    data = ClassificationData(
+        tree, "train", "val", ("bird", "cat"), TRAIN, build_test_transform(36, 24, MEAN, STD),
+        epochs=2, batch_size=2, test_batch_size=4, workers=workers,
+    )  # fmt: skip
+    data.setup("fit")
+    assert (data.epoch_iterations(), data.iterations()) == (2, 4)
+    samples = data.training_samples(data.splits["train"])
+    batches = list(data.train_dataloader())
+    assert len(batches) == 4
+    position = 0
+    order = np.random.default_rng([0, 0]).permutation(5)
+    for images, targets in batches[:2]:
+        for image, target in zip(images, targets, strict=True):
+            expected = samples[(int(order[position]), position)]
+            assert torch.equal(image, expected[0]) and target == expected[1]
+            position += 1
+    ((images, targets, errors),) = data.val_dataloader()
+    assert images.shape == (1, 3, 24, 24) and targets.tolist() == [1] and list(errors) == [""]
+
+
+def test_real_images(imagenet_mini, caplog):
+    caplog.set_level(logging.WARNING)
+    classes = load_classes("imagenet-1k", imagenet_mini, "train", 1000)
+    pictures = load_split(imagenet_mini, "train", classes, check_decode=True)
+    assert len(pictures) == 200 and {p.target for p in pictures} >= {0, 217, 482, 701}
+    assert "990 of 1000 classes have no image" in caplog.text
