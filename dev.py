@@ -3,6 +3,7 @@
 
     python3 dev.py demo [KEY VALUE ...]       train, evaluate and draw on generated sample data
     python3 dev.py demo-seg [KEY VALUE ...]   the same for semantic segmentation
+    python3 dev.py demo-cls [KEY VALUE ...]   the same for classification
     python3 dev.py test [pytest args]         run the tests
     python3 dev.py lint [paths]               check style and types
     python3 dev.py cuda-report                registers, occupancy, DRAM bytes of the CUDA kernels
@@ -91,7 +92,8 @@ def native_sources() -> list[Path]:
 def fingerprint() -> str:
     """A hash of all that the installation depends on."""
     digest = hashlib.sha256()
-    for path in (ROOT / "dev.py", ROOT / "pyproject.toml", ROOT / "setup.py", *native_sources()):
+    names = ("dev.py", "pyproject.toml", "setup.py", "spatial_mamba_d2/cuda_toolkit.py")
+    for path in (*(ROOT / name for name in names), *native_sources()):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
@@ -167,9 +169,16 @@ def demo_seg(args: list[str]) -> None:
     run_demo("tools/train_seg.py", "configs/demo_upernet_spatial_mamba_t.yaml", "demo_seg", args)
 
 
-def run_demo(tool: str, config: str, name: str, args: list[str]) -> None:
+def demo_cls(args: list[str]) -> None:
+    config = "configs/demo_spatial_mamba_t.yaml"
+    run_demo("tools/train_cls.py", config, "demo_cls", args, data="prepare_shape_classes.py")
+
+
+def run_demo(
+    tool: str, config: str, name: str, args: list[str], data: str = "prepare_shapes.py"
+) -> None:
     overrides = ["OUTPUT_DIR", f"output/{name}", *args]
-    run(PYTHON, "datasets/prepare_shapes.py")
+    run(PYTHON, f"datasets/{data}")
     run(PYTHON, tool, "--config-file", config, "--resume", *overrides)
     output = dict(zip(overrides[::2], overrides[1::2], strict=True))["OUTPUT_DIR"]
     print(f"Scores, checkpoints and pictures are in {ROOT / output}")
@@ -200,7 +209,8 @@ def setup(args: list[str]) -> None:
 
 
 COMMANDS = {
-    c.__name__.replace("_", "-"): c for c in (demo, demo_seg, test, lint, cuda_report, setup)
+    c.__name__.replace("_", "-"): c
+    for c in (demo, demo_seg, demo_cls, test, lint, cuda_report, setup)
 }
 
 

@@ -192,12 +192,16 @@ def check_detectron2() -> Finding:
 
 def check_lightning() -> Finding:
     try:
-        importlib.import_module("spatial_mamba_d2.segmentation.run")  # all that training needs
+        for room in ("segmentation", "classification"):  # all that training needs
+            importlib.import_module(f"spatial_mamba_d2.{room}.run")
     except ModuleNotFoundError as error:
         packages = pip_install("lightning>=2.4", "fvcore", "tensorboard", "opencv-python-headless")
-        return Finding("note", f"{error}: semantic segmentation cannot run", packages)
+        return Finding("note", f"{error}: segmentation and classification cannot run", packages)
     version = metadata.version("lightning")
-    return Finding("ok", f"{version}: semantic segmentation can run (python3 dev.py demo-seg)")
+    return Finding(
+        "ok",
+        f"{version}: segmentation and classification can run (python3 dev.py demo-seg, demo-cls)",
+    )
 
 
 def check_dataset(name: str) -> Finding:

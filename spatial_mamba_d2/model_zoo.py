@@ -93,13 +93,12 @@ class Entry:
     license: str = LICENSE
 
     @property
-    def config_file(self) -> Path | None:
-        """The recipe, if there is one."""
+    def config_file(self) -> Path:
+        """The recipe."""
         # In a checkout the recipes lie beside the package, in an installation inside of it.
-        for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
-            if (path := folder / f"{self.name}.yaml").is_file():
-                return path
-        return None
+        installed = _PACKAGE / "configs"
+        folder = installed if installed.is_dir() else _PACKAGE.parent / "configs"
+        return folder / f"{self.name}.yaml"
 
 
 _CLASSIFIER = (26_748_862, 27, 4.5), (43_074_280, 43, 7.1), (95_745_592, 96, 15.8)
@@ -151,12 +150,10 @@ def get_config(name: str, overrides: Sequence[str] = ()) -> Any:
         overrides: ``KEY VALUE`` pairs.
 
     Raises:
-        ValueError: no such model, a model without a recipe here, or a wrong override.
+        ValueError: no such model, or a wrong override.
     """
     entry = get_entry(name)
-    if entry.config_file is None:
-        raise ValueError(f"name must be of a model with a recipe in configs/, got {name!r}")
-    # Only now, for detection needs Detectron2, and segmentation Lightning.
+    # Only now, for detection needs Detectron2.
     room = importlib.import_module(f"spatial_mamba_d2.{entry.task}.config")
     return room.load_config(entry.config_file, overrides)
 
@@ -235,7 +232,7 @@ def _table(task: str) -> Iterator[str]:
     yield _row("---" for _ in header)
     for name in list_models(task):
         entry = ENTRIES[name]
-        recipe = f"[{name}.yaml](configs/{name}.yaml)" if entry.config_file else "-"
+        recipe = f"[{name}.yaml](configs/{name}.yaml)"
         sizes = f"{entry.published_parameters_m} M", f"{entry.published_gflops:g} G"
         yield _row((f"`{name}`", *map(str, entry.scores), *sizes, recipe))
 

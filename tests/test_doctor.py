@@ -155,12 +155,12 @@ def test_a_broken_detectron2_is_a_lack(monkeypatch):
 
 
 def test_segmentation_can_run():
-    assert "semantic segmentation can run" in doctor.check_lightning().text
+    assert "segmentation and classification can run" in doctor.check_lightning().text
 
 
 def test_a_missing_lightning_is_told_its_command(monkeypatch):
     for name in list(sys.modules):
-        if name.startswith("spatial_mamba_d2.segmentation"):
+        if name.startswith(("spatial_mamba_d2.segmentation", "spatial_mamba_d2.training")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lightning", None)
     finding = doctor.check_lightning()

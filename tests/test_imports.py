@@ -16,9 +16,10 @@ ROOMS_FOR = {"ops": {"ops"}, "models": {"ops", "models"}}
 PACKAGES_FOR = {"ops": {"torch"}, "models": {"torch", "timm", "safetensors"}}
 # The other rooms import what they like, but for these.
 ROOMS_AGAINST = {
-    "data": {"models", "detection", "segmentation", "classification"},
-    "segmentation": {"detection"},
-    "classification": {"detection"},
+    "data": {"models", "training", "detection", "segmentation", "classification"},
+    "training": {"detection", "segmentation", "classification"},
+    "segmentation": {"detection", "classification"},
+    "classification": {"detection", "segmentation"},
 }
 MAY_IMPORT_DETECTRON2 = {"detection", "tools", "tests"}
 

@@ -28,22 +28,15 @@ def test_entries_are_consistent(entry):
     assert round(entry.parameters / 1e6) == entry.published_parameters_m
     assert len(entry.scores) == len(model_zoo.TASKS[entry.task].metrics)
     assert entry.license == "Apache-2.0" and "EdwardChasel" in entry.source
-    if entry.task != "classification":
-        assert entry.config_file
-    if entry.config_file:  # the recipe's head states the same scores
-        head = entry.config_file.read_text().partition("MODEL:")[0]
-        assert all(str(score) in head for score in entry.scores)
+    head = entry.config_file.read_text().partition("MODEL:")[0]  # states the same scores
+    assert all(str(score) in head for score in entry.scores)
 
 
 @pytest.mark.parametrize("name", model_zoo.list_models())
 def test_recipes_are_of_the_variant(name):
     entry = model_zoo.get_entry(name)
-    needed = {"detection": "detectron2", "segmentation": "lightning"}.get(entry.task, "fvcore")
+    needed = {"detection": "detectron2"}.get(entry.task, "fvcore")
     pytest.importorskip(needed, reason=f"{needed} is not installed")
-    if entry.config_file is None:
-        with pytest.raises(ValueError, match="name must be of a model with a recipe"):
-            model_zoo.get_config(name)
-        return
     cfg = model_zoo.get_config(name, ["SEED", "5"])
     assert cfg.MODEL.SPATIAL_MAMBA.VARIANT == entry.variant and cfg.SEED == 5
 

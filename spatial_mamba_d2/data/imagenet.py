@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
@@ -180,6 +181,11 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's operation, which can ask for 0 bits: refused from Pillow 13 on, black before it."""
+    return posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
 @dataclass(frozen=True)
 class TrainTransform:
     """The official augmentation, by timm; see ``INPUT`` in :mod:`..classification.config`.
@@ -198,6 +204,10 @@ class TrainTransform:
         built = create_transform(
             self.crop_px, is_training=True, mean=self.mean, std=self.std, **self.options
         )
+        for step in built.transforms:
+            for operation in getattr(step, "ops", []):
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
         object.__setattr__(self, "_transform", built)
 
     def __call__(

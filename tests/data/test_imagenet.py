@@ -145,6 +145,23 @@ def test_a_training_sample_depends_on_its_seed_alone(tree):
     assert len(samples) == 20
 
 
+def test_every_strength_of_every_operation_runs(tree):
+    """Also posterising to 0 bits, which new versions of Pillow refuse."""
+    image = read_picture(tree / "train/bird/a.JPEG")
+    transform = TrainTransform(24, MEAN, STD, {"auto_augment": "rand-m10-inc1"})
+    (augment,) = (step for step in transform._transform.transforms if hasattr(step, "ops"))
+    names = {operation.name for operation in augment.ops}
+    assert len(names) == len(augment.ops) and "PosterizeIncreasing" in names
+    for operation in augment.ops:
+        operation.prob = 1.0
+        for magnitude in (0, 5, 9, 10):
+            operation.magnitude = magnitude
+            result = operation(image)
+            assert result.size == image.size
+            if operation.name == "PosterizeIncreasing" and magnitude == 10:
+                assert not np.asarray(result).any()
+
+
 def test_broken_test_pictures_are_marked(tree):
     truncate(tree / "train/cat/a.jpg")
     pictures = load_split(tree, "train", ("bird", "cat"))
