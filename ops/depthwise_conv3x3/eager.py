@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def _precise(*tensors: Tensor) -> list[Tensor]:
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return [x.to(dtype) for x in tensors]
+from spatial_mamba_d2.ops._precision import precise
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -20,7 +17,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def depthwise_conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: bool) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.depthwise_conv3x3`."""
-    x_, weight, bias = _precise(x, weight, bias)
+    x_, weight, bias = precise(x, weight, bias)
     conv = _convolve(x_, weight, bias)
     out = x_ + conv if residual else F.silu(conv)
     return out.to(x.dtype).contiguous()
@@ -30,7 +27,7 @@ def depthwise_conv3x3_backward(
     grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias."""
-    x_, weight_, bias_, grad_output = _precise(x, weight, bias, grad_output)
+    x_, weight_, bias_, grad_output = precise(x, weight, bias, grad_output)
     dim = x.shape[-1]
     grad_conv = grad_output
     if not residual:

@@ -1,0 +1,38 @@
+"""Classification in an environment without Detectron2, OpenMMLab and pycocotools."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("detectron2", "mmcv", "mmengine", "mmpretrain", "pycocotools"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+sys.path.insert(0, "tools")
+import train_cls
+
+words = sys.argv[1:]
+for arguments in (words, ["--eval-only", *words]):
+    sys.argv[1:] = arguments
+    train_cls.main()
+assert "detectron2" not in sys.modules
+"""
+
+
+@pytest.mark.slow
+def test_train_and_evaluate(root, overrides, tmp_path):
+    words = [*overrides, "SOLVER.EPOCHS", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "iteration 6: top1" in done.stdout and "best.ckpt: top1" in done.stdout
+    assert (tmp_path / "output/scores_val.json").is_file()
