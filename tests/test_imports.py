@@ -17,6 +17,7 @@ PACKAGES_FOR = {"ops": {"torch"}, "models": {"torch", "timm", "safetensors"}}
 # The other rooms import what they like, but for these.
 ROOMS_AGAINST = {
     "data": {"models", "training", "detection", "segmentation", "classification"},
+    "explain": {"training", "detection", "segmentation", "classification"},
     "training": {"detection", "segmentation", "classification"},
     "segmentation": {"detection", "classification"},
     "classification": {"detection", "segmentation"},

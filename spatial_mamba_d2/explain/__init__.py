@@ -1,0 +1,1 @@
+"""Pictures of what a backbone looks at: effective receptive fields, and states in a block."""
