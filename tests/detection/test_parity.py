@@ -5,13 +5,20 @@ The golden detections and images are not part of this repository.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import detector_postprocess
+from detectron2.modeling.meta_arch import rcnn
 
 from spatial_mamba_d2.data.coco import read_image
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.predict import Predictor
+from spatial_mamba_d2.ops._extension import without_compiled_kernels
+
+ROUNDING = 2e-5  # of mask probabilities; 7e-6 was the most by which a differing pixel missed 0.5
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +43,45 @@ def box_iou(a, b):
     return inter / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - inter)
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def operators(request):
+    """Both kinds of operators, so far as there are compiled ones."""
+    if request.param == "plain":
+        with without_compiled_kernels():
+            yield
+    else:
+        yield
+
+
+def detect(predictor, pixels, resize, monkeypatch, mask_threshold):
+    paste = partial(detector_postprocess, mask_threshold=mask_threshold)
+    monkeypatch.setattr(rcnn, "detector_postprocess", paste)
+    if resize:
+        return predictor(pixels)
+    height, width = pixels.shape[:2]
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    with torch.no_grad():
+        inputs = {"image": tensor, "height": height, "width": width}
+        return predictor.model([inputs])[0]["instances"]
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize(
     ("case", "image"), [("a", "image_a"), ("b", "image_b"), ("b800", "image_b")]
 )
-def test_detections(case, image, golden_folder, predictor):
-    """``a`` and ``b`` go in as they are; ``b800`` through our resizing to 800 x 1333."""
+def test_detections(case, image, golden_folder, predictor, monkeypatch):
+    """``a`` and ``b`` go in as they are; ``b800`` through our resizing to 800 x 1333.
+
+    A mask is a probability map cut at 0.5. Where ours is further from 0.5 than rounding reaches,
+    every pixel of every mask is equal. Few are nearer: one of 96 pixels has one, at 0.5 + 6e-8,
+    which by itself makes an IoU of 0.9896.
+    """
     pixels = read_image(golden_folder / f"{image}.png")
-    if case == "b800":
-        found = predictor(pixels)
-    else:
-        height, width = pixels.shape[:2]
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        with torch.no_grad():
-            found = predictor.model([{"image": tensor, "height": height, "width": width}])[0][
-                "instances"
-            ]
+    found, surely, possibly = (
+        detect(predictor, pixels, case == "b800", monkeypatch, 0.5 + margin)
+        for margin in (0.0, ROUNDING, -ROUNDING)
+    )
     with np.load(golden_folder / "maskrcnn_tiny.npz") as content:
         expected = {
             k.removeprefix(f"{case}."): content[k] for k in content if k.startswith(f"{case}.")
@@ -65,7 +95,9 @@ def test_detections(case, image, golden_folder, predictor):
         j = max(same_class, key=lambda j, box=box: box_iou(boxes[j], box))
         assert np.abs(boxes[j] - box).max() < 0.5
         assert abs(found.scores[j].item() - expected["scores"][i]) < 1e-3
-        mask = found.pred_masks[j].numpy()
+        inside, maybe = surely.pred_masks[j].numpy(), possibly.pred_masks[j].numpy()
+        assert not (inside & ~masks[i]).any() and not (masks[i] & ~maybe).any()
+        mask, clear = found.pred_masks[j].numpy(), inside | ~maybe
+        assert (~clear).sum() <= max(1, 0.02 * masks[i].sum())
         union, differing = (mask | masks[i]).sum(), (mask ^ masks[i]).sum()
-        # One pixel at the threshold is more than 1 % of the smallest masks.
         assert differing <= max(1, 0.01 * union)
