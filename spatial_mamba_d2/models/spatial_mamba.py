@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spatial_mamba_d2.models.pointwise import Mlp, Pointwise, pointwise
 from spatial_mamba_d2.models.variants import variant_kwargs
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3,
@@ -60,7 +61,7 @@ class ConvLayer(nn.Module):
             in_dim, out_dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
         )
         self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
-        self.act = nn.ReLU() if act else nn.Identity()
+        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -147,16 +148,16 @@ class StructureAwareSSM(nn.Module):
         inner = int(ssm_ratio * dim)
         rank = math.ceil(dim / 16)
         self.split_sizes = (rank, 1, 1)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.in_proj = Pointwise(dim, 2 * inner, bias=False)
         self.conv = DepthwiseConv(inner, residual=False)
-        self.x_proj = nn.Linear(inner, sum(self.split_sizes), bias=False)
-        self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self.x_proj = Pointwise(inner, sum(self.split_sizes), bias=False)
+        self.dt_proj = Pointwise(rank, inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.zeros(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         self.fusion = StateFusion(inner)
         self.out_norm = nn.LayerNorm(inner)
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Pointwise(inner, dim, bias=False)
         self.dt_range = (dt_min, dt_max, dt_floor)
         self.reset_steps()
 
@@ -172,7 +173,8 @@ class StructureAwareSSM(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(self, x: Tensor) -> Tensor:
-        u, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, D] each
+        # Two products rather than two halves of one, so that both are contiguous.
+        u, z = (pointwise(x, w) for w in self.in_proj.weight.chunk(2))  # [B, H, W, D] each
         u = self.conv(u)
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
         y = structure_aware_ssm(
