@@ -74,7 +74,7 @@ _FREE = frozenset(
 )
 _COMPLETE_COUNTS: dict[str, Callable[..., int]] = {
     **OFFICIAL_COUNTS,
-    **dict.fromkeys("add add_ div_ exp gelu mul neg relu silu".split(), _per_output),
+    **dict.fromkeys("add add_ div_ exp gelu mul neg relu relu_ silu".split(), _per_output),
     **dict.fromkeys(("mean", "sum"), _per_input),
     **dict.fromkeys(_FREE, lambda *_: 0),
     "max_pool2d_with_indices": lambda output, *_: output[0].numel(),

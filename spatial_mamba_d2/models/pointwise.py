@@ -45,4 +45,8 @@ class Mlp(nn.Module):
         self.fc2 = Pointwise(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.leave(self.fc1(x))
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """What follows the first layer."""
+        return self.fc2(F.gelu(hidden))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spatial_mamba_d2.models.pointwise import Mlp, Pointwise, pointwise
+from spatial_mamba_d2.models.recompute import recompute
 from spatial_mamba_d2.models.variants import variant_kwargs
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3,
@@ -96,7 +97,10 @@ class Downsample(nn.Module):
         self.project = ConvLayer(hidden, 2 * dim, 1, bias=True, act=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _nhwc(self.project(self.reduce(self.expand(_nchw(x)))))
+        return _nhwc(self.project(recompute(self._widen, _nchw(x))))
+
+    def _widen(self, x: Tensor) -> Tensor:
+        return self.reduce(self.expand(x))
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -173,8 +177,15 @@ class StructureAwareSSM(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.mix(*self.project(x))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``Tensor[B, H, W, C]`` -> u, before its convolution, and z, ``Tensor[B, H, W, D]``."""
         # Two products rather than two halves of one, so that both are contiguous.
-        u, z = (pointwise(x, w) for w in self.in_proj.weight.chunk(2))  # [B, H, W, D] each
+        return tuple(pointwise(x, weight) for weight in self.in_proj.weight.chunk(2))
+
+    def mix(self, u: Tensor, z: Tensor) -> Tensor:
+        """All that follows: two ``Tensor[B, H, W, D]`` -> ``Tensor[B, H, W, C]``."""
         u = self.conv(u)
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
         y = structure_aware_ssm(
@@ -205,10 +216,18 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        x, u, z = recompute(self._enter_ssm, x)
+        x = x + self.drop_path(recompute(self.ssm.mix, u, z))
+        x, hidden = recompute(self._enter_mlp, x)
+        return x + self.drop_path(recompute(self.mlp.leave, hidden))
+
+    def _enter_ssm(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.cpe1(x)
-        x = x + self.drop_path(self.ssm(self.ln1(x)))
+        return x, *self.ssm.project(self.ln1(x))
+
+    def _enter_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.ln2(x)))
+        return x, self.mlp.fc1(self.ln2(x))
 
 
 class Stage(nn.Module):

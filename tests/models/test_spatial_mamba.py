@@ -166,7 +166,7 @@ def test_gradient_checkpointing_changes_memory_only(small_backbone):
         small_backbone.named_parameters(), checkpointed.parameters(), strict=True
     ):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=name)
-    assert kept[1] < 0.5 * kept[0]
+    assert kept[1] < 0.8 * kept[0]
 
 
 def test_drop_path_is_linear_and_off_in_eval():
