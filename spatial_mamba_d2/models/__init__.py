@@ -1,6 +1,7 @@
 """The models, and the loading of their weights."""
 
 from spatial_mamba_d2.models.classifier import SpatialMambaClassifier, build_classifier
+from spatial_mamba_d2.models.inference import optimize_for_inference
 from spatial_mamba_d2.models.spatial_mamba import (
     SpatialMamba,
     SpatialMambaBackbone,
@@ -21,5 +22,6 @@ __all__ = [
     "build_classifier",
     "build_upernet",
     "load_weights",
+    "optimize_for_inference",
     "read_checkpoint",
 ]

@@ -73,6 +73,7 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int):
         super().__init__()
+        self.in_chans = in_chans
         self.conv1 = ConvLayer(in_chans, dim // 2, 3, stride=2)
         self.conv2 = nn.Sequential(
             ConvLayer(dim // 2, dim // 2, 3), ConvLayer(dim // 2, dim // 2, 3, act=False)
@@ -345,7 +346,7 @@ class SpatialMamba(nn.Module):
         Raises:
             ValueError: ``x`` is not such a tensor.
         """
-        in_chans = self.stem.conv1.conv.in_channels
+        in_chans = self.stem.in_chans
         if x.dim() != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
             raise ValueError(f"x must be [B, {in_chans}, H, W] with H, W >= 1, got {list(x.shape)}")
         x = self.stem(x)

@@ -1,0 +1,398 @@
+"""A copy of a model that is faster on CPUs and good for inference only.
+
+:func:`optimize_for_inference` is an explicit step, for what it derives from the weights would be
+stale after the next update of them. It
+
+* folds batch norms into the convolutions in front of them;
+* merges the three kernels of each state fusion into their 25 taps, and computes ``A``;
+* packs the weights of matrix products and convolutions for oneDNN, which then applies the GELU or
+  ReLU behind them while results are in registers;
+* adds residuals in place;
+* sends activations that are several times as wide as the stage (of the MLP, between the
+  convolutions of stem and downsampling) through in tiles, so that they stay in the cache. Larger
+  ones would moreover be fetched from the operating system, page by page, in every call.
+
+The authors' code caches merged kernels in eval mode instead, which went stale (their issue #27).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from spatial_mamba_d2.models.spatial_mamba import (
+    Block,
+    ConvLayer,
+    Downsample,
+    Stage,
+    Stem,
+    StructureAwareSSM,
+    _nchw,
+    _nhwc,
+)
+from spatial_mamba_d2.models.upernet import ConvBNReLU, FCNHead, UPerHead
+from spatial_mamba_d2.ops import gated_layer_norm, structure_aware_ssm
+
+TILE_BYTES = 8 * 2**20
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu_,
+    "gelu": F.gelu,
+}
+
+
+def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of ``model`` for inference in eval mode; ``model`` stays as it is.
+
+    The copy takes the same inputs and returns the same outputs, to 1e-4 of the largest value in
+    float32. It refuses, with a ``RuntimeError``: train mode, gradients, to load or give a state
+    dict, another dtype or device. Its matrix products and convolutions ignore autocast. Where
+    oneDNN does not serve (another device than a CPU, float64, PyTorch built without it), weights
+    are folded and not packed.
+
+    Args:
+        model: a backbone, a classifier, a UPerNet, or any module that holds some of them, such as
+            a detector; its other parts are copied. An optimised model is returned as it is.
+        dtype: of activations between the layers and of the large weights; by default the model's.
+            ``torch.bfloat16`` computes about as autocast does: step sizes, states and all
+            statistics are float32, and so are the outputs.
+
+    Raises:
+        ValueError: ``model`` has no part to optimise, or ``dtype`` is not floating point.
+    """
+    if isinstance(model, InferenceOnly):
+        return model
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating point type, got {dtype}")
+    if not any(isinstance(part, tuple(_OPTIMIZED)) for part in model.modules()):
+        raise ValueError(
+            "model must be or hold a Spatial-Mamba backbone, a classifier or a UPerNet, "
+            f"got {type(model).__name__}"
+        )
+    optimized = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.no_grad():
+        _replace_children(optimized, dtype)
+    # A subclass of the model's own class, so that its methods and isinstance() go on to work.
+    bases = (InferenceOnly, type(optimized))
+    optimized.__class__ = type(f"Optimized{type(model).__name__}", bases, {})
+    optimized.register_forward_pre_hook(_refuse_gradients)
+    return optimized.eval()
+
+
+def _refuse(module: nn.Module, wish: str) -> RuntimeError:
+    return RuntimeError(
+        f"{type(module).__name__} {wish}: its weights are folded and packed for inference; use "
+        "the model that it was made from, then call optimize_for_inference again"
+    )
+
+
+def _refuse_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        raise _refuse(module, "has no gradients")
+
+
+class InferenceOnly(nn.Module):
+    """What an optimised model and its parts refuse."""
+
+    def train(self, mode: bool = True) -> InferenceOnly:
+        if mode:
+            raise _refuse(self, "has no train mode")
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> InferenceOnly:
+        if requires_grad:
+            raise _refuse(self, "has no gradients")
+        return super().requires_grad_(False)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise _refuse(self, "loads no state dict")
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise _refuse(self, "has no state dict")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceOnly:
+        for tensor in [*self.parameters(), *self.buffers()]:
+            probe = fn(tensor.new_empty(0))
+            if (probe.dtype, probe.device) != (tensor.dtype, tensor.device):
+                raise _refuse(self, "keeps its dtype and device")
+        return super()._apply(fn, recurse)
+
+
+class _Part(InferenceOnly):
+    """A layer or group of layers in optimised form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(_refuse_gradients)
+
+
+class _Packed(_Part):
+    """A weight in oneDNN's own layout where oneDNN serves its dtype and device, else as it is."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, act: str):
+        super().__init__()
+        self.dtype = dtype or weight.dtype
+        self.out_dim = len(weight)
+        self.act = act
+        self.packed = _onednn_serves(weight.device, self.dtype)
+        self.register_buffer("bias", None if bias is None else bias.to(self.dtype))
+        self._hold(weight.to(self.dtype))
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _hold(self, weight: Tensor) -> None:
+        if self.packed:  # then it is opaque to whatever walks over buffers
+            self.weight = self._pack(weight)
+        else:
+            self.register_buffer("weight", weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        return {**state, "weight": self.weight.to_dense()} if self.packed else state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.packed:
+            self._hold(self.weight)
+
+
+def _onednn_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+class PackedLinear(_Packed):
+    """``act(x W^T + b)``; ``Tensor[..., I]`` -> ``Tensor[..., O]``, both in the weight's dtype."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        act: str = "none",
+    ):
+        super().__init__(weight, bias, dtype, act)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            exact = "none"  # of the ways to compute a GELU
+            linear = torch.ops.mkldnn._linear_pointwise
+            return linear(x, self.weight, self.bias, self.act, [], exact)
+        return ACTIVATIONS[self.act](F.linear(x, self.weight, self.bias))
+
+
+class PackedConv(_Packed):
+    """``act(convolution)``, ``Tensor[B, C, H, W]`` of any dtype -> one in ``out_dtype``.
+
+    Args:
+        out_dtype: by default the weight's.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        dtype: torch.dtype | None = None,
+        act: str = "none",
+        out_dtype: torch.dtype | None = None,
+    ):
+        self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        super().__init__(conv.weight, conv.bias, dtype, act)
+        self.out_dtype = out_dtype or self.dtype
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        if self.packed:
+            convolution = torch.ops.mkldnn._convolution_pointwise
+            y = convolution(x, self.weight, self.bias, *self.geometry, self.act, [], "")
+        else:
+            padding, stride, dilation, groups = self.geometry
+            y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
+            y = ACTIVATIONS[self.act](y)
+        return y.to(self.out_dtype)
+
+
+def _fold(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    return fuse_conv_bn_eval(conv, norm) if isinstance(norm, _BatchNorm) else conv
+
+
+def _act_name(layer: ConvLayer) -> str:
+    return "relu" if isinstance(layer.act, nn.ReLU) else "none"
+
+
+def _packed_conv(layer: Any, dtype: torch.dtype | None) -> PackedConv:
+    return PackedConv(_fold(layer.conv, layer.norm), dtype, _act_name(layer))
+
+
+def _packed_pointwise(layer: Any, dtype: torch.dtype | None) -> PackedLinear:
+    """A 1x1 convolution as a matrix product of channels-last tokens."""
+    conv = _fold(layer.conv, layer.norm)
+    return PackedLinear(conv.weight.flatten(1), conv.bias, dtype, _act_name(layer))
+
+
+def _halve_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, row_bytes: int) -> Tensor:
+    """``function(x)`` by groups of rows, for a 3x3 convolution of stride 2 with pointwise layers.
+
+    Args:
+        function: ``Tensor[B, h, W, C]`` -> ``Tensor[B, ceil(h/2), ceil(W/2), C']``.
+        x: ``Tensor[B, H, W, C]``.
+        row_bytes: of the widest activation inside of ``function``, for each row of ``x``.
+    """
+    rows = max(TILE_BYTES // row_bytes // 2 * 2, 4)
+    tiles = [function(x[:, :rows])]
+    for top in range(rows, x.shape[1], rows):
+        # A tile needs one more row above; two keep the stride in step, and cost one row of output.
+        tiles.append(function(x[:, top - 2 : top + rows])[:, 1:])
+    return torch.cat(tiles, dim=1) if len(tiles) > 1 else tiles[0]
+
+
+class OptimizedStem(_Part):
+    """:class:`~.spatial_mamba.Stem`, in ``dtype``."""
+
+    def __init__(self, stem: Stem, dtype: torch.dtype | None):
+        super().__init__()
+        self.in_chans = stem.in_chans
+        self.conv1 = _packed_conv(stem.conv1, dtype)
+        self.conv2 = nn.Sequential(*(_packed_conv(layer, dtype) for layer in stem.conv2))
+        widen, narrow = stem.conv3
+        self.widen = _packed_conv(widen, dtype)
+        self.narrow = _packed_pointwise(narrow, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = _nhwc(self.conv2(x).add_(x))
+        row_bytes = len(x) * -(-x.shape[2] // 2) * self.widen.out_dim * x.element_size() // 2
+        return _halve_in_tiles(lambda x: self.narrow(_nhwc(self.widen(_nchw(x)))), x, row_bytes)
+
+
+class OptimizedDownsample(_Part):
+    """:class:`~.spatial_mamba.Downsample`, in ``dtype``."""
+
+    def __init__(self, downsample: Downsample, dtype: torch.dtype | None):
+        super().__init__()
+        self.expand = _packed_pointwise(downsample.expand, dtype)
+        self.reduce = _packed_conv(downsample.reduce, dtype)
+        self.project = _packed_pointwise(downsample.project, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.expand.dtype)
+        row_bytes = len(x) * x.shape[2] * self.expand.out_dim * x.element_size()
+        return _halve_in_tiles(
+            lambda x: self.project(_nhwc(self.reduce(_nchw(self.expand(x))))), x, row_bytes
+        )
+
+
+class OptimizedSSM(_Part):
+    """:class:`~.spatial_mamba.StructureAwareSSM`, with ``A`` and the taps computed."""
+
+    A: Tensor
+    taps: Tensor
+
+    def __init__(self, ssm: StructureAwareSSM, dtype: torch.dtype | None):
+        super().__init__()
+        # Two products, for the convolution and the gate to read dense maps.
+        self.in_u, self.in_z = (
+            PackedLinear(weight, dtype=dtype) for weight in ssm.in_proj.weight.chunk(2)
+        )
+        self.conv = ssm.conv
+        self.split_sizes = ssm.split_sizes
+        self.x_proj = PackedLinear(ssm.x_proj.weight, dtype=dtype)
+        self.dt_proj = PackedLinear(ssm.dt_proj.weight, dtype=dtype)
+        self.dt_bias, self.D, self.out_norm = ssm.dt_bias, ssm.D, ssm.out_norm
+        self.register_buffer("A", -torch.exp(ssm.A_log.float().flatten()))
+        self.register_buffer("taps", ssm.fusion())
+        self.out_proj = PackedLinear(ssm.out_proj.weight, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.conv(self.in_u(x))  # [B, H, W, D]
+        dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
+        delta = self.dt_proj(dt.contiguous())
+        B, C = B.squeeze(-1), C.squeeze(-1)
+        y = structure_aware_ssm(u, delta, self.A, B, C, self.D, self.dt_bias, self.taps)
+        norm = self.out_norm
+        return self.out_proj(gated_layer_norm(y, self.in_z(x), norm.weight, norm.bias, norm.eps))
+
+
+class OptimizedBlock(_Part):
+    """:class:`~.spatial_mamba.Block`, in ``dtype``."""
+
+    def __init__(self, block: Block, dtype: torch.dtype | None):
+        super().__init__()
+        self.cpe1, self.ln1 = block.cpe1, block.ln1
+        self.ssm = OptimizedSSM(block.ssm, dtype)
+        self.cpe2, self.ln2 = block.cpe2, block.ln2
+        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+        self.fc1 = PackedLinear(fc1.weight, fc1.bias, dtype, act="gelu")
+        self.fc2 = PackedLinear(fc2.weight, fc2.bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cpe1(x)
+        x = self.ssm(self.ln1(x)).add_(x)
+        x = self.cpe2(x)
+        tokens = max(TILE_BYTES // (self.fc1.out_dim * x.element_size()), 1)
+        tiles = [
+            self.fc2(self.fc1(self.ln2(tile))).add_(tile)
+            for tile in x.flatten(0, 2).split(tokens)  # [tokens, C]
+        ]
+        return (torch.cat(tiles) if len(tiles) > 1 else tiles[0]).view_as(x)
+
+
+class OptimizedStage(_Part):
+    """:class:`~.spatial_mamba.Stage`: blocks in ``dtype``, the output in the model's."""
+
+    def __init__(self, stage: Any, dtype: torch.dtype | None):
+        super().__init__()
+        self.out_dtype = stage.blocks[0].ln1.weight.dtype
+        self.blocks = nn.Sequential(*(OptimizedBlock(block, dtype) for block in stage.blocks))
+        downsample = stage.downsample
+        self.downsample = downsample and OptimizedDownsample(downsample, dtype)
+
+    def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:
+        return self.blocks(x).to(self.out_dtype)
+
+
+def _packed_conv_bn_relu(layer: ConvBNReLU, dtype: torch.dtype | None) -> PackedConv:
+    return PackedConv(_fold(layer.conv, layer.bn), dtype, "relu")
+
+
+def _optimized_head(head: Any, dtype: torch.dtype | None) -> nn.Module:
+    """Convolutions in ``dtype``, the logits in the model's."""
+    _replace_children(head, dtype)
+    head.classify = PackedConv(head.classify, dtype, out_dtype=head.classify.weight.dtype)
+    return head
+
+
+_OPTIMIZED: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    Stem: OptimizedStem,
+    Stage: OptimizedStage,
+    UPerHead: _optimized_head,
+    FCNHead: _optimized_head,
+    ConvBNReLU: _packed_conv_bn_relu,
+}
+
+
+def _replace_children(module: nn.Module, dtype: torch.dtype | None) -> None:
+    for name, child in module.named_children():
+        if type(child) in _OPTIMIZED:
+            setattr(module, name, _OPTIMIZED[type(child)](child, dtype))
+        else:
+            _replace_children(child, dtype)

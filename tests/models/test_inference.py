@@ -1,0 +1,242 @@
+"""The optimised copy: the same outputs, an untouched original, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from spatial_mamba_d2.models import (
+    build_backbone,
+    build_classifier,
+    build_upernet,
+    inference,
+    optimize_for_inference,
+)
+
+SMALL = {"embed_dim": 16, "depths": (1, 1, 2, 1)}
+BUILDERS = {
+    "backbone": lambda: build_backbone("tiny", **SMALL),
+    "classifier": lambda: build_classifier("tiny", num_classes=7, **SMALL),
+    "upernet": lambda: build_upernet("tiny", 5, channels=24, aux_channels=8, **SMALL),
+}
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Weights and statistics of which none has a value that makes a mistake invisible."""
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(x, low, high):
+        x.copy_(torch.empty(x.shape).uniform_(low, high, generator=generator))
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                uniform(module.running_mean, -0.5, 0.5)
+                uniform(module.running_var, 0.5, 2.0)
+            if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+                uniform(module.weight, 0.5, 1.5)
+                uniform(module.bias, -0.5, 0.5)
+        for name, parameter in model.named_parameters():
+            if name.rsplit(".")[-1] in ("alpha", "A_log", "D") or "fusion.kernel" in name:
+                uniform(parameter, -0.5, 0.5)
+            elif name.endswith((".fc1.bias", ".fc2.bias", ".conv.bias", ".classify.bias")):
+                uniform(parameter, -0.5, 0.5)
+    return model.eval()
+
+
+@pytest.fixture(params=BUILDERS)
+def model(request):
+    torch.manual_seed(0)
+    return randomise(BUILDERS[request.param]())
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    return randomise(BUILDERS["backbone"]())
+
+
+def run(model, x):
+    with torch.no_grad():
+        outputs = model(x)
+    return list(outputs.values()) if isinstance(outputs, dict) else [outputs]
+
+
+def error(actual, expected):
+    return max(
+        ((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 40_000, inference.TILE_BYTES], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 1, 1), (1, 3, 1, 37), (2, 3, 33, 64), (2, 3, 61, 95)], ids=str
+)
+def test_equal_outputs(shape, tile_bytes, model, monkeypatch):
+    x = torch.randn(shape)
+    expected = run(model, x)
+    monkeypatch.setattr(inference, "TILE_BYTES", tile_bytes)
+    outputs = run(optimize_for_inference(model), x)
+    assert error(outputs, expected) < 1e-4
+    for output, other in zip(outputs, expected, strict=True):
+        assert output.dtype == other.dtype and output.is_contiguous(
+            memory_format=torch.channels_last if output.dim() == 4 else torch.contiguous_format
+        )
+
+
+def test_equal_outputs_of_the_real_size():
+    torch.manual_seed(0)
+    model = randomise(build_backbone("tiny"))
+    x = torch.randn(1, 3, 100, 140)
+    assert error(run(optimize_for_inference(model), x), run(model, x)) < 1e-4
+
+
+@pytest.mark.parametrize("bn_policy", ["frozen", "sync"])
+def test_all_batch_norms_are_folded(bn_policy):
+    model = randomise(build_upernet("tiny", channels=8, bn_policy=bn_policy, **SMALL))
+    optimized = optimize_for_inference(model)
+    norms = [m for m in optimized.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms == []
+    x = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():  # sync batch norms run in eval mode only on CPUs
+        assert error([optimized(x)], [model(x)]) < 1e-4
+
+
+def test_the_original_stays_as_it_is(model):
+    x = torch.randn(1, 3, 40, 56)
+    before, state = run(model, x), copy.deepcopy(model.state_dict())
+    model.train()
+    optimized = optimize_for_inference(model)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    model.eval()
+    for output, other in zip(run(model, x), before, strict=True):
+        assert torch.equal(output, other)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    expected = run(optimized, x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    for output, other in zip(run(optimized, x), expected, strict=True):
+        assert torch.equal(output, other), "weights are shared with the original"
+
+
+def test_interface_of_the_original(backbone):
+    optimized = optimize_for_inference(backbone)
+    assert isinstance(optimized, type(backbone))
+    assert optimized.output_shape() == backbone.output_shape()
+    with pytest.raises(ValueError, match=r"x must be \[B, 3, H, W\] with H, W >= 1, got \["):
+        optimized(torch.randn(1, 4, 8, 8))
+
+
+def test_copies_of_an_optimised_model(model):
+    optimized = optimize_for_inference(model)
+    assert optimize_for_inference(optimized) is optimized
+    x = torch.randn(1, 3, 40, 56)
+    for output, other in zip(run(copy.deepcopy(optimized), x), run(optimized, x), strict=True):
+        assert torch.equal(output, other)
+
+
+def test_inside_of_another_module(backbone):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = backbone
+            self.top = nn.Conv2d(128, 3, 1)
+
+        def forward(self, x):
+            return self.top(self.body(x)["res5"])
+
+    holder = Holder().eval()
+    x = torch.randn(1, 3, 40, 56)
+    expected = run(holder, x)
+    assert error(run(optimize_for_inference(holder), x), expected) < 1e-4
+    holder.body = optimize_for_inference(backbone)
+    assert error(run(holder, x), expected) < 1e-4
+    assert holder.eval() is holder
+    for refused in (holder.train, holder.state_dict):
+        with pytest.raises(RuntimeError, match="OptimizedSpatialMambaBackbone has no"):
+            refused()
+
+
+def test_what_is_refused(model):
+    state = model.state_dict()
+    optimized = optimize_for_inference(model)
+    x = torch.randn(1, 3, 40, 56)
+    refused = [
+        ("has no train mode", lambda: optimized.train()),
+        ("has no gradients", lambda: optimized.requires_grad_()),
+        ("has no gradients", lambda: optimized(x.clone().requires_grad_())),
+        ("loads no state dict", lambda: optimized.load_state_dict(state)),
+        ("loads no state dict", lambda: optimized.load_state_dict({}, strict=False)),
+        ("has no state dict", lambda: optimized.state_dict()),
+        ("keeps its dtype and device", lambda: optimized.double()),
+        ("keeps its dtype and device", lambda: optimized.to("meta")),
+    ]
+    for part in (m for m in optimized.modules() if isinstance(m, inference.OptimizedStage)):
+        refused.append(("has no train mode", part.train))
+    for message, call in refused:
+        with pytest.raises(RuntimeError, match=f"{message}: its weights are folded"):
+            call()
+    assert not any(module.training for module in optimized.modules())
+    assert optimized.eval() is optimized.to("cpu").float().requires_grad_(False)
+    assert error(run(optimized, x), run(model, x)) < 1e-4
+
+
+def test_a_gradient_that_starts_inside_is_refused(backbone):
+    optimized = optimize_for_inference(backbone)
+    assert not any(p.requires_grad for p in optimized.parameters())
+    optimized.stages[0].blocks[0].ln1.weight.requires_grad = True
+    with pytest.raises(RuntimeError, match="OptimizedSSM has no gradients"):
+        optimized(torch.randn(1, 3, 32, 32))
+
+
+def packed_parts(model):
+    return [m for m in model.modules() if isinstance(m, inference._Packed)]
+
+
+def test_float64_is_folded_and_not_packed(model):
+    model.double()
+    x = torch.randn(2, 3, 33, 64, dtype=torch.float64)
+    optimized = optimize_for_inference(model)
+    assert not any(part.packed for part in packed_parts(optimized))
+    assert error(run(optimized, x), run(model, x)) < 1e-11
+
+
+def test_without_onednn(model, monkeypatch):
+    x = torch.randn(2, 3, 33, 64)
+    expected = run(model, x)
+    assert all(part.packed for part in packed_parts(optimize_for_inference(model)))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    optimized = optimize_for_inference(model)
+    assert not any(part.packed for part in packed_parts(optimized))
+    assert error(run(optimized, x), expected) < 1e-4
+    assert error(run(copy.deepcopy(optimized), x), expected) < 1e-4
+
+
+def test_bfloat16_is_as_exact_as_autocast(model):
+    x = torch.randn(2, 3, 61, 95)
+    expected = run(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = [output.float() for output in run(model, x)]
+    outputs = run(optimize_for_inference(model, torch.bfloat16), x)
+    assert all(output.dtype == torch.float32 for output in outputs)
+    assert 1e-4 < error(outputs, expected) < max(2 * error(autocast, expected), 0.02)
+
+
+def test_float32_stays_float32_under_autocast(backbone):
+    x = torch.randn(1, 3, 40, 56)
+    optimized = optimize_for_inference(backbone)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = run(optimized, x)
+    assert error(outputs, run(backbone, x)) < 1e-4
+
+
+def test_bad_arguments_are_named(backbone):
+    with pytest.raises(ValueError, match="model must be or hold a Spatial-Mamba .* got Linear"):
+        optimize_for_inference(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"dtype must be a floating point type, got torch\.int8"):
+        optimize_for_inference(backbone, torch.int8)
