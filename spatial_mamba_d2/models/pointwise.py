@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if torch.backends.mkldnn.is_available() else ()
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,8 +22,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: ``Tensor[O, I]``.
         bias: ``Tensor[O]``.
     """
-    by_onednn = x.device.type == "cpu" and x.dtype in _ONEDNN_DTYPES
-    if not (by_onednn and torch.backends.mkldnn.is_available()):
+    if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES:
         return F.linear(x, weight, bias)
     y = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1)

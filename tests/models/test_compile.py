@@ -1,0 +1,61 @@
+"""The backbone under torch.compile and torch.export: one graph, any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spatial_mamba_d2.models import build_backbone
+
+SMALL = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.0}
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    yield build_backbone("tiny", **SMALL).eval()
+    torch.compiler.reset()
+
+
+def close(actual, expected):
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_graph_for_inference(backbone):
+    """``aot_eager`` traces all that inductor would, and compiles nothing."""
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for size in ((64, 96), (75, 101), (33, 40)):
+            x = torch.randn(1, 3, *size)
+            close(compiled(x), backbone(x))
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+
+
+@pytest.mark.slow
+def test_one_graph_for_training(backbone):
+    """Backward included; what is computed twice is so in the compiled graph too."""
+    backbone.train()
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 64, 96)
+    gradients = []
+    for model in (backbone, compiled):
+        backbone.zero_grad()
+        sum(output.square().mean() for output in model(x).values()).backward()
+        gradients.append([p.grad.clone() for p in backbone.parameters()])
+    for plain, traced in zip(*gradients, strict=True):
+        torch.testing.assert_close(traced, plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_export_with_any_height_and_width(backbone, tmp_path):
+    height, width = (torch.export.Dim(name, min=33, max=4096) for name in ("height", "width"))
+    shapes = {"x": {2: height, 3: width}}
+    program = torch.export.export(backbone, (torch.randn(1, 3, 64, 96),), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "backbone.pt2")
+    loaded = torch.export.load(tmp_path / "backbone.pt2").module()
+    with torch.no_grad():
+        for size in ((33, 33), (75, 101), (224, 50)):
+            x = torch.randn(1, 3, *size)
+            close(loaded(x), backbone(x))

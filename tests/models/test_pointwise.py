@@ -1,0 +1,98 @@
+"""Linear layers over maps against PyTorch's own, and what training keeps."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from spatial_mamba_d2.models import build_backbone
+from spatial_mamba_d2.models.pointwise import Pointwise, pointwise
+from spatial_mamba_d2.models.recompute import recompute
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 5), (2, 7, 1, 16), (1, 9, 13, 33)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_a_linear_layer(shape, dtype, bias):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape), torch.randn(6, shape[-1])] + [torch.randn(6)] * bias
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    cotangent = torch.randn(*shape[:-1], 6).to(dtype)
+    outputs = [function(*inputs) for function in (pointwise, F.linear)]
+    gradients = [torch.autograd.grad(output, inputs, cotangent) for output in outputs]
+    assert outputs[0].is_contiguous() and outputs[0].dtype == dtype
+    for actual, expected in zip(
+        (outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True
+    ):
+        tolerance = TOLERANCES[dtype] * expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def test_parts_of_a_map():
+    """A slice of channels and a transposed map, as they come out of a split."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 7, 12)
+    layer = Pointwise(4, 9)
+    for part in (x[..., 3:7], x.transpose(1, 2)[..., 8:], x[:, ::2, 1:, :4]):
+        torch.testing.assert_close(layer(part), F.linear(part, layer.weight, layer.bias))
+
+
+def test_autocast():
+    layer = Pointwise(4, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(1, 3, 3, 4)).dtype == torch.bfloat16
+
+
+def kept_bytes(model, x):
+    """Bytes of all that backward is kept for, each storage once, parameters and input aside."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: addresses stay unique
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(x)
+    return sum(nbytes for nbytes, _ in kept.values())
+
+
+def test_a_chain_keeps_its_input_alone():
+    x = torch.randn(1, 4, 4, 8, requires_grad=True)
+    layer = Pointwise(8, 8)
+    calls = []
+
+    def chain(x):
+        calls.append(x)
+        return layer(F.gelu(F.layer_norm(x, (8,))))
+
+    gradients = []
+    for function in (chain, lambda x: recompute(chain, x)):
+        gradients.append(torch.autograd.grad(function(x).square().sum(), [x, layer.weight]))
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+    assert len(calls) == 3  # once plain, twice recomputed
+    with torch.no_grad():
+        recompute(chain, x)
+    assert len(calls) == 4
+
+    class Chain(torch.nn.Module):
+        def forward(self, x):
+            return recompute(chain, x)
+
+    # What the chain was called with is the input itself; only its random number state is beside.
+    assert kept_bytes(Chain(), x) < x.nbytes
+
+
+def test_training_keeps_less_than_swin():
+    """0.7 of it, without gradient checkpointing."""
+    x = torch.randn(2, 3, 256, 256)
+    ours = build_backbone("tiny").train()
+    swin = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, img_size=256)
+    assert kept_bytes(ours, x) <= 0.7 * kept_bytes(swin.train(), x)
