@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time our operators and backbone beside timm's, on this machine's CPU or GPU.
+"""Time our operators and models beside timm's, on this machine's CPU or GPU.
 
 python tools/benchmark.py --task backbone --size 640 896
 """
@@ -19,6 +19,18 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument(
+        "--compile", action="store_true", help="of backbone: torch.compile too, which takes minutes"
+    )
     parser.add_argument("--output", type=Path, default=Path("output/benchmark"))
     args = parser.parse_args()
-    main(args.task, *args.size, args.batch, args.rounds, args.threads, args.output, args.device)
+    main(
+        args.task,
+        *args.size,
+        args.batch,
+        args.rounds,
+        args.threads,
+        args.output,
+        args.device,
+        args.compile,
+    )

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
+from spatial_mamba_d2.benchmark import saved_bytes
 from spatial_mamba_d2.models import build_backbone
 from spatial_mamba_d2.models.pointwise import Pointwise, pointwise
 from spatial_mamba_d2.models.recompute import recompute
@@ -47,22 +48,6 @@ def test_autocast():
         assert layer(torch.randn(1, 3, 3, 4)).dtype == torch.bfloat16
 
 
-def kept_bytes(model, x):
-    """Bytes of all that backward is kept for, each storage once, parameters and input aside."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: addresses stay unique
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(x)
-    return sum(nbytes for nbytes, _ in kept.values())
-
-
 def test_a_chain_keeps_its_input_alone():
     x = torch.randn(1, 4, 4, 8, requires_grad=True)
     layer = Pointwise(8, 8)
@@ -87,7 +72,7 @@ def test_a_chain_keeps_its_input_alone():
             return recompute(chain, x)
 
     # What the chain was called with is the input itself; only its random number state is beside.
-    assert kept_bytes(Chain(), x) < x.nbytes
+    assert saved_bytes(Chain(), x) < x.nbytes
 
 
 def test_training_keeps_less_than_swin():
@@ -95,4 +80,4 @@ def test_training_keeps_less_than_swin():
     x = torch.randn(2, 3, 256, 256)
     ours = build_backbone("tiny").train()
     swin = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, img_size=256)
-    assert kept_bytes(ours, x) <= 0.7 * kept_bytes(swin.train(), x)
+    assert saved_bytes(ours, x) <= 0.7 * saved_bytes(swin.train(), x)
