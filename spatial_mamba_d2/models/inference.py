@@ -40,7 +40,7 @@ from spatial_mamba_d2.models.spatial_mamba import (
 from spatial_mamba_d2.models.upernet import ConvBNReLU, FCNHead, UPerHead
 from spatial_mamba_d2.ops import gated_layer_norm, structure_aware_ssm
 
-TILE_BYTES = 8 * 2**20
+TILE_BYTES = 4 * 2**20
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu_,
@@ -265,6 +265,21 @@ def _halve_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, row_bytes: 
     return torch.cat(tiles, dim=1) if len(tiles) > 1 else tiles[0]
 
 
+def _in_tiles(function: Callable[..., Tensor], token_bytes: int, *maps: Tensor) -> Tensor:
+    """``function(*maps)`` by groups of tokens.
+
+    Args:
+        function: ``Tensor[tokens, C_i], ...`` -> ``Tensor[tokens, C]``.
+        token_bytes: of the widest activation inside of ``function``, for each token.
+        maps: ``Tensor[B, H, W, C_i]``, contiguous.
+    """
+    tokens = max(TILE_BYTES // token_bytes, 1)
+    groups = zip(*(x.flatten(0, 2).split(tokens) for x in maps), strict=True)
+    tiles = [function(*group) for group in groups]
+    tokens_out = torch.cat(tiles) if len(tiles) > 1 else tiles[0]
+    return tokens_out.unflatten(0, maps[0].shape[:3])
+
+
 class OptimizedStem(_Part):
     """:class:`~.spatial_mamba.Stem`, in ``dtype``."""
 
@@ -322,14 +337,21 @@ class OptimizedSSM(_Part):
         self.register_buffer("taps", ssm.fusion())
         self.out_proj = PackedLinear(ssm.out_proj.weight, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual + ssm(x)``, all of them ``Tensor[B, H, W, C]``."""
         u = self.conv(self.in_u(x))  # [B, H, W, D]
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
         delta = self.dt_proj(dt.contiguous())
         B, C = B.squeeze(-1), C.squeeze(-1)
         y = structure_aware_ssm(u, delta, self.A, B, C, self.D, self.dt_bias, self.taps)
+        return _in_tiles(self.gate, self.in_z.out_dim * y.element_size(), y, x, residual)
+
+    def gate(self, y: Tensor, x: Tensor, residual: Tensor) -> Tensor:
+        """``Tensor[tokens, D]`` and twice ``Tensor[tokens, C]`` -> ``Tensor[tokens, C]``."""
         norm = self.out_norm
-        return self.out_proj(gated_layer_norm(y, self.in_z(x), norm.weight, norm.bias, norm.eps))
+        y, z = (tokens[None, None] for tokens in (y, self.in_z(x)))
+        y = gated_layer_norm(y, z, norm.weight, norm.bias, norm.eps)
+        return self.out_proj(y[0, 0]).add_(residual)
 
 
 class OptimizedBlock(_Part):
@@ -346,14 +368,12 @@ class OptimizedBlock(_Part):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = self.ssm(self.ln1(x)).add_(x)
-        x = self.cpe2(x)
-        tokens = max(TILE_BYTES // (self.fc1.out_dim * x.element_size()), 1)
-        tiles = [
-            self.fc2(self.fc1(self.ln2(tile))).add_(tile)
-            for tile in x.flatten(0, 2).split(tokens)  # [tokens, C]
-        ]
-        return (torch.cat(tiles) if len(tiles) > 1 else tiles[0]).view_as(x)
+        x = self.ssm(self.ln1(x), residual=x)
+        return _in_tiles(self.mlp, self.fc1.out_dim * x.element_size(), self.cpe2(x))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """``Tensor[tokens, C]`` -> the same shape."""
+        return self.fc2(self.fc1(self.ln2(x))).add_(x)
 
 
 class OptimizedStage(_Part):
