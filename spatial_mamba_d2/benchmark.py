@@ -134,12 +134,16 @@ def run_benchmark(
         }
     return {
         "machine": describe_machine(device),
-        "task": f"{task}, batch {batch}, {height} x {width} pixels, float32, "
+        "task": f"{task}, batch {batch}, {_sizes(task, height, width)}, float32 unless named, "
         f"median of {rounds} interleaved rounds",
         "seconds": seconds,
         "spread": {name: (min(values), max(values)) for name, values in times.items()},
         **extra,
     }
+
+
+def _sizes(task: str, height: int, width: int) -> str:
+    return "squares" if task == "growth" else f"{height} x {width} pixels"
 
 
 def _exponent(seconds: dict[int, float]) -> float:
