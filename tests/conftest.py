@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,3 +103,24 @@ def quiet_package_logger():
     before = list(package.handlers)
     yield
     package.handlers[:] = before
+
+
+@pytest.fixture
+def arguments(overrides) -> Callable[..., Namespace]:
+    """``arguments(KEY, VALUE, ..., resume=...)``: what the command line of a training tool gives.
+
+    The room's fixture ``overrides`` comes before.
+    """
+
+    def make(*more: object, resume: bool = False) -> Namespace:
+        return Namespace(
+            config_file=None,
+            num_gpus=1,
+            num_machines=1,
+            machine_rank=0,
+            dist_url="auto",
+            opts=[*overrides, *(str(word) for word in more)],
+            resume=resume,
+        )
+
+    return make

@@ -17,18 +17,6 @@ from spatial_mamba_d2.data.imagenet import (
 from spatial_mamba_d2.training import launch
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Configuration, log and seed.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`~.config.load_config`.
-    """
-    launch.log_to_stdout()
-    cfg = load_config(args.config_file, args.opts)
-    launch.start(cfg.SEED)
-    return cfg
-
-
 def build_data(cfg: CfgNode) -> ClassificationData:
     """The data module of ``cfg``; it has read nothing but the names of the classes."""
     data, augment = cfg.DATASETS, cfg.INPUT
@@ -66,7 +54,7 @@ def build_data(cfg: CfgNode) -> ClassificationData:
 
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Train as :func:`~spatial_mamba_d2.training.launch.fit` does; return scores in percent."""
-    cfg = setup(args)
+    cfg = launch.start(args, load_config)
     data = build_data(cfg)
     data.setup("fit")  # for the length of an epoch
     epoch = data.epoch_iterations()
@@ -83,6 +71,6 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
 def test(args: argparse.Namespace) -> dict[str, float]:
     """Test as :func:`~spatial_mamba_d2.training.launch.evaluate` does; scores in percent."""
-    cfg = setup(args)
+    cfg = launch.start(args, load_config)
     data = build_data(cfg)
     return launch.evaluate(Classifier(cfg, tuple(data.classes)), data, args)

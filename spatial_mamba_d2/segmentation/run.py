@@ -14,18 +14,6 @@ from spatial_mamba_d2.segmentation.module import Segmentor
 from spatial_mamba_d2.training import launch
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Configuration, log and seed.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`~.config.load_config`.
-    """
-    launch.log_to_stdout()
-    cfg = load_config(args.config_file, args.opts)
-    launch.start(cfg.SEED)
-    return cfg
-
-
 def build_data(cfg: CfgNode) -> SegmentationData:
     """The data module of ``cfg``; it reads nothing yet."""
     protocol = build_protocol(cfg)
@@ -68,7 +56,7 @@ def build_segmentor(cfg: CfgNode) -> Segmentor:
 
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Train as :func:`~spatial_mamba_d2.training.launch.fit` does; return scores in percent."""
-    cfg = setup(args)
+    cfg = launch.start(args, load_config)
     return launch.fit(
         build_segmentor(cfg),
         build_data(cfg),
@@ -82,5 +70,5 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
 def test(args: argparse.Namespace) -> dict[str, float]:
     """Test as :func:`~spatial_mamba_d2.training.launch.evaluate` does; scores in percent."""
-    cfg = setup(args)
+    cfg = launch.start(args, load_config)
     return launch.evaluate(build_segmentor(cfg), build_data(cfg), args)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,11 +60,18 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def start(seed: int) -> None:
-    """Seed the generators; silence warnings of what is taken care of."""
-    lightning.seed_everything(seed, verbose=False)
+def start(args: argparse.Namespace, load_config: Callable[..., CfgNode]) -> CfgNode:
+    """Log to standard output, load the configuration, seed the generators.
+
+    Raises:
+        FileNotFoundError, ValueError: from ``load_config``.
+    """
+    log_to_stdout()
+    cfg = load_config(args.config_file, args.opts)
+    lightning.seed_everything(cfg.SEED, verbose=False)
     for message in _HANDLED:
         warnings.filterwarnings("ignore", message=message)
+    return cfg
 
 
 def is_first_process() -> bool:

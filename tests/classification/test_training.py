@@ -19,12 +19,14 @@ import torch
 from timm.data.mixup import Mixup
 from torch.nn import functional as F
 
+from spatial_mamba_d2.classification.config import load_config
 from spatial_mamba_d2.classification.module import Classifier
-from spatial_mamba_d2.classification.run import build_data, setup, train
+from spatial_mamba_d2.classification.run import build_data, train
 from spatial_mamba_d2.classification.run import test as evaluate
 from spatial_mamba_d2.data.imagenet import read_picture
 from spatial_mamba_d2.models import build_classifier
 from spatial_mamba_d2.models.weights import WeightsError, read_checkpoint, to_official
+from spatial_mamba_d2.training import launch
 
 LAST = "output/last.ckpt"
 
@@ -44,7 +46,7 @@ def test_the_recipe_equals_a_plain_loop(arguments, tmp_path):
     """Mixup and CutMix, smoothing, MESA after the first epoch, clipping, AdamW, cosine, average."""
     epochs, epoch, warmup, decay, weight = 4, 3, 3, 0.9, 1.5
     words = ("SOLVER.MESA.WEIGHT", weight, "SOLVER.MESA.START", 0.25, "SEED", 3)
-    cfg = setup(arguments(*words))
+    cfg = launch.start(arguments(*words), load_config)
     data = build_data(cfg)
     data.setup("fit")
     assert data.iterations() == epochs * epoch
@@ -158,7 +160,7 @@ def test_train_then_evaluate(arguments, tmp_path):
     weights = ("MODEL.WEIGHTS", output / "last.ckpt")
     assert evaluate(arguments(*weights))["top1"] == pytest.approx(trained["top1"])
 
-    cfg = setup(arguments())
+    cfg = launch.start(arguments(), load_config)
     data = build_data(cfg)
     data.setup("validate")
     safe = output / "weights.pth"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,21 +39,3 @@ def overrides(shapes, tmp_path) -> list[str]:
         "TEST.PICTURES": 0,
     }
     return [str(word) for pair in pairs.items() for word in pair]
-
-
-@pytest.fixture
-def arguments(overrides) -> Callable[..., Namespace]:
-    """``arguments(KEY, VALUE, ..., resume=...)``: what the command line would give."""
-
-    def make(*more: object, resume: bool = False) -> Namespace:
-        return Namespace(
-            config_file=None,
-            num_gpus=1,
-            num_machines=1,
-            machine_rank=0,
-            dist_url="auto",
-            opts=[*overrides, *(str(word) for word in more)],
-            resume=resume,
-        )
-
-    return make

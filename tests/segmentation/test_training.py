@@ -25,8 +25,9 @@ from spatial_mamba_d2.segmentation.module import (
     cross_entropy,
     learning_rate_factor,
 )
-from spatial_mamba_d2.segmentation.run import build_data, setup, train
+from spatial_mamba_d2.segmentation.run import build_data, train
 from spatial_mamba_d2.segmentation.run import test as evaluate
+from spatial_mamba_d2.training import launch
 from spatial_mamba_d2.training.checkpoint import SafeCheckpointIO
 
 
@@ -145,7 +146,7 @@ def test_finished_training_resumes_to_its_evaluation(arguments, tmp_path):
 @pytest.mark.usefixtures("narrow")
 def test_accumulation_sees_the_same_images(arguments):
     """Pixel for pixel, in as many parts."""
-    cfg = setup(arguments())
+    cfg = launch.start(arguments(), load_config)
     batches = {}
     for parts in (1, 2):
         cfg.defrost()
