@@ -1,19 +1,20 @@
-"""Latency of operators and models, ours and timm's, compared in one run.
+"""Time and memory of operators, backbones and a detector, ours and others', compared in one run.
 
 Results are checked before they are timed; candidates take turns, and the medians over the rounds
-are reported, so that a disturbance of the machine meets all of them alike.
+are reported, so that a disturbance of the machine meets all of them alike. Matrix products of
+2048 x 2048 take their turns too: what they reach is the peak that backbones are held against.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
+import logging
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,9 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 
-from spatial_mamba_d2 import model_zoo
+from spatial_mamba_d2.model_zoo import get_config
 from spatial_mamba_d2.models import build_backbone, optimize_for_inference
 from spatial_mamba_d2.models.flops import official_flops
 from spatial_mamba_d2.models.inference import PackedLinear
@@ -37,13 +37,13 @@ PEERS = {
     "timm mambaout_tiny": "mambaout_tiny",
 }
 NATIVE, EAGER = "ours, compiled operators", "ours, plain PyTorch operators"
-OPTIMISED, OPTIMISED_BF16 = "ours, optimised", "ours, optimised, bfloat16"
-GEMM = ("MKL product 2048 x 2048 x 2048", "oneDNN product 2048 x 2048 x 2048, packed")
-GEMM_SIDE = 2048
-CHANNELS_LAST = torch.channels_last
-GROWTH_SIDES = (256, 512, 1024, 2048)
+OPTIMISED = "ours, optimised"
 TASKS = ("op", "backbone", "train", "growth", "detector")
 DEVICES = ("cpu", "cuda")
+GROWTH_PX = (256, 512, 1024, 2048)
+GEMM = 2048
+#: largest difference between two candidates, over the largest value
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 Candidates = dict[str, Callable[[], Any]]
 
 
@@ -55,29 +55,32 @@ def run_benchmark(
     rounds: int = 7,
     threads: int | None = None,
     device: str = "cpu",
-    compiled: bool = False,
+    compile: bool = False,
+    growth_px: Iterable[int] = GROWTH_PX,
 ) -> dict[str, Any]:
-    """Check, then time one task, in float32 where the name does not say otherwise.
+    """Check, then time one task in float32; backbones in bfloat16 too.
 
     Args:
         task: ``"op"``: the fused operator on a map of a quarter of the image's size with 128
             channels, forward and backward; ``"backbone"``: the four feature maps, forward;
-            ``"train"``: forward and backward of the same; ``"growth"``: the backbone at squares of
-            256 to 2048 pixels; ``"detector"``: Mask R-CNN with random weights.
-        height, width: of the image in pixels; not of ``"growth"``.
+            ``"train"``: forward and backward of the same; ``"growth"``: ``"backbone"`` on squares
+            of ``growth_px``; ``"detector"``: all layers of Mask R-CNN, with 1000 proposals and 100
+            detections for each image.
+        height, width: of the image in pixels.
         batch: images.
         rounds: turns of each candidate.
         threads: of PyTorch; ``None`` leaves them.
         device: ``"cpu"`` or ``"cuda"``.
-        compiled: of ``"backbone"``, also time all models under ``torch.compile``, with frozen
-            weights; compiling takes minutes.
+        compile: time backbones by ``torch.compile`` too, with frozen weights.
+        growth_px: sides of the images in pixels.
 
     Returns:
-        a dictionary with ``machine``, ``task``, ``seconds`` (median of each candidate) and
-        ``spread`` (least and most of each). On a CPU also, by task: ``gemm_gflops``, the best
-        rate of a large matrix product in the same run, and ``gemm_share`` of it that ours reach,
-        by the authors' FLOPs, 2 per multiply-add; ``saved_mb`` that training keeps for the backward
-        pass; ``growth``, the exponent of latency over pixels.
+        a dictionary with ``machine``, ``task``, ``seconds`` (median of each candidate), ``spread``
+        (least and most of each) and ``memory_mb``: what a training step saves for its backward
+        pass, or by how much other calls raise the memory of the process (on Linux). Backbones add
+        ``peak_gflops`` of a matrix product and ``peak_fraction``, what ours reach of it, by
+        :mod:`.models.flops` at 2 FLOPs per multiply-add; ``"growth"`` adds ``exponent``, fitted to
+        seconds over pixels, and has dictionaries by pixels in place of numbers.
 
     Raises:
         ValueError: no such task, a size below 1, or a device that is not there.
@@ -94,62 +97,95 @@ def run_benchmark(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    extra: dict[str, Any] = {}
     with torch.device(device):
         if task == "op":
             candidates = _operator_candidates(batch, height // 4 or 1, width // 4 or 1, 128)
-        elif task == "growth":
-            candidates = _growth_candidates(batch)
-        elif task == "detector":
-            candidates = _detector_candidates(batch, height, width)
+            result = _measure(candidates, rounds, device)
         elif task == "train":
-            candidates, extra["saved_mb"] = _training_candidates(batch, height, width)
+            candidates, memory = _training_candidates(batch, height, width)
+            result = {**_measure(candidates, rounds, device), "memory_mb": memory}
+        elif task == "detector":
+            result = _measure(_detector_candidates(batch, height, width), rounds, device)
+        elif task == "backbone":
+            candidates = _backbone_candidates(batch, height, width, compile)
+            result = _measure(candidates, rounds, device)
+            result |= _fraction_of_peak(result["seconds"], (batch, 3, height, width))
         else:
-            candidates = _backbone_candidates(batch, height, width, compiled)
+            result = _growth(batch, rounds, device, tuple(growth_px))
+    pixels = "growing images" if task == "growth" else f"{height} x {width} pixels"
+    return {
+        "machine": describe_machine(device),
+        "task": f"{task}, batch {batch}, {pixels}, float32 unless told otherwise, "
+        f"median of {rounds} interleaved rounds",
+        **result,
+    }
+
+
+def _measure(candidates: Candidates, rounds: int, device: str) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    memory: dict[str, float] = {}
     for turn in range(rounds + 1):  # the first one warms up
         for name, candidate in candidates.items():
+            before = _reset_peak_memory_mb() if turn == 1 else None
             start = time.perf_counter()
             candidate()
             if device == "cuda":
                 torch.cuda.synchronize()
             if turn:
                 times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    if GEMM[0] in seconds:
-        flops = (
-            2e9 * official_flops(build_backbone("tiny").eval(), (batch, 3, height, width))["total"]
-        )
-        best = 2 * GEMM_SIDE**3 / min(seconds[name] for name in GEMM)
-        extra["gemm_gflops"] = best / 1e9
-        extra["gemm_share"] = {
-            name: flops / value / best
-            for name, value in seconds.items()
-            if name.startswith("ours") and "bfloat16" not in name
-        }
-    if task == "growth":
-        extra["growth"] = {
-            kind: _exponent({side: seconds[f"{kind}, {side}"] for side in GROWTH_SIDES})
-            for kind in (_ours()[0], OPTIMISED)
-        }
+            if before is not None:
+                memory[name] = _memory_mb("VmHWM") - before
     return {
-        "machine": describe_machine(device),
-        "task": f"{task}, batch {batch}, {_sizes(task, height, width)}, float32 unless named, "
-        f"median of {rounds} interleaved rounds",
-        "seconds": seconds,
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
         "spread": {name: (min(values), max(values)) for name, values in times.items()},
-        **extra,
+        "memory_mb": memory,
     }
 
 
-def _sizes(task: str, height: int, width: int) -> str:
-    return "squares" if task == "growth" else f"{height} x {width} pixels"
+def _memory_mb(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(field))
+    return int(line.split()[1]) / 1e3
+
+
+def _reset_peak_memory_mb() -> float | None:
+    """Memory of this process, from which its peak counts anew; ``None`` where that is unknown."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _memory_mb("VmRSS")
+
+
+def _growth(batch: int, rounds: int, device: str, sides: tuple[int, ...]) -> dict[str, Any]:
+    figures: dict[str, dict[str, dict[int, Any]]] = {}
+    for side in sides:
+        candidates = _backbone_candidates(batch, side, side, compile=False)
+        chosen = {n: c for n, c in candidates.items() if "bfloat16" not in n and "GEMM" not in n}
+        for key, values in _measure(chosen, rounds, device).items():
+            for name, value in values.items():
+                figures.setdefault(key, {}).setdefault(name, {})[side**2] = value
+    exponents = {name: _exponent(values) for name, values in figures["seconds"].items()}
+    return {**figures, "exponent": exponents}
 
 
 def _exponent(seconds: dict[int, float]) -> float:
-    """Slope of log(seconds) over log(pixels), by least squares."""
-    pixels = [math.log(side * side) for side in seconds]
-    return statistics.linear_regression(pixels, list(map(math.log, seconds.values()))).slope
+    """The slope of log(seconds) over log(pixels), by least squares."""
+    x = [math.log(pixels) for pixels in seconds]
+    return statistics.linear_regression(x, [math.log(s) for s in seconds.values()]).slope
+
+
+def _fraction_of_peak(seconds: dict[str, float], shape: tuple[int, ...]) -> dict[str, Any]:
+    products = {name: value for name, value in seconds.items() if "GEMM" in name}
+    peak = {name: 2 * GEMM**3 / 1e9 / value for name, value in products.items()}
+    gflop = 2 * official_flops(build_backbone("tiny").eval(), shape)["total"]
+    best = max((value for name, value in peak.items() if "bfloat16" not in name))
+    fraction = {
+        name: gflop / value / best
+        for name, value in seconds.items()
+        if name.startswith("ours") and "bfloat16" not in name
+    }
+    return {"peak_gflops": peak, "peak_fraction": fraction}
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
@@ -192,7 +228,7 @@ def _served_by(kernels: str, function: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def _check(outputs: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+def _check(outputs: dict[str, Tensor], tolerance: float = TOLERANCE[torch.float32]) -> None:
     first, *others = outputs.items()
     for name, value in others:
         error = ((value - first[1]).abs().max() / first[1].abs().max()).item()
@@ -225,159 +261,225 @@ def _operator_candidates(batch: int, height: int, width: int, dim: int) -> Candi
     return {**candidates, "one copy of u": u.clone}
 
 
-def _peers(height: int, width: int, train: bool) -> dict[str, nn.Module]:
-    models: dict[str, nn.Module] = {}
-    for name, timm_name in PEERS.items():
-        size: dict[str, Any] = {"img_size": (height, width)} if "swin" in timm_name else {}
-        models[name] = timm.create_model(timm_name, features_only=True, **size).train(train)
-    return models
+def _peer(timm_name: str, height: int, width: int) -> nn.Module:
+    size: dict[str, Any] = {"img_size": (height, width)} if "swin" in timm_name else {}
+    return timm.create_model(timm_name, features_only=True, **size)
 
 
-def _infer(model: Callable[[Tensor], Any], image: Tensor) -> Callable[[], Any]:
-    def forward() -> Any:
-        with torch.no_grad():
-            return model(image)
+def _coarsest(outputs: Any) -> Tensor:
+    return (list(outputs.values()) if isinstance(outputs, dict) else outputs)[-1]
+
+
+def _forward(model: Callable, image: Tensor, dtype: torch.dtype = torch.float32) -> Callable:
+    """Inference, under autocast for another dtype than float32; gives the coarsest map."""
+
+    def forward() -> Tensor:
+        autocast = torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32)
+        with torch.no_grad(), autocast:
+            return _coarsest(model(image))
 
     return forward
 
 
-def _backbone_candidates(batch: int, height: int, width: int, compiled: bool) -> Candidates:
+def _in_better_format(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Callable:
+    """The faster of PyTorch's two memory formats, by the second call in each."""
+
+    def seconds(forward: Callable) -> float:
+        forward()
+        start = time.perf_counter()
+        forward()
+        return time.perf_counter() - start
+
+    formats = (torch.contiguous_format, torch.channels_last)
+    images = [image.contiguous(memory_format=memory_format) for memory_format in formats]
+    trials = [
+        seconds(_forward(model.to(memory_format=memory_format), x, dtype))
+        for memory_format, x in zip(formats, images, strict=True)
+    ]
+    best = trials.index(min(trials))
+    return _forward(model.to(memory_format=formats[best]), images[best], dtype)
+
+
+def _backbone_candidates(batch: int, height: int, width: int, compile: bool) -> Candidates:
     image = torch.randn(batch, 3, height, width)
     ours = build_backbone("tiny").eval()
-    candidates = {name: _served_by(name, _infer(ours, image)) for name in _ours()}
-    peers = _peers(height, width, train=False)
-    models: dict[str, nn.Module] = {}
-    if image.device.type == "cpu":
-        candidates[OPTIMISED] = _infer(optimize_for_inference(ours), image)
-        _check({name: candidate()["res5"] for name, candidate in candidates.items()})
-        half = optimize_for_inference(ours, torch.bfloat16)
-        candidates[OPTIMISED_BF16] = _infer(half, image)
-        _check({name: candidates[name]()["res5"] for name in (OPTIMISED, OPTIMISED_BF16)}, 0.1)
-        side = torch.randn(2, GEMM_SIDE, GEMM_SIDE)
-        candidates[GEMM[0]] = lambda: F.linear(side[0], side[1])
-        packed = PackedLinear(side[1])
-        candidates[GEMM[1]] = lambda: packed(side[0])
-    else:
-        _check({name: candidate()["res5"] for name, candidate in candidates.items()})
-    for name, peer in peers.items():
-        models[name] = peer
-        models[f"{name}, channels_last"] = copy.deepcopy(peer).to(memory_format=CHANNELS_LAST)
-        models[f"{name}, bfloat16"] = copy.deepcopy(peer).bfloat16()
+    low = torch.bfloat16
+    exact = {name: _served_by(name, _forward(ours, image)) for name in _ours()}
+    exact[OPTIMISED] = _forward(optimize_for_inference(ours), image)
+    rough = {
+        "ours, bfloat16 by autocast": _forward(ours, image, low),
+        f"{OPTIMISED}, bfloat16": _forward(optimize_for_inference(ours, low), image),
+    }
+    models = {name: _peer(timm_name, height, width).eval() for name, timm_name in PEERS.items()}
+    peers = {}
     for name, model in models.items():
-        x = image.bfloat16() if "bfloat16" in name else image
-        memory_format = CHANNELS_LAST if "channels_last" in name else torch.contiguous_format
-        candidates[name] = _infer(model, x.contiguous(memory_format=memory_format))
-    if compiled:
-        inductor_config.freezing = True
-        for name, model in {NATIVE: ours, **peers}.items():
-            candidates[f"{name}, torch.compile"] = _infer(torch.compile(model), image)
+        peers[name] = _in_better_format(model, image, torch.float32)
+        peers[f"{name}, bfloat16 by autocast"] = _in_better_format(copy.deepcopy(model), image, low)
+    if compile:
+        exact["ours, torch.compile"] = _compiled(ours, image)
+        for name, model in models.items():
+            compiled = peers[f"{name}, torch.compile"] = _compiled(model, image)
+            _check({name: peers[name](), f"{name}, torch.compile": compiled()})
+    _check({name: candidate() for name, candidate in exact.items()})
+    reference = exact[OPTIMISED]()
+    for name, candidate in rough.items():
+        _check({OPTIMISED: reference, name: candidate().float()}, TOLERANCE[low])
+    return {**exact, **rough, **peers, **_matrix_products()}
+
+
+def _compiled(model: nn.Module, image: Tensor) -> Callable:
+    """``torch.compile`` with the weights frozen; compiles at once."""
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    forward = _forward(torch.compile(copy.deepcopy(model)), image)
+    with config.patch(freezing=True):
+        forward()
+    return forward
+
+
+def _matrix_products() -> Candidates:
+    x, weight = torch.randn(2, GEMM, GEMM)
+    packed = PackedLinear(weight)
+    name = f"GEMM {GEMM}^3"
+    candidates: Candidates = {f"{name}, PyTorch's linear": lambda: F.linear(x, weight)}
+    if packed.packed:
+        candidates[f"{name}, packed for oneDNN"] = lambda: packed(x)
     return candidates
 
 
 def _training_candidates(
     batch: int, height: int, width: int
 ) -> tuple[Candidates, dict[str, float]]:
+    """Steps, and the MB that each saves for its backward pass."""
     image = torch.randn(batch, 3, height, width)
-    ours = build_backbone("tiny").eval()
-    _check({n: _served_by(n, _infer(ours, image))()["res5"] for n in _ours()})
+    ours = build_backbone("tiny")
+    _check({name: _served_by(name, _forward(ours.eval(), image))() for name in _ours()})
+    ours.train()
+    models: dict[str, nn.Module] = dict.fromkeys(_ours(), ours)
+    models |= {name: _peer(timm_name, height, width).train() for name, timm_name in PEERS.items()}
 
-    def step(model: nn.Module) -> None:
-        model.zero_grad()
+    def loss(model: nn.Module) -> Tensor:
         outputs = model(image)
-        outputs = outputs.values() if isinstance(outputs, dict) else outputs
-        sum(output.mean() for output in outputs).backward()
+        maps = outputs.values() if isinstance(outputs, dict) else outputs
+        return torch.stack([output.mean() for output in maps]).sum()
 
-    models = {"ours": ours.train(), **_peers(height, width, train=True)}
-    saved = {name: saved_bytes(model, image) / 1e6 for name, model in models.items()}
-    candidates = {name: _served_by(name, partial(step, ours)) for name in _ours()}
-    others = {name: partial(step, model) for name, model in models.items() if name != "ours"}
-    return {**candidates, **others}, saved
+    def step(model: nn.Module) -> Callable[[], None]:
+        def call() -> None:
+            model.zero_grad()
+            loss(model).backward()
+
+        return call
+
+    def kernels(name: str) -> str:
+        return name if name == EAGER else NATIVE
+
+    candidates = {n: _served_by(kernels(n), step(model)) for n, model in models.items()}
+    memory = {
+        n: saved_bytes(model, _served_by(kernels(n), partial(loss, model))) / 1e6
+        for n, model in models.items()
+    }
+    return candidates, memory
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of what is kept for the backward pass: each storage once, without parameters and x."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
-    kept: dict[int, Tensor] = {}
+def saved_bytes(model: nn.Module, function: Callable[[], Tensor]) -> int:
+    """What ``function`` keeps for its backward pass: each storage once, but for weights."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    storages: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        if (address := tensor.untyped_storage().data_ptr()) not in known:
-            kept[address] = tensor  # alive, so that no other storage gets its address
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(x)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def _growth_candidates(batch: int) -> Candidates:
-    kind = _ours()[0]
-    model = build_backbone("tiny").eval()
-    optimised = optimize_for_inference(model)
-    candidates: Candidates = {}
-    for side in GROWTH_SIDES:
-        image = torch.randn(batch, 3, side, side)
-        candidates[f"{kind}, {side}"] = _infer(model, image)
-        candidates[f"{OPTIMISED}, {side}"] = _infer(optimised, image)
-    return candidates
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _detector_candidates(batch: int, height: int, width: int) -> Candidates:
-    model = model_zoo.build("mask_rcnn_spatial_mamba_t").to(torch.get_default_device())
-    image = torch.randint(256, (3, height, width)).float()
-    inputs: Any = [{"image": image, "height": height, "width": width}] * batch
-    candidates = {name: _served_by(name, _infer(model, inputs)) for name in _ours()}
-    if image.device.type == "cpu":
-        optimised = optimize_for_inference(model)
-        candidates[OPTIMISED] = _infer(optimised, inputs)
-        # Random weights detect nothing; the pyramids are to agree.
-        tensor = model.preprocess_image(inputs).tensor
-        pyramids = {"ours": model.backbone, OPTIMISED: optimised.backbone}
-        _check({name: _infer(network, tensor)()["p5"] for name, network in pyramids.items()})
-    return candidates
+    from spatial_mamba_d2.detection.model import build_detector, run_parts
+
+    name = "mask_rcnn_spatial_mamba_t"
+    device = ["MODEL.DEVICE", torch.get_default_device().type]
+    resnet = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"]
+    resnet += ["MODEL.RESNETS.OUT_FEATURES", str(["res2", "res3", "res4", "res5"])]
+    ours = build_detector(get_config(name, device)).eval()
+    other = build_detector(get_config(name, device + resnet)).eval()
+    images = torch.randn(batch, 3, height, width)
+
+    def forward(model: nn.Module) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with torch.no_grad():
+                return run_parts(model, images)[0][0][0]  # objectness on the finest level
+
+        return call
+
+    candidates = {name: _served_by(name, forward(ours)) for name in _ours()}
+    candidates[OPTIMISED] = forward(optimize_for_inference(ours))
+    _check({name: candidate() for name, candidate in candidates.items()})
+    return {**candidates, "Detectron2 ResNet-50": forward(other)}
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """A table of the result, the fastest of ours first, with ratios to it."""
-    best = min(seconds for name, seconds in result["seconds"].items() if name.startswith("ours"))
+    """A table of the result, with ratios to the fastest of ours that are float32."""
+    machine = result["machine"]
     lines = [
-        f"{result['task']}; on {result['machine']['device']}; {result['machine']['processor']}, "
-        f"{result['machine']['threads']} threads, {result['machine']['capability']}, "
-        f"PyTorch {result['machine']['torch']}",
+        f"{result['task']}; on {machine['device']}; {machine['processor']}, "
+        f"{machine['threads']} threads, {machine['capability']}, PyTorch {machine['torch']}",
         "",
-        "| | median s | least to most | relative |",
-        "| --- | --- | --- | --- |",
     ]
-    for name, seconds in result["seconds"].items():
-        least, most = result["spread"][name]
-        lines.append(
-            f"| {name} | {seconds:.4f} | {least:.4f} to {most:.4f} | {seconds / best:.2f} |"
-        )
-    if "gemm_share" in result:
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in result["gemm_share"].items())
-        lines += ["", f"Best matrix product {result['gemm_gflops']:.0f} GFLOP/s; of it: {shares}"]
-    if "saved_mb" in result:
-        sizes = ", ".join(f"{name} {size:.0f} MB" for name, size in result["saved_mb"].items())
-        lines += ["", f"Kept for the backward pass: {sizes}"]
-    if "growth" in result:
-        exponents = ", ".join(f"{name} {value:.3f}" for name, value in result["growth"].items())
-        lines += ["", f"Latency grows with pixels to the power of: {exponents}"]
-    return "\n".join(lines)
+    if "exponent" in result:
+        rows = result["seconds"]
+        pixels = list(next(iter(rows.values())))
+        head = [*(f"{math.isqrt(p)}^2: s" for p in pixels), "exponent", "MB at the largest"]
+        body = {
+            name: [*(f"{s:.4f}" for s in row.values()), f"{result['exponent'][name]:.2f}",
+                   _cell(result["memory_mb"].get(name, {}).get(pixels[-1]), ".0f")]
+            for name, row in rows.items()
+        }  # fmt: skip
+    else:
+        rows = {n: s for n, s in result["seconds"].items() if n.startswith("ours")}
+        best = min(s for name, s in rows.items() if "bfloat16" not in name)
+        head = ["median s", "least to most", "relative", "MB", "of the GEMM peak"]
+        fraction = result.get("peak_fraction", {})
+        body = {
+            name: [f"{seconds:.4f}", "{:.4f} to {:.4f}".format(*result["spread"][name]),
+                   f"{seconds / best:.2f}", _cell(result["memory_mb"].get(name), ".0f"),
+                   _cell(fraction.get(name), ".2f")]
+            for name, seconds in result["seconds"].items()
+        }  # fmt: skip
+    table = {"": head, **dict.fromkeys(["---"], ["---"] * len(head)), **body}
+    return "\n".join(lines + [f"| {n} | {' | '.join(cells)} |" for n, cells in table.items()])
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Medians as bars, with a line from the least to the most of each candidate."""
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of seconds with their spread, or lines of seconds over pixels; needs matplotlib."""
     from matplotlib.figure import Figure
 
-    names, medians = list(result["seconds"]), list(result["seconds"].values())
-    figure = Figure(figsize=(8, 1 + 0.3 * len(names)), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    axes.barh(names, medians, color=["C0" if n.startswith("ours") else "C7" for n in names])
-    for place, name in enumerate(names):
-        axes.plot(result["spread"][name], (place, place), color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
+    if "exponent" in result:
+        for name, row in result["seconds"].items():
+            label = f"{name} ({result['exponent'][name]:.2f})"
+            axes.loglog(list(row), list(row.values()), marker="o", label=label)
+        axes.set(xlabel="pixels", ylabel="seconds")
+        axes.legend(fontsize="small")
+    else:
+        names, seconds = zip(*result["seconds"].items(), strict=True)
+        limits = [result["spread"][name] for name in names]
+        errors = [[s - least for s, (least, _) in zip(seconds, limits, strict=True)],
+                  [most - s for s, (_, most) in zip(seconds, limits, strict=True)]]  # fmt: skip
+        axes.barh(names, seconds, xerr=errors)
+        axes.invert_yaxis()
+        axes.set(xlabel="seconds, median; whiskers: least and most")
     axes.set_title(result["task"], fontsize="small")
-    figure.savefig(path)
+    figure.savefig(path, dpi=120)
 
 
 def main(
@@ -389,19 +491,20 @@ def main(
     threads: int | None,
     output: Path,
     device: str = "cpu",
-    compiled: bool = False,
+    compile: bool = False,
 ) -> None:
-    """Run, print a table, and save it as ``output``/benchmark_<task>.md, all figures as .json.
-
-    Where matplotlib is installed there is a .png too.
-    """
-    result = run_benchmark(task, height, width, batch, rounds, threads, device, compiled)
+    """Run, print a table, and save it with all figures as ``output``/benchmark_*.{md,json,png}."""
+    result = run_benchmark(task, height, width, batch, rounds, threads, device, compile)
     table = to_markdown(result)
     print(table)
     output.mkdir(parents=True, exist_ok=True)
+    size = f"_{batch}" if task == "growth" else f"_{batch}x{height}x{width}"
     on_device = "" if device == "cpu" else f"_{device}"
-    stem = output / f"benchmark_{task}_{batch}x{height}x{width}{on_device}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=2))
-    stem.with_suffix(".md").write_text(table + "\n")
-    if importlib.util.find_spec("matplotlib"):
-        draw(result, stem.with_suffix(".png"))
+    on_threads = f"_{threads}threads" if threads else ""
+    stem = str(output / f"benchmark_{task}{size}{on_device}{on_threads}")
+    Path(stem + ".json").write_text(json.dumps(result, indent=2))
+    Path(stem + ".md").write_text(table + "\n")
+    try:
+        plot(result, Path(stem + ".png"))
+    except ImportError:
+        logging.getLogger(__name__).info("no picture, for matplotlib is not installed")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Time our operators and models beside timm's, on this machine's CPU or GPU.
+"""Time our operators, backbone and detector beside others', on this machine's CPU or GPU.
 
-python tools/benchmark.py --task backbone --size 640 896
+python tools/benchmark.py --task backbone --size 640 896 --threads 1 2
 """
 
 import argparse
@@ -17,20 +17,11 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, nargs=2, default=(640, 896), metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--threads", type=int, nargs="+", default=[None], help="a run for each")
+    parser.add_argument("--compile", action="store_true", help="backbones by torch.compile too")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
-    parser.add_argument(
-        "--compile", action="store_true", help="of backbone: torch.compile too, which takes minutes"
-    )
     parser.add_argument("--output", type=Path, default=Path("output/benchmark"))
     args = parser.parse_args()
-    main(
-        args.task,
-        *args.size,
-        args.batch,
-        args.rounds,
-        args.threads,
-        args.output,
-        args.device,
-        args.compile,
-    )
+    for threads in args.threads:
+        main(args.task, *args.size, args.batch, args.rounds, threads, args.output, args.device,
+             args.compile)  # fmt: skip

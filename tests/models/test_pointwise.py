@@ -67,12 +67,10 @@ def test_a_chain_keeps_its_input_alone():
         recompute(chain, x)
     assert len(calls) == 4
 
-    class Chain(torch.nn.Module):
-        def forward(self, x):
-            return recompute(chain, x)
-
-    # What the chain was called with is the input itself; only its random number state is beside.
-    assert saved_bytes(Chain(), x) < x.nbytes
+    plain, again = (
+        saved_bytes(layer, lambda f=f: f(x)) for f in (chain, lambda x: recompute(chain, x))
+    )
+    assert x.nbytes <= again < 1.1 * x.nbytes and plain > 2 * x.nbytes
 
 
 def test_training_keeps_less_than_swin():
@@ -80,4 +78,5 @@ def test_training_keeps_less_than_swin():
     x = torch.randn(2, 3, 256, 256)
     ours = build_backbone("tiny").train()
     swin = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, img_size=256)
-    assert saved_bytes(ours, x) <= 0.7 * saved_bytes(swin.train(), x)
+    kept = [saved_bytes(model, lambda m=model: m(x)) for model in (ours, swin.train())]
+    assert kept[0] <= 0.7 * kept[1]
