@@ -90,7 +90,8 @@ class TrainingModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         if self.trainer.world_size > 1:  # running statistics of batch norm may differ
-            for network in {self.model, self.evaluated}:
+            networks = [self.model] if self.average is None else [self.model, self.evaluated]
+            for network in networks:  # in the same order everywhere
                 for buffer in network.buffers():
                     torch.distributed.broadcast(buffer, 0)
 
