@@ -1,4 +1,4 @@
-"""The backbone under torch.compile and torch.export: one graph, any size."""
+"""The backbone under torch.compile and torch.export (one graph, any size) and autocast."""
 
 from __future__ import annotations
 
@@ -59,3 +59,27 @@ def test_export_with_any_height_and_width(backbone, tmp_path):
         for size in ((33, 33), (75, 101), (224, 50)):
             x = torch.randn(1, 3, *size)
             close(loaded(x), backbone(x))
+
+
+def test_bfloat16_autocast(backbone):
+    x = torch.randn(1, 3, 61, 95)
+    with torch.no_grad():
+        expected = backbone(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = backbone(x)
+    for name, value in expected.items():
+        assert (outputs[name].float() - value).abs().max() <= 0.1 * value.abs().max(), name
+
+
+def test_training_step_under_bfloat16_autocast(backbone):
+    x = torch.randn(2, 3, 64, 64)
+    gradients = []
+    for enabled in (False, True):
+        backbone.train().zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = backbone(x).values()
+            loss = torch.stack([output.float().square().mean() for output in outputs]).sum()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
+    assert gradients[1].dtype == torch.float32 and gradients[1].isfinite().all()
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
