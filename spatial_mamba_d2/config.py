@@ -65,6 +65,14 @@ def require_at_least(cfg: Any, bounds: Mapping[str, float]) -> None:
             raise ValueError(f"{key} must be at least {least}, got {value}")
 
 
+def require_low_high(cfg: Any, keys: Sequence[str]) -> None:
+    """Raises ValueError where the value of a key is not (low, high) above 0."""
+    for key in keys:
+        value = _value(cfg, key)
+        if len(value) != 2 or not 0 < value[0] <= value[1]:
+            raise ValueError(f"{key} must be (low, high) above 0, got {value}")
+
+
 def _value(cfg: Any, key: str) -> Any:
     for part in key.split("."):
         cfg = cfg[part]

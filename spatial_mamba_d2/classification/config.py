@@ -12,6 +12,7 @@ from spatial_mamba_d2.config import (
     add_spatial_mamba_config,
     merge_config,
     require_at_least,
+    require_low_high,
     require_one_of,
     use_cpu_without_gpu,
 )
@@ -167,10 +168,7 @@ def _check(cfg: CfgNode) -> None:
             f"SOLVER.WARMUP_EPOCHS must be below SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}, "
             f"got {cfg.SOLVER.WARMUP_EPOCHS}"
         )
-    for key in ("SCALE_RANGE", "RATIO_RANGE"):
-        low_high = cfg.INPUT[key]
-        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
-            raise ValueError(f"INPUT.{key} must be (low, high) above 0, got {low_high}")
+    require_low_high(cfg, ("INPUT.SCALE_RANGE", "INPUT.RATIO_RANGE"))
     if cfg.SOLVER.MESA.WEIGHT and not cfg.SOLVER.EMA_DECAY:
         raise ValueError(
             "SOLVER.MESA.WEIGHT must be 0 without a moving average (SOLVER.EMA_DECAY 0), "

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode, get_cfg
 
-from spatial_mamba_d2.config import add_spatial_mamba_config, merge_config
+from spatial_mamba_d2.config import add_spatial_mamba_config, merge_config, require_one_of
 
 
 def detection_defaults() -> CfgNode:
@@ -69,17 +69,12 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
 
 def _check(cfg: CfgNode) -> None:
     choices = {
-        "DATASETS.ON_ERROR": (cfg.DATASETS.ON_ERROR, ("raise", "skip")),
-        "SOLVER.AMP.PRECISION": (cfg.SOLVER.AMP.PRECISION, ("bfloat16", "float16")),
-        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": (
-            cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE,
-            ("full_model", "norm", "value"),
-        ),
-        "DATALOADER.SAMPLER_TRAIN": (cfg.DATALOADER.SAMPLER_TRAIN, ("TrainingSampler",)),
+        "DATASETS.ON_ERROR": ("raise", "skip"),
+        "SOLVER.AMP.PRECISION": ("bfloat16", "float16"),
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "norm", "value"),
+        "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
     }
-    for key, (value, valid) in choices.items():
-        if value not in valid:
-            raise ValueError(f"{key} must be one of {', '.join(valid)}, got {value!r}")
+    require_one_of(cfg, choices)
     if cfg.SOLVER.ACCUMULATION_STEPS < 1:
         raise ValueError(
             f"SOLVER.ACCUMULATION_STEPS must be at least 1, got {cfg.SOLVER.ACCUMULATION_STEPS}"

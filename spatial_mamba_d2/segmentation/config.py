@@ -11,6 +11,7 @@ from spatial_mamba_d2.config import (
     add_spatial_mamba_config,
     merge_config,
     require_at_least,
+    require_low_high,
     require_one_of,
     use_cpu_without_gpu,
 )
@@ -157,9 +158,7 @@ def _check(cfg: CfgNode) -> None:
             f"MODEL.CLASS_WEIGHTS must be {cfg.MODEL.NUM_CLASSES} numbers from 0, as many as "
             f"MODEL.NUM_CLASSES, or none, got {weights}"
         )
-    low_high = cfg.INPUT.RATIO_RANGE
-    if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
-        raise ValueError(f"INPUT.RATIO_RANGE must be (low, high) above 0, got {low_high}")
+    require_low_high(cfg, ("INPUT.RATIO_RANGE",))
     if not cfg.TEST.SCALES or min(cfg.TEST.SCALES) <= 0:
         raise ValueError(f"TEST.SCALES must be numbers above 0, got {cfg.TEST.SCALES}")
     if not 0 <= cfg.SOLVER.EMA_DECAY < 1:

@@ -75,6 +75,8 @@ def test_missing_file(tmp_path):
         (["SOLVER.MAX_ITER", "many"], "Type mismatch.*SOLVER.MAX_ITER"),
         (["DATASETS.ON_ERROR", "ignore"], "ON_ERROR must be one of raise, skip, got 'ignore'"),
         (["SOLVER.AMP.PRECISION", "int8"], "PRECISION must be one of bfloat16, float16, got"),
+        (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "sum"], "CLIP_TYPE must be one of full_model, norm"),
+        (["DATALOADER.SAMPLER_TRAIN", "Other"], "SAMPLER_TRAIN must be one of TrainingSampler"),
         (["SOLVER.ACCUMULATION_STEPS", "0"], "ACCUMULATION_STEPS must be at least 1, got 0"),
         (["DATASETS.TRAIN_JSON", "a.json"], "TRAIN_JSON and DATASETS.TRAIN_IMAGES must be given"),
         (
