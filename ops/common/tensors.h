@@ -5,6 +5,9 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <memory>
+#include <new>
+
 #include "multiversion.h"
 
 namespace smd2 {
@@ -41,15 +44,30 @@ inline void check_shape(
       x.sizes());
 }
 
+// Values on lines of the cache of their own, so that no vector straddles two.
+template <typename T>
+struct CacheLines {
+  static constexpr size_t kBytes = 64;
+  struct Free {
+    void operator()(T* p) const {
+      ::operator delete[](p, std::align_val_t(kBytes));
+    }
+  };
+  static std::unique_ptr<T[], Free> zeros(int64_t count) {
+    return std::unique_ptr<T[], Free>(
+        new (std::align_val_t(kBytes)) T[count]());
+  }
+};
+
 // Runs Kernel for every image and block of channels, in parallel. `shared` has
 // what all of them have in common; `scratch_size` values belong to a thread.
 template <typename Kernel, typename Acc, typename Args>
 void run_blocks(const Args& shared, int64_t images, int64_t scratch_size) {
   const int64_t blocks = (shared.dim + lanes() - 1) / lanes();
   at::parallel_for(0, images * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Acc> scratch(scratch_size);
+    const auto scratch = CacheLines<Acc>::zeros(scratch_size);
     Args args = shared;
-    args.scratch = scratch.data();
+    args.scratch = scratch.get();
     for (int64_t i = begin; i < end; i++) {
       args.image = i / blocks;
       args.block = i % blocks;

@@ -6,6 +6,8 @@
 
 namespace smd2 {
 
+constexpr int kPrefetch = 16;  // tokens
+
 // One image, one block of N channels: where its tokens are.
 template <typename T, int N>
 struct ScanBlock {
@@ -17,17 +19,27 @@ struct ScanBlock {
   vec<acc_t<T>, N> A, bias;
 };
 
-// Step size and what its derivative needs: softplus(x) and e = exp(x), with x
-// limited to where softplus is not yet the identity.
+// Step size and what its derivative needs, e = exp(-|x|). Beyond 20 it is the
+// identity, as PyTorch defines it.
 template <typename T, int N>
 SMD2_INLINE vec<T, N> softplus(vec<T, N> x, vec<T, N>* e) {
-  const auto limit = splat<T, N>(20);
-  *e = exp<N>(x > limit ? limit : x);
-  return x > limit ? x : log1p<N>(*e);
+  const vec<T, N> zero{};
+  *e = x > splat<T, N>(20) ? zero : exp<N>(x < zero ? x : -x);
+  return (x < zero ? zero : x) + log1p<N>(*e);
+}
+
+// The derivative of softplus.
+template <typename T, int N>
+SMD2_INLINE vec<T, N> softplus_slope(vec<T, N> x, vec<T, N> e) {
+  return (x < vec<T, N>{} ? e : splat<T, N>(1)) / (e + 1);
 }
 
 // States of tokens [first, first + count) into `out`, N values a token; `h` is
 // the state before and after.
+//
+// First all steps, then all states: the processor works on several tokens at
+// once only while the chain of operations of each is short. Tokens lie apart, in
+// steps that it does not foresee by itself where they are pages.
 template <typename T, int N>
 SMD2_INLINE void scan_row(
     const ScanBlock<T, N>& block,
@@ -36,14 +48,22 @@ SMD2_INLINE void scan_row(
     vec<acc_t<T>, N>* h,
     acc_t<T>* out) {
   using V = vec<acc_t<T>, N>;
-  V state = *h, e;
-  for (int64_t t = first; t < first + count; t++, out += N) {
-    const V u = load_channels<T, N>(block.u + t * block.stride, block.channels);
-    const V delta =
-        load_channels<T, N>(block.delta + t * block.stride, block.channels);
-    const V step = softplus<acc_t<T>, N>(delta + block.bias, &e);
-    state = exp<N>(step * block.A) * state + step * u * block.B[t];
-    write<acc_t<T>, N>(out, state);
+  const T* u = block.u + first * block.stride;
+  const T* delta = block.delta + first * block.stride;
+  const int64_t ahead = kPrefetch * block.stride;
+  for (int64_t t = 0; t < count; t++) {
+    V e;
+    __builtin_prefetch(delta + t * block.stride + ahead);
+    __builtin_prefetch(u + t * block.stride + ahead);
+    const V x = load_channels<T, N>(delta + t * block.stride, block.channels);
+    write<acc_t<T>, N>(out + t * N, softplus<acc_t<T>, N>(x + block.bias, &e));
+  }
+  V state = *h;
+  for (int64_t t = 0; t < count; t++) {
+    const V step = read<acc_t<T>, N>(out + t * N);
+    const V input = load_channels<T, N>(u + t * block.stride, block.channels);
+    state = exp<N>(step * block.A) * state + step * input * block.B[first + t];
+    write<acc_t<T>, N>(out + t * N, state);
   }
   *h = state;
 }
@@ -88,10 +108,8 @@ SMD2_INLINE void scan_row_backward(
     const V grad_exponent = next * previous;  // with respect to step * A
     grad_A += grad_exponent * step;
     const V grad_step = g * u * block.B[t] + grad_exponent * block.A;
-    const V slope = delta + block.bias > splat<acc_t<T>, N>(20)
-                        ? splat<acc_t<T>, N>(1)
-                        : e / (e + 1);
-    const V grad_delta = grad_step * slope;
+    const V grad_delta =
+        grad_step * softplus_slope<acc_t<T>, N>(delta + block.bias, e);
     grad_bias += grad_delta;
     V grad_u = g * step * block.B[t];
     if (skip_grad) {
