@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #define SMD2_INLINE static inline __attribute__((always_inline))
 #define SMD2_LAMBDA __attribute__((always_inline))
@@ -64,11 +65,30 @@ SMD2_INLINE void store(T* p, vec<acc_t<T>, N> v, int n) {
   std::memcpy(p, &v, n == N ? sizeof(v) : n * sizeof(T));
 }
 
+// bfloat16 is the upper half of a float: a zero comes in front of each.
+#if defined(__clang__) || __GNUC__ >= 12
+template <int N, size_t... I>
+SMD2_INLINE vec<uint16_t, 2 * N> zeros_between(
+    vec<uint16_t, N> x, std::index_sequence<I...>) {
+  return __builtin_shufflevector(
+      x, vec<uint16_t, N>{}, (I % 2 ? I / 2 : N)...);
+}
+template <int N>
+SMD2_INLINE vec<uint16_t, 2 * N> widen(vec<uint16_t, N> x) {
+  return zeros_between<N>(x, std::make_index_sequence<2 * N>());
+}
+#else
+template <int N>
+SMD2_INLINE vec<uint32_t, N> widen(vec<uint16_t, N> x) {
+  return __builtin_convertvector(x, vec<uint32_t, N>) << 16;
+}
+#endif
+
 template <int N>
 SMD2_INLINE vec<float, N> load(const c10::BFloat16* p, int n) {
   vec<uint16_t, N> bits{};
   std::memcpy(&bits, p, n == N ? sizeof(bits) : n * sizeof(uint16_t));
-  auto wide = __builtin_convertvector(bits, vec<uint32_t, N>) << 16;
+  const auto wide = widen<N>(bits);
   vec<float, N> v;
   std::memcpy(&v, &wide, sizeof(v));
   return v;
@@ -78,9 +98,8 @@ SMD2_INLINE void store(c10::BFloat16* p, vec<float, N> v, int n) {
   vec<uint32_t, N> bits;
   std::memcpy(&bits, &v, sizeof(bits));
   auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
-  auto nan = (bits & 0x7fffffff) > 0x7f800000;
   auto narrow = __builtin_convertvector(
-      nan ? bits >> 16 | 0x40 : rounded, vec<uint16_t, N>);
+      v == v ? rounded : bits >> 16 | 0x40, vec<uint16_t, N>);
   std::memcpy(p, &narrow, n == N ? sizeof(narrow) : n * sizeof(uint16_t));
 }
 template <typename T, int N>
@@ -100,13 +119,18 @@ SMD2_INLINE void store_channels(T* p, vec<acc_t<T>, N> v, int n) {
   }
 }
 
+// Halves are added until one value is left.
 template <typename T, int N>
 SMD2_INLINE T sum(vec<T, N> v) {
-  T total = 0;
-  for (int i = 0; i < N; i++) {
-    total += v[i];
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    vec<T, N / 2> low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    const char* bytes = reinterpret_cast<const char*>(&v);
+    std::memcpy(&high, bytes + sizeof(low), sizeof(high));
+    return sum<T, N / 2>(low + high);
   }
-  return total;
 }
 
 // exp to 1 ulp or so: 2^n times a polynomial in the rest (coefficients as in
@@ -167,6 +191,11 @@ SMD2_INLINE vec<double, N> log1p(vec<double, N> x) {
 template <typename T, int N>
 SMD2_INLINE vec<T, N> sigmoid(vec<T, N> x) {
   return 1 / (1 + exp<N>(-x));
+}
+
+template <typename T, int N>
+SMD2_INLINE vec<T, N> silu(vec<T, N> x) {
+  return x / (1 + exp<N>(-x));
 }
 
 // Calls body(c, n) for blocks of N channels; n is less in the last one.

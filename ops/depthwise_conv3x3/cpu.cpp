@@ -147,7 +147,7 @@ struct Forward {
                 const T* here = rows.row[1] + (x + s) * rows.stride + c;
                 y = conv[s] + load_channels<T, N>(here, n);
               } else {
-                y = conv[s] * sigmoid<acc_t<T>, N>(conv[s]);
+                y = silu<acc_t<T>, N>(conv[s]);
               }
               store_channels<T, N>(out + (x + s) * a.dim + c, y, n);
             }

@@ -1,4 +1,5 @@
 // spatial_mamba::gated_layer_norm on the CPU; op.py documents it.
+#include "../common/moments.h"
 #include "../common/tensors.h"
 
 namespace smd2 {
@@ -16,29 +17,6 @@ struct NormArgs {
   int64_t z_stride, dim;
   acc_t<T> eps;
   int64_t part, first, last;
-};
-
-template <typename T>
-struct Moments {
-  acc_t<T> mean, scale;  // scale: 1 / deviation
-
-  template <int N>
-  SMD2_INLINE Moments of(const T* y, int64_t dim, acc_t<T> eps) {
-    using Acc = acc_t<T>;
-    vec<Acc, N> total{}, squares{};
-    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
-      total += load_channels<T, N>(y + c, n);
-    });
-    const Acc mean = sum<Acc, N>(total) / dim;
-    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
-      auto centred = load_channels<T, N>(y + c, n) - mean;
-      for (int i = n; i < N; i++) {
-        centred[i] = 0;
-      }
-      squares += centred * centred;
-    });
-    return {mean, 1 / std::sqrt(sum<Acc, N>(squares) / dim + eps)};
-  }
 };
 
 template <typename T>
@@ -61,7 +39,7 @@ struct Forward {
                           load_channels<Acc, N>(a.bias + c, n);
         const auto gate = load_channels<T, N>(z + c, n);
         store_channels<T, N>(
-            a.out + t * a.dim + c, norm * gate * sigmoid<Acc, N>(gate), n);
+            a.out + t * a.dim + c, norm * silu<Acc, N>(gate), n);
       });
     }
   }

@@ -266,19 +266,21 @@ def _halve_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, row_bytes: 
     return torch.cat(tiles, dim=1) if len(tiles) > 1 else tiles[0]
 
 
-def _in_tiles(function: Callable[..., Tensor], token_bytes: int, *maps: Tensor) -> Tensor:
-    """``function(*maps)`` by groups of tokens.
+def _add_in_tiles(
+    function: Callable[..., Tensor], token_bytes: int, x: Tensor, *maps: Tensor
+) -> Tensor:
+    """``x += function(*maps)`` by groups of tokens.
 
     Args:
         function: ``Tensor[tokens, C_i], ...`` -> ``Tensor[tokens, C]``.
         token_bytes: of the widest activation inside of ``function``, for each token.
-        maps: ``Tensor[B, H, W, C_i]``, contiguous.
+        x: ``Tensor[B, H, W, C]``, contiguous.
+        maps: ``Tensor[B, H, W, C_i]``, contiguous; ``x`` may be one of them.
     """
     tokens = max(TILE_BYTES // token_bytes, 1)
-    groups = zip(*(x.flatten(0, 2).split(tokens) for x in maps), strict=True)
-    tiles = [function(*group) for group in groups]
-    tokens_out = torch.cat(tiles) if len(tiles) > 1 else tiles[0]
-    return tokens_out.unflatten(0, maps[0].shape[:3])
+    for out, *tiles in zip(*(t.flatten(0, 2).split(tokens) for t in (x, *maps)), strict=True):
+        out.add_(function(*tiles))
+    return x
 
 
 class OptimizedStem(_Part):
@@ -339,20 +341,20 @@ class OptimizedSSM(_Part):
         self.out_proj = PackedLinear(ssm.out_proj.weight, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """``residual + ssm(x)``, all of them ``Tensor[B, H, W, C]``."""
+        """``residual += ssm(x)``, both ``Tensor[B, H, W, C]``."""
         u = self.conv(self.in_u(x))  # [B, H, W, D]
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
         delta = self.dt_proj(dt.contiguous())
         B, C = B.squeeze(-1), C.squeeze(-1)
         y = structure_aware_ssm(u, delta, self.A, B, C, self.D, self.dt_bias, self.taps)
-        return _in_tiles(self.gate, self.in_z.out_dim * y.element_size(), y, x, residual)
+        return _add_in_tiles(self.gate, self.in_z.out_dim * y.element_size(), residual, x, y)
 
-    def gate(self, y: Tensor, x: Tensor, residual: Tensor) -> Tensor:
-        """``Tensor[tokens, D]`` and twice ``Tensor[tokens, C]`` -> ``Tensor[tokens, C]``."""
+    def gate(self, x: Tensor, y: Tensor) -> Tensor:
+        """``Tensor[tokens, C], Tensor[tokens, D]`` -> ``Tensor[tokens, C]``."""
         norm = self.out_norm
         y, z = (tokens[None, None] for tokens in (y, self.in_z(x)))
         y = gated_layer_norm(y, z, norm.weight, norm.bias, norm.eps)
-        return self.out_proj(y[0, 0]).add_(residual)
+        return self.out_proj(y[0, 0])
 
 
 class OptimizedBlock(_Part):
@@ -369,12 +371,12 @@ class OptimizedBlock(_Part):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = self.ssm(self.ln1(x), residual=x)
-        return _in_tiles(self.mlp, self.fc1.out_dim * x.element_size(), self.cpe2(x))
+        x = self.cpe2(self.ssm(self.ln1(x), residual=x))
+        return _add_in_tiles(self.mlp, self.fc1.out_dim * x.element_size(), x, x)
 
     def mlp(self, x: Tensor) -> Tensor:
         """``Tensor[tokens, C]`` -> the same shape."""
-        return self.fc2(self.fc1(self.ln2(x))).add_(x)
+        return self.fc2(self.fc1(self.ln2(x)))
 
 
 class OptimizedStage(_Part):
