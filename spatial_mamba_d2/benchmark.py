@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatial_mamba_d2.allocator import keep_freed_memory, release_freed_memory
 from spatial_mamba_d2.model_zoo import get_config
 from spatial_mamba_d2.models import build_backbone, optimize_for_inference
 from spatial_mamba_d2.models.flops import official_flops
@@ -57,6 +58,7 @@ def run_benchmark(
     device: str = "cpu",
     compile: bool = False,
     growth_px: Iterable[int] = GROWTH_PX,
+    keep_memory: bool = False,
 ) -> dict[str, Any]:
     """Check, then time one task in float32; backbones in bfloat16 too.
 
@@ -73,6 +75,8 @@ def run_benchmark(
         device: ``"cpu"`` or ``"cuda"``.
         compile: time backbones by ``torch.compile`` too, with frozen weights.
         growth_px: sides of the images in pixels.
+        keep_memory: call :func:`.allocator.keep_freed_memory` first, which holds for all
+            candidates and for this process from then on.
 
     Returns:
         a dictionary with ``machine``, ``task``, ``seconds`` (median of each candidate), ``spread``
@@ -96,6 +100,7 @@ def run_benchmark(
         raise ValueError(f"device must be one of {', '.join(there)} here, got {device!r}")
     if threads:
         torch.set_num_threads(threads)
+    kept = keep_memory and keep_freed_memory()
     torch.manual_seed(0)
     with torch.device(device):
         if task == "op":
@@ -116,7 +121,7 @@ def run_benchmark(
     return {
         "machine": describe_machine(device),
         "task": f"{task}, batch {batch}, {pixels}, float32 unless told otherwise, "
-        f"median of {rounds} interleaved rounds",
+        f"median of {rounds} interleaved rounds, freed memory {'kept' if kept else 'given back'}",
         **result,
     }
 
@@ -124,14 +129,14 @@ def run_benchmark(
 def _measure(candidates: Candidates, rounds: int, device: str) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in candidates}
     memory: dict[str, float] = {}
-    for turn in range(rounds + 1):  # the first one warms up
+    for turn in ("warm up", "memory", "warm up", *range(rounds)):
         for name, candidate in candidates.items():
-            before = _reset_peak_memory_mb() if turn == 1 else None
+            before = _reset_peak_memory_mb() if turn == "memory" else None
             start = time.perf_counter()
             candidate()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if turn:
+            if isinstance(turn, int):
                 times[name].append(time.perf_counter() - start)
             if before is not None:
                 memory[name] = _memory_mb("VmHWM") - before
@@ -150,6 +155,7 @@ def _memory_mb(field: str) -> float:
 
 def _reset_peak_memory_mb() -> float | None:
     """Memory of this process, from which its peak counts anew; ``None`` where that is unknown."""
+    release_freed_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -258,7 +264,9 @@ def _operator_candidates(batch: int, height: int, width: int, dim: int) -> Candi
         named = {f"{name}: {part}": _served_by(name, function) for name in _ours()}
         _check({name: candidate() for name, candidate in named.items()})
         candidates |= named
-    return {**candidates, "one copy of u": u.clone}
+    y = torch.empty_like(u)
+    same_bytes = partial(torch.add, u, delta, out=y)
+    return {**candidates, "u + delta, the same bytes in one pass": same_bytes}
 
 
 def _peer(timm_name: str, height: int, width: int) -> nn.Module:
@@ -281,7 +289,9 @@ def _forward(model: Callable, image: Tensor, dtype: torch.dtype = torch.float32)
     return forward
 
 
-def _in_better_format(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Callable:
+def _in_better_format(
+    model: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32
+) -> Callable:
     """The faster of PyTorch's two memory formats, by the second call in each."""
 
     def seconds(forward: Callable) -> float:
@@ -313,8 +323,10 @@ def _backbone_candidates(batch: int, height: int, width: int, compile: bool) -> 
     models = {name: _peer(timm_name, height, width).eval() for name, timm_name in PEERS.items()}
     peers = {}
     for name, model in models.items():
-        peers[name] = _in_better_format(model, image, torch.float32)
+        peers[name] = _in_better_format(model, image)
         peers[f"{name}, bfloat16 by autocast"] = _in_better_format(copy.deepcopy(model), image, low)
+        converted = copy.deepcopy(model).to(low)
+        peers[f"{name}, bfloat16 weights"] = _in_better_format(converted, image.to(low))
     if compile:
         exact["ours, torch.compile"] = _compiled(ours, image)
         for name, model in models.items():
@@ -492,9 +504,12 @@ def main(
     output: Path,
     device: str = "cpu",
     compile: bool = False,
+    keep_memory: bool = False,
 ) -> None:
     """Run, print a table, and save it with all figures as ``output``/benchmark_*.{md,json,png}."""
-    result = run_benchmark(task, height, width, batch, rounds, threads, device, compile)
+    result = run_benchmark(
+        task, height, width, batch, rounds, threads, device, compile, keep_memory=keep_memory
+    )
     table = to_markdown(result)
     print(table)
     output.mkdir(parents=True, exist_ok=True)

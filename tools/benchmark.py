@@ -21,7 +21,9 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true", help="backbones by torch.compile too")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark"))
+    parser.add_argument("--keep-freed-memory", action=argparse.BooleanOptionalAction, default=True,
+                        help="for the next tensors, as our tools do")  # fmt: skip
     args = parser.parse_args()
     for threads in args.threads:
         main(args.task, *args.size, args.batch, args.rounds, threads, args.output, args.device,
-             args.compile)  # fmt: skip
+             args.compile, args.keep_freed_memory)  # fmt: skip

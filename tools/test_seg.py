@@ -10,11 +10,13 @@ Several scales and mirror images, or a sliding window:
     ... TEST.MODE slide TEST.CROP_PX 512 TEST.STRIDE_PX 341
 """
 
+from spatial_mamba_d2.allocator import keep_freed_memory
 from spatial_mamba_d2.segmentation.run import test
 from spatial_mamba_d2.training.launch import build_parser
 
 
 def main() -> None:
+    keep_freed_memory()
     test(build_parser(__doc__).parse_args())
 
 

@@ -10,11 +10,13 @@ runs on the GPU where there is one, else on the CPU. Other data, from the shell:
     ... DATASETS.ROOT my/data DATASETS.CLASSES "" MODEL.NUM_CLASSES 5
 """
 
+from spatial_mamba_d2.allocator import keep_freed_memory
 from spatial_mamba_d2.classification.run import test, train
 from spatial_mamba_d2.training.launch import build_parser
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = build_parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/last.ckpt")
     parser.add_argument(

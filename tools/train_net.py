@@ -12,11 +12,13 @@ runs on the GPU where there is one, else on the CPU. Any COCO-format data set, f
 
 from detectron2.engine import default_argument_parser
 
+from spatial_mamba_d2.allocator import keep_freed_memory
 from spatial_mamba_d2.detection.launch import launch
 from spatial_mamba_d2.detection.run import run
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = default_argument_parser(epilog=__doc__)
     parser.set_defaults(dist_url="auto")
     args = parser.parse_args()

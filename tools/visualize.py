@@ -8,10 +8,12 @@
 import argparse
 from pathlib import Path
 
+from spatial_mamba_d2.allocator import keep_freed_memory
 from spatial_mamba_d2.detection.predict import draw_folder
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,0 +1,45 @@
+"""Freed memory stays with the process, where the C library can do that."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+resource = pytest.importorskip("resource", reason="page faults are not to be had on Windows")
+
+PROGRAM = """
+import resource, torch
+from spatial_mamba_d2.allocator import keep_freed_memory
+
+kept = keep_freed_memory()
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x = torch.ones(2 ** 24)
+    del x
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(kept, min(faults[1:]) * resource.getpagesize() > 2 ** 25)
+"""
+
+
+def kept_and_faulting(**settings: str) -> list[str]:
+    """What the call said, and whether a tensor of 64 MiB costs page faults again."""
+    env = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    env.pop("GLIBC_TUNABLES", None)
+    env |= settings
+    return subprocess.check_output([sys.executable, "-c", PROGRAM], env=env, text=True).split()
+
+
+def test_a_freed_tensor_costs_no_page_faults_again():
+    kept, faulting = kept_and_faulting()
+    if kept == "False":
+        pytest.skip("the C library is not glibc")
+    assert faulting == "False"
+
+
+def test_settings_of_the_user_stand():
+    kept, _ = kept_and_faulting(MALLOC_TRIM_THRESHOLD_="1000000")
+    assert kept == "False"
