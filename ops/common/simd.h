@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #define SMD2_INLINE static inline __attribute__((always_inline))
@@ -133,13 +134,22 @@ SMD2_INLINE T sum(vec<T, N> v) {
   }
 }
 
-// exp to 1 ulp or so: 2^n times a polynomial in the rest (coefficients as in
-// Cephes' expf). Arguments are clamped to the range of normal results.
+template <typename T, int N>
+SMD2_INLINE vec<T, N> magnitude(vec<T, N> x) {
+  using Int = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+  vec<Int, N> bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  bits &= ~Int(0) >> 1;
+  std::memcpy(&x, &bits, sizeof(bits));
+  return x;
+}
+
+// exp of x <= 88, to 1 ulp or so: 2^n times a polynomial in the rest
+// (coefficients as in Cephes' expf). Least result: the least normal number.
 template <int N>
-SMD2_INLINE vec<float, N> exp(vec<float, N> x) {
-  const auto low = splat<float, N>(-87.3f), high = splat<float, N>(88.3f);
+SMD2_INLINE vec<float, N> exp_of_small(vec<float, N> x) {
+  const auto low = splat<float, N>(-87.3f);
   x = x < low ? low : x;
-  x = x > high ? high : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to integers
   vec<float, N> shifted = x * 1.44269504f + magic;
   vec<float, N> n = shifted - magic;
@@ -157,6 +167,11 @@ SMD2_INLINE vec<float, N> exp(vec<float, N> x) {
   bits += exponent << 23;  // the low bits of `shifted` are n
   std::memcpy(&p, &bits, sizeof(p));
   return p;
+}
+template <int N>
+SMD2_INLINE vec<float, N> exp(vec<float, N> x) {
+  const auto high = splat<float, N>(88.3f);
+  return exp_of_small<N>(x > high ? high : x);
 }
 
 // log(1 + e) for e in [0, 1], to 2e-7 of itself: the second-order term times a
@@ -179,6 +194,10 @@ SMD2_INLINE vec<double, N> exp(vec<double, N> x) {
     x[i] = std::exp(x[i]);
   }
   return x;
+}
+template <int N>
+SMD2_INLINE vec<double, N> exp_of_small(vec<double, N> x) {
+  return exp<N>(x);
 }
 template <int N>
 SMD2_INLINE vec<double, N> log1p(vec<double, N> x) {

@@ -20,12 +20,15 @@ struct ScanBlock {
 };
 
 // Step size and what its derivative needs, e = exp(-|x|). Beyond 20 it is the
-// identity, as PyTorch defines it.
+// identity, as PyTorch defines it, which shows in double alone.
 template <typename T, int N>
 SMD2_INLINE vec<T, N> softplus(vec<T, N> x, vec<T, N>* e) {
-  const vec<T, N> zero{};
-  *e = x > splat<T, N>(20) ? zero : exp<N>(x < zero ? x : -x);
-  return (x < zero ? zero : x) + log1p<N>(*e);
+  const vec<T, N> size = magnitude<T, N>(x);
+  *e = exp_of_small<N>(-size);
+  if constexpr (std::is_same_v<T, double>) {
+    *e = x > splat<T, N>(20) ? vec<T, N>{} : *e;
+  }
+  return (x + size) * T(0.5) + log1p<N>(*e);
 }
 
 // The derivative of softplus.
