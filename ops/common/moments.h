@@ -29,4 +29,19 @@ struct Moments {
   }
 };
 
+// Channels c to c + n of a token, normalised.
+template <typename T, int N>
+SMD2_INLINE vec<acc_t<T>, N> normalized(
+    const T* y,
+    const Moments<T>& m,
+    const acc_t<T>* weight,
+    const acc_t<T>* bias,
+    int64_t c,
+    int n) {
+  using Acc = acc_t<T>;
+  const auto normal = (load_channels<T, N>(y + c, n) - m.mean) * m.scale;
+  return normal * load_channels<Acc, N>(weight + c, n) +
+         load_channels<Acc, N>(bias + c, n);
+}
+
 }  // namespace smd2

@@ -70,9 +70,9 @@ SMD2_INLINE void store(T* p, vec<acc_t<T>, N> v, int n) {
 #if defined(__clang__) || __GNUC__ >= 12
 template <int N, size_t... I>
 SMD2_INLINE vec<uint16_t, 2 * N> zeros_between(
-    vec<uint16_t, N> x, std::index_sequence<I...>) {
-  return __builtin_shufflevector(
-      x, vec<uint16_t, N>{}, (I % 2 ? I / 2 : N)...);
+    vec<uint16_t, N> x,
+    std::index_sequence<I...>) {
+  return __builtin_shufflevector(x, vec<uint16_t, N>{}, (I % 2 ? I / 2 : N)...);
 }
 template <int N>
 SMD2_INLINE vec<uint16_t, 2 * N> widen(vec<uint16_t, N> x) {

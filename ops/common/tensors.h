@@ -54,8 +54,8 @@ struct CacheLines {
     }
   };
   static std::unique_ptr<T[], Free> zeros(int64_t count) {
-    return std::unique_ptr<T[], Free>(
-        new (std::align_val_t(kBytes)) T[count]());
+    return std::unique_ptr<T[], Free>(new (std::align_val_t(kBytes))
+                                          T[count]());
   }
 };
 

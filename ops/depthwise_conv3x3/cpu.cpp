@@ -2,121 +2,10 @@
 //
 // Rows are shared out to threads; within a row, strips of tokens run over all
 // channels, so that memory is read in order.
-#include "../common/tensors.h"
+#include "rows.h"
 
 namespace smd2 {
 namespace {
-
-constexpr int kKernel = 3;
-constexpr int kWeights = kKernel * kKernel;
-constexpr int kStrip = 4;  // tokens
-constexpr int kRowsPerPart = 4;
-
-// A map whose tokens lie `stride` elements apart.
-template <typename T>
-struct Map {
-  const T* data;
-  int64_t stride;
-
-  explicit Map(const at::Tensor& x)
-      : data(x.const_data_ptr<T>()), stride(token_stride(x)) {}
-};
-
-struct Geometry {
-  int64_t height, width, dim;
-  int64_t part, first, last;  // rows of all images together
-
-  explicit Geometry(const at::Tensor& x)
-      : height(x.size(1)), width(x.size(2)), dim(x.size(3)) {}
-};
-
-// Rows r - 1, r, r + 1 of a map; null outside of the image.
-template <typename T>
-struct Rows {
-  const T* row[kKernel];
-  int64_t stride;
-
-  SMD2_INLINE Rows around(const Map<T>& map, const Geometry& g, int64_t r) {
-    Rows rows{{}, map.stride};
-    const int64_t y = r % g.height;
-    for (int i = 0; i < kKernel; i++) {
-      const bool inside = y + i - 1 >= 0 && y + i - 1 < g.height;
-      rows.row[i] =
-          inside ? map.data + (r + i - 1) * g.width * map.stride : nullptr;
-    }
-    return rows;
-  }
-};
-
-// Tokens x - 1 .. x + S of a row, n channels from c on; 0 outside.
-template <typename T, int N, int S>
-SMD2_INLINE void load_tokens(
-    const T* row,
-    int64_t stride,
-    int64_t x,
-    int64_t width,
-    int64_t c,
-    int n,
-    vec<acc_t<T>, N>* values) {
-#pragma GCC unroll 8
-  for (int i = 0; i < S + 2; i++) {
-    const int64_t at = x - 1 + i;
-    values[i] = at >= 0 && at < width
-                    ? load_channels<T, N>(row + at * stride + c, n)
-                    : vec<acc_t<T>, N>{};
-  }
-}
-
-// The convolution at tokens x .. x + S - 1.
-template <typename T, int N, int S>
-SMD2_INLINE void convolve(
-    const Rows<T>& rows,
-    int64_t x,
-    int64_t width,
-    const acc_t<T>* weights,  // [9, dim], and the bias behind
-    int64_t dim,
-    int64_t c,
-    int n,
-    vec<acc_t<T>, N>* out) {
-  using V = vec<acc_t<T>, N>;
-  const V bias = load_channels<acc_t<T>, N>(weights + kWeights * dim + c, n);
-  for (int s = 0; s < S; s++) {
-    out[s] = bias;
-  }
-  for (int i = 0; i < kKernel; i++) {
-    if (!rows.row[i]) {
-      continue;
-    }
-    V values[S + 2];
-    load_tokens<T, N, S>(rows.row[i], rows.stride, x, width, c, n, values);
-#pragma GCC unroll 3
-    for (int j = 0; j < kKernel; j++) {
-      const V w =
-          load_channels<acc_t<T>, N>(weights + (i * kKernel + j) * dim + c, n);
-#pragma GCC unroll 8
-      for (int s = 0; s < S; s++) {
-        out[s] += w * values[s + j];
-      }
-    }
-  }
-}
-
-// Calls body(S, x, c, n) for strips of S tokens of a row and blocks of
-// channels, n being N but in the last one.
-template <int N, typename Body>
-SMD2_INLINE void for_strips(int64_t width, int64_t dim, const Body& body) {
-  int64_t x = 0;
-  for (; x + kStrip <= width; x += kStrip) {
-    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
-      body(std::integral_constant<int, kStrip>{}, x, c, n);
-    });
-  }
-  for (; x < width; x++) {
-    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
-      body(std::integral_constant<int, 1>{}, x, c, n);
-    });
-  }
-}
 
 template <typename T>
 struct ForwardArgs : Geometry {
@@ -132,25 +21,9 @@ struct Forward {
   SMD2_INLINE void run(const ForwardArgs<T>& a) {
     using V = vec<acc_t<T>, N>;
     for (int64_t r = a.first; r < a.last; r++) {
-      const auto rows = Rows<T>::around(a.x, a, r);
-      T* out = a.out + r * a.width * a.dim;
-      for_strips<N>(
-          a.width,
-          a.dim,
-          [&](auto strip, int64_t x, int64_t c, int n) SMD2_LAMBDA {
-            constexpr int S = decltype(strip)::value;
-            V conv[S];
-            convolve<T, N, S>(rows, x, a.width, a.weights, a.dim, c, n, conv);
-            for (int s = 0; s < S; s++) {
-              V y;
-              if (a.residual) {
-                const T* here = rows.row[1] + (x + s) * rows.stride + c;
-                y = conv[s] + load_channels<T, N>(here, n);
-              } else {
-                y = silu<acc_t<T>, N>(conv[s]);
-              }
-              store_channels<T, N>(out + (x + s) * a.dim + c, y, n);
-            }
+      convolve_row<T, N>(
+          a, a.x, a.weights, r, a.out, [&](V conv, V here) SMD2_LAMBDA {
+            return a.residual ? here + conv : silu<acc_t<T>, N>(conv);
           });
     }
   }
@@ -274,17 +147,12 @@ struct Inputs {
       const at::Tensor& weight,
       const at::Tensor& bias) {
     const char* op = "depthwise_conv3x3";
-    TORCH_CHECK_VALUE(
-        x_.dim() == 4 && x_.size(1) && x_.size(2),
-        op,
-        ": x must be [B, H, W, D] with H, W >= 1, got ",
-        x_.sizes());
+    check_map(op, x_);
     const auto dim = x_.size(3);
     check_shape(op, "weight", weight, {dim, 1, kKernel, kKernel});
     check_shape(op, "bias", bias, {dim});
     x = even_tokens(x_.to(kernel_type(x_, x_)));
-    const auto flat = small(weight, x).view({dim, kWeights}).t();
-    weights = at::cat({flat, small(bias, x).view({1, dim})});
+    weights = flat_weights(weight, bias, x);
   }
 
   int64_t rows() const {

@@ -34,9 +34,7 @@ struct Forward {
       const T* z = a.z + t * a.z_stride;
       const auto m = Moments<T>::template of<N>(y, a.dim, a.eps);
       for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {
-        const auto normal = (load_channels<T, N>(y + c, n) - m.mean) * m.scale;
-        const auto norm = normal * load_channels<Acc, N>(a.weight + c, n) +
-                          load_channels<Acc, N>(a.bias + c, n);
+        const auto norm = normalized<T, N>(y, m, a.weight, a.bias, c, n);
         const auto gate = load_channels<T, N>(z + c, n);
         store_channels<T, N>(
             a.out + t * a.dim + c, norm * silu<Acc, N>(gate), n);

@@ -41,8 +41,8 @@ SMD2_INLINE vec<T, N> softplus_slope(vec<T, N> x, vec<T, N> e) {
 // the state before and after.
 //
 // First all steps, then all states: the processor works on several tokens at
-// once only while the chain of operations of each is short. Tokens lie apart, in
-// steps that it does not foresee by itself where they are pages.
+// once only while the chain of operations of each is short. Tokens lie apart,
+// in steps that it does not foresee by itself where they are pages.
 template <typename T, int N>
 SMD2_INLINE void scan_row(
     const ScanBlock<T, N>& block,

@@ -7,7 +7,7 @@ stale after the next update of them. It
 * merges the three kernels of each state fusion into their 25 taps, and computes ``A``;
 * packs the weights of matrix products and convolutions for oneDNN, which then applies the GELU or
   ReLU behind them while results are in registers;
-* adds residuals in place;
+* computes position encodings together with the norms behind them, and adds residuals in place;
 * sends activations that are several times as wide as the stage (of the MLP, between the
   convolutions of stem and downsampling) through in tiles, so that they stay in the cache. Larger
   ones would moreover be fetched from the operating system, page by page, in every call.
@@ -30,6 +30,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from spatial_mamba_d2.models.spatial_mamba import (
     Block,
     ConvLayer,
+    DepthwiseConv,
     Downsample,
     Stage,
     Stem,
@@ -38,7 +39,11 @@ from spatial_mamba_d2.models.spatial_mamba import (
     _nhwc,
 )
 from spatial_mamba_d2.models.upernet import ConvBNReLU, FCNHead, UPerHead
-from spatial_mamba_d2.ops import gated_layer_norm, structure_aware_ssm
+from spatial_mamba_d2.ops import (
+    depthwise_conv3x3_layer_norm,
+    gated_layer_norm,
+    structure_aware_ssm,
+)
 
 #: of the widest activation of a tile; 2 to 8 MiB are alike, measured with caches of 1 MiB per core
 TILE_BYTES = 4 * 2**20
@@ -275,7 +280,7 @@ def _add_in_tiles(
         function: ``Tensor[tokens, C_i], ...`` -> ``Tensor[tokens, C]``.
         token_bytes: of the widest activation inside of ``function``, for each token.
         x: ``Tensor[B, H, W, C]``, contiguous.
-        maps: ``Tensor[B, H, W, C_i]``, contiguous; ``x`` may be one of them.
+        maps: ``Tensor[B, H, W, C_i]``, contiguous.
     """
     tokens = max(TILE_BYTES // token_bytes, 1)
     for out, *tiles in zip(*(t.flatten(0, 2).split(tokens) for t in (x, *maps)), strict=True):
@@ -357,26 +362,40 @@ class OptimizedSSM(_Part):
         return self.out_proj(y[0, 0])
 
 
+class PositionEncoding(_Part):
+    """``x + conv(x)`` and its layer norm: ``Tensor[B, H, W, C]`` -> two of the same shape."""
+
+    def __init__(self, conv: DepthwiseConv, norm: nn.LayerNorm):
+        super().__init__()
+        self.conv, self.norm = conv, norm
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        conv, norm = self.conv, self.norm
+        return depthwise_conv3x3_layer_norm(
+            x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps
+        )
+
+
 class OptimizedBlock(_Part):
     """:class:`~.spatial_mamba.Block`, in ``dtype``."""
 
     def __init__(self, block: Block, dtype: torch.dtype | None):
         super().__init__()
-        self.cpe1, self.ln1 = block.cpe1, block.ln1
+        self.enter_ssm = PositionEncoding(block.cpe1, block.ln1)
         self.ssm = OptimizedSSM(block.ssm, dtype)
-        self.cpe2, self.ln2 = block.cpe2, block.ln2
+        self.enter_mlp = PositionEncoding(block.cpe2, block.ln2)
         fc1, fc2 = block.mlp.fc1, block.mlp.fc2
         self.fc1 = PackedLinear(fc1.weight, fc1.bias, dtype, act="gelu")
         self.fc2 = PackedLinear(fc2.weight, fc2.bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.cpe1(x)
-        x = self.cpe2(self.ssm(self.ln1(x), residual=x))
-        return _add_in_tiles(self.mlp, self.fc1.out_dim * x.element_size(), x, x)
+        x, norm = self.enter_ssm(x)
+        x, norm = self.enter_mlp(self.ssm(norm, residual=x))
+        return _add_in_tiles(self.mlp, self.fc1.out_dim * x.element_size(), x, norm)
 
     def mlp(self, x: Tensor) -> Tensor:
         """``Tensor[tokens, C]`` -> the same shape."""
-        return self.fc2(self.fc1(self.ln2(x)))
+        return self.fc2(self.fc1(x))
 
 
 class OptimizedStage(_Part):

@@ -189,7 +189,7 @@ def test_what_is_refused(model):
 def test_a_gradient_that_starts_inside_is_refused(backbone):
     optimized = optimize_for_inference(backbone)
     assert not any(p.requires_grad for p in optimized.parameters())
-    optimized.stages[0].blocks[0].ln1.weight.requires_grad = True
+    optimized.stages[0].blocks[0].enter_ssm.norm.weight.requires_grad = True
     with pytest.raises(RuntimeError, match="OptimizedSSM has no gradients"):
         optimized(torch.randn(1, 3, 32, 32))
 

@@ -1,0 +1,85 @@
+// spatial_mamba::depthwise_conv3x3_layer_norm on the CPU; op.py documents it.
+//
+// A row is normalised while the cache still has it.
+#include "../common/moments.h"
+#include "../depthwise_conv3x3/rows.h"
+
+namespace smd2 {
+namespace {
+
+template <typename T>
+struct ForwardArgs : Geometry {
+  Map<T> x;
+  const acc_t<T>* weights;
+  const acc_t<T>* norm_weight;
+  const acc_t<T>* norm_bias;
+  acc_t<T> eps;
+  T* y;
+  T* norm;
+};
+
+template <typename T>
+struct Forward {
+  template <int N>
+  SMD2_INLINE void run(const ForwardArgs<T>& a) {
+    using V = vec<acc_t<T>, N>;
+    for (int64_t r = a.first; r < a.last; r++) {
+      convolve_row<T, N>(
+          a, a.x, a.weights, r, a.y, [](V conv, V here) SMD2_LAMBDA {
+            return here + conv;
+          });
+      for (int64_t t = r * a.width; t < (r + 1) * a.width; t++) {
+        const T* y = a.y + t * a.dim;
+        const auto m = Moments<T>::template of<N>(y, a.dim, a.eps);
+        for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {
+          store_channels<T, N>(
+              a.norm + t * a.dim + c,
+              normalized<T, N>(y, m, a.norm_weight, a.norm_bias, c, n),
+              n);
+        });
+      }
+    }
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> depthwise_conv3x3_layer_norm(
+    const at::Tensor& x_,
+    const at::Tensor& weight,
+    const at::Tensor& bias,
+    const at::Tensor& norm_weight,
+    const at::Tensor& norm_bias,
+    double eps) {
+  const char* op = "depthwise_conv3x3_layer_norm";
+  check_map(op, x_);
+  const auto dim = x_.size(3);
+  check_shape(op, "weight", weight, {dim, 1, kKernel, kKernel});
+  check_shape(op, "bias", bias, {dim});
+  check_shape(op, "norm_weight", norm_weight, {dim});
+  check_shape(op, "norm_bias", norm_bias, {dim});
+  const auto x = even_tokens(x_.to(kernel_type(x_, x_)));
+  const auto weights = flat_weights(weight, bias, x);
+  const auto gain = small(norm_weight, x), shift = small(norm_bias, x);
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor norm = at::empty_like(y);
+  SMD2_DISPATCH(x.scalar_type(), "depthwise_conv3x3_layer_norm", [&] {
+    using Acc = acc_t<scalar_t>;
+    const ForwardArgs<scalar_t> args{
+        Geometry(x),
+        Map<scalar_t>(x),
+        weights.const_data_ptr<Acc>(),
+        gain.const_data_ptr<Acc>(),
+        shift.const_data_ptr<Acc>(),
+        static_cast<Acc>(eps),
+        y.data_ptr<scalar_t>(),
+        norm.data_ptr<scalar_t>()};
+    run_parts<Forward<scalar_t>>(args, x.size(0) * x.size(1), kRowsPerPart);
+  });
+  return {y.to(x_.scalar_type()), norm.to(x_.scalar_type())};
+}
+
+TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl("depthwise_conv3x3_layer_norm", &depthwise_conv3x3_layer_norm);
+}
+
+}  // namespace
+}  // namespace smd2
