@@ -44,20 +44,21 @@ inline void check_shape(
       x.sizes());
 }
 
-// Values on lines of the cache of their own, so that no vector straddles two.
-template <typename T>
-struct CacheLines {
-  static constexpr size_t kBytes = 64;
-  struct Free {
-    void operator()(T* p) const {
-      ::operator delete[](p, std::align_val_t(kBytes));
-    }
-  };
-  static std::unique_ptr<T[], Free> zeros(int64_t count) {
-    return std::unique_ptr<T[], Free>(new (std::align_val_t(kBytes))
-                                          T[count]());
+struct FreeCacheLines {
+  template <typename T>
+  void operator()(T* p) const {
+    ::operator delete[](p, kCacheLine);
   }
+  static constexpr std::align_val_t kCacheLine{64};  // bytes
 };
+
+// Memory that starts a line of the cache, so that no vector straddles two.
+template <typename T>
+std::unique_ptr<T[], FreeCacheLines> cache_lines(int64_t count) {
+  const auto bytes = count * sizeof(T);
+  return std::unique_ptr<T[], FreeCacheLines>(
+      static_cast<T*>(::operator new[](bytes, FreeCacheLines::kCacheLine)));
+}
 
 // Runs Kernel for every image and block of channels, in parallel. `shared` has
 // what all of them have in common; `scratch_size` values belong to a thread.
@@ -65,7 +66,8 @@ template <typename Kernel, typename Acc, typename Args>
 void run_blocks(const Args& shared, int64_t images, int64_t scratch_size) {
   const int64_t blocks = (shared.dim + lanes() - 1) / lanes();
   at::parallel_for(0, images * blocks, 1, [&](int64_t begin, int64_t end) {
-    const auto scratch = CacheLines<Acc>::zeros(scratch_size);
+    const auto scratch = cache_lines<Acc>(scratch_size);
+    std::fill_n(scratch.get(), scratch_size, Acc(0));
     Args args = shared;
     args.scratch = scratch.get();
     for (int64_t i = begin; i < end; i++) {

@@ -37,18 +37,16 @@ SMD2_INLINE vec<T, N> softplus_slope(vec<T, N> x, vec<T, N> e) {
   return (x < vec<T, N>{} ? e : splat<T, N>(1)) / (e + 1);
 }
 
-// States of tokens [first, first + count) into `out`, N values a token; `h` is
-// the state before and after.
+// Step sizes of tokens [first, first + count) into `out`, N values a token.
 //
-// First all steps, then all states: the processor works on several tokens at
-// once only while the chain of operations of each is short. Tokens lie apart,
-// in steps that it does not foresee by itself where they are pages.
+// A loop of its own, for the processor works on several tokens at once only
+// while the chain of operations of each is short. Tokens lie apart, in strides
+// that it does not foresee by itself where they are pages.
 template <typename T, int N>
-SMD2_INLINE void scan_row(
+SMD2_INLINE void step_row(
     const ScanBlock<T, N>& block,
     int64_t first,
     int64_t count,
-    vec<acc_t<T>, N>* h,
     acc_t<T>* out) {
   using V = vec<acc_t<T>, N>;
   const T* u = block.u + first * block.stride;
@@ -61,12 +59,62 @@ SMD2_INLINE void scan_row(
     const V x = load_channels<T, N>(delta + t * block.stride, block.channels);
     write<acc_t<T>, N>(out + t * N, softplus<acc_t<T>, N>(x + block.bias, &e));
   }
+}
+
+// What a token adds to the state, given its step.
+template <typename T, int N>
+SMD2_INLINE vec<acc_t<T>, N>
+gain(const ScanBlock<T, N>& block, int64_t t, vec<acc_t<T>, N> step) {
+  return step *
+         load_channels<T, N>(block.u + t * block.stride, block.channels) *
+         block.B[t];
+}
+
+// States of tokens [first, first + count) into `out`; `h` is the state before
+// and after.
+template <typename T, int N>
+SMD2_INLINE void scan_row(
+    const ScanBlock<T, N>& block,
+    int64_t first,
+    int64_t count,
+    vec<acc_t<T>, N>* h,
+    acc_t<T>* out) {
+  using V = vec<acc_t<T>, N>;
+  step_row<T, N>(block, first, count, out);
   V state = *h;
   for (int64_t t = 0; t < count; t++) {
     const V step = read<acc_t<T>, N>(out + t * N);
-    const V input = load_channels<T, N>(u + t * block.stride, block.channels);
-    state = exp<N>(step * block.A) * state + step * input * block.B[first + t];
+    const V decay = exp<N>(step * block.A);
+    state = decay * state + gain<T, N>(block, first + t, step);
     write<acc_t<T>, N>(out + t * N, state);
+  }
+  *h = state;
+}
+
+// scan_row in two parts, the first of which needs no state: factors of the
+// states and what is added to them, then the states in place of the latter.
+template <typename T, int N>
+SMD2_INLINE void prepare_row(
+    const ScanBlock<T, N>& block,
+    int64_t first,
+    int64_t count,
+    acc_t<T>* decays,
+    acc_t<T>* gains) {
+  using V = vec<acc_t<T>, N>;
+  step_row<T, N>(block, first, count, gains);
+  for (int64_t t = 0; t < count; t++) {
+    const V step = read<acc_t<T>, N>(gains + t * N);
+    write<acc_t<T>, N>(decays + t * N, exp<N>(step * block.A));
+    write<acc_t<T>, N>(gains + t * N, gain<T, N>(block, first + t, step));
+  }
+}
+template <typename T, int N>
+SMD2_INLINE void
+recur_row(int64_t count, vec<T, N>* h, const T* decays, T* gains) {
+  vec<T, N> state = *h;
+  for (int64_t t = 0; t < count; t++) {
+    state = read<T, N>(decays + t * N) * state + read<T, N>(gains + t * N);
+    write<T, N>(gains + t * N, state);
   }
   *h = state;
 }

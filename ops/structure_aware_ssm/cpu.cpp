@@ -64,6 +64,23 @@ struct ForwardArgs : SsmArgs<T> {
   T* y;
 };
 
+// Row y of the output, from the states around it.
+template <typename T, int N, bool Full>
+SMD2_INLINE void observe_row(
+    const ForwardArgs<T>& a,
+    const SsmBlock<T, N, Full>& block,
+    const Window<acc_t<T>>& window,
+    int64_t y) {
+  const int n = block_channels<N, Full>(a);
+  for (int64_t x = 0; x < a.width; x++) {
+    const int64_t t = y * a.width + x;
+    const auto u = load_channels<T, N>(block.scan.u + t * a.dim, n);
+    const auto fused = fuse<acc_t<T>, N>(window, block.taps, x);
+    store_channels<T, N>(
+        a.y + block.at + t * a.dim, fused * block.C[t] + block.D * u, n);
+  }
+}
+
 template <typename T>
 struct Forward {
   template <int N, bool Full>
@@ -71,7 +88,6 @@ struct Forward {
     using Acc = acc_t<T>;
     constexpr int kRows = 2 * kRadius + 1;
     const SsmBlock<T, N, Full> block(a);
-    const int n = block_channels<N, Full>(a);
     const int64_t row_size = (a.width + 2 * kRadius) * N;
     vec<Acc, N> h{};
     for (int64_t r = 0; r < a.height + kRadius; r++) {
@@ -91,16 +107,94 @@ struct Forward {
         window.rows[dy + kRadius] =
             a.scratch + source % kRows * row_size + kRadius * N;
       }
-      for (int64_t x = 0; x < a.width; x++) {
-        const int64_t t = y * a.width + x;
-        const auto u = load_channels<T, N>(block.scan.u + t * a.dim, n);
-        const auto fused = fuse<Acc, N>(window, block.taps, x);
-        store_channels<T, N>(
-            a.y + block.at + t * a.dim, fused * block.C[t] + block.D * u, n);
-      }
+      observe_row<T, N, Full>(a, block, window, y);
     }
   }
 };
+
+// The same in three stages, where there are fewer blocks than threads: only the
+// second one, a single operation for each token, goes from token to token; rows
+// of the others are shared out. Both ways give the same bits.
+template <typename T>
+struct StagedArgs : ForwardArgs<T> {
+  // For each block of each image: rows with room for kRadius tokens around.
+  acc_t<T>* decays;
+  acc_t<T>* states;
+  int64_t blocks, row;
+
+  template <int N>
+  __attribute__((always_inline)) acc_t<T>* row_of(acc_t<T>* maps, int64_t y)
+      const {
+    const int64_t rows = (this->image * blocks + this->block) * this->height;
+    const int64_t row_size = (this->width + 2 * kRadius) * N;
+    return maps + (rows + y) * row_size + kRadius * N;
+  }
+};
+
+template <typename T>
+struct Prepare {
+  template <int N, bool Full>
+  SMD2_INLINE void run(const StagedArgs<T>& a) {
+    const SsmBlock<T, N, Full> block(a);
+    prepare_row<T, N>(
+        block.scan,
+        a.row * a.width,
+        a.width,
+        a.template row_of<N>(a.decays, a.row),
+        a.template row_of<N>(a.states, a.row));
+  }
+};
+
+template <typename T>
+struct Recur {
+  template <int N, bool Full>
+  SMD2_INLINE void run(const StagedArgs<T>& a) {
+    vec<acc_t<T>, N> h{};
+    for (int64_t y = 0; y < a.height; y++) {
+      acc_t<T>* row = a.template row_of<N>(a.states, y);
+      recur_row<acc_t<T>, N>(
+          a.width, &h, a.template row_of<N>(a.decays, y), row);
+      replicate_row<acc_t<T>, N>(row, a.width);
+    }
+  }
+};
+
+template <typename T>
+struct Observe {
+  template <int N, bool Full>
+  SMD2_INLINE void run(const StagedArgs<T>& a) {
+    const SsmBlock<T, N, Full> block(a);
+    const acc_t<T>* map = a.template row_of<N>(a.states, 0) - kRadius * N;
+    const auto window = map_window<acc_t<T>, N>(map, a.row, a.height, a.width);
+    observe_row<T, N, Full>(a, block, window, a.row);
+  }
+};
+
+template <typename T>
+void run_staged(const ForwardArgs<T>& shared, int64_t blocks) {
+  StagedArgs<T> all{shared};
+  all.blocks = blocks;
+  const int64_t maps = shared.images * blocks;
+  const int64_t size = maps * shared.height * (shared.width + 2 * kRadius);
+  const auto decays = cache_lines<acc_t<T>>(size * lanes());
+  const auto states = cache_lines<acc_t<T>>(size * lanes());
+  all.decays = decays.get();
+  all.states = states.get();
+  const auto each = [&](int64_t count, auto kernel) {
+    at::parallel_for(0, maps * count, 1, [&](int64_t begin, int64_t end) {
+      StagedArgs<T> args = all;
+      for (int64_t i = begin; i < end; i++) {
+        args.image = i / count / blocks;
+        args.block = i / count % blocks;
+        args.row = i % count;
+        run<PerBlock<decltype(kernel)>>(args);
+      }
+    });
+  };
+  each(shared.height, Prepare<T>{});
+  each(1, Recur<T>{});
+  each(shared.height, Observe<T>{});
+}
 
 template <typename T>
 struct BackwardArgs : SsmArgs<T> {
@@ -268,6 +362,11 @@ at::Tensor structure_aware_ssm(
     ForwardArgs<scalar_t> shared;
     in.fill(&shared);
     shared.y = y.data_ptr<scalar_t>();
+    const int64_t blocks = (shared.dim + lanes() - 1) / lanes();
+    if (shared.images * blocks < at::get_num_threads() && shared.height > 1) {
+      run_staged(shared, blocks);
+      return;
+    }
     const int64_t scratch_size =
         (2 * kRadius + 1) * (shared.width + 2 * kRadius) * lanes();
     run_blocks<Forward<scalar_t>, Acc>(shared, shared.images, scratch_size);

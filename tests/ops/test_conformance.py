@@ -109,6 +109,20 @@ def truth(case, args):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_more_threads_than_blocks(shape, dtype, ssm_inputs, kernels):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 16):
+            torch.set_num_threads(threads)
+            results.append(ops.structure_aware_ssm(*ssm_inputs(*shape, dtype)))
+    finally:
+        torch.set_num_threads(before)
+    tolerance = 1e-5 if kernels == "eager" else 0
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_backward(case, shape, dtype, ssm_inputs):
     if case == "gated_layer_norm":  # of one or two channels it is constant
@@ -227,10 +241,14 @@ def test_every_value_is_written(case, ssm_inputs, monkeypatch):
     assert all(x.isfinite().all() for x in results)
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 14, 40), (1, 9, 14, 7), (1, 2, 33, 20)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_number_of_threads_changes_nothing(case, ssm_inputs, kernels):
-    """Not a bit in compiled kernels; rounding in the libraries' convolutions."""
-    args = [x.requires_grad_() for x in arguments(case, ssm_inputs(2, 9, 14, 40))]
+def test_number_of_threads_changes_nothing(case, shape, ssm_inputs, kernels):
+    """Not a bit in compiled kernels, which divide a map otherwise where threads would idle.
+
+    Rounding in the libraries' convolutions.
+    """
+    args = [x.requires_grad_() for x in arguments(case, ssm_inputs(*shape))]
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
