@@ -1,0 +1,104 @@
+"""The compiled CPU kernels under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from spatial_mamba_d2.ops import _extension
+
+OPS = Path(_extension.__file__).parent
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# Tiny, odd and narrow maps; several images, rows and blocks of channels, whole and partial.
+PROGRAM = """
+import sys, torch
+from spatial_mamba_d2 import ops
+
+torch.ops.load_library(sys.argv[1])
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for shape in ((1, 1, 1, 1), (2, 3, 7, 5), (1, 13, 4, 17), (2, 2, 19, 40), (1, 12, 1, 16)):
+        dim = shape[-1]
+        def leaf(*shape):
+            return torch.randn(shape).to(dtype).requires_grad_()
+        u, delta, B, C = leaf(*shape), leaf(*shape), leaf(*shape[:3]), leaf(*shape[:3])
+        A, D, bias = leaf(dim), leaf(dim), leaf(dim)
+        taps, weight = leaf(25, dim), leaf(dim, 1, 3, 3)
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            outputs = (
+                ops.structure_aware_ssm(u, delta, A, B, C, D, bias, taps),
+                ops.selective_scan(u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1), bias),
+                ops.state_fusion(u, taps),
+                ops.depthwise_conv3x3(u, weight, bias, True),
+                ops.depthwise_conv3x3(u.transpose(1, 2), weight, bias, False),
+                ops.gated_layer_norm(u, delta, D, bias),
+            )
+            sum(output.sum().float() for output in outputs).backward()
+            with torch.no_grad():
+                ops.depthwise_conv3x3_layer_norm(u, weight, bias, A, D)
+print("clean")
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The CPU kernels as ``setup.py`` has them, with sanitizers in."""
+    compiler = shutil.which("g++")
+    if sys.platform != "linux" or not compiler:
+        pytest.skip("the sanitizers are those of g++ on Linux")
+    folder = tmp_path_factory.mktemp("sanitized")
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fopenmp", abi, *SANITIZE]
+    flags += ["-Wno-psabi", "-Wno-ignored-attributes"]
+
+    def compile(source):
+        target = folder / f"{source.parent.name}.o"
+        command = [compiler, *flags, *includes, "-c", str(source), "-o", str(target)]
+        return target, subprocess.run(command, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile, sorted(OPS.glob("*/cpu.cpp"))))
+    if any("sanitize" in done.stderr and done.returncode for _, done in objects):
+        pytest.skip(f"this g++ has no sanitizers: {objects[0][1].stderr[-300:]}")
+    for target, done in objects:
+        assert done.returncode == 0, f"{target.name}: {done.stderr[-3000:]}"
+    path = folder / "sanitized.so"
+    torch_libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
+    torch_libraries += ["-lc10", "-ltorch", "-ltorch_cpu"]
+    command = [compiler, "-shared", "-fopenmp", *SANITIZE, *(target for target, _ in objects)]
+    subprocess.run([*command, *torch_libraries, "-o", path], check=True)
+    return path
+
+
+def runtime(name):
+    """The sanitizer's library, which a program without it has to load first."""
+    path = subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+    if not os.path.isabs(path):
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
+def test_kernels_are_clean(library, capability):
+    env = {
+        **os.environ,
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's and PyTorch's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "SMD2_BACKEND": "eager",  # so that the package loads no library of its own
+        "SMD2_CPU_CAPABILITY": capability,
+    }
+    command = [sys.executable, "-c", PROGRAM, str(library)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr[-5000:]
