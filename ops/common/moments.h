@@ -1,47 +1,87 @@
-// Mean and deviation over channels. Torch-free.
+// Mean and deviation over channels, and what layer norms do with them.
+// Torch-free.
 #pragma once
 
 #include "simd.h"
 
 namespace smd2 {
 
-// Of the channels of one token, as layer norms use them.
+// Tokens that are treated together, for the sums of each are chains of
+// operations that wait for one another.
+constexpr int kTokens = 4;
+
+// Of the channels of one token.
 template <typename T>
 struct Moments {
   acc_t<T> mean, scale;  // scale: 1 / deviation
+};
 
-  template <int N>
-  SMD2_INLINE Moments of(const T* y, int64_t dim, acc_t<T> eps) {
-    using Acc = acc_t<T>;
-    vec<Acc, N> total{}, squares{};
-    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
-      total += load_channels<T, N>(y + c, n);
-    });
-    const Acc mean = sum<Acc, N>(total) / dim;
-    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
-      auto centred = load_channels<T, N>(y + c, n) - mean;
+// Of S tokens that lie `dim` elements apart.
+template <typename T, int N, int S>
+SMD2_INLINE void
+moments_of(const T* y, int64_t dim, acc_t<T> eps, Moments<T>* out) {
+  using Acc = acc_t<T>;
+  vec<Acc, N> totals[S]{}, squares[S]{};
+  for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
+#pragma GCC unroll 8
+    for (int s = 0; s < S; s++) {
+      totals[s] += load_channels<T, N>(y + s * dim + c, n);
+    }
+  });
+#pragma GCC unroll 8
+  for (int s = 0; s < S; s++) {
+    out[s].mean = sum<Acc, N>(totals[s]) / dim;
+  }
+  for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
+#pragma GCC unroll 8
+    for (int s = 0; s < S; s++) {
+      auto centred = load_channels<T, N>(y + s * dim + c, n) - out[s].mean;
       for (int i = n; i < N; i++) {
         centred[i] = 0;
       }
-      squares += centred * centred;
-    });
-    return {mean, 1 / std::sqrt(sum<Acc, N>(squares) / dim + eps)};
+      squares[s] += centred * centred;
+    }
+  });
+#pragma GCC unroll 8
+  for (int s = 0; s < S; s++) {
+    out[s].scale = 1 / std::sqrt(sum<Acc, N>(squares[s]) / dim + eps);
   }
-};
+}
 
-// Channels c to c + n of a token, normalised.
-template <typename T, int N>
-SMD2_INLINE vec<acc_t<T>, N> normalized(
+// Calls body(t, c, n, normal) for tokens first .. last - 1 of y and blocks of
+// their channels, with the normalised values.
+template <typename T, int N, typename Body>
+SMD2_INLINE void normalize(
     const T* y,
-    const Moments<T>& m,
+    int64_t dim,
     const acc_t<T>* weight,
     const acc_t<T>* bias,
-    int64_t c,
-    int n) {
+    acc_t<T> eps,
+    int64_t first,
+    int64_t last,
+    const Body& body) {
   using Acc = acc_t<T>;
-  const auto normal = (load_channels<T, N>(y + c, n) - m.mean) * m.scale;
-  return normal * load_channels<Acc, N>(weight + c, n) +
-         load_channels<Acc, N>(bias + c, n);
+  const auto tokens = [&](auto count, int64_t t) SMD2_LAMBDA {
+    constexpr int S = decltype(count)::value;
+    Moments<T> m[S];
+    moments_of<T, N, S>(y + t * dim, dim, eps, m);
+    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
+      const auto w = load_channels<Acc, N>(weight + c, n);
+      const auto b = load_channels<Acc, N>(bias + c, n);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; s++) {
+        const auto value = load_channels<T, N>(y + (t + s) * dim + c, n);
+        body(t + s, c, n, (value - m[s].mean) * m[s].scale * w + b);
+      }
+    });
+  };
+  int64_t t = first;
+  for (; t + kTokens <= last; t += kTokens) {
+    tokens(std::integral_constant<int, kTokens>{}, t);
+  }
+  for (; t < last; t++) {
+    tokens(std::integral_constant<int, 1>{}, t);
+  }
 }
 
 }  // namespace smd2

@@ -28,16 +28,17 @@ struct Forward {
           a, a.x, a.weights, r, a.y, [](V conv, V here) SMD2_LAMBDA {
             return here + conv;
           });
-      for (int64_t t = r * a.width; t < (r + 1) * a.width; t++) {
-        const T* y = a.y + t * a.dim;
-        const auto m = Moments<T>::template of<N>(y, a.dim, a.eps);
-        for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {
-          store_channels<T, N>(
-              a.norm + t * a.dim + c,
-              normalized<T, N>(y, m, a.norm_weight, a.norm_bias, c, n),
-              n);
-        });
-      }
+      normalize<T, N>(
+          a.y,
+          a.dim,
+          a.norm_weight,
+          a.norm_bias,
+          a.eps,
+          r * a.width,
+          (r + 1) * a.width,
+          [&](int64_t t, int64_t c, int n, V normal) SMD2_LAMBDA {
+            store_channels<T, N>(a.norm + t * a.dim + c, normal, n);
+          });
     }
   }
 };

@@ -28,18 +28,20 @@ template <typename T>
 struct Forward {
   template <int N>
   SMD2_INLINE void run(const ForwardArgs<T>& a) {
-    using Acc = acc_t<T>;
-    for (int64_t t = a.first; t < a.last; t++) {
-      const T* y = a.y + t * a.dim;
-      const T* z = a.z + t * a.z_stride;
-      const auto m = Moments<T>::template of<N>(y, a.dim, a.eps);
-      for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {
-        const auto norm = normalized<T, N>(y, m, a.weight, a.bias, c, n);
-        const auto gate = load_channels<T, N>(z + c, n);
-        store_channels<T, N>(
-            a.out + t * a.dim + c, norm * silu<Acc, N>(gate), n);
-      });
-    }
+    using V = vec<acc_t<T>, N>;
+    normalize<T, N>(
+        a.y,
+        a.dim,
+        a.weight,
+        a.bias,
+        a.eps,
+        a.first,
+        a.last,
+        [&](int64_t t, int64_t c, int n, V normal) SMD2_LAMBDA {
+          const V gate = load_channels<T, N>(a.z + t * a.z_stride + c, n);
+          store_channels<T, N>(
+              a.out + t * a.dim + c, normal * silu<acc_t<T>, N>(gate), n);
+        });
   }
 };
 
@@ -62,7 +64,8 @@ struct Backward {
       const T* y = a.y + t * a.dim;
       const T* z = a.z + t * a.z_stride;
       const T* grad = a.grad + t * a.dim;
-      const auto m = Moments<T>::template of<N>(y, a.dim, a.eps);
+      Moments<T> m;
+      moments_of<T, N, 1>(y, a.dim, a.eps, &m);
       // Gradient of the normalised values: its mean, and that times the values.
       vec<Acc, N> total{}, product{};
       for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {

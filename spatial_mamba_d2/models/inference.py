@@ -301,7 +301,7 @@ class OptimizedStem(_Part):
         self.narrow = _packed_pointwise(narrow, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv1(x.to(self.conv1.dtype, memory_format=torch.channels_last))
         x = _nhwc(self.conv2(x).add_(x))
         row_bytes = len(x) * -(-x.shape[2] // 2) * self.widen.out_dim * x.element_size() // 2
         return _halve_in_tiles(lambda x: self.narrow(_nhwc(self.widen(_nchw(x)))), x, row_bytes)
