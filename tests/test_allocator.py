@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-resource = pytest.importorskip("resource", reason="page faults are not to be had on Windows")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is about Linux's C libraries")
 
 PROGRAM = """
 import resource, torch
@@ -16,7 +16,7 @@ from spatial_mamba_d2.allocator import keep_freed_memory
 
 kept = keep_freed_memory()
 faults = []
-for _ in range(3):
+for _ in range(12):  # a hole that is a few bytes too short is passed over at first
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x = torch.ones(2 ** 24)
     del x
@@ -41,5 +41,4 @@ def test_a_freed_tensor_costs_no_page_faults_again():
 
 
 def test_settings_of_the_user_stand():
-    kept, _ = kept_and_faulting(MALLOC_TRIM_THRESHOLD_="1000000")
-    assert kept == "False"
+    assert kept_and_faulting(MALLOC_TRIM_THRESHOLD_="1000000") == ["False", "True"]
