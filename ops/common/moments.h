@@ -48,8 +48,8 @@ moments_of(const T* y, int64_t dim, acc_t<T> eps, Moments<T>* out) {
   }
 }
 
-// Calls body(t, c, n, normal) for tokens first .. last - 1 of y and blocks of
-// their channels, with the normalised values.
+// Calls body(S, t, c, n, normal) for groups of S of the tokens first ..
+// last - 1 of y and blocks of their channels, with the normalised values.
 template <typename T, int N, typename Body>
 SMD2_INLINE void normalize(
     const T* y,
@@ -68,11 +68,12 @@ SMD2_INLINE void normalize(
     for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
       const auto w = load_channels<Acc, N>(weight + c, n);
       const auto b = load_channels<Acc, N>(bias + c, n);
-#pragma GCC unroll 8
-      for (int s = 0; s < S; s++) {
+      vec<Acc, N> normal[S];
+      each<S>([&](int s) SMD2_LAMBDA {
         const auto value = load_channels<T, N>(y + (t + s) * dim + c, n);
-        body(t + s, c, n, (value - m[s].mean) * m[s].scale * w + b);
-      }
+        normal[s] = (value - m[s].mean) * m[s].scale * w + b;
+      });
+      body(count, t, c, n, normal);
     });
   };
   int64_t t = first;

@@ -144,77 +144,113 @@ SMD2_INLINE vec<T, N> magnitude(vec<T, N> x) {
   return x;
 }
 
-// exp of x <= 88, to 1 ulp or so: 2^n times a polynomial in the rest
-// (coefficients as in Cephes' expf). Least result: the least normal number.
-template <int N>
-SMD2_INLINE vec<float, N> exp_of_small(vec<float, N> x) {
-  const auto low = splat<float, N>(-87.3f);
-  x = x < low ? low : x;
+// Calls body(s) for s = 0 .. S - 1. Functions of S vectors are written with it,
+// every operation for all of them before the next one: a single vector's wait
+// for one another, and the processor does not look ahead far enough to fill in.
+template <int S, typename Body>
+SMD2_INLINE void each(const Body& body) {
+#pragma GCC unroll 8
+  for (int s = 0; s < S; s++) {
+    body(s);
+  }
+}
+
+// What exp_of_products counts exponents in, and the largest that it takes.
+template <typename T>
+constexpr T kExpUnit = 1;
+template <>
+inline constexpr float kExpUnit<float> = 1.44269504f;  // log2 e
+template <typename T>
+constexpr T kExpLimit = 700;
+template <>
+inline constexpr float kExpLimit<float> = 126;
+
+// x[s] = exp(x[s] * rate / kExpUnit), to 1 ulp and what rounding of kExpUnit
+// makes; |x[s] * rate| must not exceed kExpLimit. It is 2^n times a polynomial
+// in the rest, fitted to the smallest relative error.
+template <int N, int S>
+SMD2_INLINE void exp_of_products(vec<float, N>* x, vec<float, N> rate) {
+  using V = vec<float, N>;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to integers
-  vec<float, N> shifted = x * 1.44269504f + magic;
-  vec<float, N> n = shifted - magic;
-  vec<float, N> r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  vec<float, N> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  vec<int32_t, N> bits, exponent;
-  std::memcpy(&bits, &p, sizeof(bits));
-  std::memcpy(&exponent, &shifted, sizeof(exponent));
-  bits += exponent << 23;  // the low bits of `shifted` are n
-  std::memcpy(&p, &bits, sizeof(p));
-  return p;
-}
-template <int N>
-SMD2_INLINE vec<float, N> exp(vec<float, N> x) {
-  const auto high = splat<float, N>(88.3f);
-  return exp_of_small<N>(x > high ? high : x);
+  V shifted[S], n[S], p[S];
+  each<S>([&](int s) SMD2_LAMBDA { shifted[s] = x[s] * rate + magic; });
+  each<S>([&](int s) SMD2_LAMBDA { n[s] = shifted[s] - magic; });
+  each<S>([&](int s) SMD2_LAMBDA { x[s] = x[s] * rate - n[s]; });
+  each<S>([&](int s)
+              SMD2_LAMBDA { p[s] = x[s] * 1.53458124e-4f + 1.33999309e-3f; });
+  each<S>([&](int s) SMD2_LAMBDA { p[s] = p[s] * x[s] + 9.61848907e-3f; });
+  each<S>([&](int s) SMD2_LAMBDA { p[s] = p[s] * x[s] + 5.55032864e-2f; });
+  each<S>([&](int s) SMD2_LAMBDA { p[s] = p[s] * x[s] + 2.40226462e-1f; });
+  each<S>([&](int s) SMD2_LAMBDA { p[s] = p[s] * x[s] + 6.93147182e-1f; });
+  each<S>([&](int s) SMD2_LAMBDA { p[s] = p[s] * x[s] + 1.0f; });
+  each<S>([&](int s) SMD2_LAMBDA {
+    vec<int32_t, N> bits, exponent;
+    std::memcpy(&bits, &p[s], sizeof(bits));
+    std::memcpy(&exponent, &shifted[s], sizeof(exponent));
+    bits += exponent << 23;  // the low bits of `shifted` are n
+    std::memcpy(&x[s], &bits, sizeof(bits));
+  });
 }
 
-// log(1 + e) for e in [0, 1], to 2e-7 of itself: the second-order term times a
-// polynomial, fitted to the smallest relative error.
-template <int N>
-SMD2_INLINE vec<float, N> log1p(vec<float, N> e) {
-  vec<float, N> p = e * 5.364803625e-3f - 3.006571362e-2f;
-  p = p * e + 7.920441462e-2f;
-  p = p * e - 1.375379271e-1f;
-  p = p * e + 1.915365073e-1f;
-  p = p * e - 2.485716268e-1f;
-  p = p * e + 3.332132251e-1f;
-  p = p * e - 4.999964796e-1f;
-  return e * e * p + e;
+// log(1 + e[s]) for e in [0, 1], to 2e-7 of itself: the second-order term times
+// a polynomial, fitted to the smallest relative error.
+template <int N, int S>
+SMD2_INLINE void log1p(vec<float, N>* e) {
+  vec<float, N> p[S];
+  each<S>([&](int s)
+              SMD2_LAMBDA { p[s] = e[s] * 5.364803625e-3f - 3.006571362e-2f; });
+  each<S>([&](int s) SMD2_LAMBDA { p[s] = p[s] * e[s] + 7.920441462e-2f; });
+  each<S>([&](int s) SMD2_LAMBDA { p[s] = p[s] * e[s] - 1.375379271e-1f; });
+  each<S>([&](int s) SMD2_LAMBDA { p[s] = p[s] * e[s] + 1.915365073e-1f; });
+  each<S>([&](int s) SMD2_LAMBDA { p[s] = p[s] * e[s] - 2.485716268e-1f; });
+  each<S>([&](int s) SMD2_LAMBDA { p[s] = p[s] * e[s] + 3.332132251e-1f; });
+  each<S>([&](int s) SMD2_LAMBDA { p[s] = p[s] * e[s] - 4.999964796e-1f; });
+  each<S>([&](int s) SMD2_LAMBDA { e[s] = e[s] * e[s] * p[s] + e[s]; });
 }
 
-template <int N>
-SMD2_INLINE vec<double, N> exp(vec<double, N> x) {
-  for (int i = 0; i < N; i++) {
-    x[i] = std::exp(x[i]);
+template <int N, int S>
+SMD2_INLINE void exp_of_products(vec<double, N>* x, vec<double, N> rate) {
+  for (int s = 0; s < S; s++) {
+    for (int i = 0; i < N; i++) {
+      x[s][i] = std::exp(x[s][i] * rate[i]);
+    }
   }
-  return x;
 }
-template <int N>
-SMD2_INLINE vec<double, N> exp_of_small(vec<double, N> x) {
-  return exp<N>(x);
-}
-template <int N>
-SMD2_INLINE vec<double, N> log1p(vec<double, N> x) {
-  for (int i = 0; i < N; i++) {
-    x[i] = std::log1p(x[i]);
+template <int N, int S>
+SMD2_INLINE void log1p(vec<double, N>* e) {
+  for (int s = 0; s < S; s++) {
+    for (int i = 0; i < N; i++) {
+      e[s][i] = std::log1p(e[s][i]);
+    }
   }
-  return x;
 }
 
 template <typename T, int N>
-SMD2_INLINE vec<T, N> sigmoid(vec<T, N> x) {
-  return 1 / (1 + exp<N>(-x));
+SMD2_INLINE vec<T, N> at_most(vec<T, N> x, vec<T, N> limit) {
+  return limit < x ? limit : x;
 }
 
-template <typename T, int N>
-SMD2_INLINE vec<T, N> silu(vec<T, N> x) {
-  return x / (1 + exp<N>(-x));
+// x[s] = 1 / (1 + exp(-x[s]))
+template <typename T, int N, int S>
+SMD2_INLINE void sigmoid(vec<T, N>* x) {
+  const auto limit = splat<T, N>(kExpLimit<T> / kExpUnit<T>);
+  each<S>([&](int s) SMD2_LAMBDA {
+    x[s] = at_most<T, N>(x[s] < -limit ? -limit : x[s], limit);
+  });
+  exp_of_products<N, S>(x, splat<T, N>(-kExpUnit<T>));
+  each<S>([&](int s) SMD2_LAMBDA { x[s] = 1 / (1 + x[s]); });
+}
+
+// x[s] *= sigmoid(x[s])
+template <typename T, int N, int S>
+SMD2_INLINE void silu(vec<T, N>* x) {
+  const auto limit = splat<T, N>(kExpLimit<T> / kExpUnit<T>);
+  vec<T, N> e[S];
+  each<S>([&](int s) SMD2_LAMBDA {
+    e[s] = at_most<T, N>(x[s] < -limit ? -limit : x[s], limit);
+  });
+  exp_of_products<N, S>(e, splat<T, N>(-kExpUnit<T>));
+  each<S>([&](int s) SMD2_LAMBDA { x[s] = x[s] / (1 + e[s]); });
 }
 
 // Calls body(c, n) for blocks of N channels; n is less in the last one.

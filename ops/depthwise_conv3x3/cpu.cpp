@@ -22,8 +22,18 @@ struct Forward {
     using V = vec<acc_t<T>, N>;
     for (int64_t r = a.first; r < a.last; r++) {
       convolve_row<T, N>(
-          a, a.x, a.weights, r, a.out, [&](V conv, V here) SMD2_LAMBDA {
-            return a.residual ? here + conv : silu<acc_t<T>, N>(conv);
+          a,
+          a.x,
+          a.weights,
+          r,
+          a.out,
+          [&](auto strip, V* conv, V* here) SMD2_LAMBDA {
+            constexpr int S = decltype(strip)::value;
+            if (a.residual) {
+              each<S>([&](int s) SMD2_LAMBDA { conv[s] += here[s]; });
+            } else {
+              silu<acc_t<T>, N, S>(conv);
+            }
           });
     }
   }
@@ -55,7 +65,8 @@ struct ConvGradient {
             convolve<T, N, S>(rows, x, a.width, a.weights, a.dim, c, n, conv);
             for (int s = 0; s < S; s++) {
               const int64_t at = (r * a.width + x + s) * a.dim + c;
-              const V gate = sigmoid<Acc, N>(conv[s]);
+              V gate = conv[s];
+              sigmoid<Acc, N, 1>(&gate);
               const V slope = gate * (1 + conv[s] * (1 - gate));
               const V grad = load_channels<T, N>(a.grad + at, n);
               store_channels<Acc, N>(a.grad_conv + at, grad * slope, n);

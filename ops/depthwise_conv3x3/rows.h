@@ -117,7 +117,7 @@ SMD2_INLINE void for_strips(int64_t width, int64_t dim, const Body& body) {
 }
 
 // Row r of all images together, into `out`, a contiguous map:
-// finish(convolution, input) for each token.
+// finish(S, convolution, input) makes the first of S tokens theirs.
 template <typename T, int N, typename Finish>
 SMD2_INLINE void convolve_row(
     const Geometry& g,
@@ -130,15 +130,17 @@ SMD2_INLINE void convolve_row(
   for_strips<N>(
       g.width, g.dim, [&](auto strip, int64_t x, int64_t c, int n) SMD2_LAMBDA {
         constexpr int S = decltype(strip)::value;
-        vec<acc_t<T>, N> conv[S];
+        vec<acc_t<T>, N> conv[S], here[S];
         convolve<T, N, S>(rows, x, g.width, weights, g.dim, c, n, conv);
-        for (int s = 0; s < S; s++) {
-          const T* here = rows.row[1] + (x + s) * rows.stride + c;
+        each<S>([&](int s) SMD2_LAMBDA {
+          here[s] =
+              load_channels<T, N>(rows.row[1] + (x + s) * rows.stride + c, n);
+        });
+        finish(strip, conv, here);
+        each<S>([&](int s) SMD2_LAMBDA {
           store_channels<T, N>(
-              out + (r * g.width + x + s) * g.dim + c,
-              finish(conv[s], load_channels<T, N>(here, n)),
-              n);
-        }
+              out + (r * g.width + x + s) * g.dim + c, conv[s], n);
+        });
       });
 }
 

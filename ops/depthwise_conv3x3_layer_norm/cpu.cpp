@@ -25,8 +25,14 @@ struct Forward {
     using V = vec<acc_t<T>, N>;
     for (int64_t r = a.first; r < a.last; r++) {
       convolve_row<T, N>(
-          a, a.x, a.weights, r, a.y, [](V conv, V here) SMD2_LAMBDA {
-            return here + conv;
+          a,
+          a.x,
+          a.weights,
+          r,
+          a.y,
+          [](auto strip, V* conv, V* here) SMD2_LAMBDA {
+            each<decltype(strip)::value>(
+                [&](int s) SMD2_LAMBDA { conv[s] += here[s]; });
           });
       normalize<T, N>(
           a.y,
@@ -36,8 +42,10 @@ struct Forward {
           a.eps,
           r * a.width,
           (r + 1) * a.width,
-          [&](int64_t t, int64_t c, int n, V normal) SMD2_LAMBDA {
-            store_channels<T, N>(a.norm + t * a.dim + c, normal, n);
+          [&](auto count, int64_t t, int64_t c, int n, V* normal) SMD2_LAMBDA {
+            each<decltype(count)::value>([&](int s) SMD2_LAMBDA {
+              store_channels<T, N>(a.norm + (t + s) * a.dim + c, normal[s], n);
+            });
           });
     }
   }

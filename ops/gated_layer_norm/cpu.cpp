@@ -37,10 +37,17 @@ struct Forward {
         a.eps,
         a.first,
         a.last,
-        [&](int64_t t, int64_t c, int n, V normal) SMD2_LAMBDA {
-          const V gate = load_channels<T, N>(a.z + t * a.z_stride + c, n);
-          store_channels<T, N>(
-              a.out + t * a.dim + c, normal * silu<acc_t<T>, N>(gate), n);
+        [&](auto count, int64_t t, int64_t c, int n, V* normal) SMD2_LAMBDA {
+          constexpr int S = decltype(count)::value;
+          V gate[S];
+          each<S>([&](int s) SMD2_LAMBDA {
+            gate[s] = load_channels<T, N>(a.z + (t + s) * a.z_stride + c, n);
+          });
+          silu<acc_t<T>, N, S>(gate);
+          each<S>([&](int s) SMD2_LAMBDA {
+            store_channels<T, N>(
+                a.out + (t + s) * a.dim + c, normal[s] * gate[s], n);
+          });
         });
   }
 };
@@ -74,7 +81,8 @@ struct Backward {
         const auto norm =
             normal * weight + load_channels<Acc, N>(a.bias + c, n);
         const auto gate = load_channels<T, N>(z + c, n);
-        const auto open = sigmoid<Acc, N>(gate);
+        auto open = gate;
+        sigmoid<Acc, N, 1>(&open);
         const auto g = load_channels<T, N>(grad + c, n);
         const auto grad_norm = g * gate * open;
         store_channels<T, N>(
@@ -97,9 +105,10 @@ struct Backward {
       for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {
         const auto normal = (load_channels<T, N>(y + c, n) - m.mean) * m.scale;
         const auto gate = load_channels<T, N>(z + c, n);
+        auto open = gate;
+        sigmoid<Acc, N, 1>(&open);
         const auto grad_normal = load_channels<T, N>(grad + c, n) * gate *
-                                 sigmoid<Acc, N>(gate) *
-                                 load_channels<Acc, N>(a.weight + c, n);
+                                 open * load_channels<Acc, N>(a.weight + c, n);
         store_channels<T, N>(
             a.grad_y + t * a.dim + c,
             m.scale * (grad_normal - mean - normal * slope),

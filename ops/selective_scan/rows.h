@@ -2,11 +2,14 @@
 // tokens and one block of channels. Torch-free.
 #pragma once
 
+#include <limits>
+
 #include "../common/simd.h"
 
 namespace smd2 {
 
 constexpr int kPrefetch = 16;  // tokens
+constexpr int kTogether = 8;   // tokens whose steps are computed together
 
 // One image, one block of N channels: where its tokens are.
 template <typename T, int N>
@@ -19,16 +22,24 @@ struct ScanBlock {
   vec<acc_t<T>, N> A, bias;
 };
 
-// Step size and what its derivative needs, e = exp(-|x|). Beyond 20 it is the
-// identity, as PyTorch defines it, which shows in double alone.
-template <typename T, int N>
-SMD2_INLINE vec<T, N> softplus(vec<T, N> x, vec<T, N>* e) {
-  const vec<T, N> size = magnitude<T, N>(x);
-  *e = exp_of_small<N>(-size);
+// x[s] = softplus(x[s]), and what its derivative needs, e = exp(-|x|). Beyond
+// 20 it is the identity, as PyTorch defines it, which shows in double alone.
+template <typename T, int N, int S>
+SMD2_INLINE void softplus(vec<T, N>* x, vec<T, N>* e) {
+  using V = vec<T, N>;
+  const auto limit = splat<T, N>(kExpLimit<T> / kExpUnit<T>);
+  V size[S], rest[S];
+  each<S>([&](int s) SMD2_LAMBDA { size[s] = magnitude<T, N>(x[s]); });
+  each<S>([&](int s) SMD2_LAMBDA { e[s] = at_most<T, N>(size[s], limit); });
+  exp_of_products<N, S>(e, splat<T, N>(-kExpUnit<T>));
   if constexpr (std::is_same_v<T, double>) {
-    *e = x > splat<T, N>(20) ? vec<T, N>{} : *e;
+    each<S>([&](int s)
+                SMD2_LAMBDA { e[s] = x[s] > splat<T, N>(20) ? V{} : e[s]; });
   }
-  return (x + size) * T(0.5) + log1p<N>(*e);
+  each<S>([&](int s) SMD2_LAMBDA { rest[s] = e[s]; });
+  log1p<N, S>(rest);
+  each<S>([&](int s)
+              SMD2_LAMBDA { x[s] = (x[s] + size[s]) * T(0.5) + rest[s]; });
 }
 
 // The derivative of softplus.
@@ -37,41 +48,85 @@ SMD2_INLINE vec<T, N> softplus_slope(vec<T, N> x, vec<T, N> e) {
   return (x < vec<T, N>{} ? e : splat<T, N>(1)) / (e + 1);
 }
 
-// Step sizes of tokens [first, first + count) into `out`, N values a token.
-//
-// A loop of its own, for the processor works on several tokens at once only
-// while the chain of operations of each is short. Tokens lie apart, in strides
-// that it does not foresee by itself where they are pages.
+// exp(step * A) of steps >= 0. Results are 2^-126 to 2^126 in float.
 template <typename T, int N>
-SMD2_INLINE void step_row(
+struct Decay {
+  vec<T, N> rate, limit;
+
+  explicit __attribute__((always_inline)) Decay(vec<T, N> A) {
+    const auto most = splat<T, N>(std::numeric_limits<T>::max());
+    rate = A * kExpUnit<T>;
+    rate = at_most<T, N>(rate < -most ? -most : rate, most);
+    limit = kExpLimit<T> / magnitude<T, N>(rate);
+  }
+
+  template <int S>
+  __attribute__((always_inline)) void operator()(
+      const vec<T, N>* step,
+      vec<T, N>* decay) const {
+    each<S>([&](int s)
+                SMD2_LAMBDA { decay[s] = at_most<T, N>(step[s], limit); });
+    exp_of_products<N, S>(decay, rate);
+  }
+};
+
+// The state after token t, given the one before. A function, for the compiler
+// to round alike wherever it is called.
+template <typename T, int N>
+SMD2_INLINE vec<acc_t<T>, N> update(
+    const ScanBlock<T, N>& block,
+    int64_t t,
+    vec<acc_t<T>, N> decay,
+    vec<acc_t<T>, N> drive,
+    vec<acc_t<T>, N> state) {
+  return decay * state + drive * block.B[t];
+}
+
+// Calls body(t, decay, drive) for S tokens from t on, with what `update` takes.
+//
+// Tokens lie apart, in strides that the processor does not foresee by itself
+// where they are pages.
+template <typename T, int N, int S, typename Body>
+SMD2_INLINE void for_updates(
+    const ScanBlock<T, N>& block,
+    const Decay<acc_t<T>, N>& decay_of,
+    int64_t t,
+    const Body& body) {
+  using V = vec<acc_t<T>, N>;
+  const T* u = block.u + t * block.stride;
+  const T* delta = block.delta + t * block.stride;
+  V step[S], rest[S], decay[S];
+  each<S>([&](int s) SMD2_LAMBDA {
+    __builtin_prefetch(delta + (s + kPrefetch) * block.stride);
+    __builtin_prefetch(u + (s + kPrefetch) * block.stride);
+    step[s] = load_channels<T, N>(delta + s * block.stride, block.channels) +
+              block.bias;
+  });
+  softplus<acc_t<T>, N, S>(step, rest);
+  decay_of.template operator()<S>(step, decay);
+  each<S>([&](int s) SMD2_LAMBDA {
+    const V input = load_channels<T, N>(u + s * block.stride, block.channels);
+    body(t + s, decay[s], step[s] * input);
+  });
+}
+template <typename T, int N, typename Body>
+SMD2_INLINE void for_updates(
     const ScanBlock<T, N>& block,
     int64_t first,
     int64_t count,
-    acc_t<T>* out) {
-  using V = vec<acc_t<T>, N>;
-  const T* u = block.u + first * block.stride;
-  const T* delta = block.delta + first * block.stride;
-  const int64_t ahead = kPrefetch * block.stride;
-  for (int64_t t = 0; t < count; t++) {
-    V e;
-    __builtin_prefetch(delta + t * block.stride + ahead);
-    __builtin_prefetch(u + t * block.stride + ahead);
-    const V x = load_channels<T, N>(delta + t * block.stride, block.channels);
-    write<acc_t<T>, N>(out + t * N, softplus<acc_t<T>, N>(x + block.bias, &e));
+    const Body& body) {
+  const Decay<acc_t<T>, N> decay_of(block.A);
+  int64_t t = first;
+  for (; t + kTogether <= first + count; t += kTogether) {
+    for_updates<T, N, kTogether>(block, decay_of, t, body);
+  }
+  for (; t < first + count; t++) {
+    for_updates<T, N, 1>(block, decay_of, t, body);
   }
 }
 
-// What a token adds to the state, given its step.
-template <typename T, int N>
-SMD2_INLINE vec<acc_t<T>, N>
-gain(const ScanBlock<T, N>& block, int64_t t, vec<acc_t<T>, N> step) {
-  return step *
-         load_channels<T, N>(block.u + t * block.stride, block.channels) *
-         block.B[t];
-}
-
-// States of tokens [first, first + count) into `out`; `h` is the state before
-// and after.
+// States of tokens [first, first + count) into `out`, N values a token; `h` is
+// the state before and after.
 template <typename T, int N>
 SMD2_INLINE void scan_row(
     const ScanBlock<T, N>& block,
@@ -80,41 +135,45 @@ SMD2_INLINE void scan_row(
     vec<acc_t<T>, N>* h,
     acc_t<T>* out) {
   using V = vec<acc_t<T>, N>;
-  step_row<T, N>(block, first, count, out);
   V state = *h;
-  for (int64_t t = 0; t < count; t++) {
-    const V step = read<acc_t<T>, N>(out + t * N);
-    const V decay = exp<N>(step * block.A);
-    state = decay * state + gain<T, N>(block, first + t, step);
-    write<acc_t<T>, N>(out + t * N, state);
-  }
+  for_updates<T, N>(
+      block, first, count, [&](int64_t t, V decay, V drive) SMD2_LAMBDA {
+        state = update<T, N>(block, t, decay, drive, state);
+        write<acc_t<T>, N>(out + (t - first) * N, state);
+      });
   *h = state;
 }
 
-// scan_row in two parts, the first of which needs no state: factors of the
-// states and what is added to them, then the states in place of the latter.
+// scan_row in two parts, the first of which needs no state: what the updates
+// take, then the states in place of the drives.
 template <typename T, int N>
 SMD2_INLINE void prepare_row(
     const ScanBlock<T, N>& block,
     int64_t first,
     int64_t count,
     acc_t<T>* decays,
-    acc_t<T>* gains) {
+    acc_t<T>* drives) {
   using V = vec<acc_t<T>, N>;
-  step_row<T, N>(block, first, count, gains);
-  for (int64_t t = 0; t < count; t++) {
-    const V step = read<acc_t<T>, N>(gains + t * N);
-    write<acc_t<T>, N>(decays + t * N, exp<N>(step * block.A));
-    write<acc_t<T>, N>(gains + t * N, gain<T, N>(block, first + t, step));
-  }
+  for_updates<T, N>(
+      block, first, count, [&](int64_t t, V decay, V drive) SMD2_LAMBDA {
+        write<acc_t<T>, N>(decays + (t - first) * N, decay);
+        write<acc_t<T>, N>(drives + (t - first) * N, drive);
+      });
 }
 template <typename T, int N>
-SMD2_INLINE void
-recur_row(int64_t count, vec<T, N>* h, const T* decays, T* gains) {
-  vec<T, N> state = *h;
-  for (int64_t t = 0; t < count; t++) {
-    state = read<T, N>(decays + t * N) * state + read<T, N>(gains + t * N);
-    write<T, N>(gains + t * N, state);
+SMD2_INLINE void recur_row(
+    const ScanBlock<T, N>& block,
+    int64_t first,
+    int64_t count,
+    vec<acc_t<T>, N>* h,
+    const acc_t<T>* decays,
+    acc_t<T>* drives) {
+  vec<acc_t<T>, N> state = *h;
+  for (int64_t i = 0; i < count; i++) {
+    const auto decay = read<acc_t<T>, N>(decays + i * N);
+    const auto drive = read<acc_t<T>, N>(drives + i * N);
+    state = update<T, N>(block, first + i, decay, drive, state);
+    write<acc_t<T>, N>(drives + i * N, state);
   }
   *h = state;
 }
@@ -146,13 +205,15 @@ SMD2_INLINE void scan_row_backward(
     vec<acc_t<T>, N>* carry,
     ScanGradients<T, N>* out) {
   using V = vec<acc_t<T>, N>;
-  V next = *carry, grad_A{}, grad_bias{}, e;
+  const Decay<acc_t<T>, N> decay_of(block.A);
+  V next = *carry, grad_A{}, grad_bias{}, step, e, decay;
   for (int64_t i = count - 1; i >= 0; i--) {
     const int64_t t = first + i, at = t * block.stride;
     const V u = load_channels<T, N>(block.u + at, block.channels);
     const V delta = load_channels<T, N>(block.delta + at, block.channels);
-    const V step = softplus<acc_t<T>, N>(delta + block.bias, &e);
-    const V decay = exp<N>(step * block.A);
+    step = delta + block.bias;
+    softplus<acc_t<T>, N, 1>(&step, &e);
+    decay_of.template operator()<1>(&step, &decay);
     const V g = read<acc_t<T>, N>(grad_h + i * N) + next;
     const V previous = i ? read<acc_t<T>, N>(h + (i - 1) * N) : h_before;
     next = decay * g;

@@ -149,11 +149,17 @@ template <typename T>
 struct Recur {
   template <int N, bool Full>
   SMD2_INLINE void run(const StagedArgs<T>& a) {
+    const SsmBlock<T, N, Full> block(a);
     vec<acc_t<T>, N> h{};
     for (int64_t y = 0; y < a.height; y++) {
       acc_t<T>* row = a.template row_of<N>(a.states, y);
-      recur_row<acc_t<T>, N>(
-          a.width, &h, a.template row_of<N>(a.decays, y), row);
+      recur_row<T, N>(
+          block.scan,
+          y * a.width,
+          a.width,
+          &h,
+          a.template row_of<N>(a.decays, y),
+          row);
       replicate_row<acc_t<T>, N>(row, a.width);
     }
   }
