@@ -66,7 +66,7 @@ SMD2_INLINE void store(T* p, vec<acc_t<T>, N> v, int n) {
   std::memcpy(p, &v, n == N ? sizeof(v) : n * sizeof(T));
 }
 
-// bfloat16 is the upper half of a float: a zero comes in front of each.
+// bfloat16 is the upper half of a float.
 #if defined(__clang__) || __GNUC__ >= 12
 template <int N, size_t... I>
 SMD2_INLINE vec<uint16_t, 2 * N> zeros_between(
@@ -78,10 +78,26 @@ template <int N>
 SMD2_INLINE vec<uint16_t, 2 * N> widen(vec<uint16_t, N> x) {
   return zeros_between<N>(x, std::make_index_sequence<2 * N>());
 }
+template <int N, size_t... I>
+SMD2_INLINE vec<uint16_t, N> every_other(
+    vec<uint16_t, 2 * N> x,
+    std::index_sequence<I...>) {
+  return __builtin_shufflevector(x, x, (2 * I + 1)...);
+}
+template <int N>
+SMD2_INLINE vec<uint16_t, N> upper_halves(vec<uint32_t, N> x) {
+  vec<uint16_t, 2 * N> halves;
+  std::memcpy(&halves, &x, sizeof(halves));
+  return every_other<N>(halves, std::make_index_sequence<N>());
+}
 #else
 template <int N>
 SMD2_INLINE vec<uint32_t, N> widen(vec<uint16_t, N> x) {
   return __builtin_convertvector(x, vec<uint32_t, N>) << 16;
+}
+template <int N>
+SMD2_INLINE vec<uint16_t, N> upper_halves(vec<uint32_t, N> x) {
+  return __builtin_convertvector(x >> 16, vec<uint16_t, N>);
 }
 #endif
 
@@ -98,9 +114,8 @@ template <int N>
 SMD2_INLINE void store(c10::BFloat16* p, vec<float, N> v, int n) {
   vec<uint32_t, N> bits;
   std::memcpy(&bits, &v, sizeof(bits));
-  auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
-  auto narrow = __builtin_convertvector(
-      v == v ? rounded : bits >> 16 | 0x40, vec<uint16_t, N>);
+  const vec<uint32_t, N> rounded = bits + 0x7fff + (bits >> 16 & 1);  // to even
+  const auto narrow = upper_halves<N>(v == v ? rounded : bits | 0x400000);
   std::memcpy(p, &narrow, n == N ? sizeof(narrow) : n * sizeof(uint16_t));
 }
 template <typename T, int N>

@@ -12,10 +12,9 @@ struct ForwardArgs : Geometry {
   Map<T> x;
   const acc_t<T>* weights;
   T* out;
-  bool residual;
 };
 
-template <typename T>
+template <typename T, bool Residual>
 struct Forward {
   template <int N>
   SMD2_INLINE void run(const ForwardArgs<T>& a) {
@@ -29,7 +28,7 @@ struct Forward {
           a.out,
           [&](auto strip, V* conv, V* here) SMD2_LAMBDA {
             constexpr int S = decltype(strip)::value;
-            if (a.residual) {
+            if constexpr (Residual) {
               each<S>([&](int s) SMD2_LAMBDA { conv[s] += here[s]; });
             } else {
               silu<acc_t<T>, N, S>(conv);
@@ -59,10 +58,11 @@ struct ConvGradient {
       for_strips<N>(
           a.width,
           a.dim,
-          [&](auto strip, int64_t x, int64_t c, int n) SMD2_LAMBDA {
+          [&](auto strip, auto edge, int64_t x, int64_t c, int n) SMD2_LAMBDA {
             constexpr int S = decltype(strip)::value;
             V conv[S];
-            convolve<T, N, S>(rows, x, a.width, a.weights, a.dim, c, n, conv);
+            convolve<T, N, S, decltype(edge)::value>(
+                rows, x, a.width, a.weights, a.dim, c, n, conv);
             for (int s = 0; s < S; s++) {
               const int64_t at = (r * a.width + x + s) * a.dim + c;
               V gate = conv[s];
@@ -101,7 +101,7 @@ struct Backward {
       for_strips<N>(
           a.width,
           a.dim,
-          [&](auto strip, int64_t x, int64_t c, int n) SMD2_LAMBDA {
+          [&](auto strip, auto edge, int64_t x, int64_t c, int n) SMD2_LAMBDA {
             constexpr int S = decltype(strip)::value;
             V inputs[S], out[S]{};
             for (int s = 0; s < S; s++) {
@@ -113,7 +113,7 @@ struct Backward {
                 continue;
               }
               V grads[S + 2];
-              load_tokens<G, N, S>(
+              load_tokens<G, N, S, decltype(edge)::value>(
                   rows.row[i], rows.stride, x, a.width, c, n, grads);
 #pragma GCC unroll 3
               for (int j = 0; j < kKernel; j++) {
@@ -183,9 +183,12 @@ at::Tensor depthwise_conv3x3(
         Geometry(in.x),
         Map<scalar_t>(in.x),
         in.weights.const_data_ptr<acc_t<scalar_t>>(),
-        out.data_ptr<scalar_t>(),
-        residual};
-    run_parts<Forward<scalar_t>>(args, in.rows(), kRowsPerPart);
+        out.data_ptr<scalar_t>()};
+    if (residual) {
+      run_parts<Forward<scalar_t, true>>(args, in.rows(), kRowsPerPart);
+    } else {
+      run_parts<Forward<scalar_t, false>>(args, in.rows(), kRowsPerPart);
+    }
   });
   return out.to(x.scalar_type());
 }

@@ -46,8 +46,9 @@ struct Rows {
   }
 };
 
-// Tokens x - 1 .. x + S of a row, n channels from c on; 0 outside.
-template <typename T, int N, int S>
+// Tokens x - 1 .. x + S of a row, n channels from c on; 0 outside, if Edge says
+// that there may be some.
+template <typename T, int N, int S, bool Edge>
 SMD2_INLINE void load_tokens(
     const T* row,
     int64_t stride,
@@ -59,14 +60,14 @@ SMD2_INLINE void load_tokens(
 #pragma GCC unroll 8
   for (int i = 0; i < S + 2; i++) {
     const int64_t at = x - 1 + i;
-    values[i] = at >= 0 && at < width
+    values[i] = !Edge || (at >= 0 && at < width)
                     ? load_channels<T, N>(row + at * stride + c, n)
                     : vec<acc_t<T>, N>{};
   }
 }
 
 // The convolution at tokens x .. x + S - 1.
-template <typename T, int N, int S>
+template <typename T, int N, int S, bool Edge>
 SMD2_INLINE void convolve(
     const Rows<T>& rows,
     int64_t x,
@@ -86,7 +87,8 @@ SMD2_INLINE void convolve(
       continue;
     }
     V values[S + 2];
-    load_tokens<T, N, S>(rows.row[i], rows.stride, x, width, c, n, values);
+    load_tokens<T, N, S, Edge>(
+        rows.row[i], rows.stride, x, width, c, n, values);
 #pragma GCC unroll 3
     for (int j = 0; j < kKernel; j++) {
       const V w =
@@ -99,20 +101,25 @@ SMD2_INLINE void convolve(
   }
 }
 
-// Calls body(S, x, c, n) for strips of S tokens of a row and blocks of
-// channels, n being N but in the last one.
+// Calls body(S, Edge, x, c, n) for strips of S tokens of a row and blocks of
+// channels, n being N but in the last one. Edge strips touch the image's sides.
 template <int N, typename Body>
 SMD2_INLINE void for_strips(int64_t width, int64_t dim, const Body& body) {
+  const auto strip = [&](auto size, auto edge, int64_t x) SMD2_LAMBDA {
+    for_channels<N>(
+        dim, [&](int64_t c, int n) SMD2_LAMBDA { body(size, edge, x, c, n); });
+  };
+  constexpr std::integral_constant<int, kStrip> many;
+  constexpr std::integral_constant<int, 1> one;
   int64_t x = 0;
-  for (; x + kStrip <= width; x += kStrip) {
-    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
-      body(std::integral_constant<int, kStrip>{}, x, c, n);
-    });
+  for (; x < std::min<int64_t>(1, width); x++) {
+    strip(one, std::true_type{}, x);
+  }
+  for (; x + kStrip < width; x += kStrip) {
+    strip(many, std::false_type{}, x);
   }
   for (; x < width; x++) {
-    for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
-      body(std::integral_constant<int, 1>{}, x, c, n);
-    });
+    strip(one, std::true_type{}, x);
   }
 }
 
@@ -128,10 +135,13 @@ SMD2_INLINE void convolve_row(
     const Finish& finish) {
   const auto rows = Rows<T>::around(x, g, r);
   for_strips<N>(
-      g.width, g.dim, [&](auto strip, int64_t x, int64_t c, int n) SMD2_LAMBDA {
+      g.width,
+      g.dim,
+      [&](auto strip, auto edge, int64_t x, int64_t c, int n) SMD2_LAMBDA {
         constexpr int S = decltype(strip)::value;
         vec<acc_t<T>, N> conv[S], here[S];
-        convolve<T, N, S>(rows, x, g.width, weights, g.dim, c, n, conv);
+        convolve<T, N, S, decltype(edge)::value>(
+            rows, x, g.width, weights, g.dim, c, n, conv);
         each<S>([&](int s) SMD2_LAMBDA {
           here[s] =
               load_channels<T, N>(rows.row[1] + (x + s) * rows.stride + c, n);

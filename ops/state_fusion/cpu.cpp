@@ -71,10 +71,10 @@ struct Forward {
             a.scratch + source % kRows * row_size + kRadius * N;
       }
       Acc* out = a.out + at + y * line;
-      for (int64_t x = 0; x < a.width; x++) {
-        store_channels<Acc, N>(
-            out + x * a.dim, fuse<Acc, N>(window, taps, x), n);
-      }
+      fuse_row<Acc, N>(
+          window, taps, a.width, [&](int64_t x, auto fused) SMD2_LAMBDA {
+            store_channels<Acc, N>(out + x * a.dim, fused, n);
+          });
     }
   }
 };

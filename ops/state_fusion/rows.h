@@ -49,22 +49,42 @@ map_window(const T* map, int64_t y, int64_t height, int64_t width) {
   return window;
 }
 
-// The weighted sum over the taps at token x.
-template <typename T, int N>
-SMD2_INLINE vec<T, N>
-fuse(const Window<T>& window, const vec<T, N>* taps, int64_t x) {
-  vec<T, N> even{}, odd{};
+constexpr int kFusedTogether = 8;  // tokens
+
+// The weighted sums over the taps at S tokens from x on.
+template <typename T, int N, int S>
+SMD2_INLINE void fuse(
+    const Window<T>& window,
+    const vec<T, N>* taps,
+    int64_t x,
+    vec<T, N>* out) {
+  each<S>([&](int s) SMD2_LAMBDA { out[s] = vec<T, N>{}; });
 #pragma GCC unroll 25
   for (int k = 0; k < kTaps; k++) {
-    const T* row = window.rows[kOffsets[k][0] + kRadius];
-    const auto h = read<T, N>(row + (x + kOffsets[k][1]) * N);
-    if (k % 2) {
-      odd += taps[k] * h;
-    } else {
-      even += taps[k] * h;
-    }
+    const T* row =
+        window.rows[kOffsets[k][0] + kRadius] + (x + kOffsets[k][1]) * N;
+    each<S>([&](int s)
+                SMD2_LAMBDA { out[s] += taps[k] * read<T, N>(row + s * N); });
   }
-  return even + odd;
+}
+
+// Calls body(x, fused) for every token of a row of `width`.
+template <typename T, int N, typename Body>
+SMD2_INLINE void fuse_row(
+    const Window<T>& window,
+    const vec<T, N>* taps,
+    int64_t width,
+    const Body& body) {
+  int64_t x = 0;
+  vec<T, N> fused[kFusedTogether];
+  for (; x + kFusedTogether <= width; x += kFusedTogether) {
+    fuse<T, N, kFusedTogether>(window, taps, x, fused);
+    each<kFusedTogether>([&](int s) SMD2_LAMBDA { body(x + s, fused[s]); });
+  }
+  for (; x < width; x++) {
+    fuse<T, N, 1>(window, taps, x, fused);
+    body(x, fused[0]);
+  }
 }
 
 // Gradients of the fused map with margins: kMargin zero tokens on either side.

@@ -72,13 +72,13 @@ SMD2_INLINE void observe_row(
     const Window<acc_t<T>>& window,
     int64_t y) {
   const int n = block_channels<N, Full>(a);
-  for (int64_t x = 0; x < a.width; x++) {
-    const int64_t t = y * a.width + x;
-    const auto u = load_channels<T, N>(block.scan.u + t * a.dim, n);
-    const auto fused = fuse<acc_t<T>, N>(window, block.taps, x);
-    store_channels<T, N>(
-        a.y + block.at + t * a.dim, fused * block.C[t] + block.D * u, n);
-  }
+  fuse_row<acc_t<T>, N>(
+      window, block.taps, a.width, [&](int64_t x, auto fused) SMD2_LAMBDA {
+        const int64_t t = y * a.width + x;
+        const auto u = load_channels<T, N>(block.scan.u + t * a.dim, n);
+        store_channels<T, N>(
+            a.y + block.at + t * a.dim, fused * block.C[t] + block.D * u, n);
+      });
 }
 
 template <typename T>
@@ -248,15 +248,15 @@ struct Backward {
       const auto window = map_window<Acc, N>(states, y, a.height, a.width);
       Acc* grad_fused = grads + y * grad_size + kMargin * N;
       vec<Acc, N> row_grad_D{};
-      for (int64_t x = 0; x < a.width; x++) {
+      const auto one = [&](int64_t x, auto fused) SMD2_LAMBDA {
         const int64_t t = y * a.width + x;
         const auto dy = load_channels<T, N>(grad_y + t * a.dim, n);
         const auto u = load_channels<T, N>(block.scan.u + t * a.dim, n);
-        const auto fused = fuse<Acc, N>(window, block.taps, x);
         a.grad_C[partial + t] = sum<Acc, N>(dy * fused);
         row_grad_D += dy * u;
         write<Acc, N>(grad_fused + x * N, dy * block.C[t]);
-      }
+      };
+      fuse_row<Acc, N>(window, block.taps, a.width, one);
       grad_D += row_grad_D;
       fuse_row_grad_taps<Acc, N>(window, grad_fused, a.width, grad_taps);
     }
