@@ -39,7 +39,11 @@ using vec = typename VectorOf<T, N>::type;
 
 template <typename T, int N>
 SMD2_INLINE vec<T, N> splat(T x) {
-  return x - vec<T, N>{};
+  vec<T, N> v;
+  for (int i = 0; i < N; i++) {
+    v[i] = x;
+  }
+  return v;
 }
 
 // Contiguous scratch memory, always whole vectors.
@@ -244,27 +248,43 @@ template <typename T, int N>
 SMD2_INLINE vec<T, N> at_most(vec<T, N> x, vec<T, N> limit) {
   return limit < x ? limit : x;
 }
+template <typename T, int N>
+SMD2_INLINE vec<T, N> at_least(vec<T, N> x, vec<T, N> limit) {
+  return x < limit ? limit : x;
+}
+
+// The largest x that exp(x) is computed for, not known to the compiler, which
+// makes comparisons and blends of constants where one instruction would do.
+template <typename T, int N>
+SMD2_INLINE vec<T, N> exp_limit() {
+  T limit = kExpLimit<T> / kExpUnit<T>;
+  asm("" : "+r"(limit));
+  return splat<T, N>(limit);
+}
+
+// exp(-x[s]), of x within the limit.
+template <typename T, int N, int S>
+SMD2_INLINE void exp_of_negative(vec<T, N>* x) {
+  const auto limit = exp_limit<T, N>();
+  each<S>([&](int s) SMD2_LAMBDA {
+    x[s] = at_most<T, N>(at_least<T, N>(x[s], -limit), limit);
+  });
+  exp_of_products<N, S>(x, splat<T, N>(-kExpUnit<T>));
+}
 
 // x[s] = 1 / (1 + exp(-x[s]))
 template <typename T, int N, int S>
 SMD2_INLINE void sigmoid(vec<T, N>* x) {
-  const auto limit = splat<T, N>(kExpLimit<T> / kExpUnit<T>);
-  each<S>([&](int s) SMD2_LAMBDA {
-    x[s] = at_most<T, N>(x[s] < -limit ? -limit : x[s], limit);
-  });
-  exp_of_products<N, S>(x, splat<T, N>(-kExpUnit<T>));
+  exp_of_negative<T, N, S>(x);
   each<S>([&](int s) SMD2_LAMBDA { x[s] = 1 / (1 + x[s]); });
 }
 
 // x[s] *= sigmoid(x[s])
 template <typename T, int N, int S>
 SMD2_INLINE void silu(vec<T, N>* x) {
-  const auto limit = splat<T, N>(kExpLimit<T> / kExpUnit<T>);
   vec<T, N> e[S];
-  each<S>([&](int s) SMD2_LAMBDA {
-    e[s] = at_most<T, N>(x[s] < -limit ? -limit : x[s], limit);
-  });
-  exp_of_products<N, S>(e, splat<T, N>(-kExpUnit<T>));
+  each<S>([&](int s) SMD2_LAMBDA { e[s] = x[s]; });
+  exp_of_negative<T, N, S>(e);
   each<S>([&](int s) SMD2_LAMBDA { x[s] = x[s] / (1 + e[s]); });
 }
 

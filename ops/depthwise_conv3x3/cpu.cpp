@@ -62,7 +62,7 @@ struct ConvGradient {
             constexpr int S = decltype(strip)::value;
             V conv[S];
             convolve<T, N, S, decltype(edge)::value>(
-                rows, x, a.width, a.weights, a.dim, c, n, conv);
+                rows, x, a.width, a.weights, c, n, conv);
             for (int s = 0; s < S; s++) {
               const int64_t at = (r * a.width + x + s) * a.dim + c;
               V gate = conv[s];
@@ -120,7 +120,7 @@ struct Backward {
                 // The output at row r + i - 1, column + j - 1 saw this input
                 // through the opposite weight.
                 const int64_t k = kWeights - 1 - (i * kKernel + j);
-                const V w = load_channels<Acc, N>(a.weights + k * a.dim + c, n);
+                const V w = read<Acc, N>(a.weights + c * kPacked + k * N);
                 V total = load_channels<Acc, N>(sums + k * a.dim + c, n);
 #pragma GCC unroll 8
                 for (int s = 0; s < S; s++) {
@@ -163,7 +163,7 @@ struct Inputs {
     check_shape(op, "weight", weight, {dim, 1, kKernel, kKernel});
     check_shape(op, "bias", bias, {dim});
     x = even_tokens(x_.to(kernel_type(x_, x_)));
-    weights = flat_weights(weight, bias, x);
+    weights = pack_weights(weight, bias, x);
   }
 
   int64_t rows() const {

@@ -7,7 +7,8 @@ namespace smd2 {
 
 constexpr int kKernel = 3;
 constexpr int kWeights = kKernel * kKernel;
-constexpr int kStrip = 4;  // tokens
+constexpr int kPacked = kWeights + 1;  // with the bias
+constexpr int kStrip = 6;              // tokens
 constexpr int kRowsPerPart = 4;
 
 // A map whose tokens lie `stride` elements apart.
@@ -57,12 +58,12 @@ SMD2_INLINE void load_tokens(
     int64_t c,
     int n,
     vec<acc_t<T>, N>* values) {
+  const T* first = row + (x - 1) * stride + c;
 #pragma GCC unroll 8
   for (int i = 0; i < S + 2; i++) {
-    const int64_t at = x - 1 + i;
-    values[i] = !Edge || (at >= 0 && at < width)
-                    ? load_channels<T, N>(row + at * stride + c, n)
-                    : vec<acc_t<T>, N>{};
+    const bool inside = !Edge || (x - 1 + i >= 0 && x - 1 + i < width);
+    values[i] = inside ? load_channels<T, N>(first + i * stride, n)
+                       : vec<acc_t<T>, N>{};
   }
 }
 
@@ -72,13 +73,13 @@ SMD2_INLINE void convolve(
     const Rows<T>& rows,
     int64_t x,
     int64_t width,
-    const acc_t<T>* weights,  // [9, dim], and the bias behind
-    int64_t dim,
+    const acc_t<T>* weights,  // as pack_weights makes them
     int64_t c,
     int n,
     vec<acc_t<T>, N>* out) {
   using V = vec<acc_t<T>, N>;
-  const V bias = load_channels<acc_t<T>, N>(weights + kWeights * dim + c, n);
+  const acc_t<T>* block = weights + c * kPacked;
+  const V bias = read<acc_t<T>, N>(block + kWeights * N);
   for (int s = 0; s < S; s++) {
     out[s] = bias;
   }
@@ -91,8 +92,7 @@ SMD2_INLINE void convolve(
         rows.row[i], rows.stride, x, width, c, n, values);
 #pragma GCC unroll 3
     for (int j = 0; j < kKernel; j++) {
-      const V w =
-          load_channels<acc_t<T>, N>(weights + (i * kKernel + j) * dim + c, n);
+      const V w = read<acc_t<T>, N>(block + (i * kKernel + j) * N);
 #pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
         out[s] += w * values[s + j];
@@ -134,22 +134,24 @@ SMD2_INLINE void convolve_row(
     T* out,
     const Finish& finish) {
   const auto rows = Rows<T>::around(x, g, r);
+  const int64_t width = g.width, dim = g.dim;
+  T* row = out + r * width * dim;
   for_strips<N>(
-      g.width,
-      g.dim,
-      [&](auto strip, auto edge, int64_t x, int64_t c, int n) SMD2_LAMBDA {
+      width,
+      dim,
+      [=](auto strip, auto edge, int64_t x, int64_t c, int n) SMD2_LAMBDA {
         constexpr int S = decltype(strip)::value;
         vec<acc_t<T>, N> conv[S], here[S];
         convolve<T, N, S, decltype(edge)::value>(
-            rows, x, g.width, weights, g.dim, c, n, conv);
+            rows, x, width, weights, c, n, conv);
         each<S>([&](int s) SMD2_LAMBDA {
           here[s] =
               load_channels<T, N>(rows.row[1] + (x + s) * rows.stride + c, n);
         });
         finish(strip, conv, here);
+        T* first = row + x * dim + c;
         each<S>([&](int s) SMD2_LAMBDA {
-          store_channels<T, N>(
-              out + (r * g.width + x + s) * g.dim + c, conv[s], n);
+          store_channels<T, N>(first + s * dim, conv[s], n);
         });
       });
 }
@@ -162,14 +164,29 @@ inline void check_map(const char* op, const at::Tensor& x) {
       x.sizes());
 }
 
-// Weights [dim, 1, 3, 3] and bias as `convolve` reads them.
-inline at::Tensor flat_weights(
-    const at::Tensor& weight,
-    const at::Tensor& bias,
+// Weights [dim, 1, 3, 3] and bias as `convolve` reads them, [blocks of
+// channels, kPacked, lanes()].
+inline at::Tensor pack_weights(
+    const at::Tensor& weight_,
+    const at::Tensor& bias_,
     const at::Tensor& like) {
-  const auto dim = bias.size(0);
-  const auto flat = small(weight, like).view({dim, kWeights}).t();
-  return at::cat({flat, small(bias, like).view({1, dim})});
+  const auto weight = small(weight_, like), bias = small(bias_, like);
+  const int64_t dim = bias.size(0), size = lanes();
+  const int64_t blocks = (dim + size - 1) / size;
+  at::Tensor packed = at::zeros({blocks, kPacked, size}, weight.options());
+  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "pack_weights", [&] {
+    const auto* from = weight.const_data_ptr<scalar_t>();
+    const auto* last = bias.const_data_ptr<scalar_t>();
+    auto* to = packed.data_ptr<scalar_t>();
+    for (int64_t c = 0; c < dim; c++) {
+      scalar_t* lane = to + c / size * kPacked * size + c % size;
+      for (int k = 0; k < kWeights; k++) {
+        lane[k * size] = from[c * kWeights + k];
+      }
+      lane[kWeights * size] = last[c];
+    }
+  });
+  return packed;
 }
 
 }  // namespace smd2

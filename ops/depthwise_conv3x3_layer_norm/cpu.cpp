@@ -23,6 +23,8 @@ struct Forward {
   template <int N>
   SMD2_INLINE void run(const ForwardArgs<T>& a) {
     using V = vec<acc_t<T>, N>;
+    T* norm = a.norm;
+    const int64_t dim = a.dim;
     for (int64_t r = a.first; r < a.last; r++) {
       convolve_row<T, N>(
           a,
@@ -42,9 +44,10 @@ struct Forward {
           a.eps,
           r * a.width,
           (r + 1) * a.width,
-          [&](auto count, int64_t t, int64_t c, int n, V* normal) SMD2_LAMBDA {
+          [=](auto count, int64_t t, int64_t c, int n, V* normal) SMD2_LAMBDA {
+            T* to = norm + t * dim + c;
             each<decltype(count)::value>([&](int s) SMD2_LAMBDA {
-              store_channels<T, N>(a.norm + (t + s) * a.dim + c, normal[s], n);
+              store_channels<T, N>(to + s * dim, normal[s], n);
             });
           });
     }
@@ -66,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_conv3x3_layer_norm(
   check_shape(op, "norm_weight", norm_weight, {dim});
   check_shape(op, "norm_bias", norm_bias, {dim});
   const auto x = even_tokens(x_.to(kernel_type(x_, x_)));
-  const auto weights = flat_weights(weight, bias, x);
+  const auto weights = pack_weights(weight, bias, x);
   const auto gain = small(norm_weight, x), shift = small(norm_bias, x);
   at::Tensor y = at::empty(x.sizes(), x.options());
   at::Tensor norm = at::empty_like(y);

@@ -29,24 +29,28 @@ struct Forward {
   template <int N>
   SMD2_INLINE void run(const ForwardArgs<T>& a) {
     using V = vec<acc_t<T>, N>;
+    const T* z = a.z;
+    T* out = a.out;
+    const int64_t z_stride = a.z_stride, dim = a.dim;
     normalize<T, N>(
         a.y,
-        a.dim,
+        dim,
         a.weight,
         a.bias,
         a.eps,
         a.first,
         a.last,
-        [&](auto count, int64_t t, int64_t c, int n, V* normal) SMD2_LAMBDA {
+        [=](auto count, int64_t t, int64_t c, int n, V* normal) SMD2_LAMBDA {
           constexpr int S = decltype(count)::value;
+          const T* from = z + t * z_stride + c;
+          T* to = out + t * dim + c;
           V gate[S];
           each<S>([&](int s) SMD2_LAMBDA {
-            gate[s] = load_channels<T, N>(a.z + (t + s) * a.z_stride + c, n);
+            gate[s] = load_channels<T, N>(from + s * z_stride, n);
           });
           silu<acc_t<T>, N, S>(gate);
           each<S>([&](int s) SMD2_LAMBDA {
-            store_channels<T, N>(
-                a.out + (t + s) * a.dim + c, normal[s] * gate[s], n);
+            store_channels<T, N>(to + s * dim, normal[s] * gate[s], n);
           });
         });
   }

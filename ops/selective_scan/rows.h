@@ -27,7 +27,7 @@ struct ScanBlock {
 template <typename T, int N, int S>
 SMD2_INLINE void softplus(vec<T, N>* x, vec<T, N>* e) {
   using V = vec<T, N>;
-  const auto limit = splat<T, N>(kExpLimit<T> / kExpUnit<T>);
+  const auto limit = exp_limit<T, N>();
   V size[S], rest[S];
   each<S>([&](int s) SMD2_LAMBDA { size[s] = magnitude<T, N>(x[s]); });
   each<S>([&](int s) SMD2_LAMBDA { e[s] = at_most<T, N>(size[s], limit); });
@@ -56,7 +56,7 @@ struct Decay {
   explicit __attribute__((always_inline)) Decay(vec<T, N> A) {
     const auto most = splat<T, N>(std::numeric_limits<T>::max());
     rate = A * kExpUnit<T>;
-    rate = at_most<T, N>(rate < -most ? -most : rate, most);
+    rate = at_most<T, N>(at_least<T, N>(rate, -most), most);
     limit = kExpLimit<T> / magnitude<T, N>(rate);
   }
 
