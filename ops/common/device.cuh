@@ -31,14 +31,14 @@ SMD2_DEVICE double log1p_(double x) {
 // softplus(x), the identity above 20.
 template <typename Acc>
 SMD2_DEVICE Acc softplus(Acc x) {
-  const Acc y = log1p_(exp_(x < Acc(20) ? x : Acc(20)));
+  const Acc y = log1p_(exp_(x > Acc(20) ? Acc(20) : x));
   return x > Acc(20) ? x : y;
 }
 
 // The same, and its derivative.
 template <typename Acc>
 SMD2_DEVICE Acc softplus(Acc x, Acc* slope) {
-  const Acc e = exp_(x < Acc(20) ? x : Acc(20));
+  const Acc e = exp_(x > Acc(20) ? Acc(20) : x);
   const Acc y = log1p_(e);
   *slope = x > Acc(20) ? Acc(1) : e / (e + Acc(1));
   return x > Acc(20) ? x : y;

@@ -262,29 +262,25 @@ SMD2_INLINE vec<T, N> exp_limit() {
   return splat<T, N>(limit);
 }
 
-// exp(-x[s]), of x within the limit.
+// x[s] = 1 / (1 + exp(-x[s]))
 template <typename T, int N, int S>
-SMD2_INLINE void exp_of_negative(vec<T, N>* x) {
+SMD2_INLINE void sigmoid(vec<T, N>* x) {
   const auto limit = exp_limit<T, N>();
   each<S>([&](int s) SMD2_LAMBDA {
     x[s] = at_most<T, N>(at_least<T, N>(x[s], -limit), limit);
   });
   exp_of_products<N, S>(x, splat<T, N>(-kExpUnit<T>));
-}
-
-// x[s] = 1 / (1 + exp(-x[s]))
-template <typename T, int N, int S>
-SMD2_INLINE void sigmoid(vec<T, N>* x) {
-  exp_of_negative<T, N, S>(x);
   each<S>([&](int s) SMD2_LAMBDA { x[s] = 1 / (1 + x[s]); });
 }
 
 // x[s] *= sigmoid(x[s])
 template <typename T, int N, int S>
 SMD2_INLINE void silu(vec<T, N>* x) {
+  const auto limit = exp_limit<T, N>();
   vec<T, N> e[S];
-  each<S>([&](int s) SMD2_LAMBDA { e[s] = x[s]; });
-  exp_of_negative<T, N, S>(e);
+  each<S>([&](int s) SMD2_LAMBDA { x[s] = at_least<T, N>(x[s], -limit); });
+  each<S>([&](int s) SMD2_LAMBDA { e[s] = at_most<T, N>(x[s], limit); });
+  exp_of_products<N, S>(e, splat<T, N>(-kExpUnit<T>));
   each<S>([&](int s) SMD2_LAMBDA { x[s] = x[s] / (1 + e[s]); });
 }
 

@@ -27,7 +27,7 @@ SMD2_INLINE ScanBlock<T, N> scan_block(const ScanArgs<T>& a) {
   const int n = block_channels<N, Full>(a);
   return {
       a.u + at,
-      a.delta + at,
+      {a.delta + at, nullptr, nullptr, 0},
       a.B + a.image * a.length,
       a.dim,
       n,

@@ -11,15 +11,59 @@ namespace smd2 {
 constexpr int kPrefetch = 16;  // tokens
 constexpr int kTogether = 8;   // tokens whose steps are computed together
 
+// Where step sizes before bias and softplus come from: from `delta`, one value
+// for each of u, or, where there is a rank, from products dt W^T of that few
+// terms.
+template <typename T>
+struct Steps {
+  const T* delta;
+  const acc_t<T>* dt;      // [tokens, rank]
+  const acc_t<T>* weight;  // [blocks, rank, lanes()]
+  int64_t rank;
+
+  // Those of one block and the tokens from `token` on.
+  template <int N>
+  __attribute__((always_inline)) Steps
+  of_block(int64_t token, int64_t dim, int64_t block) const {
+    if (rank) {
+      return {nullptr, dt + token * rank, weight + block * rank * N, rank};
+    }
+    return {delta + token * dim + block * N, nullptr, nullptr, 0};
+  }
+};
+
 // One image, one block of N channels: where its tokens are.
 template <typename T, int N>
 struct ScanBlock {
   const T* u;  // token 0, first channel of the block
-  const T* delta;
+  Steps<T> steps;
   const acc_t<T>* B;
   int64_t stride;  // elements from token to token in u and delta
   int channels;    // of the block, at most N
   vec<acc_t<T>, N> A, bias;
+
+  // Of S tokens from t on, with the bias.
+  template <int S>
+  __attribute__((always_inline)) void load_steps(
+      int64_t t,
+      vec<acc_t<T>, N>* out) const {
+    if (steps.rank) {
+      const int64_t rank = steps.rank;
+      const acc_t<T>* dt = steps.dt + t * rank;
+      each<S>([&](int s) SMD2_LAMBDA { out[s] = bias; });
+      for (int64_t r = 0; r < rank; r++) {
+        const auto weight = read<acc_t<T>, N>(steps.weight + r * N);
+        each<S>([&](int s)
+                    SMD2_LAMBDA { out[s] += weight * dt[s * rank + r]; });
+      }
+    } else {
+      const T* delta = steps.delta + t * stride;
+      each<S>([&](int s) SMD2_LAMBDA {
+        __builtin_prefetch(delta + (s + kPrefetch) * stride);
+        out[s] = load_channels<T, N>(delta + s * stride, channels) + bias;
+      });
+    }
+  }
 };
 
 // x[s] = softplus(x[s]), and what its derivative needs, e = exp(-|x|). Beyond
@@ -94,14 +138,11 @@ SMD2_INLINE void for_updates(
     const Body& body) {
   using V = vec<acc_t<T>, N>;
   const T* u = block.u + t * block.stride;
-  const T* delta = block.delta + t * block.stride;
   V step[S], rest[S], decay[S];
   each<S>([&](int s) SMD2_LAMBDA {
-    __builtin_prefetch(delta + (s + kPrefetch) * block.stride);
     __builtin_prefetch(u + (s + kPrefetch) * block.stride);
-    step[s] = load_channels<T, N>(delta + s * block.stride, block.channels) +
-              block.bias;
   });
+  block.template load_steps<S>(t, step);
   softplus<acc_t<T>, N, S>(step, rest);
   decay_of.template operator()<S>(step, decay);
   each<S>([&](int s) SMD2_LAMBDA {
@@ -206,12 +247,12 @@ SMD2_INLINE void scan_row_backward(
     ScanGradients<T, N>* out) {
   using V = vec<acc_t<T>, N>;
   const Decay<acc_t<T>, N> decay_of(block.A);
-  V next = *carry, grad_A{}, grad_bias{}, step, e, decay;
+  V next = *carry, grad_A{}, grad_bias{}, x, step, e, decay;
   for (int64_t i = count - 1; i >= 0; i--) {
     const int64_t t = first + i, at = t * block.stride;
     const V u = load_channels<T, N>(block.u + at, block.channels);
-    const V delta = load_channels<T, N>(block.delta + at, block.channels);
-    step = delta + block.bias;
+    block.template load_steps<1>(t, &x);
+    step = x;
     softplus<acc_t<T>, N, 1>(&step, &e);
     decay_of.template operator()<1>(&step, &decay);
     const V g = read<acc_t<T>, N>(grad_h + i * N) + next;
@@ -220,8 +261,7 @@ SMD2_INLINE void scan_row_backward(
     const V grad_exponent = next * previous;  // with respect to step * A
     grad_A += grad_exponent * step;
     const V grad_step = g * u * block.B[t] + grad_exponent * block.A;
-    const V grad_delta =
-        grad_step * softplus_slope<acc_t<T>, N>(delta + block.bias, e);
+    const V grad_delta = grad_step * softplus_slope<acc_t<T>, N>(x, e);
     grad_bias += grad_delta;
     V grad_u = g * step * block.B[t];
     if (skip_grad) {

@@ -288,6 +288,35 @@ def test_softplus_is_as_accurate_as_pytorchs():
     assert error < 2.5e-7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_extreme_values(dtype, kernels):
+    """Steps and rates of any size, a state that is held and one that grows."""
+    values = [-1e30, -200, -87.5, -20, -1e-3, 0, 1, 19.9, 20.1, 87.5, 126, 200, 1e4, 1e30]
+    rates = [-1e30, -2e38, -200, -1, -1e-6, -1e-30, 0, 0.1]
+    delta = torch.tensor(values, dtype=torch.float64)[None, :, None].expand(1, -1, len(rates))
+    u, B, bias = torch.ones_like(delta), torch.ones_like(delta[..., 0]), torch.zeros(len(rates))
+    args = [u, delta, torch.tensor(rates, dtype=torch.float64), B, bias]
+    # But for the last steps, which make the growing state infinite.
+    h = ops.selective_scan(*(x.to(dtype) for x in args))[:, :-2]
+    expected = scan_reference.selective_scan(*(x.double() for x in args))[:, :-2]
+    torch.testing.assert_close(h.double(), expected, rtol=2e-5, atol=1e-30)
+    gate = torch.tensor(values, dtype=torch.float64)[None, None, None]
+    y, ones = torch.linspace(-1, 1, len(values))[None, None, None], torch.ones(len(values))
+    args = [y, gate, ones, ones]
+    out = ops.gated_layer_norm(*(x.to(dtype) for x in args))
+    expected = norm_reference.gated_layer_norm(*(x.double() for x in args), 1e-5)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_what_is_not_a_number_is_not_hidden(position, kernels):
+    args = [torch.ones(1, 9, 3), torch.ones(1, 9, 3), -torch.ones(3), torch.ones(1, 9)]
+    args.append(torch.ones(3))
+    args[position].flatten()[0] = torch.nan
+    h = ops.selective_scan(*args)
+    assert h[:, 1:, 0].isnan().all() and (position == 3 or h[:, :, 1:].isfinite().all())
+
+
 def test_empty_batch(ssm_inputs):
     args = [x[:0] if x.dim() > 2 else x for x in ssm_inputs(1, 3, 4, 2)]
     assert ops.structure_aware_ssm(*args).shape == (0, 3, 4, 2)

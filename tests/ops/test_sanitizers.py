@@ -45,6 +45,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
             sum(output.sum().float() for output in outputs).backward()
             with torch.no_grad():
                 ops.depthwise_conv3x3_layer_norm(u, weight, bias, A, D)
+                dt = torch.randn(*shape[:3], 3)
+                ops.low_rank_structure_aware_ssm(u, dt, taps[:3].T, A, B, C, D, bias, taps)
 print("clean")
 """
 
