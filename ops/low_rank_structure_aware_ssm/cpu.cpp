@@ -1,10 +1,13 @@
-// spatial_mamba::low_rank_structure_aware_ssm on the CPU; op.py documents it.
+// spatial_mamba::low_rank_structure_aware_ssm_ on the CPU; op.py documents it.
+//
+// A row of the output takes the place of one whose step has been made: the scan
+// is kRadius rows ahead.
 #include "../structure_aware_ssm/rows.h"
 
 namespace smd2 {
 namespace {
 
-constexpr const char* kOp = "low_rank_structure_aware_ssm";
+constexpr const char* kOp = "low_rank_structure_aware_ssm_";
 
 // Weights [dim, rank] as the kernels read them, [blocks of channels, rank,
 // lanes()].
@@ -17,7 +20,7 @@ at::Tensor pack_weight(const at::Tensor& weight) {
       .contiguous();
 }
 
-at::Tensor low_rank_structure_aware_ssm(
+void low_rank_structure_aware_ssm_(
     const at::Tensor& u,
     const at::Tensor& dt_,
     const at::Tensor& dt_weight,
@@ -38,7 +41,6 @@ at::Tensor low_rank_structure_aware_ssm(
   check_shape(kOp, "dt_weight", dt_weight, {dim, rank});
   const auto dt = small(dt_, in.u);
   const auto weight = pack_weight(small(dt_weight, in.u));
-  at::Tensor y = at::empty_like(in.u);
   SMD2_DISPATCH(in.u.scalar_type(), kOp, [&] {
     using Acc = acc_t<scalar_t>;
     ForwardArgs<scalar_t> args{};
@@ -46,14 +48,16 @@ at::Tensor low_rank_structure_aware_ssm(
     args.steps.dt = dt.const_data_ptr<Acc>();
     args.steps.weight = weight.const_data_ptr<Acc>();
     args.steps.rank = rank;
-    args.y = y.data_ptr<scalar_t>();
+    args.y = in.u.data_ptr<scalar_t>();
     run_forward(args);
   });
-  return y.to(u.scalar_type());
+  if (!in.u.is_same(u)) {
+    u.copy_(in.u);
+  }
 }
 
 TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
-  m.impl(kOp, &low_rank_structure_aware_ssm);
+  m.impl(kOp, &low_rank_structure_aware_ssm_);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from spatial_mamba_d2.ops._precision import precise
 
 
-def low_rank_structure_aware_ssm(
+def low_rank_structure_aware_ssm_(
     u: Tensor,
     dt: Tensor,
     dt_weight: Tensor,
@@ -19,8 +19,9 @@ def low_rank_structure_aware_ssm(
     D: Tensor,
     delta_bias: Tensor,
     taps: Tensor,
-) -> Tensor:
-    """See :func:`spatial_mamba_d2.ops.low_rank_structure_aware_ssm`."""
+) -> None:
+    """See :func:`spatial_mamba_d2.ops.low_rank_structure_aware_ssm_`."""
     _, dt, dt_weight = precise(u, dt, dt_weight)
     delta = F.linear(dt, dt_weight)
-    return torch.ops.spatial_mamba.structure_aware_ssm(u, delta, A, B, C, D, delta_bias, taps)
+    y = torch.ops.spatial_mamba.structure_aware_ssm(u, delta, A, B, C, D, delta_bias, taps)
+    u.copy_(y)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
@@ -12,35 +10,25 @@ from spatial_mamba_d2.ops._checks import check_activation, check_tensor
 from spatial_mamba_d2.ops.low_rank_structure_aware_ssm import eager, reference
 from spatial_mamba_d2.ops.state_fusion.taps import TAPS
 
-_NAME = "low_rank_structure_aware_ssm"
+_NAME = "low_rank_structure_aware_ssm_"
 _extension.define(
-    f"{_NAME}(Tensor u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, "
-    "Tensor delta_bias, Tensor taps) -> Tensor"
+    f"{_NAME}(Tensor(a!) u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, "
+    "Tensor delta_bias, Tensor taps) -> ()"
 )
 _extension.register_python(
     _NAME,
-    eager=eager.low_rank_structure_aware_ssm,
-    reference=reference.low_rank_structure_aware_ssm,
+    eager=eager.low_rank_structure_aware_ssm_,
+    reference=reference.low_rank_structure_aware_ssm_,
     by_design=("cuda",),
 )
 
 
 @torch.library.register_fake(f"spatial_mamba::{_NAME}", lib=_extension.LIBRARY)
-def _(u, *args):
-    return torch.empty_like(u, memory_format=torch.contiguous_format)
+def _(*args):
+    return None
 
 
-def _backward(ctx, grad_y) -> NoReturn:
-    raise RuntimeError(
-        f"{_NAME} is for inference and has no gradients; torch.nn.functional.linear and "
-        "structure_aware_ssm have"
-    )
-
-
-torch.library.register_autograd(f"spatial_mamba::{_NAME}", _backward, lib=_extension.LIBRARY)
-
-
-def low_rank_structure_aware_ssm(
+def low_rank_structure_aware_ssm_(
     u: Tensor,
     dt: Tensor,
     dt_weight: Tensor,
@@ -51,25 +39,33 @@ def low_rank_structure_aware_ssm(
     delta_bias: Tensor,
     taps: Tensor,
 ) -> Tensor:
-    """:func:`structure_aware_ssm` with ``delta = dt dt_weight^T``; for inference only.
+    """:func:`structure_aware_ssm` with ``delta = dt dt_weight^T``, in place; for inference only.
 
-    The step sizes, of few terms each, are computed where they are needed and never stored. In the
-    authors' code ``dt_projs`` and ``StructureAwareSSM.forward_core``.
+    The step sizes, of few terms each, are computed where they are needed and never stored; the
+    output takes the place of ``u``, which the cache still holds. In the authors' code ``dt_projs``
+    and ``StructureAwareSSM.forward_core``.
 
     Args:
-        u: input, ``Tensor[B, H, W, D]``.
+        u: input, ``Tensor[B, H, W, D]``; afterwards the output. Where it is contiguous, no other
+            map of its size is needed.
         dt: step sizes before their projection, ``Tensor[B, H, W, R]`` with R >= 1.
         dt_weight: their projection, ``Tensor[D, R]``.
         A, B, C, D, delta_bias, taps: as of :func:`structure_aware_ssm`.
 
     Returns:
-        y, ``Tensor[B, H, W, D]``, contiguous, in the dtype of ``u``. Step sizes, states, softplus
-        and sums are float32 (float64 for float64 ``u``) whatever the dtype of the inputs.
+        ``u``. Step sizes, states, softplus and sums are float32 (float64 for float64 ``u``)
+        whatever the dtype of the inputs.
 
     Raises:
         ValueError: a shape or dtype does not fit.
-        RuntimeError: in backward.
+        RuntimeError: gradients are on and an input wants one.
     """
+    tensors = (u, dt, dt_weight, A, B, C, D, delta_bias, taps)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f"{_NAME} is for inference and has no gradients; torch.nn.functional.linear and "
+            "structure_aware_ssm have"
+        )
     check_activation(_NAME, "u", u, "B H W D")
     batch, height, width, dim = u.shape
     check_activation(_NAME, "dt", dt, "B H W R")
@@ -81,6 +77,5 @@ def low_rank_structure_aware_ssm(
     for name, x in (("A", A), ("D", D), ("delta_bias", delta_bias)):
         check_tensor(_NAME, name, x, (dim,), "[D]")
     check_tensor(_NAME, "taps", taps, (TAPS, dim), "[25, D]")
-    return torch.ops.spatial_mamba.low_rank_structure_aware_ssm(
-        u, dt, dt_weight, A, B, C, D, delta_bias, taps
-    )
+    torch.ops.spatial_mamba.low_rank_structure_aware_ssm_(*tensors)
+    return u

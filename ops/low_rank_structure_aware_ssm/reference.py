@@ -8,7 +8,7 @@ from torch import Tensor
 from spatial_mamba_d2.ops.structure_aware_ssm import reference as ssm_reference
 
 
-def low_rank_structure_aware_ssm(
+def low_rank_structure_aware_ssm_(
     u: Tensor,
     dt: Tensor,
     dt_weight: Tensor,
@@ -18,8 +18,8 @@ def low_rank_structure_aware_ssm(
     D: Tensor,
     delta_bias: Tensor,
     taps: Tensor,
-) -> Tensor:
-    """See :func:`spatial_mamba_d2.ops.low_rank_structure_aware_ssm`."""
+) -> None:
+    """See :func:`spatial_mamba_d2.ops.low_rank_structure_aware_ssm_`."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     delta = torch.einsum("bhwr,dr->bhwd", dt.to(dtype), dt_weight.to(dtype))
-    return ssm_reference.structure_aware_ssm(u, delta, A, B, C, D, delta_bias, taps)
+    u.copy_(ssm_reference.structure_aware_ssm(u, delta, A, B, C, D, delta_bias, taps))
