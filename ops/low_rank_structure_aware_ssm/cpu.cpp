@@ -14,8 +14,11 @@ constexpr const char* kOp = "low_rank_structure_aware_ssm_";
 at::Tensor pack_weight(const at::Tensor& weight) {
   const int64_t dim = weight.size(0), size = lanes();
   const int64_t blocks = (dim + size - 1) / size;
-  return at::constant_pad_nd(weight, {0, 0, 0, blocks * size - dim})
-      .view({blocks, size, weight.size(1)})
+  const bool even = dim % size == 0;
+  const auto padded =
+      even ? weight
+           : at::constant_pad_nd(weight, {0, 0, 0, blocks * size - dim});
+  return padded.view({blocks, size, weight.size(1)})
       .transpose(1, 2)
       .contiguous();
 }

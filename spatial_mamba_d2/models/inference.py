@@ -7,7 +7,8 @@ stale after the next update of them. It
 * merges the three kernels of each state fusion into their 25 taps, and computes ``A``;
 * packs the weights of matrix products and convolutions for oneDNN, which then applies the GELU or
   ReLU behind them while results are in registers;
-* computes position encodings together with the norms behind them, and adds residuals in place;
+* computes position encodings together with the norms behind them, step sizes where the SSM needs
+  them, and its outputs and residual sums in place;
 * sends activations that are several times as wide as the stage (of the MLP, between the
   convolutions of stem and downsampling) through in tiles, so that they stay in the cache. Larger
   ones would moreover be fetched from the operating system, page by page, in every call.
