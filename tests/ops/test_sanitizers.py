@@ -45,9 +45,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
             sum(output.sum().float() for output in outputs).backward()
             with torch.no_grad():
                 ops.depthwise_conv3x3_layer_norm(u, weight, bias, A, D)
-                dt = torch.randn(*shape[:3], 3)
-                weight = taps[:3].T
-                ops.low_rank_structure_aware_ssm_(u.clone(), dt, weight, A, B, C, D, bias, taps)
+                steps = (torch.randn(*shape[:3], 3), taps[:3].T)
+                ops.low_rank_structure_aware_ssm_(u.clone(), *steps, A, B, C, D, bias, taps)
 print("clean")
 """
 
