@@ -8,7 +8,7 @@ from torch import Tensor
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
 from spatial_mamba_d2.ops.low_rank_structure_aware_ssm import eager, reference
-from spatial_mamba_d2.ops.state_fusion.taps import TAPS
+from spatial_mamba_d2.ops.structure_aware_ssm.op import check_inputs
 
 _NAME = "low_rank_structure_aware_ssm_"
 _extension.define(
@@ -72,10 +72,6 @@ def low_rank_structure_aware_ssm_(
     rank = dt.shape[-1]
     check_tensor(_NAME, "dt", dt, (batch, height, width, rank), "[B, H, W, R]")
     check_tensor(_NAME, "dt_weight", dt_weight, (dim, rank), "[D, R]")
-    check_tensor(_NAME, "B", B, (batch, height, width), "[B, H, W]")
-    check_tensor(_NAME, "C", C, (batch, height, width), "[B, H, W]")
-    for name, x in (("A", A), ("D", D), ("delta_bias", delta_bias)):
-        check_tensor(_NAME, name, x, (dim,), "[D]")
-    check_tensor(_NAME, "taps", taps, (TAPS, dim), "[25, D]")
+    check_inputs(_NAME, u, A, B, C, D, delta_bias, taps)
     torch.ops.spatial_mamba.low_rank_structure_aware_ssm_(*tensors)
     return u

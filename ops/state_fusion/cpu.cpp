@@ -63,13 +63,8 @@ struct Forward {
       if (y < 0) {
         continue;
       }
-      Window<Acc> window;
-      for (int dy = -kRadius; dy <= kRadius; dy++) {
-        const int64_t source =
-            std::min(std::max<int64_t>(y + dy, 0), a.height - 1);
-        window.rows[dy + kRadius] =
-            a.scratch + source % kRows * row_size + kRadius * N;
-      }
+      const auto window =
+          window_around<Acc, N>(a.scratch, kRows, y, a.height, a.width);
       Acc* out = a.out + at + y * line;
       fuse_row<Acc, N>(
           window, taps, a.width, [&](int64_t x, auto fused) SMD2_LAMBDA {
@@ -119,7 +114,8 @@ struct Backward {
           grads + y * grad_size + kMargin * N);
     }
     for (int64_t y = 0; y < a.height; y++) {
-      const auto window = map_window<Acc, N>(map, y, a.height, a.width);
+      const auto window =
+          window_around<Acc, N>(map, a.height, y, a.height, a.width);
       fuse_row_grad_taps<Acc, N>(
           window, grads + y * grad_size + kMargin * N, a.width, grad_taps);
       fuse_row_grad_input<Acc, N>(

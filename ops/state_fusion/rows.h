@@ -34,17 +34,22 @@ struct Window {
   const T* rows[2 * kRadius + 1];
 };
 
-// The window around row y of a whole map, H rows of W + 2 kRadius tokens.
+// The window around row y of H rows of W + 2 kRadius tokens, of which memory
+// has the last `kept`, each in place of the one `kept` rows above.
 template <typename T, int N>
-SMD2_INLINE Window<T>
-map_window(const T* map, int64_t y, int64_t height, int64_t width) {
+SMD2_INLINE Window<T> window_around(
+    const T* memory,
+    int64_t kept,
+    int64_t y,
+    int64_t height,
+    int64_t width) {
   Window<T> window;
   for (int dy = -kRadius; dy <= kRadius; dy++) {
     int64_t source = y + dy;
     source = source < 0 ? 0 : source;
     source = source < height ? source : height - 1;
     window.rows[dy + kRadius] =
-        map + (source * (width + 2 * kRadius) + kRadius) * N;
+        memory + (source % kept * (width + 2 * kRadius) + kRadius) * N;
   }
   return window;
 }

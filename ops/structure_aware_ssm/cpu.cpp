@@ -51,7 +51,8 @@ struct Backward {
 
     vec<Acc, N> grad_D{}, grad_taps[kTaps]{};
     for (int64_t y = 0; y < a.height; y++) {
-      const auto window = map_window<Acc, N>(states, y, a.height, a.width);
+      const auto window =
+          window_around<Acc, N>(states, a.height, y, a.height, a.width);
       Acc* grad_fused = grads + y * grad_size + kMargin * N;
       vec<Acc, N> row_grad_D{};
       const auto one = [&](int64_t x, auto fused) SMD2_LAMBDA {

@@ -52,6 +52,25 @@ torch.library.register_autograd(
 )
 
 
+def check_inputs(
+    op: str,
+    u: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    taps: Tensor,
+) -> None:
+    """Raise ``ValueError`` unless all of them but the step sizes fit ``u``, ``[B, H, W, D]``."""
+    *tokens, dim = u.shape
+    for name, x in (("B", B), ("C", C)):
+        check_tensor(op, name, x, tuple(tokens), "[B, H, W]")
+    for name, x in (("A", A), ("D", D), ("delta_bias", delta_bias)):
+        check_tensor(op, name, x, (dim,), "[D]")
+    check_tensor(op, "taps", taps, (TAPS, dim), "[25, D]")
+
+
 def structure_aware_ssm(
     u: Tensor,
     delta: Tensor,
@@ -86,11 +105,6 @@ def structure_aware_ssm(
         ValueError: a shape or dtype does not fit.
     """
     check_activation(_NAME, "u", u, "B H W D")
-    batch, height, width, dim = u.shape
-    check_tensor(_NAME, "delta", delta, (batch, height, width, dim), "[B, H, W, D]")
-    check_tensor(_NAME, "B", B, (batch, height, width), "[B, H, W]")
-    check_tensor(_NAME, "C", C, (batch, height, width), "[B, H, W]")
-    for name, x in (("A", A), ("D", D), ("delta_bias", delta_bias)):
-        check_tensor(_NAME, name, x, (dim,), "[D]")
-    check_tensor(_NAME, "taps", taps, (TAPS, dim), "[25, D]")
+    check_tensor(_NAME, "delta", delta, tuple(u.shape), "[B, H, W, D]")
+    check_inputs(_NAME, u, A, B, C, D, delta_bias, taps)
     return torch.ops.spatial_mamba.structure_aware_ssm(u, delta, A, B, C, D, delta_bias, taps)

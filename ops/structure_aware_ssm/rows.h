@@ -101,13 +101,8 @@ struct Forward {
       if (y < 0) {
         continue;
       }
-      Window<Acc> window;
-      for (int dy = -kRadius; dy <= kRadius; dy++) {
-        const int64_t source =
-            std::min(std::max<int64_t>(y + dy, 0), a.height - 1);
-        window.rows[dy + kRadius] =
-            a.scratch + source % kRows * row_size + kRadius * N;
-      }
+      const auto window =
+          window_around<Acc, N>(a.scratch, kRows, y, a.height, a.width);
       observe_row<T, N, Full>(a, block, window, y);
     }
   }
@@ -172,7 +167,8 @@ struct Observe {
   SMD2_INLINE void run(const StagedArgs<T>& a) {
     const SsmBlock<T, N, Full> block(a);
     const acc_t<T>* map = a.template row_of<N>(a.states, 0) - kRadius * N;
-    const auto window = map_window<acc_t<T>, N>(map, a.row, a.height, a.width);
+    const auto window =
+        window_around<acc_t<T>, N>(map, a.height, a.row, a.height, a.width);
     observe_row<T, N, Full>(a, block, window, a.row);
   }
 };
@@ -187,7 +183,7 @@ void run_staged(const ForwardArgs<T>& shared, int64_t blocks) {
   const auto states = cache_lines<acc_t<T>>(size * lanes());
   all.decays = decays.get();
   all.states = states.get();
-  const auto each = [&](int64_t count, auto kernel) {
+  const auto share_out = [&](int64_t count, auto kernel) {
     at::parallel_for(0, maps * count, 1, [&](int64_t begin, int64_t end) {
       StagedArgs<T> args = all;
       for (int64_t i = begin; i < end; i++) {
@@ -198,9 +194,9 @@ void run_staged(const ForwardArgs<T>& shared, int64_t blocks) {
       }
     });
   };
-  each(shared.height, Prepare<T>{});
-  each(1, Recur<T>{});
-  each(shared.height, Observe<T>{});
+  share_out(shared.height, Prepare<T>{});
+  share_out(1, Recur<T>{});
+  share_out(shared.height, Observe<T>{});
 }
 
 template <typename T>
