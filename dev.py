@@ -92,7 +92,7 @@ def native_sources() -> list[Path]:
 def fingerprint() -> str:
     """A hash of all that the installation depends on."""
     digest = hashlib.sha256()
-    names = ("dev.py", "pyproject.toml", "setup.py", "spatial_mamba_d2/cuda_toolkit.py")
+    names = ("dev.py", "pyproject.toml", "setup.py", "spatial_mamba_d2/system/cuda_toolkit.py")
     for path in (*(ROOT / name for name in names), *native_sources()):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -17,7 +17,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # pip does not put the sources there
 
-from spatial_mamba_d2 import cuda_toolkit  # noqa: E402  needs that path
+from spatial_mamba_d2.system import cuda_toolkit  # noqa: E402  needs that path
 
 SWITCHES = {
     "spatial_mamba_d2.ops._C": ("operators", "SMD2_BUILD_NATIVE"),
@@ -116,7 +116,7 @@ def cuda_extensions():
     return [
         cpp_extension.CUDAExtension(
             name,
-            sources("ops/*/cuda_glue.cpp", "ops/*/cuda.cu", "ops/common/cuda_build.cpp"),
+            sources("ops/*/cuda_glue.cpp", "ops/*/cuda.cu", "ops/cuda/build.cpp"),
             depends=sources("ops/**/*.h", "ops/**/*.cuh"),
             define_macros=[("SMD2_CUDA_ARCHITECTURES", f'"{chosen or " ".join(names) + "+PTX"}"')],
             extra_compile_args={

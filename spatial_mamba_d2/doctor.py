@@ -149,8 +149,8 @@ def check_cuda_kernels() -> Finding:
     """Whether the operators are compiled for CUDA; if not, whether they could be."""
     import torch
 
-    from spatial_mamba_d2 import cuda_toolkit
     from spatial_mamba_d2.ops import _extension
+    from spatial_mamba_d2.system import cuda_toolkit
 
     if _extension.WHY_NO_CUDA is None:
         return Finding("ok", f"compiled for {torch.ops.spatial_mamba.cuda_architectures()}")

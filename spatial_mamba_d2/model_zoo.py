@@ -169,7 +169,7 @@ def build(name: str) -> Any:
 
     entry = get_entry(name)
     if entry.task == "detection":
-        from spatial_mamba_d2.detection.model import build_detector
+        from spatial_mamba_d2.profiling.detector_layers import build_detector
 
         return build_detector(get_config(name, ["MODEL.DEVICE", "cpu"])).eval()
     builders = {"classification": models.build_classifier, "segmentation": models.build_upernet}

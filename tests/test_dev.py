@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def dev(tmp_path):
     """dev.py as a module, in a checkout of its own."""
-    (tmp_path / "spatial_mamba_d2").mkdir()
-    for name in ("dev.py", "pyproject.toml", "setup.py", "spatial_mamba_d2/cuda_toolkit.py"):
+    (tmp_path / "spatial_mamba_d2/system").mkdir(parents=True)
+    for name in ("dev.py", "pyproject.toml", "setup.py", "spatial_mamba_d2/system/cuda_toolkit.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "ops").mkdir()
     spec = importlib.util.spec_from_file_location("dev", tmp_path / "dev.py")
@@ -98,7 +98,7 @@ def test_setup_installs_again(dev, commands, installed):
 @pytest.mark.parametrize(
     "name",
     [
-        *("dev.py", "pyproject.toml", "setup.py", "spatial_mamba_d2/cuda_toolkit.py"),
+        *("dev.py", "pyproject.toml", "setup.py", "spatial_mamba_d2/system/cuda_toolkit.py"),
         *("ops/module.cpp", "ops/scan/scan.cuh"),
     ],
 )

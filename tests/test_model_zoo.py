@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from spatial_mamba_d2 import model_zoo
-from spatial_mamba_d2.conversion import save_official
-from spatial_mamba_d2.models.weights import WeightsError
+from spatial_mamba_d2.models.checkpoints.convert import save_official
+from spatial_mamba_d2.models.checkpoints.loading import WeightsError
 
 TASKS = list(model_zoo.TASKS)
 

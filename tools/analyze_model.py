@@ -10,8 +10,8 @@ Without Detectron2 the detectors cannot be built; name the others then.
 import argparse
 from pathlib import Path
 
-from spatial_mamba_d2.analysis import analyze, markdown_report, write_json
 from spatial_mamba_d2.model_zoo import list_models
+from spatial_mamba_d2.profiling.model_size import analyze, markdown_report, write_json
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ python tools/benchmark.py --task backbone --size 640 896 --threads 1 2
 import argparse
 from pathlib import Path
 
-from spatial_mamba_d2.benchmark import DEVICES, TASKS, main
+from spatial_mamba_d2.profiling.benchmark import DEVICES, TASKS, main
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

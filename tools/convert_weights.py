@@ -12,7 +12,7 @@ Only whole models are converted; for the backbone of one:
 
 import argparse
 
-from spatial_mamba_d2.conversion import FORMATS, PARTS, convert_weights
+from spatial_mamba_d2.models.checkpoints.convert import FORMATS, PARTS, convert_weights
 
 
 def main() -> None:

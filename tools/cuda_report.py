@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from spatial_mamba_d2.cuda_report import main
+from spatial_mamba_d2.profiling.cuda_report import main
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

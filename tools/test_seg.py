@@ -10,9 +10,9 @@ Several scales and mirror images, or a sliding window:
     ... TEST.MODE slide TEST.CROP_PX 512 TEST.STRIDE_PX 341
 """
 
-from spatial_mamba_d2.allocator import keep_freed_memory
-from spatial_mamba_d2.segmentation.run import test
-from spatial_mamba_d2.training.launch import build_parser
+from spatial_mamba_d2.segmentation.train import test
+from spatial_mamba_d2.system.allocator import keep_freed_memory
+from spatial_mamba_d2.training.fit import build_parser
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ runs on the GPU where there is one, else on the CPU. Other data, from the shell:
     ... DATASETS.ROOT my/data DATASETS.CLASSES "" MODEL.NUM_CLASSES 5
 """
 
-from spatial_mamba_d2.allocator import keep_freed_memory
-from spatial_mamba_d2.classification.run import test, train
-from spatial_mamba_d2.training.launch import build_parser
+from spatial_mamba_d2.classification.train import test, train
+from spatial_mamba_d2.system.allocator import keep_freed_memory
+from spatial_mamba_d2.training.fit import build_parser
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ runs on the GPU where there is one, else on the CPU. Any COCO-format data set, f
 
 from detectron2.engine import default_argument_parser
 
-from spatial_mamba_d2.allocator import keep_freed_memory
 from spatial_mamba_d2.detection.launch import launch
-from spatial_mamba_d2.detection.run import run
+from spatial_mamba_d2.detection.train import run
+from spatial_mamba_d2.system.allocator import keep_freed_memory
 
 
 def main() -> None:

@@ -8,8 +8,8 @@
 import argparse
 from pathlib import Path
 
-from spatial_mamba_d2.allocator import keep_freed_memory
 from spatial_mamba_d2.detection.predict import draw_folder
+from spatial_mamba_d2.system.allocator import keep_freed_memory
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 // Depthwise 3x3 convolution of single rows, all channels.
 #pragma once
 
-#include "../common/tensors.h"
+#include "../cpu/tensors.h"
 
 namespace smd2 {
 

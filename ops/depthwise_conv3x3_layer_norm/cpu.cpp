@@ -1,7 +1,7 @@
 // spatial_mamba::depthwise_conv3x3_layer_norm on the CPU; op.py documents it.
 //
 // A row is normalised while the cache still has it.
-#include "../common/moments.h"
+#include "../cpu/moments.h"
 #include "../depthwise_conv3x3/rows.h"
 
 namespace smd2 {

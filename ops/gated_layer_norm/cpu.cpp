@@ -1,6 +1,6 @@
 // spatial_mamba::gated_layer_norm on the CPU; op.py documents it.
-#include "../common/moments.h"
-#include "../common/tensors.h"
+#include "../cpu/moments.h"
+#include "../cpu/tensors.h"
 
 namespace smd2 {
 namespace {

@@ -1,5 +1,5 @@
 // spatial_mamba::selective_scan on the CPU; op.py documents it.
-#include "../common/tensors.h"
+#include "../cpu/tensors.h"
 #include "rows.h"
 
 namespace smd2 {

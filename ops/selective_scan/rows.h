@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "../common/simd.h"
+#include "../cpu/simd.h"
 
 namespace smd2 {
 

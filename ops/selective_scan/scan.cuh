@@ -7,7 +7,7 @@
 // the state from row to row; then every segment starts at once.
 #pragma once
 
-#include "../common/device.cuh"
+#include "../cuda/device.cuh"
 #include "cuda.h"
 
 namespace smd2 {

@@ -2,7 +2,7 @@
 // Torch-free.
 #pragma once
 
-#include "../common/cuda_types.h"
+#include "../cuda/types.h"
 
 namespace smd2 {
 namespace cuda {

@@ -6,7 +6,7 @@
 // see `fuse_tiles` and `grad_input_tiles`.
 #pragma once
 
-#include "../common/device.cuh"
+#include "../cuda/device.cuh"
 #include "cuda.h"
 
 namespace smd2 {

@@ -2,7 +2,7 @@
 // Torch-free.
 #pragma once
 
-#include "../common/simd.h"
+#include "../cpu/simd.h"
 
 namespace smd2 {
 

@@ -1,5 +1,5 @@
 // spatial_mamba::structure_aware_ssm on CUDA devices; op.py documents it.
-#include "../common/cuda_tensors.h"
+#include "../cuda/tensors.h"
 #include "cuda.h"
 
 namespace smd2 {

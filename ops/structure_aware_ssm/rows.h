@@ -5,7 +5,7 @@
 // memory.
 #pragma once
 
-#include "../common/tensors.h"
+#include "../cpu/tensors.h"
 #include "../selective_scan/rows.h"
 #include "../state_fusion/rows.h"
 

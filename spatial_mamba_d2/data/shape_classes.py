@@ -21,9 +21,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from spatial_mamba_d2.atomic import new_folder
 from spatial_mamba_d2.data.images import write_picture
 from spatial_mamba_d2.data.shapes import CLASSES, render_image
+from spatial_mamba_d2.system.atomic import new_folder
 
 # To be raised with every change of what is drawn or written: a tree of another version is refused.
 GENERATOR_VERSION = 1

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from spatial_mamba_d2.atomic import new_folder
+from spatial_mamba_d2.system.atomic import new_folder
 
 # To be raised with every change of what is drawn or written: a tree of another version is refused.
 GENERATOR_VERSION = 1

@@ -14,7 +14,7 @@ import lightning
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from spatial_mamba_d2.data.workers import worker_options
+from spatial_mamba_d2.system.workers import worker_options
 
 logger = logging.getLogger(__name__)
 

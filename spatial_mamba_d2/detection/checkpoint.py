@@ -11,8 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
 
-from spatial_mamba_d2.atomic import replacing
-from spatial_mamba_d2.models.weights import (
+from spatial_mamba_d2.models.checkpoints.loading import (
     DETECTOR_BACKBONE_PREFIX,
     LoadReport,
     load_weights,
@@ -20,6 +19,7 @@ from spatial_mamba_d2.models.weights import (
     translate,
     unwrap,
 )
+from spatial_mamba_d2.system.atomic import replacing
 
 
 def load_detector_weights(

@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from spatial_mamba_d2.optimization import parameter_groups
+from spatial_mamba_d2.models.param_groups import parameter_groups
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:

@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
+from spatial_mamba_d2.detection.data import BatchStream, build_test_loader, build_train_loader
 from spatial_mamba_d2.detection.datasets import evaluation_metadata
-from spatial_mamba_d2.detection.loader import BatchStream, build_test_loader, build_train_loader
 from spatial_mamba_d2.detection.optimizer import build_optimizer, clip_gradients
 from spatial_mamba_d2.detection.visualize import PictureWriter
 

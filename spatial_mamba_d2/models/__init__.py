@@ -1,7 +1,8 @@
 """The models, and the loading of their weights."""
 
+from spatial_mamba_d2.models.checkpoints.loading import LoadReport, load_weights, read_checkpoint
 from spatial_mamba_d2.models.classifier import SpatialMambaClassifier, build_classifier
-from spatial_mamba_d2.models.inference import optimize_for_inference
+from spatial_mamba_d2.models.optimized import optimize_for_inference
 from spatial_mamba_d2.models.spatial_mamba import (
     SpatialMamba,
     SpatialMambaBackbone,
@@ -9,7 +10,6 @@ from spatial_mamba_d2.models.spatial_mamba import (
 )
 from spatial_mamba_d2.models.upernet import UPerNet, build_upernet
 from spatial_mamba_d2.models.variants import VARIANTS
-from spatial_mamba_d2.models.weights import LoadReport, load_weights, read_checkpoint
 
 __all__ = [
     "VARIANTS",

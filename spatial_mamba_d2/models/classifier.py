@@ -22,10 +22,10 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from spatial_mamba_d2.models.reading import stand_in
+from spatial_mamba_d2.models.checkpoints.loading import is_official, to_ours, translate
+from spatial_mamba_d2.models.checkpoints.reading import stand_in
 from spatial_mamba_d2.models.spatial_mamba import STAGES, STRIDES, SpatialMamba, _nchw
 from spatial_mamba_d2.models.variants import VARIANTS, variant_kwargs
-from spatial_mamba_d2.models.weights import is_official, to_ours, translate
 
 _OUTPUT_FORMATS = ("NCHW", "NHWC")
 # Where a configuration of timm may say that pretrained weights are.

@@ -2,7 +2,7 @@
 
 Xiao et al., "Spatial-Mamba: Effective Visual State Space Models via Structure-aware State Fusion",
 arXiv 2410.15091. Equal in function to ``classification/models/spatialmamba.py`` of the authors'
-repository (EdwardChasel/Spatial-Mamba), whose parameter names :mod:`.weights` translates.
+repository (EdwardChasel/Spatial-Mamba), whose parameter names :mod:`.checkpoints.names` translates.
 
 Activations are channels-last ``[B, H, W, C]`` from the stem to the outputs. Symbols as in the
 paper; C is the width of a stage, D = ``ssm_ratio`` C the width inside the SSM.

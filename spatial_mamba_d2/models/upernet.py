@@ -2,7 +2,7 @@
 
 Xiao et al., "Unified Perceptual Parsing for Scene Understanding", arXiv 1807.10221. Equal in
 function to ``UPerHead`` and ``FCNHead`` of mmsegmentation 1.2 as the Spatial-Mamba authors
-configure them; :mod:`.weights` translates the parameter names. The batch norms of the heads are
+configure them; :mod:`.checkpoints.names` translates the parameter names. The batch norms of the heads are
 called ``bn`` there and here: the recipe's weight decay rule goes by that.
 
 Symbols: K classes, F channels of the decode head. All resizing is bilinear without

@@ -17,11 +17,11 @@ from spatial_mamba_d2.data.ade20k import Classes
 from spatial_mamba_d2.data.coco import read_image
 from spatial_mamba_d2.data.images import write_picture
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.models.param_groups import parameter_groups
 from spatial_mamba_d2.models.upernet import UPerNet, build_upernet, resize
-from spatial_mamba_d2.optimization import parameter_groups
 from spatial_mamba_d2.segmentation.inference import build_protocol, segment
 from spatial_mamba_d2.segmentation.metrics import Confusion, format_table
-from spatial_mamba_d2.segmentation.pictures import draw_panels
+from spatial_mamba_d2.segmentation.visualize import draw_panels
 from spatial_mamba_d2.training.module import TrainingModule
 
 logger = logging.getLogger(__name__)

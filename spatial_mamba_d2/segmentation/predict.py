@@ -17,7 +17,7 @@ from spatial_mamba_d2.data.segmentation_transforms import TestTransform
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.inference import build_protocol, segment
 from spatial_mamba_d2.segmentation.module import build_model
-from spatial_mamba_d2.segmentation.pictures import draw_panels
+from spatial_mamba_d2.segmentation.visualize import draw_panels
 from spatial_mamba_d2.training.checkpoint import load_whole_model
 
 

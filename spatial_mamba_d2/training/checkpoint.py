@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from spatial_mamba_d2.atomic import replacing
 from spatial_mamba_d2.models import load_weights, read_checkpoint
+from spatial_mamba_d2.system.atomic import replacing
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 

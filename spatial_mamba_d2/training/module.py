@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from spatial_mamba_d2.atomic import replacing
+from spatial_mamba_d2.system.atomic import replacing
 
 
 class TrainingModule(lightning.LightningModule):

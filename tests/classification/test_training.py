@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from spatial_mamba_d2.classification.config import load_config
 from spatial_mamba_d2.classification.module import Classifier
-from spatial_mamba_d2.classification.run import build_data, train
-from spatial_mamba_d2.classification.run import test as evaluate
+from spatial_mamba_d2.classification.train import build_data, train
+from spatial_mamba_d2.classification.train import test as evaluate
 from spatial_mamba_d2.data.imagenet import read_picture
 from spatial_mamba_d2.models import build_classifier
-from spatial_mamba_d2.models.weights import WeightsError, read_checkpoint, to_official
-from spatial_mamba_d2.training import launch
+from spatial_mamba_d2.models.checkpoints.loading import WeightsError, read_checkpoint, to_official
+from spatial_mamba_d2.training import fit as launch
 
 LAST = "output/last.ckpt"
 

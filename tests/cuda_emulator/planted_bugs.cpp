@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../../ops/common/simt.h"
+#include "../../ops/cuda/simt.h"
 
 namespace smd2 {
 namespace {

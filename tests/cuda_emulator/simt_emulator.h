@@ -1,5 +1,5 @@
 // Runs CUDA kernels on the CPU: stands in for cuda_runtime.h, see
-// ops/common/simt.h. Every CUDA thread is a fiber; blocks run one after the
+// ops/cuda/simt.h. Every CUDA thread is a fiber; blocks run one after the
 // other, on the calling thread.
 //
 // Reported as an exception of `launch`: a barrier or a shuffle that not all

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer, load_detector_weights
 from spatial_mamba_d2.models import build_classifier
-from spatial_mamba_d2.models.weights import WeightsError, read_checkpoint, to_official
+from spatial_mamba_d2.models.checkpoints.loading import WeightsError, read_checkpoint, to_official
 
 pytestmark = pytest.mark.usefixtures("narrow")
 

@@ -11,12 +11,12 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
-from spatial_mamba_d2.conversion import convert_weights, save_official
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.predict import Predictor
 from spatial_mamba_d2.models import build_classifier
-from spatial_mamba_d2.models.weights import WeightsError, translate
+from spatial_mamba_d2.models.checkpoints.convert import convert_weights, save_official
+from spatial_mamba_d2.models.checkpoints.loading import WeightsError, translate
 
 
 def test_detectron2_loads_a_converted_mask_rcnn(root, official_state, tmp_path, caplog):

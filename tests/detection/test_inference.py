@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from spatial_mamba_d2.detection.model import build_detector
 from spatial_mamba_d2.models import optimize_for_inference
+from spatial_mamba_d2.profiling.detector_layers import build_detector
 
 pytestmark = pytest.mark.usefixtures("narrow")
 

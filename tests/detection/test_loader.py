@@ -11,7 +11,7 @@ import pytest
 import torch
 from detectron2.utils import comm
 
-from spatial_mamba_d2.detection.loader import (
+from spatial_mamba_d2.detection.data import (
     BatchStream,
     Mapper,
     TrainingImages,

@@ -16,9 +16,9 @@ from detectron2.utils.env import seed_all_rng
 
 from spatial_mamba_d2.data.shapes import generate_shapes
 from spatial_mamba_d2.detection.launch import launch
-from spatial_mamba_d2.detection.run import run
+from spatial_mamba_d2.detection.train import run
 from spatial_mamba_d2.detection.trainer import Trainer
-from spatial_mamba_d2.models.weights import read_checkpoint
+from spatial_mamba_d2.models.checkpoints.loading import read_checkpoint
 
 CONFIG = "configs/demo_mask_rcnn_spatial_mamba_t.yaml"
 

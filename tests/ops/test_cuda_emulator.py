@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spatial_mamba_d2 import cuda_report
+from spatial_mamba_d2.profiling import cuda_report
 
 from . import emulator
 
@@ -91,7 +91,7 @@ def test_a_correct_kernel_is_not(sanitizer, order):
 @pytest.mark.parametrize("element", [4, 2])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 25, 40, 64), (2, 37, 33, 35)])
 def test_the_model_of_dram_bytes_is_what_kernels_touch(shape, element):
-    """Byte by byte, of every launch; the model is spatial_mamba_d2.cuda_report's."""
+    """Byte by byte, of every launch; the model is spatial_mamba_d2.profiling.cuda_report's."""
     sources = (emulator.EMULATOR / "trace.cpp", emulator.EMULATOR / "simt_emulator.cpp")
     objects = emulator.compile_all(sources, "-O1")
     objects += emulator.compile_all(emulator.KERNELS, "-O1", "-fsanitize=thread")

@@ -8,9 +8,9 @@ import pytest
 
 from spatial_mamba_d2.data.ade20k import Classes, distinct_colors
 from spatial_mamba_d2.segmentation.config import load_config
-from spatial_mamba_d2.segmentation.pictures import draw_panels, paint
 from spatial_mamba_d2.segmentation.predict import Predictor, segment_folder
-from spatial_mamba_d2.segmentation.run import train
+from spatial_mamba_d2.segmentation.train import train
+from spatial_mamba_d2.segmentation.visualize import draw_panels, paint
 
 
 @pytest.mark.usefixtures("narrow")

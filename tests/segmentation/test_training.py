@@ -18,16 +18,16 @@ import torch
 from spatial_mamba_d2.data.ade20k import Classes, read_label
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models import build_classifier, build_upernet, load_weights
-from spatial_mamba_d2.models.weights import WeightsError, read_checkpoint, to_official
+from spatial_mamba_d2.models.checkpoints.loading import WeightsError, read_checkpoint, to_official
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.module import (
     Segmentor,
     cross_entropy,
     learning_rate_factor,
 )
-from spatial_mamba_d2.segmentation.run import build_data, train
-from spatial_mamba_d2.segmentation.run import test as evaluate
-from spatial_mamba_d2.training import launch
+from spatial_mamba_d2.segmentation.train import build_data, train
+from spatial_mamba_d2.segmentation.train import test as evaluate
+from spatial_mamba_d2.training import fit as launch
 from spatial_mamba_d2.training.checkpoint import SafeCheckpointIO
 
 

@@ -11,7 +11,7 @@ from spatial_mamba_d2.models import (
     build_upernet,
     load_weights,
 )
-from spatial_mamba_d2.models.weights import WeightsError, to_official, to_ours
+from spatial_mamba_d2.models.checkpoints.loading import WeightsError, to_official, to_ours
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
 

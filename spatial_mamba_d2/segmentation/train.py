@@ -11,7 +11,7 @@ from spatial_mamba_d2.data.segmentation_transforms import TestTransform, TrainTr
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.inference import build_protocol
 from spatial_mamba_d2.segmentation.module import Segmentor
-from spatial_mamba_d2.training import launch
+from spatial_mamba_d2.training import fit as launch
 
 
 def build_data(cfg: CfgNode) -> SegmentationData:
@@ -55,7 +55,7 @@ def build_segmentor(cfg: CfgNode) -> Segmentor:
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
-    """Train as :func:`~spatial_mamba_d2.training.launch.fit` does; return scores in percent."""
+    """Train as :func:`~spatial_mamba_d2.training.fit.fit` does; return scores in percent."""
     cfg = launch.start(args, load_config)
     return launch.fit(
         build_segmentor(cfg),
@@ -69,6 +69,6 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
 
 def test(args: argparse.Namespace) -> dict[str, float]:
-    """Test as :func:`~spatial_mamba_d2.training.launch.evaluate` does; scores in percent."""
+    """Test as :func:`~spatial_mamba_d2.training.fit.evaluate` does; scores in percent."""
     cfg = launch.start(args, load_config)
     return launch.evaluate(build_segmentor(cfg), build_data(cfg), args)

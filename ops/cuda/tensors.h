@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "cuda_types.h"
+#include "types.h"
 
 #if defined(SMD2_EMULATED)
 // Tests run the same launchers over CPU tensors, under a name of their own.

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spatial_mamba_d2.models.reading import WeightsError, read_checkpoint
+from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint
 
 StateDict = dict[str, Tensor]
 

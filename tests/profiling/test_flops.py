@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spatial_mamba_d2.models import build_classifier, build_upernet
-from spatial_mamba_d2.models.flops import official_flops
+from spatial_mamba_d2.profiling.flops import official_flops
 
 
 @pytest.mark.parametrize(

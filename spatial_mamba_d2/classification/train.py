@@ -14,7 +14,7 @@ from spatial_mamba_d2.data.imagenet import (
     build_test_transform,
     load_classes,
 )
-from spatial_mamba_d2.training import launch
+from spatial_mamba_d2.training import fit as launch
 
 
 def build_data(cfg: CfgNode) -> ClassificationData:
@@ -53,7 +53,7 @@ def build_data(cfg: CfgNode) -> ClassificationData:
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
-    """Train as :func:`~spatial_mamba_d2.training.launch.fit` does; return scores in percent."""
+    """Train as :func:`~spatial_mamba_d2.training.fit.fit` does; return scores in percent."""
     cfg = launch.start(args, load_config)
     data = build_data(cfg)
     data.setup("fit")  # for the length of an epoch
@@ -70,7 +70,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
 
 def test(args: argparse.Namespace) -> dict[str, float]:
-    """Test as :func:`~spatial_mamba_d2.training.launch.evaluate` does; scores in percent."""
+    """Test as :func:`~spatial_mamba_d2.training.fit.evaluate` does; scores in percent."""
     cfg = launch.start(args, load_config)
     data = build_data(cfg)
     return launch.evaluate(Classifier(cfg, tuple(data.classes)), data, args)

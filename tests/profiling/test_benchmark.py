@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from spatial_mamba_d2 import benchmark
 from spatial_mamba_d2.models import build_backbone
-from spatial_mamba_d2.models.flops import official_flops
+from spatial_mamba_d2.profiling import benchmark
+from spatial_mamba_d2.profiling.flops import official_flops
 
 NARROW = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
 

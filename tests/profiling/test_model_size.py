@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from spatial_mamba_d2 import model_zoo
-from spatial_mamba_d2.analysis import (
+from spatial_mamba_d2.models import build_classifier
+from spatial_mamba_d2.profiling.model_size import (
     CONVENTIONS,
     analyze,
     count_operators,
@@ -20,7 +21,6 @@ from spatial_mamba_d2.analysis import (
     saved_bytes,
     write_json,
 )
-from spatial_mamba_d2.models import build_classifier
 
 analyze_once = functools.cache(analyze)
 TOTALS = {"tiny": 4.467681280000001, "small": 7.11697408, "base": 15.800638464}

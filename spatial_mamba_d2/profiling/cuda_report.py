@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 import torch
 
-from spatial_mamba_d2 import cuda_toolkit, ops
+from spatial_mamba_d2 import ops
 from spatial_mamba_d2.models.variants import VARIANTS
+from spatial_mamba_d2.system import cuda_toolkit
 
 OPS = Path(ops.__file__).parent
 TAPS = 25

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatial_mamba_d2.allocator import keep_freed_memory, release_freed_memory
 from spatial_mamba_d2.model_zoo import get_config
 from spatial_mamba_d2.models import build_backbone, optimize_for_inference
-from spatial_mamba_d2.models.flops import official_flops
-from spatial_mamba_d2.models.inference import PackedLinear
+from spatial_mamba_d2.models.optimized import PackedLinear
 from spatial_mamba_d2.ops import _extension, structure_aware_ssm
+from spatial_mamba_d2.profiling.flops import official_flops
+from spatial_mamba_d2.system.allocator import keep_freed_memory, release_freed_memory
 
 PEERS = {
     "timm swin_tiny": "swin_tiny_patch4_window7_224",
@@ -83,7 +83,7 @@ def run_benchmark(
         (least and most of each) and ``memory_mb``: what a training step saves for its backward
         pass, or by how much other calls raise the memory of the process (on Linux). Backbones add
         ``peak_gflops`` of a matrix product and ``peak_fraction``, what ours reach of it, by
-        :mod:`.models.flops` at 2 FLOPs per multiply-add; ``"growth"`` adds ``exponent``, fitted to
+        :mod:`.flops` at 2 FLOPs per multiply-add; ``"growth"`` adds ``exponent``, fitted to
         seconds over pixels, and has dictionaries by pixels in place of numbers.
 
     Raises:
@@ -411,7 +411,7 @@ def saved_bytes(model: nn.Module, function: Callable[[], Tensor]) -> int:
 
 
 def _detector_candidates(batch: int, height: int, width: int) -> Candidates:
-    from spatial_mamba_d2.detection.model import build_detector, run_parts
+    from spatial_mamba_d2.profiling.detector_layers import build_detector, run_parts
 
     name = "mask_rcnn_spatial_mamba_t"
     device = ["MODEL.DEVICE", torch.get_default_device().type]

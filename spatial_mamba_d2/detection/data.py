@@ -16,9 +16,9 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from spatial_mamba_d2.data.workers import single_thread_opencv, worker_options
 from spatial_mamba_d2.detection.augmentation import build_augmentation
 from spatial_mamba_d2.detection.datasets import Record, load_records
+from spatial_mamba_d2.system.workers import single_thread_opencv, worker_options
 
 Draw = tuple[int, int]  # index of a record, and the seed of its augmentation
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """How large the published models are: parameters, FLOPs in two ways of counting, memory.
 
-The authors' way of counting is described in :mod:`.models.flops`. The complete count takes in
+The authors' way of counting is described in :mod:`.flops`. The complete count takes in
 everything that a model computes in eval mode: each multiply-add of a convolution, matrix product,
 scan and fusion is 1, and so is each other arithmetic operation or activation per element.
 
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from spatial_mamba_d2 import model_zoo
-from spatial_mamba_d2.models.flops import OFFICIAL_COUNTS
+from spatial_mamba_d2.profiling.flops import OFFICIAL_COUNTS
 
 CONVENTIONS = """\
 FLOPs: one multiply-add is one. *Authors'*: their formula (fvcore, the scan as 7 and the fusion as
@@ -308,7 +308,7 @@ def _prepare(
     images = torch.empty(tuple(shape), device="meta")
     if model_zoo.ENTRIES[name].task != "detection":
         return model, lambda: model(images)
-    from spatial_mamba_d2.detection.model import run_parts
+    from spatial_mamba_d2.profiling.detector_layers import run_parts
 
     sampled = {"proposals": 512, "detections": 128} if train else {}
     return model, lambda: run_parts(model, images, **sampled)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatial_mamba_d2.atomic import replacing
 from spatial_mamba_d2.models import (
     VARIANTS,
     SpatialMambaBackbone,
@@ -23,7 +22,7 @@ from spatial_mamba_d2.models import (
     UPerNet,
     read_checkpoint,
 )
-from spatial_mamba_d2.models.weights import (
+from spatial_mamba_d2.models.checkpoints.loading import (
     DETECTOR_BACKBONE_PREFIX,
     MASK_RCNN_HEADS,
     WeightsError,
@@ -32,6 +31,7 @@ from spatial_mamba_d2.models.weights import (
     translate,
     unwrap,
 )
+from spatial_mamba_d2.system.atomic import replacing
 
 FORMATS = ("official", "ours", "detectron2", "safetensors")
 PARTS = ("backbone",)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from spatial_mamba_d2 import cuda_toolkit, doctor
+from spatial_mamba_d2 import doctor
 from spatial_mamba_d2.ops import _extension
+from spatial_mamba_d2.system import cuda_toolkit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OPERATORS = ("selective_scan", "state_fusion", "structure_aware_ssm")
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows")
@@ -134,11 +135,11 @@ def build(tmp_path):
     checkout = tmp_path / "checkout"
     for folder in ("configs", "spatial_mamba_d2"):
         shutil.copytree(ROOT / folder, checkout / folder)
-    (checkout / "ops/common").mkdir(parents=True)
+    (checkout / "ops/cuda").mkdir(parents=True)
     (checkout / "ops/sum").mkdir()
     (checkout / "ops/sum/cpu.cpp").write_text("int sum;\n")
     (checkout / "ops/sum/cuda.cu").write_text("__global__ void sum(int* x) { ++*x; }\n")
-    shutil.copy(ROOT / "ops/common/cuda_build.cpp", checkout / "ops/common")
+    shutil.copy(ROOT / "ops/cuda/build.cpp", checkout / "ops/cuda")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, checkout)
 

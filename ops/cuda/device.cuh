@@ -3,7 +3,7 @@
 // depends on its values, so that all lanes of a warp stay together.
 #pragma once
 
-#include "cuda_types.h"
+#include "types.h"
 
 namespace smd2 {
 namespace cuda {

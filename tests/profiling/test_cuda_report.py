@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from spatial_mamba_d2 import cuda_report
-from spatial_mamba_d2.cuda_report import Kernel
 from spatial_mamba_d2.ops import _extension
+from spatial_mamba_d2.profiling import cuda_report
+from spatial_mamba_d2.profiling.cuda_report import Kernel
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

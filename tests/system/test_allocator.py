@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is about Lin
 
 PROGRAM = """
 import resource, torch
-from spatial_mamba_d2.allocator import keep_freed_memory
+from spatial_mamba_d2.system.allocator import keep_freed_memory
 
 kept = keep_freed_memory()
 faults = []

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-from spatial_mamba_d2.conversion import convert_weights, inspect_state, save_official
 from spatial_mamba_d2.models import (
     build_backbone,
     build_classifier,
@@ -16,7 +15,12 @@ from spatial_mamba_d2.models import (
     load_weights,
     read_checkpoint,
 )
-from spatial_mamba_d2.models.weights import WeightsError, to_official, translate, unwrap
+from spatial_mamba_d2.models.checkpoints.convert import (
+    convert_weights,
+    inspect_state,
+    save_official,
+)
+from spatial_mamba_d2.models.checkpoints.loading import WeightsError, to_official, translate, unwrap
 
 MODELS = [f"{head}{v}" for head in ("", "maskrcnn_", "upernet_") for v in ("tiny", "small", "base")]
 KINDS = {"": "classifier", "maskrcnn": "detector", "upernet": "segmentor"}

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from spatial_mamba_d2.models import build_classifier, load_weights, read_checkpoint
-from spatial_mamba_d2.models.reading import Inert, WeightsError
-from spatial_mamba_d2.models.weights import to_official
+from spatial_mamba_d2.models.checkpoints.loading import to_official
+from spatial_mamba_d2.models.checkpoints.reading import Inert, WeightsError
 
 FORMATS = {"zip": True, "legacy": False}  # since PyTorch 1.6, and before
 

@@ -1,0 +1,1 @@
+"""Checkpoints: names, safe reading, strict loading, writing for other code."""

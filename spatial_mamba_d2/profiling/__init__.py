@@ -1,0 +1,1 @@
+"""Measurements: speed, model size, FLOPs, and the cost of the CUDA kernels."""
