@@ -196,9 +196,7 @@ def get(name: str, weights: str | Path, sha256: str | None = None) -> Any:
     path = _find(entry, Path(weights))
     content = read_checkpoint(path, sha256 or entry.sha256)
     model = build(name)
-    report = load_weights(model, content, source_name=str(path))
-    if report.new:
-        raise ValueError(f"weights must hold all of {name}:\n{report}")
+    load_weights(model, content, partial=False, source_name=str(path))
     return model
 
 

@@ -1,6 +1,7 @@
 """The models, and the loading of their weights."""
 
-from spatial_mamba_d2.models.checkpoints.loading import LoadReport, load_weights, read_checkpoint
+from spatial_mamba_d2.models.checkpoints.loading import LoadReport, load_weights
+from spatial_mamba_d2.models.checkpoints.reading import read_checkpoint
 from spatial_mamba_d2.models.classifier import SpatialMambaClassifier, build_classifier
 from spatial_mamba_d2.models.optimized import optimize_for_inference
 from spatial_mamba_d2.models.spatial_mamba import (

@@ -22,13 +22,14 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from spatial_mamba_d2.models.checkpoints.loading import is_official, to_ours, translate
+from spatial_mamba_d2.models.checkpoints.names import is_official, to_ours, translate
 from spatial_mamba_d2.models.checkpoints.reading import stand_in
 from spatial_mamba_d2.models.spatial_mamba import STAGES, STRIDES, SpatialMamba, _nchw
 from spatial_mamba_d2.models.variants import VARIANTS, variant_kwargs
 
 _OUTPUT_FORMATS = ("NCHW", "NHWC")
-# Where a configuration of timm may say that pretrained weights are.
+_CONFIGURATION = "yacs.config.CfgNode"
+# Keys of timm's configuration that locate pretrained weights.
 _PRETRAINED_SOURCES = ("file", "state_dict", "url", "hf_hub_id")
 
 
@@ -233,6 +234,10 @@ def _translate_pretrained(state: Mapping[str, Tensor], model: SpatialMambaClassi
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     name = f"spatial_mamba_{variant}"
+    # The authors' checkpoints hold their configuration. timm reads files by weights_only loading,
+    # now or (checkpoint_path) after this returns, which knows no such class, and could not fill it
+    # if it did; so no other file loads differently because of this process-wide setting.
+    torch.serialization.add_safe_globals([(stand_in(_CONFIGURATION), _CONFIGURATION)])
     if pretrained:
         overlay = kwargs.get("pretrained_cfg_overlay")
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay).to_dict()
@@ -266,8 +271,3 @@ def spatial_mamba_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def spatial_mamba_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return _create("base", pretrained, **kwargs)
-
-
-# The authors' checkpoints hold their configuration. timm reads files by weights_only loading, which
-# knows no such class, and could not fill it if it did; so nothing else loads differently by this.
-torch.serialization.add_safe_globals([(stand_in("yacs.config.CfgNode"), "yacs.config.CfgNode")])

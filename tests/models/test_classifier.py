@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver
 
 from spatial_mamba_d2.models import build_classifier
-from spatial_mamba_d2.models.checkpoints.loading import to_official
+from spatial_mamba_d2.models.checkpoints.names import to_official
 
 NARROW = {"embed_dim": 16, "depths": (1, 2, 1, 1), "drop_path_rate": 0.0}
 DIMS = (16, 32, 64, 128)

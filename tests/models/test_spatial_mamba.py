@@ -17,7 +17,7 @@ from spatial_mamba_d2.models import (
     build_classifier,
     load_weights,
 )
-from spatial_mamba_d2.models.checkpoints.loading import to_official
+from spatial_mamba_d2.models.checkpoints.names import to_official
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 2, 1)}  # a model for tests of behaviour
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from spatial_mamba_d2.data.coco import read_image
+from spatial_mamba_d2.data.images import read_image
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform
 from spatial_mamba_d2.models import VARIANTS, build_upernet, load_weights
-from spatial_mamba_d2.models.checkpoints.loading import to_official
+from spatial_mamba_d2.models.checkpoints.names import to_official
 from spatial_mamba_d2.models.upernet import resize
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.inference import build_protocol, segment

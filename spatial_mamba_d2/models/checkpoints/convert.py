@@ -1,7 +1,7 @@
 """Writing of checkpoints: for the authors' code, for Detectron2, as safetensors, or as ours.
 
-What is written is complete: a state that lacks a tensor of its model, has one too many, or one of
-another shape, is refused, so that a partial file comes into being only where a part is asked for.
+Only complete models are written: a state with a missing or unknown tensor, or one of another
+shape, is refused, so that a partial file is written only on request.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from spatial_mamba_d2.models import (
     SpatialMambaBackbone,
     SpatialMambaClassifier,
     UPerNet,
-    read_checkpoint,
 )
-from spatial_mamba_d2.models.checkpoints.loading import (
+from spatial_mamba_d2.models.checkpoints.names import (
     DETECTOR_BACKBONE_PREFIX,
     MASK_RCNN_HEADS,
-    WeightsError,
     backbone_prefix,
+    model_kind,
     to_official,
     translate,
-    unwrap,
 )
+from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint, unwrap
 from spatial_mamba_d2.system.atomic import replacing
 
 FORMATS = ("official", "ours", "detectron2", "safetensors")
@@ -66,7 +65,7 @@ def inspect_state(state: Mapping[str, Tensor], source: str = "the given state") 
     Raises:
         WeightsError: it is no complete model.
     """
-    kind = _kind(state)
+    kind = model_kind(state)
     prefix = backbone_prefix(state)
     backbone = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
     # A detector's feature pyramid has names inside of a backbone that is not its bottom-up part.
@@ -88,14 +87,6 @@ def inspect_state(state: Mapping[str, Tensor], source: str = "the given state") 
     return Contents(kind, next(variants, "custom"), len(state), sum(sizes))
 
 
-def _kind(state: Mapping[str, Tensor]) -> str:
-    if any(name.startswith("decode_head.") for name in state):
-        return "segmentor"
-    if backbone_prefix(state):
-        return "detector"
-    return "classifier" if "head.weight" in state else "backbone"
-
-
 def _is_statistic(name: str) -> bool:
     return name.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
 
@@ -109,14 +100,18 @@ def _backbone_arguments(backbone: Mapping[str, Tensor], source: str) -> dict[str
             depths[stage] = max(depths[stage], block + 1)
     widest = "stem.conv3.1.conv.weight"
     if widest not in backbone or 0 in depths:
-        raise WeightsError(f"weights: {source} holds no whole backbone: {depths} blocks per stage")
+        raise WeightsError(
+            f"weights: {source} holds no complete backbone: {depths} blocks per stage"
+        )
     return {"embed_dim": len(backbone[widest]), "depths": depths}
 
 
 def _segmentor_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     names = ("decode_head.classify.weight", "auxiliary_head.classify.weight")
     if absent := [name for name in names if name not in state]:
-        raise WeightsError(f"weights: {source} is no whole UPerNet, it lacks {', '.join(absent)}")
+        raise WeightsError(
+            f"weights: {source} is no complete UPerNet: {', '.join(absent)} is missing"
+        )
     num_classes, channels = state[names[0]].shape[:2]
     return {
         "num_classes": num_classes,
@@ -130,15 +125,15 @@ def _compare(
 ) -> None:
     optional = () if kind in ("segmentor", "detector") else ("output_norms.",)
     problems = {
-        "it lacks": [n for n in expected if n not in state and not n.startswith(optional)],
-        "it has besides": [n for n in state if n not in expected],
-        "of another shape are": [
+        "missing": [n for n in expected if n not in state and not n.startswith(optional)],
+        "unknown": [n for n in state if n not in expected],
+        "of another shape": [
             n for n in expected if n in state and state[n].shape != expected[n].shape
         ],
     }
-    found = [f"{text} {len(n)}, such as {n[0]}" for text, n in problems.items() if n]
+    found = [f"{len(n)} {text}, such as {n[0]}" for text, n in problems.items() if n]
     if found:
-        raise WeightsError(f"weights: {source} is no whole {kind}: {'; '.join(found)}")
+        raise WeightsError(f"weights: {source} is no complete {kind}: {'; '.join(found)}")
 
 
 def keep_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
-"""Checkpoints: recognise by their keys, translate, load strictly, report.
+"""Strict loading of checkpoints: the one way in which weights get into a model.
 
-The authors' parameter names and ours are in bijection (:func:`to_official`, :func:`to_ours`), so a
-checkpoint can go either way. Files are read by :mod:`.reading`, without running code from them.
+Files are read by :mod:`.reading`, which runs no code from them, and names are translated by
+:mod:`.names`.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,158 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint
-
-StateDict = dict[str, Tensor]
-
-_WRAPPERS = ("state_dict", "model", "model_ema")
-
-# Official name <-> ours, applied in this order; each row is a bijection on the names it touches.
-_BACKBONE_NAMES = (
-    (r"^patch_embed\.", "stem."),
-    (r"^layers\.", "stages."),
-    (r"\.self_attention\.", ".ssm."),
-    (r"\.ln_1\.", ".ln1."),
-    (r"\.ln_2\.", ".ln2."),
-    (r"\.downsample\.conv\.0\.", ".downsample.expand."),
-    (r"\.downsample\.conv\.1\.", ".downsample.reduce."),
-    (r"\.downsample\.conv\.2\.", ".downsample.project."),
-    (r"\.ssm\.conv2d\.", ".ssm.conv."),
-    (r"\.ssm\.x_proj_weight$", ".ssm.x_proj.weight"),
-    (r"\.ssm\.dt_projs_weight$", ".ssm.dt_proj.weight"),
-    (r"\.ssm\.dt_projs_bias$", ".ssm.dt_bias"),
-    (r"\.ssm\.A_logs$", ".ssm.A_log"),
-    (r"\.ssm\.Ds$", ".ssm.D"),
-    (r"\.state_fusion\.kernel_3$", ".fusion.kernel_d1"),
-    (r"\.state_fusion\.kernel_3_1$", ".fusion.kernel_d3"),
-    (r"\.state_fusion\.kernel_3_2$", ".fusion.kernel_d5"),
-    (r"\.state_fusion\.alpha$", ".fusion.alpha"),
-    *((rf"^outnorm{i}\.", f"output_norms.res{i + 2}.") for i in range(4)),
+from spatial_mamba_d2.models.checkpoints.names import (
+    backbone_prefix,
+    model_kind,
+    translate,
 )
-_MASK_RCNN_NAMES = (
-    *((rf"^neck\.lateral_convs\.{i}\.conv\.", f"backbone.fpn_lateral{i + 2}.") for i in range(4)),
-    *((rf"^neck\.fpn_convs\.{i}\.conv\.", f"backbone.fpn_output{i + 2}.") for i in range(4)),
-    (r"^rpn_head\.rpn_conv\.", "proposal_generator.rpn_head.conv."),
-    (r"^rpn_head\.rpn_cls\.", "proposal_generator.rpn_head.objectness_logits."),
-    (r"^rpn_head\.rpn_reg\.", "proposal_generator.rpn_head.anchor_deltas."),
-    (r"^roi_head\.bbox_head\.shared_fcs\.0\.", "roi_heads.box_head.fc1."),
-    (r"^roi_head\.bbox_head\.shared_fcs\.1\.", "roi_heads.box_head.fc2."),
-    (r"^roi_head\.bbox_head\.fc_cls\.", "roi_heads.box_predictor.cls_score."),
-    (r"^roi_head\.bbox_head\.fc_reg\.", "roi_heads.box_predictor.bbox_pred."),
-    *(
-        (rf"^roi_head\.mask_head\.convs\.{i}\.conv\.", f"roi_heads.mask_head.mask_fcn{i + 1}.")
-        for i in range(4)
-    ),
-    (r"^roi_head\.mask_head\.upsample\.", "roi_heads.mask_head.deconv."),
-    (r"^roi_head\.mask_head\.conv_logits\.", "roi_heads.mask_head.predictor."),
-)
-_UPERNET_NAMES = (
-    *((rf"^decode_head\.psp_modules\.{i}\.1\.", f"decode_head.pool_convs.{i}.") for i in range(4)),
-    (r"^decode_head\.bottleneck\.", "decode_head.pool_fuse."),
-    (r"^decode_head\.lateral_convs\.", "decode_head.laterals."),
-    (r"^decode_head\.fpn_convs\.", "decode_head.outputs."),
-    (r"^decode_head\.fpn_bottleneck\.", "decode_head.fuse."),
-    (r"^decode_head\.conv_seg\.", "decode_head.classify."),
-    (r"^auxiliary_head\.convs\.0\.", "auxiliary_head.conv."),
-    (r"^auxiliary_head\.conv_seg\.", "auxiliary_head.classify."),
-)
-#: Beginnings of our names of all that the authors' Mask R-CNN has beside its backbone.
-MASK_RCNN_HEADS = tuple(ours for _, ours in _MASK_RCNN_NAMES)
-_OFFICIAL_BACKBONE_PREFIX = "backbone."
-DETECTOR_BACKBONE_PREFIX = "backbone.bottom_up."
-SEGMENTOR_BACKBONE_PREFIX = "backbone."
-_SEGMENTOR_MARK = "decode_head."  # names that only a segmentor has begin so, theirs and ours
-
-
-def _invert(pattern: str, replacement: str) -> tuple[str, str]:
-    """The row that undoes ``(pattern, replacement)``; both are literals with optional anchors."""
-    start, end = pattern.startswith("^"), pattern.endswith("$")
-    literal = pattern.strip("^$").replace("\\.", ".")
-    anchored = ("^" if start else "") + re.escape(replacement) + ("$" if end else "")
-    return anchored, literal
-
-
-def _rename(name: str, table: Sequence[tuple[str, str]]) -> str:
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-_TO_OURS = {"backbone": _BACKBONE_NAMES, "heads": (*_MASK_RCNN_NAMES, *_UPERNET_NAMES)}
-_TO_OFFICIAL = {
-    part: tuple(_invert(*row) for row in reversed(table)) for part, table in _TO_OURS.items()
-}
-
-
-def to_ours(name: str, *, segmentor: bool = False) -> str:
-    """Our name of a parameter or buffer, from its official one.
-
-    Names of the classifier and the bare backbone have no prefix on either side; ``backbone.*``
-    stays so in a segmentor, and becomes ``backbone.bottom_up.*`` in a detector.
-    """
-    if name.startswith(_OFFICIAL_BACKBONE_PREFIX):
-        rest = name.removeprefix(_OFFICIAL_BACKBONE_PREFIX)
-        prefix = SEGMENTOR_BACKBONE_PREFIX if segmentor else DETECTOR_BACKBONE_PREFIX
-        return prefix + _rename(rest, _TO_OURS["backbone"])
-    return _rename(_rename(name, _TO_OURS["heads"]), _TO_OURS["backbone"])
-
-
-def to_official(name: str) -> str:
-    """The official name of a parameter or buffer, from ours; the inverse of :func:`to_ours`."""
-    name = _rename(name, _TO_OFFICIAL["heads"])
-    for prefix in (DETECTOR_BACKBONE_PREFIX, SEGMENTOR_BACKBONE_PREFIX):
-        if name.startswith(prefix):
-            rest = name.removeprefix(prefix)
-            return _OFFICIAL_BACKBONE_PREFIX + _rename(rest, _TO_OFFICIAL["backbone"])
-    return _rename(name, _TO_OFFICIAL["backbone"])
-
-
-def unwrap(content: Mapping[str, Any], source: str = "checkpoint") -> StateDict:
-    """The state dict in ``content``: bare, or under ``state_dict``, ``model`` or ``model_ema``.
-
-    Raises:
-        WeightsError: there is none.
-    """
-    for key in _WRAPPERS:
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    state = {
-        name.removeprefix("module."): value
-        for name, value in content.items()
-        if isinstance(value, Tensor)
-    }
-    if not state:
-        raise WeightsError(
-            f"weights: {source} holds no tensors, neither bare nor under {', '.join(_WRAPPERS)}; "
-            f"its keys: {', '.join(map(str, list(content)[:8])) or 'none'}"
-        )
-    return state
-
-
-def is_official(names: Iterable[str]) -> bool:
-    """Whether a model with these parameters has the authors' names."""
-    return any(re.match(r"(backbone\.)?patch_embed\.", name) for name in names)
-
-
-def translate(state: Mapping[str, Tensor], source: str = "checkpoint") -> StateDict:
-    """``state`` under our names, whoever wrote it: recognised by its keys.
-
-    Raises:
-        WeightsError: neither an official Spatial-Mamba checkpoint nor one of ours.
-    """
-    ours = any(re.match(r"(backbone\.(bottom_up\.)?)?stem\.", name) for name in state)
-    if is_official(state):
-        segmentor = any(name.startswith(_SEGMENTOR_MARK) for name in state)
-        return {to_ours(name, segmentor=segmentor): value for name, value in state.items()}
-    if ours:
-        return dict(state)
-    raise WeightsError(
-        f"weights: none of the {len(state)} keys of {source} belongs to a Spatial-Mamba model "
-        f"(first keys: {', '.join(list(state)[:4])})"
-    )
+from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint, unwrap
 
 
 @dataclass
@@ -172,10 +29,10 @@ class LoadReport:
     """What :func:`load_weights` did.
 
     Attributes:
-        source: file name, or what the caller said.
+        source: file name, or the caller's ``source_name``.
         loaded: names of the model's parameters and buffers that were set.
-        new: names that the checkpoint does not have and may lack: they keep their initial values.
-        ignored: names in the checkpoint for which the model has no place and needs none.
+        new: names of the model that were not set and keep their initial values.
+        ignored: names in the checkpoint, under its own prefix, that the model does not use.
     """
 
     source: str
@@ -195,9 +52,9 @@ class LoadReport:
         return "\n".join(lines)
 
     def _table(self) -> list[str]:
-        """Tensors of each part of the model, and what became of them."""
+        """How many tensors of each part were loaded, are new, or are not used."""
         columns = {"loaded": self.loaded, "new": self.new, "not used": self.ignored}
-        counts = [Counter(map(_part, names)) for names in columns.values()]
+        counts = [Counter(map(_row, names)) for names in columns.values()]
         parts = list(dict.fromkeys(part for count in counts for part in count))
         width = max(map(len, parts))
         lines = [f"  {'part':{width}}" + "".join(f"{column:>10}" for column in columns)]
@@ -207,7 +64,7 @@ class LoadReport:
         return lines
 
 
-def _part(name: str) -> str:
+def _row(name: str) -> str:
     """``backbone.bottom_up.stages.1.blocks.0.ln1.weight`` -> ``backbone.bottom_up.stages.1``."""
     part = re.match(r"((backbone|bottom_up|stages|roi_heads)\.)*[^.]+", name)
     return part[0] if part else name
@@ -225,58 +82,62 @@ def load_weights(
     source: str | Path | Mapping[str, Any],
     *,
     skip: Sequence[str] = (),
+    partial: bool = True,
     source_name: str | None = None,
 ) -> LoadReport:
     """Load a checkpoint of ours or of the authors into ``model``, strictly.
 
-    What a backbone and a classifier of the same variant do not share is no error: the classifier's
-    ``norm`` and ``head`` are not used by a backbone, whose ``output_norms`` are then new. The
-    checkpoint of a detector or a segmentor gives another kind of model its backbone, and any
-    checkpoint does so to a detector or a segmentor, whose other parts are then new.
+    Every parameter of the model gets a value, with the exceptions in the table at
+    :func:`_exceptions`: a backbone needs no classifier layers, for example, and any checkpoint
+    with a backbone can initialise that of a detector or a segmentor, whose heads are then new.
 
     Args:
         model: a backbone, a classifier, or a detector or segmentor around one.
         source: file, or the content of one.
-        skip: prefixes of (our) names that keep their initial values, whatever the file has: for
-            example ``["head."]`` to fine-tune a classifier to other classes.
+        skip: prefixes of the model's (our) names that keep their initial values even if the file
+            has them: for example ``["head."]`` to fine-tune a classifier to other classes.
+        partial: accept the exceptions; if False, every parameter of the model must be loaded.
         source_name: what the report and the errors call ``source``.
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: a prefix in ``skip`` matches no parameter of the model.
         WeightsError: the file is broken or no Spatial-Mamba checkpoint, of another variant or
-            another number of classes, or a parameter is left without a value. The model is then
-            unchanged.
+            another number of classes, or a parameter has no value. The model is then unchanged.
     """
     if isinstance(source, Mapping):
         name, content = source_name or "the given state dict", source
     else:
         name, content = source_name or str(source), read_checkpoint(source)
-    state = translate(unwrap(content, name), name)
     target = model.state_dict()
-    state, new = _fit_backbone(state, target)
-    may_lack, may_hold = _tolerated(state, target)
-    may_lack += new
-    state = {key: value for key, value in state.items() if not key.startswith(tuple(skip))}
+    _check_skip(skip, target)
+    state = translate(unwrap(content, name), name)
+    file_names = _names_in_model(state, target)  # {name in the model: name in the file}
+    may_be_new, may_be_unused = _exceptions(state, target)
+
+    used = {own for key, own in file_names.items() if key in target}
+
+    def is_skipped(key: str) -> bool:
+        return key.startswith(tuple(skip))
 
     report = LoadReport(
         name,
-        loaded=[key for key in target if key in state],
-        new=[key for key in target if key not in state],
-        ignored=[key for key in state if key not in target],
+        loaded=[key for key in target if key in file_names and not is_skipped(key)],
+        new=[key for key in target if key not in file_names or is_skipped(key)],
+        ignored=[name for name in state if name not in used],
     )
     problems = []
-    if missing := [key for key in report.new if not key.startswith((*may_lack, *skip))]:
-        problems.append(f"the model needs, and the file lacks, {len(missing)}: {_groups(missing)}")
-    if unknown := [key for key in report.ignored if not key.startswith(may_hold)]:
-        problems.append(f"the file has, and the model lacks, {len(unknown)}: {_groups(unknown)}")
-    if wrong := [key for key in report.loaded if state[key].shape != target[key].shape]:
-        examples = ", ".join(
-            f"{key} is {list(state[key].shape)}, must be {list(target[key].shape)}"
-            for key in wrong[:3]
-        )
-        problems.append(
-            f"{len(wrong)} have another shape (another variant or number of classes): {examples}"
-        )
+    prefix = backbone_prefix(target)
+    missing = [n for n in report.new if not is_skipped(n) and _part(n, prefix) not in may_be_new]
+    if missing:
+        problems.append(f"missing from the file ({len(missing)}): {_groups(missing)}")
+    prefix = backbone_prefix(state)
+    unknown = [n for n in report.ignored if _part(n, prefix) not in may_be_unused]
+    if unknown:
+        problems.append(f"unknown to the model ({len(unknown)}): {_groups(unknown)}")
+    shapes = {key: (state[file_names[key]].shape, target[key].shape) for key in report.loaded}
+    if wrong := [key for key, (found, needed) in shapes.items() if found != needed]:
+        problems.append(_other_shapes(wrong, shapes))
     if not report.loaded:
         problems.append("no key matches")
     if problems:
@@ -284,43 +145,88 @@ def load_weights(
             f"weights: {name} does not fit {type(model).__name__}; nothing was loaded:\n  "
             + "\n  ".join(problems)
         )
-    model.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
+    if report.new and not partial:
+        raise WeightsError(
+            f"weights: {name} must hold all parameters of {type(model).__name__}; nothing was "
+            f"loaded:\n  missing or skipped ({len(report.new)}): {_groups(report.new)}"
+        )
+    model.load_state_dict({key: state[file_names[key]] for key in report.loaded}, strict=False)
     return report
 
 
-def backbone_prefix(names: Iterable[str]) -> str:
-    """What stands in front of the backbone's own names."""
-    prefixes = (DETECTOR_BACKBONE_PREFIX, SEGMENTOR_BACKBONE_PREFIX)
-    stems = [prefix for prefix in prefixes if any(n.startswith(f"{prefix}stem.") for n in names)]
-    return stems[0] if stems else ""
+def _check_skip(skip: Sequence[str], target: Iterable[str]) -> None:
+    names = list(target)
+    for prefix in skip:
+        if not any(name.startswith(prefix) for name in names):
+            modules = sorted({name.rsplit(".", 1)[0] for name in names})
+            nearest = difflib.get_close_matches(prefix, modules, n=1, cutoff=0.0)
+            raise ValueError(
+                f"skip (MODEL.WEIGHTS_SKIP) must be prefixes of the model's parameters, got "
+                f"{prefix!r}, which matches none of them; the nearest one is {nearest[0]!r}"
+            )
 
 
-def _fit_backbone(
-    state: StateDict, target: Mapping[str, Tensor]
-) -> tuple[StateDict, tuple[str, ...]]:
-    """``state`` for a model that has the names of ``target``, and the names it then lacks.
+def _names_in_model(state: Iterable[str], target: Iterable[str]) -> dict[str, str]:
+    """``{name in the model: name in the file}`` of all that both kinds of model may have.
 
-    In a model of another kind the backbone has another prefix, and is all that both have.
+    If the prefix of the backbone differs, that is the backbone.
     """
+    state = list(state)
     theirs, ours = backbone_prefix(state), backbone_prefix(target)
     if theirs == ours:
-        return state, ()
-    moved = {
-        ours + name.removeprefix(theirs): value
-        for name, value in state.items()
-        if name.startswith(theirs)
-    }
-    return moved, tuple(name for name in target if not name.startswith(ours))
+        return {name: name for name in state}
+    return {ours + name.removeprefix(theirs): name for name in state if name.startswith(theirs)}
 
 
-def _tolerated(
-    state: Mapping[str, Tensor], target: Mapping[str, Tensor]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Prefixes of names that ``state`` may lack, and that it may hold in vain."""
-    prefix = backbone_prefix(target)
-    from_classifier = f"{prefix}head.weight" in state
-    to_classifier = "head.weight" in target
-    output_norms, classifier = f"{prefix}output_norms.", (f"{prefix}norm.", f"{prefix}head.")
-    may_lack = (output_norms,) if from_classifier and not to_classifier else ()
-    may_hold = (output_norms,) if to_classifier else (output_norms, *classifier)
-    return may_lack, may_hold
+def _part(name: str, prefix: str) -> str:
+    """Which part of its model a parameter belongs to; ``prefix`` is that of the backbone."""
+    if not name.startswith(prefix):
+        return "heads"  # the feature pyramid of a detector is one of them
+    name = name.removeprefix(prefix)
+    if name.startswith("output_norms."):
+        return "output norms"
+    return "classifier layers" if name.startswith(("norm.", "head.")) else "backbone"
+
+
+def _exceptions(state: Iterable[str], target: Iterable[str]) -> tuple[set[str], set[str]]:
+    """The parts that may be new in the model, and those of the file that may be unused.
+
+    =================== ==================== ================== =============================
+    file, model         classifier           backbone           detector or segmentor
+    =================== ==================== ================== =============================
+    classifier          none                 new: output norms  new: output norms, heads
+                                             unused: classifier unused: classifier layers
+                                             layers
+    backbone            unused: output norms unused: output     new: heads
+                                             norms (1)          unused: output norms (1)
+    detector, segmentor unused: output       unused: heads,     same kind: unused: output
+                        norms, heads         output norms (1)   norms (1); other kind: also
+                                                                heads, new and unused
+    =================== ==================== ================== =============================
+
+    (1) Of stages that the model does not return.
+    """
+    state, target = list(state), list(target)
+    file, model = model_kind(state), model_kind(target)
+    new, unused = set(), {"output norms"}
+    if model != "classifier":
+        unused.add("classifier layers")
+        if file == "classifier":
+            new.add("output norms")
+    if file != model or backbone_prefix(state) != backbone_prefix(target):
+        new.add("heads")
+        unused.add("heads")
+    return new, unused
+
+
+def _other_shapes(wrong: Sequence[str], shapes: Mapping[str, tuple[Any, Any]]) -> str:
+    examples = ", ".join(
+        f"{key} is {list(shapes[key][0])}, must be {list(shapes[key][1])}" for key in wrong[:3]
+    )
+    prefixes = ", ".join(repr(p) for p in dict.fromkeys(key.rsplit(".", 1)[0] for key in wrong))
+    hint = (
+        f"; to train them anew, skip ({prefixes},) (MODEL.WEIGHTS_SKIP)" if len(wrong) < 9 else ""
+    )
+    return (
+        f"{len(wrong)} have another shape (another variant or number of classes): {examples}{hint}"
+    )

@@ -3,8 +3,8 @@
 A PyTorch checkpoint is a pickle, and a pickle can call anything. Here tensors come from safetensors
 or through ``torch.load(weights_only=True)``, which calls PyTorch's own rebuilding functions only.
 Real checkpoints also carry objects of foreign classes (configurations, logs, dates). These are
-never imported: whatever belongs to a known package becomes :class:`Inert`, and a file that refers
-to anything else is refused.
+never imported: whatever belongs to a known package becomes :class:`OpaqueObject`, and a file that
+refers to anything else is refused.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-# Objects of these packages occur in published checkpoints beside the weights.
-_INERT_PACKAGES = (
+# Objects of these packages occur in published checkpoints next to the weights.
+_OPAQUE_PACKAGES = (
     "addict", "argparse", "datetime", "fvcore", "lightning", "mmcv", "mmengine", "numpy",
     "omegaconf", "pathlib", "pytorch_lightning", "typing", "yacs",
 )  # fmt: skip
 # Of these only what configurations and logs refer to; ``getattr`` is how a method is pickled.
-_INERT_NAMES = {
+_OPAQUE_NAMES = {
     "collections.defaultdict",
     *(
         f"builtins.{name}"
@@ -38,13 +38,15 @@ _INERT_NAMES = {
     *(f"builtins.{name}" for name in ("object", "range", "slice", "str", "tuple", "type")),
 }
 # Subclasses of dict among them; PyTorch's safe unpickler fills exact dictionaries only.
-_INERT_MAPPINGS = ("AttributeDict", "CfgNode", "ConfigDict", "Dict", "defaultdict")
-# What PyTorch's safe unpickler builds without being told, beside names of its own.
+_OPAQUE_MAPPINGS = ("AttributeDict", "CfgNode", "ConfigDict", "Dict", "defaultdict")
+# What PyTorch's safe unpickler builds by default, in addition to names of its own.
 _PLAIN_NAMES = {
     "_codecs.encode", "builtins.bytearray", "builtins.complex", "builtins.set",
     "collections.Counter", "collections.OrderedDict",
 }  # fmt: skip
 
+# Keys under which checkpoints hold the state dict, in the order of preference.
+_WRAPPERS = ("state_dict", "model", "model_ema")
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before PyTorch 1.6
 _LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of the storages
 _NEWEST_PROTOCOL = 3  # of those that PyTorch's safe unpickler understands
@@ -59,10 +61,10 @@ class WeightsError(ValueError):
     """A checkpoint cannot be read, recognised, or loaded as it is."""
 
 
-class Inert:
+class OpaqueObject:
     """Stands for an object of a foreign class in a checkpoint: keeps nothing, does nothing."""
 
-    def __new__(cls, *args: object) -> Inert:
+    def __new__(cls, *args: object) -> OpaqueObject:
         return super().__new__(cls)
 
     def __init__(self, *args: object):
@@ -72,7 +74,7 @@ class Inert:
         pass
 
 
-class _InertMapping:
+class _OpaqueMapping:
     """Stands for a foreign subclass of dict: a plain dictionary with its items."""
 
     def __new__(cls, *args: object) -> Any:
@@ -89,7 +91,7 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, An
             which survives conversions and edits of the content.
 
     Returns:
-        the dictionary in the file; foreign objects in it are :class:`Inert`.
+        the dictionary in the file; foreign objects in it are :class:`OpaqueObject`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -118,6 +120,29 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, An
         raise _unreadable(path, error) from error
 
 
+def unwrap(content: Mapping[str, Any], source: str = "checkpoint") -> dict[str, Tensor]:
+    """The state dict in ``content``: bare, or under ``state_dict``, ``model`` or ``model_ema``.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    for key in _WRAPPERS:
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    state = {
+        name.removeprefix("module."): value
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    }
+    if not state:
+        raise WeightsError(
+            f"weights: {source} holds no tensors, neither bare nor under {', '.join(_WRAPPERS)}; "
+            f"its keys: {', '.join(map(str, list(content)[:8])) or 'none'}"
+        )
+    return state
+
+
 def _verify(path: Path, sha256: str) -> None:
     if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
@@ -127,7 +152,7 @@ def _verify(path: Path, sha256: str) -> None:
             digest.update(block)
     if digest.hexdigest() != sha256.lower():
         raise WeightsError(
-            f"weights: {path} is not the file that was meant, or damaged: "
+            f"weights: {path} is another file than expected, or damaged: "
             f"its SHA-256 is {digest.hexdigest()}, must be {sha256.lower()}"
         )
 
@@ -147,15 +172,15 @@ def _read_pickled(path: Path, head: bytes) -> dict[str, Any]:
             "and save its tensors with torch.save"
         )
     names = set(_zip_names(path) if is_zip else _legacy_names(path))
-    inert = {name for name in names if _becomes_inert(name)}
+    opaque = {name for name in names if _becomes_opaque(name)}
     # A first look, for a plain message; what decides is torch.load, which knows no other name.
-    refused = {n for n in names - inert - _PLAIN_NAMES if not n.startswith("torch.")}
+    refused = {n for n in names - opaque - _PLAIN_NAMES if not n.startswith("torch.")}
     if refused:
         raise WeightsError(
             f"weights: {path} refers to {', '.join(sorted(refused))}, which is not data; "
             "refused, because loading it would run code from the file"
         )
-    stand_ins = [(stand_in(name), name) for name in inert]
+    stand_ins = [(stand_in(name), name) for name in opaque]
     with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
@@ -163,13 +188,13 @@ def _read_pickled(path: Path, head: bytes) -> dict[str, Any]:
     return dict(content)
 
 
-def _becomes_inert(name: str) -> bool:
-    return name.split(".")[0] in _INERT_PACKAGES or name in _INERT_NAMES
+def _becomes_opaque(name: str) -> bool:
+    return name.split(".")[0] in _OPAQUE_PACKAGES or name in _OPAQUE_NAMES
 
 
 def stand_in(name: str) -> type:
     """The class that takes the place of the foreign class ``name`` in safe loading."""
-    return _InertMapping if name.rsplit(".", 1)[-1] in _INERT_MAPPINGS else Inert
+    return _OpaqueMapping if name.rsplit(".", 1)[-1] in _OPAQUE_MAPPINGS else OpaqueObject
 
 
 def _zip_names(path: Path) -> Iterator[str]:

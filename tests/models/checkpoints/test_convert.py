@@ -20,7 +20,8 @@ from spatial_mamba_d2.models.checkpoints.convert import (
     inspect_state,
     save_official,
 )
-from spatial_mamba_d2.models.checkpoints.loading import WeightsError, to_official, translate, unwrap
+from spatial_mamba_d2.models.checkpoints.names import to_official, translate
+from spatial_mamba_d2.models.checkpoints.reading import WeightsError, unwrap
 
 MODELS = [f"{head}{v}" for head in ("", "maskrcnn_", "upernet_") for v in ("tiny", "small", "base")]
 KINDS = {"": "classifier", "maskrcnn": "detector", "upernet": "segmentor"}
@@ -129,8 +130,8 @@ def test_parts_without_a_place_must_be_left_out_by_name(official_classifier, tmp
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        ("stages.2.blocks.0.ssm.D", "no whole segmentor: it lacks 1, such as backbone.stages.2"),
-        ("stem.conv3.1.conv.weight", "holds no whole backbone"),
+        ("stages.2.blocks.0.ssm.D", "no complete segmentor: 1 missing, such as backbone.stages.2"),
+        ("stem.conv3.1.conv.weight", "holds no complete backbone"),
     ],
 )
 def test_partial_states_are_refused(lost, message, tmp_path):
@@ -146,11 +147,11 @@ def test_partial_states_are_refused(lost, message, tmp_path):
 
 def test_foreign_tensors_and_mixed_variants_are_refused():
     state = build_classifier("tiny", **SMALL).state_dict()
-    with pytest.raises(WeightsError, match="it has besides 1, such as ema.decay"):
+    with pytest.raises(WeightsError, match="1 unknown, such as ema.decay"):
         inspect_state({**state, "ema.decay": torch.ones(1)})
     wide = build_classifier("tiny", embed_dim=32, depths=(1, 1, 1, 1)).state_dict()
     name = "stages.0.blocks.0.ssm.in_proj.weight"
-    with pytest.raises(WeightsError, match=f"of another shape are 1, such as {name}"):
+    with pytest.raises(WeightsError, match=f"1 of another shape, such as {name}"):
         inspect_state({**state, name: wide[name]})
 
 

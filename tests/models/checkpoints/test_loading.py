@@ -11,7 +11,8 @@ from spatial_mamba_d2.models import (
     build_upernet,
     load_weights,
 )
-from spatial_mamba_d2.models.checkpoints.loading import WeightsError, to_official, to_ours
+from spatial_mamba_d2.models.checkpoints.names import to_official, to_ours
+from spatial_mamba_d2.models.checkpoints.reading import WeightsError
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
 
@@ -113,7 +114,7 @@ def test_classifier_into_segmentor(official, classifier, segmentor):
     assert rows["backbone.stages.2"] == [str(stage), "-", "-"]
     decode_head = sum(name.startswith("decode_head.") for name in segmentor.state_dict())
     assert rows["decode_head"] == ["-", str(decode_head), "-"]
-    assert rows["backbone.head"] == ["-", "-", "2"]
+    assert rows["head"] == ["-", "-", "2"]  # under the name that the file has
     groups = {name.rsplit(".", 1)[0] for name in report.new}
     assert all(f"{group}.*" in str(report) for group in groups)  # each one by name
 
@@ -144,7 +145,9 @@ def test_segmentor_of_other_classes_needs_a_word(segmentor):
 def test_half_a_segmentor_is_an_error(segmentor):
     state = segmentor.state_dict()
     del state["decode_head.fuse.conv.weight"]
-    with pytest.raises(WeightsError, match=r"lacks, 1: decode_head\.fuse\.conv\.\*"):
+    with pytest.raises(
+        WeightsError, match=r"missing from the file \(1\): decode_head\.fuse\.conv\.\*"
+    ):
         load_weights(segmentor, state)
 
 
@@ -164,9 +167,9 @@ def test_wrong_variant_changes_nothing(official):
     with pytest.raises(WeightsError, match="another variant"):
         load_weights(model, official)
     deeper = build_classifier("tiny", num_classes=7, embed_dim=16, depths=(1, 1, 2, 1))
-    with pytest.raises(WeightsError, match=r"the model needs, and the file lacks.*stages\.2"):
+    with pytest.raises(WeightsError, match=r"missing from the file.*stages\.2"):
         load_weights(deeper, official)
-    with pytest.raises(WeightsError, match="the file has, and the model lacks"):
+    with pytest.raises(WeightsError, match="unknown to the model"):
         load_weights(
             build_classifier("tiny", num_classes=7, **SMALL),
             deeper.state_dict(),
@@ -176,7 +179,9 @@ def test_wrong_variant_changes_nothing(official):
 
 def test_missing_parameter_is_an_error(official):
     del official["layers.0.blocks.0.self_attention.Ds"]
-    with pytest.raises(WeightsError, match=r"lacks, 1: stages\.0\.blocks\.0\.ssm\.\*"):
+    with pytest.raises(
+        WeightsError, match=r"missing from the file \(1\): stages\.0\.blocks\.0\.ssm\.\*"
+    ):
         load_weights(build_classifier("tiny", num_classes=7, **SMALL), official)
 
 
@@ -194,3 +199,36 @@ def test_no_tensors():
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file: .*nowhere.pth"):
         load_weights(build_backbone("tiny", **SMALL), tmp_path / "nowhere.pth")
+
+
+def test_a_partial_checkpoint_is_refused_where_all_is_needed(official, segmentor):
+    before = {k: v.clone() for k, v in segmentor.state_dict().items()}
+    with pytest.raises(
+        WeightsError, match=r"must hold all parameters of UPerNet(.|\n)*decode_head"
+    ):
+        load_weights(segmentor, official, partial=False)
+    assert all(torch.equal(v, before[k]) for k, v in segmentor.state_dict().items())
+    classifier = build_classifier("tiny", num_classes=7, **SMALL)
+    assert not load_weights(classifier, official, partial=False).new
+    with pytest.raises(WeightsError, match=r"missing or skipped \(2\): head\.\*"):
+        load_weights(classifier, official, partial=False, skip=["head."])
+
+
+def test_a_prefix_to_skip_must_match(official, classifier):
+    message = r"got 'heads\.', which matches none of them; the nearest one is 'head'"
+    with pytest.raises(ValueError, match=message):
+        load_weights(classifier, official, skip=["head.", "heads."])
+
+
+def test_skip_reaches_the_backbone_of_another_kind_of_model(official, segmentor):
+    before = segmentor.state_dict()["backbone.stem.conv1.conv.weight"].clone()
+    report = load_weights(segmentor, official, skip=["backbone.stem."])
+    assert torch.equal(segmentor.state_dict()["backbone.stem.conv1.conv.weight"], before)
+    assert all(not name.startswith("backbone.stem.") for name in report.loaded)
+
+
+def test_unused_heads_are_reported(segmentor):
+    state = segmentor.state_dict()
+    report = load_weights(build_backbone("tiny", **SMALL), state)
+    heads = [name for name in state if not name.startswith("backbone.")]
+    assert report.ignored == heads

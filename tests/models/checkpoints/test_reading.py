@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from spatial_mamba_d2.models import build_classifier, load_weights, read_checkpoint
-from spatial_mamba_d2.models.checkpoints.loading import to_official
-from spatial_mamba_d2.models.checkpoints.reading import Inert, WeightsError
+from spatial_mamba_d2.models.checkpoints.names import to_official
+from spatial_mamba_d2.models.checkpoints.reading import OpaqueObject, WeightsError
 
 FORMATS = {"zip": True, "legacy": False}  # since PyTorch 1.6, and before
 
@@ -126,7 +126,7 @@ def test_mmengine_configuration_and_history(save, foreign):
     content = read_checkpoint(path)
     assert content["meta"]["cfg"] == {"model": {"type": "MaskRCNN"}}
     assert content["message_hub"]["runtime_info"] == {"iter": 5}
-    assert type(content["message_hub"]["log_scalars"]["train/loss"]) is Inert
+    assert type(content["message_hub"]["log_scalars"]["train/loss"]) is OpaqueObject
 
 
 def test_omegaconf(save, foreign):
@@ -138,7 +138,7 @@ def test_omegaconf(save, foreign):
     root.__dict__.update(_content={"a": leaf}, _metadata=about, _parent=None)
     path = save({"state_dict": {"a": torch.ones(2)}, "cfg": root})
     foreign.forget()
-    assert type(read_checkpoint(path)["cfg"]) is Inert
+    assert type(read_checkpoint(path)["cfg"]) is OpaqueObject
 
 
 def test_weights_load_from_among_foreign_objects(save, foreign):
@@ -203,7 +203,7 @@ def test_functions_of_allowed_packages_are_not_called(save, foreign, tmp_path):
     method = Call(getattr, np.ndarray, "tofile")
     path = save({"model": {"a": torch.ones(2)}, "x": save_text, "y": method})
     content = read_checkpoint(path)
-    assert type(content["x"]) is type(content["y"]) is Inert
+    assert type(content["x"]) is type(content["y"]) is OpaqueObject
     assert not marker.exists()
 
 
