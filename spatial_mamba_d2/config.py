@@ -1,6 +1,7 @@
-"""The configuration language: YAML with ``_BASE_`` and ``KEY VALUE`` overrides, typos explained.
+"""The configuration language, and the rules for the keys that all tasks share.
 
-Works on any fvcore / yacs ``CfgNode``; the class of the node that is passed in is used for new
+A configuration is YAML with ``_BASE_``, then ``KEY VALUE`` overrides; typos are explained. This
+works on any fvcore / yacs ``CfgNode``; the class of the node that is passed in is used for new
 nodes, so that this module needs neither fvcore nor Detectron2.
 """
 
@@ -8,25 +9,70 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+
+from spatial_mamba_d2.models.spatial_mamba import BN_POLICIES
+from spatial_mamba_d2.models.variants import VARIANTS
 
 logger = logging.getLogger(__name__)
 
+# Rules for keys that several tasks have; each configuration is held to those of its own keys.
+_SHARED_CHOICES: dict[str, Collection[Any]] = {
+    "MODEL.SPATIAL_MAMBA.VARIANT": VARIANTS,
+    "MODEL.SPATIAL_MAMBA.BN": BN_POLICIES,
+    "DATASETS.ON_ERROR": ("raise", "skip"),
+    "SOLVER.AMP.PRECISION": ("bfloat16", "float16"),
+}
+_SHARED_MINIMA = {
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.ACCUMULATION_STEPS": 1,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.WARMUP_ITERS": 0,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.LOG_PERIOD": 1,
+    "TEST.EVAL_PERIOD": 0,
+    "TEST.PICTURES": 0,
+}
 
-def add_spatial_mamba_config(cfg: Any) -> None:
-    """Add the backbone's keys to a Detectron2 (or any other fvcore) configuration, in place."""
+
+def add_backbone_config(cfg: Any) -> None:
+    """Add the backbone's keys to any fvcore configuration, in place."""
     node = type(cfg)
     mamba = cfg.MODEL.SPATIAL_MAMBA = node()
     mamba.VARIANT = "tiny"  # tiny, small, base: models/variants.py
-    mamba.DROP_PATH_RATE = None  # None: the variant's
+    mamba.DROP_PATH_RATE = None  # None: that of the variant
     mamba.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     mamba.BN = "train"  # train, frozen, sync
     mamba.GRAD_CHECKPOINTING = False  # less memory in training, about a third more time
+
+
+def load(
+    cfg: Any, config_file: str | Path | None, overrides: Sequence[str], check: Callable[[Any], None]
+) -> Any:
+    """``cfg`` with a YAML file and ``KEY VALUE`` pairs merged; checked, resolved and frozen.
+
+    Args:
+        cfg: the defaults of a task.
+        check: of the task's own keys; it may also resolve them, in place.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unknown key (with the nearest valid one), or a value out of its range.
+    """
+    merge_config(cfg, config_file, overrides)
+    check_shared_keys(cfg)
+    check(cfg)
+    resolve_device(cfg)
+    cfg.freeze()
+    return cfg
 
 
 def merge_config(cfg: Any, config_file: str | Path | None, overrides: Sequence[str]) -> None:
@@ -51,26 +97,85 @@ def merge_config(cfg: Any, config_file: str | Path | None, overrides: Sequence[s
     _merge(cfg, partial(cfg.merge_from_list, list(overrides)), "command line")
 
 
-def require_one_of(cfg: Any, choices: Mapping[str, Sequence[Any]]) -> None:
-    """Raises ValueError where the value of a key is none of those it may have."""
+def backbone_kwargs(cfg: Any) -> dict[str, Any]:
+    """Arguments of a model's constructor from ``cfg.MODEL.SPATIAL_MAMBA``, except the variant."""
+    mamba = cfg.MODEL.SPATIAL_MAMBA
+    drop_path = {} if mamba.DROP_PATH_RATE is None else {"drop_path_rate": mamba.DROP_PATH_RATE}
+    return {
+        "bn_policy": mamba.BN,
+        "grad_checkpointing": mamba.GRAD_CHECKPOINTING,
+        **drop_path,
+    }
+
+
+def check_shared_keys(cfg: Any) -> None:
+    """Raises ValueError if a key that several tasks have is out of its range."""
+    require_one_of(cfg, {k: v for k, v in _SHARED_CHOICES.items() if _has(cfg, k)})
+    require_at_least(cfg, {k: v for k, v in _SHARED_MINIMA.items() if _has(cfg, k)})
+    if _has(cfg, "SOLVER.EMA_DECAY"):
+        require_between(cfg, ("SOLVER.EMA_DECAY",), 0, 1, include_high=False)
+
+
+def resolve_device(cfg: Any) -> None:
+    """Without a GPU, ``MODEL.DEVICE`` becomes ``cpu``, and what a CPU cannot do well is changed.
+
+    On a CPU, ``MODEL.SPATIAL_MAMBA.BN sync`` becomes ``train``, and mixed precision with float16
+    is switched off.
+
+    Raises:
+        ValueError: ``MODEL.DEVICE`` is not cpu, cuda or cuda:N, or there is no such GPU.
+    """
+    device = cfg.MODEL.DEVICE
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        logger.info("no CUDA device: MODEL.DEVICE is cpu")
+        cfg.MODEL.DEVICE = "cpu"
+    elif ":" in device and int(device[5:]) >= torch.cuda.device_count():
+        raise ValueError(
+            f"MODEL.DEVICE must name one of the {torch.cuda.device_count()} GPUs, got {device!r}"
+        )
+    if cfg.MODEL.DEVICE != "cpu":
+        return
+    if cfg.MODEL.SPATIAL_MAMBA.BN == "sync":
+        logger.info("PyTorch has no SyncBN on a CPU: MODEL.SPATIAL_MAMBA.BN is train")
+        cfg.MODEL.SPATIAL_MAMBA.BN = "train"
+    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "float16":
+        logger.info("float16 is slow on a CPU: SOLVER.AMP.ENABLED is False")
+        cfg.SOLVER.AMP.ENABLED = False
+
+
+def require_one_of(cfg: Any, choices: Mapping[str, Collection[Any]]) -> None:
+    """Raises ValueError if the value of a key is none of those it may have."""
     for key, valid in choices.items():
         if (value := _value(cfg, key)) not in valid:
             raise ValueError(f"{key} must be one of {', '.join(map(str, valid))}, got {value!r}")
 
 
-def require_at_least(cfg: Any, bounds: Mapping[str, float]) -> None:
-    """Raises ValueError where the value of a key is below its bound."""
-    for key, least in bounds.items():
+def require_at_least(cfg: Any, minima: Mapping[str, float]) -> None:
+    """Raises ValueError if the value of a key is below its minimum."""
+    for key, least in minima.items():
         if (value := _value(cfg, key)) < least:
             raise ValueError(f"{key} must be at least {least}, got {value}")
 
 
-def require_low_high(cfg: Any, keys: Sequence[str]) -> None:
-    """Raises ValueError where the value of a key is not (low, high) above 0."""
+def require_between(
+    cfg: Any, keys: Iterable[str], low: float, high: float, *, include_high: bool = True
+) -> None:
+    """Raises ValueError if the value of a key is not in ``[low, high]``, or ``[low, high)``."""
+    for key in keys:
+        value = _value(cfg, key)
+        if not (low <= value <= high and (include_high or value < high)):
+            bracket = "]" if include_high else ")"
+            raise ValueError(f"{key} must be in [{low}, {high}{bracket}, got {value}")
+
+
+def require_low_high(cfg: Any, keys: Iterable[str]) -> None:
+    """Raises ValueError if the value of a key is not (low, high), both above 0."""
     for key in keys:
         value = _value(cfg, key)
         if len(value) != 2 or not 0 < value[0] <= value[1]:
-            raise ValueError(f"{key} must be (low, high) above 0, got {value}")
+            raise ValueError(f"{key} must be (low, high), both above 0, got {value}")
 
 
 def _value(cfg: Any, key: str) -> Any:
@@ -79,16 +184,12 @@ def _value(cfg: Any, key: str) -> Any:
     return cfg
 
 
-def use_cpu_without_gpu(cfg: Any) -> None:
-    """``MODEL.DEVICE`` becomes cpu where there is no GPU, and what a CPU cannot do is changed."""
-    import torch  # only now, for `import spatial_mamba_d2.config` is cheap
-
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logger.info("no CUDA device: MODEL.DEVICE is cpu")
-        cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.DEVICE == "cpu" and cfg.MODEL.SPATIAL_MAMBA.BN == "sync":
-        logger.info("PyTorch has no SyncBN on a CPU: MODEL.SPATIAL_MAMBA.BN is train")
-        cfg.MODEL.SPATIAL_MAMBA.BN = "train"
+def _has(cfg: Any, key: str) -> bool:
+    for part in key.split("."):
+        if part not in cfg:
+            return False
+        cfg = cfg[part]
+    return True
 
 
 def _merge(cfg: Any, merge: Callable[[], None], source: str) -> None:

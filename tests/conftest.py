@@ -1,18 +1,24 @@
-"""Fixtures that several rooms share: golden values, the checkout, optional real data."""
+"""Fixtures that several subpackages share: golden values, sample data, runs of the tools."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import logging
+import os
+import subprocess
+import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from spatial_mamba_d2.data.shape_classes import generate_shape_classes
+from spatial_mamba_d2.data.shapes import generate_shapes
 from spatial_mamba_d2.models.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,16 +95,37 @@ def imagenet_mini() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """12 training and 5 test images of 64 to 96 pixels, with instances and label maps."""
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    return generate_shapes(folder, num_train=12, num_val=5, image_px=(64, 96))
+
+
+@pytest.fixture(scope="session")
+def sample_images(tmp_path_factory) -> Path:
+    """5 training and 3 test images of each of 5 classes, 40 x 40, in class folders."""
+    folder = tmp_path_factory.mktemp("data") / "shape_classes"
+    return generate_shape_classes(folder, num_train=5, num_val=3, image_px=40)
+
+
 @pytest.fixture
-def narrow(monkeypatch) -> None:
-    """Makes the tiny variant narrow and shallow."""
+def test_variant(monkeypatch) -> str:
+    """The name of a narrow and shallow variant, which only this process has."""
     arguments = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
-    monkeypatch.setitem(VARIANTS, "tiny", arguments)
+    monkeypatch.setitem(VARIANTS, "test", arguments)
+    return "test"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def memory_of_checks(tmp_path_factory) -> None:
+    """Checks of data are remembered in a folder of this run, also by the tools it starts."""
+    os.environ["SMD2_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
 def quiet_package_logger():
-    """What ``setup`` adds to the package's logger goes, so that ``caplog`` sees messages."""
+    """Handlers that a test adds to the package's logger are removed, so that ``caplog`` works."""
     package = logging.getLogger("spatial_mamba_d2")
     before = list(package.handlers)
     yield
@@ -109,18 +136,76 @@ def quiet_package_logger():
 def arguments(overrides) -> Callable[..., Namespace]:
     """``arguments(KEY, VALUE, ..., resume=...)``: what the command line of a training tool gives.
 
-    The room's fixture ``overrides`` comes before.
+    The fixture ``overrides`` of the task comes first.
     """
 
-    def make(*more: object, resume: bool = False) -> Namespace:
-        return Namespace(
-            config_file=None,
-            num_gpus=1,
-            num_machines=1,
-            machine_rank=0,
-            dist_url="auto",
-            opts=[*overrides, *(str(word) for word in more)],
-            resume=resume,
-        )
+    def make(*more: object, **flags: object) -> Namespace:
+        defaults = {
+            "config_file": None,
+            "num_gpus": 1,
+            "num_machines": 1,
+            "machine_rank": 0,
+            "dist_url": "auto",
+            "opts": [*overrides, *(str(word) for word in more)],
+            "resume": False,
+            "eval_only": False,
+        }
+        return Namespace(**{**defaults, **flags})
 
     return make
+
+
+@pytest.fixture
+def run_tool(root) -> Callable[..., subprocess.CompletedProcess]:
+    """``run_tool(tool, config, words, processes=1)``: a tool that must succeed, in a process."""
+
+    def run(
+        tool: str, config: str, words: Iterable[object], processes: int = 1
+    ) -> subprocess.CompletedProcess:
+        command = [
+            sys.executable,
+            root / "tools" / tool,
+            "--config-file",
+            root / "configs" / config,
+        ]
+        command += ["--num-gpus", processes, *words]
+        done = subprocess.run([*map(str, command)], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+@pytest.fixture
+def curve() -> Callable[..., dict[int, float]]:
+    """``curve(folder, key="loss")``: ``{iteration: value}``, the last of a repeated iteration."""
+
+    def read(folder: Path, key: str = "loss") -> dict[int, float]:
+        lines = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+        return {line["iteration"]: line[key] for line in lines if key in line}
+
+    return read
+
+
+class Interrupted(RuntimeError):
+    pass
+
+
+@pytest.fixture
+def interrupted() -> Callable[..., AbstractContextManager]:
+    """``with interrupted(TrainingModule class, iteration):`` training ends there with an error."""
+
+    @contextmanager
+    def interrupt(module: type, iteration: int) -> Iterator[None]:
+        step = module.training_step
+
+        def raising(self, batch, batch_idx):
+            if self.trainer.global_step == iteration:
+                raise Interrupted
+            return step(self, batch, batch_idx)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(module, "training_step", raising)
+            yield
+
+    return interrupt

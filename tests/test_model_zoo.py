@@ -9,7 +9,7 @@ import torch
 
 from spatial_mamba_d2 import model_zoo
 from spatial_mamba_d2.models.checkpoints.convert import save_official
-from spatial_mamba_d2.models.checkpoints.loading import WeightsError
+from spatial_mamba_d2.models.checkpoints.reading import WeightsError
 
 TASKS = list(model_zoo.TASKS)
 

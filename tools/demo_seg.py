@@ -1,29 +1,10 @@
 #!/usr/bin/env python3
-"""Segment images and draw the result; they need no labels.
+"""Old name of ``visualize_seg.py``; it will be removed in the next version."""
 
-    python tools/demo_seg.py --config-file configs/upernet_spatial_mamba_t.yaml \
-        --input photo.jpg folder/ --output pictures/ MODEL.WEIGHTS upernet_tiny.pth
-"""
+import sys
 
-import argparse
-from pathlib import Path
-
-from spatial_mamba_d2.segmentation.predict import segment_folder
-from spatial_mamba_d2.system.allocator import keep_freed_memory
-
-
-def main() -> None:
-    keep_freed_memory()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", metavar="FILE")
-    parser.add_argument("--input", required=True, nargs="+", type=Path, help="images and folders")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the pictures")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
-    args = parser.parse_args()
-    segment_folder(args.config_file, args.opts, args.input, args.output)
-
+from visualize_seg import main
 
 if __name__ == "__main__":
+    print("demo_seg.py is deprecated: use visualize_seg.py", file=sys.stderr)
     main()

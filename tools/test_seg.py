@@ -1,24 +1,11 @@
 #!/usr/bin/env python3
-"""Evaluate a segmentor, with the authors' single-scale protocol unless told otherwise.
+"""Old name of ``train_seg.py --eval-only``; it will be removed in the next version."""
 
-    python tools/test_seg.py --config-file configs/upernet_spatial_mamba_t.yaml \
-        MODEL.WEIGHTS upernet_tiny.pth
+import sys
 
-Several scales and mirror images, or a sliding window:
-
-    ... TEST.PROTOCOL ms
-    ... TEST.MODE slide TEST.CROP_PX 512 TEST.STRIDE_PX 341
-"""
-
-from spatial_mamba_d2.segmentation.train import test
-from spatial_mamba_d2.system.allocator import keep_freed_memory
-from spatial_mamba_d2.training.fit import build_parser
-
-
-def main() -> None:
-    keep_freed_memory()
-    test(build_parser(__doc__).parse_args())
-
+from train_seg import main
 
 if __name__ == "__main__":
+    print("test_seg.py is deprecated: use train_seg.py --eval-only", file=sys.stderr)
+    sys.argv.insert(1, "--eval-only")
     main()

@@ -4,24 +4,21 @@
     python tools/train_net.py --config-file configs/mask_rcnn_spatial_mamba_t.yaml \
         MODEL.WEIGHTS spatialmamba_tiny.pth
 
-runs on the GPU where there is one, else on the CPU. Any COCO-format data set, from the shell:
+runs on the GPU if there is one, else on the CPU. Any data set in COCO format, from the shell:
 
     ... DATASETS.TRAIN_JSON train.json DATASETS.TRAIN_IMAGES train/ \
         DATASETS.TEST_JSON val.json DATASETS.TEST_IMAGES val/ MODEL.ROI_HEADS.NUM_CLASSES 5
 """
 
-from detectron2.engine import default_argument_parser
-
 from spatial_mamba_d2.detection.launch import launch
 from spatial_mamba_d2.detection.train import run
 from spatial_mamba_d2.system.allocator import keep_freed_memory
+from spatial_mamba_d2.system.cli import build_training_parser
 
 
 def main() -> None:
     keep_freed_memory()
-    parser = default_argument_parser(epilog=__doc__)
-    parser.set_defaults(dist_url="auto")
-    args = parser.parse_args()
+    args = build_training_parser(__doc__).parse_args()
     launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
 
 

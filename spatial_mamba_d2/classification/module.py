@@ -14,24 +14,18 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from spatial_mamba_d2.data.imagenet import BROKEN
+from spatial_mamba_d2.classification.data import BROKEN
+from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.models import SpatialMambaClassifier, build_classifier
-from spatial_mamba_d2.training.module import TrainingModule
+from spatial_mamba_d2.training.module import Schedule, TrainingModule
 
 logger = logging.getLogger(__name__)
 
 
 def build_model(cfg: CfgNode) -> SpatialMambaClassifier:
     """The classifier as ``cfg.MODEL`` says, with initial weights."""
-    mamba = cfg.MODEL.SPATIAL_MAMBA
-    overrides = {} if mamba.DROP_PATH_RATE is None else {"drop_path_rate": mamba.DROP_PATH_RATE}
-    return build_classifier(
-        mamba.VARIANT,
-        cfg.MODEL.NUM_CLASSES,
-        bn_policy=mamba.BN,
-        grad_checkpointing=mamba.GRAD_CHECKPOINTING,
-        **overrides,
-    )
+    variant = cfg.MODEL.SPATIAL_MAMBA.VARIANT
+    return build_classifier(variant, cfg.MODEL.NUM_CLASSES, **backbone_kwargs(cfg))
 
 
 class Classifier(TrainingModule):
@@ -44,11 +38,18 @@ class Classifier(TrainingModule):
     Args:
         cfg: from :func:`~.config.load_config`.
         classes: names of the classes.
-        epoch_iterations: iterations of an epoch, by which the schedule goes.
+        epoch_iterations: iterations of an epoch, the unit of the schedule.
     """
 
+    main_score = "top1"
+
     def __init__(self, cfg: CfgNode, classes: tuple[str, ...], epoch_iterations: int = 1):
-        super().__init__(cfg, build_model(cfg))
+        schedule = Schedule(
+            iterations=cfg.SOLVER.EPOCHS * epoch_iterations,
+            eval_period=cfg.TEST.EVAL_EPOCHS * epoch_iterations,
+            checkpoint_period=cfg.SOLVER.CHECKPOINT_EPOCHS * epoch_iterations,
+        )
+        super().__init__(cfg, build_model(cfg), schedule)
         self.classes = classes
         self.epoch_iterations = epoch_iterations
         self.loss = SoftTargetCrossEntropy()
@@ -66,14 +67,15 @@ class Classifier(TrainingModule):
         self.accuracies: dict[str, MulticlassAccuracy] = {}
 
     def setup(self, stage: str) -> None:
-        """Raises ValueError where the images of a batch cannot be mixed in pairs."""
+        """Raises ValueError if the images of a micro-batch cannot be mixed in pairs."""
         solver = self.cfg.SOLVER
-        shares = self.trainer.world_size * solver.ACCUMULATION_STEPS
-        if stage == "fit" and self.mixup is not None and solver.IMS_PER_BATCH // shares % 2:
+        num_micro_batches = self.trainer.world_size * solver.ACCUMULATION_STEPS
+        micro_batch = solver.IMS_PER_BATCH // num_micro_batches
+        if stage == "fit" and self.mixup is not None and micro_batch % 2:
             raise ValueError(
                 f"SOLVER.IMS_PER_BATCH must be a multiple of 2 x {self.trainer.world_size} "
-                f"processes x {solver.ACCUMULATION_STEPS} SOLVER.ACCUMULATION_STEPS, for images "
-                f"are mixed in pairs, got {solver.IMS_PER_BATCH}"
+                f"processes x {solver.ACCUMULATION_STEPS} SOLVER.ACCUMULATION_STEPS (Mixup pairs "
+                f"images), got {solver.IMS_PER_BATCH}"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -95,7 +97,7 @@ class Classifier(TrainingModule):
         warmup = solver.WARMUP_EPOCHS * self.epoch_iterations
         scheduler = CosineLRScheduler(
             optimizer,
-            t_initial=max(1, solver.EPOCHS * self.epoch_iterations - warmup),
+            t_initial=max(1, self.schedule.iterations - warmup),
             lr_min=solver.MIN_LR * scale,
             warmup_lr_init=solver.WARMUP_LR * scale,
             warmup_t=warmup,
@@ -122,46 +124,48 @@ class Classifier(TrainingModule):
         image, target = self.mix(*batch)
         logits = self.model(image).float()
         class_loss = self.loss(logits, target)
-        parts = {"loss_class": class_loss.detach()}
+        losses = {"loss_class": class_loss.detach()}
         loss = class_loss
         mesa = self.cfg.SOLVER.MESA
         if mesa.WEIGHT and self.trainer.global_step >= self.mesa_start:
-            mesa_loss = mesa.WEIGHT * self.loss(logits, self.teach(image))
-            parts["loss_mesa"] = mesa_loss.detach()
+            mesa_loss = mesa.WEIGHT * self.loss(logits, self.mesa_targets(image))
+            losses["loss_mesa"] = mesa_loss.detach()
             loss = loss + mesa_loss
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("loss", loss.detach(), prog_bar=True)
-        self.log_dict({**parts, "lr": rate})
+        self.log_dict({**losses, "lr": rate})
         return loss
 
     @property
     def mesa_start(self) -> int:
-        """The iteration from which the moving average teaches."""
+        """The iteration from which MESA takes part in the loss."""
         solver = self.cfg.SOLVER
         return int(solver.MESA.START * solver.EPOCHS) * self.epoch_iterations
 
     @torch.no_grad()
-    def teach(self, image: Tensor) -> Tensor:
-        """Class probabilities by the moving average, ``Tensor[B, K]``.
+    def mesa_targets(self, image: Tensor) -> Tensor:
+        """Class probabilities from the moving average, ``Tensor[B, K]``.
 
         MESA: Du et al., "Sharpness-Aware Training for Free", arXiv 2205.14083.
         """
-        return self.evaluated(image).float().softmax(dim=-1)
+        return self.evaluated_model(image).float().softmax(dim=-1)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self.skipped = 0
-        number = self.cfg.MODEL.NUM_CLASSES
+        num_classes = self.cfg.MODEL.NUM_CLASSES
         self.accuracies = {
-            f"{name}top{k}": MulticlassAccuracy(number, top_k=k, average="micro").to(self.device)
+            f"{name}top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro").to(
+                self.device
+            )
             for name in self.networks()
-            for k in ((1, 5) if number > 5 else (1,))
+            for k in ((1, 5) if num_classes > 5 else (1,))
         }
 
     def networks(self) -> dict[str, nn.Module]:
-        """What is evaluated, by the beginning of its scores' names."""
-        both = {"": self.evaluated, "training_": self.model}
-        return both if self.average is not None else {"": self.model}
+        """What is evaluated, by the prefix of the names of its scores."""
+        both = {"": self.evaluated_model, "training_": self.model}
+        return both if self.ema is not None else {"": self.model}
 
     def validation_step(self, batch: tuple[Tensor, Tensor, list[str]], batch_idx: int) -> None:
         image, target, errors = batch

@@ -1,4 +1,4 @@
-"""Semantic segmentation data in ADE20K's folder shape, checked, and as Lightning's data module.
+"""Semantic segmentation data in ADE20K's folder layout, checked.
 
 ::
 
@@ -12,32 +12,25 @@ unlabelled pixels, to be ignored, and 1..150 for the classes.
 from __future__ import annotations
 
 import colorsys
-import logging
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from spatial_mamba_d2.data import ade20k_classes
-from spatial_mamba_d2.data.coco import read_image
-from spatial_mamba_d2.data.images import SUFFIXES
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE, TestTransform, TrainTransform
-from spatial_mamba_d2.data.stream import OnError, StreamedData, TrainingSamples
-
-logger = logging.getLogger(__name__)
+from spatial_mamba_d2.data.faults import Fault, OnError, check_on_error, settle_faults
+from spatial_mamba_d2.data.images import SUFFIXES, naming_file, read_image, read_size
+from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.system.once import once_per_machine
 
 LABEL_MODES = ("L", "P", "I", "I;16")  # Pillow's names for one channel of integers
-SHOWN_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
@@ -48,12 +41,12 @@ class Classes:
     palette: tuple[tuple[int, ...], ...]
 
 
-def load_classes(source: str, root: str | Path, number: int) -> Classes:
-    """Names and colours of ``number`` classes.
+def load_classes(source: str, root: str | Path, num_classes: int) -> Classes:
+    """Names and colours of the classes.
 
     Args:
         source: ``"ade20k"``; a file in the folder ``root``, with one name a line or in the table
-            that ADE20K has in ``objectInfo150.txt``; or ``""`` for names made of numbers.
+            that ADE20K has in ``objectInfo150.txt``; or ``""`` for numbered names.
 
     Raises:
         FileNotFoundError: no such file.
@@ -71,22 +64,22 @@ def load_classes(source: str, root: str | Path, number: int) -> Classes:
         names = tuple(line.split(",")[0].strip() for line in lines)
         classes = Classes(names, distinct_colors(len(names)))
     else:
-        names = tuple(f"class {index}" for index in range(number))
-        classes = Classes(names, distinct_colors(number))
-    if len(classes.names) != number:
+        names = tuple(f"class {index}" for index in range(num_classes))
+        classes = Classes(names, distinct_colors(num_classes))
+    if len(classes.names) != num_classes:
         raise ValueError(
             f"MODEL.NUM_CLASSES must be {len(classes.names)}, the number of classes in "
-            f"DATASETS.CLASSES {source!r}, got {number}"
+            f"DATASETS.CLASSES {source!r}, got {num_classes}"
         )
     return classes
 
 
-def distinct_colors(number: int) -> tuple[tuple[int, ...], ...]:
-    """``number`` RGB colours, each next one far from the last in hue."""
+def distinct_colors(num_colors: int) -> tuple[tuple[int, ...], ...]:
+    """RGB colours, each far from the one before in hue."""
     golden_section = 0.381966
     colors = (
         colorsys.hsv_to_rgb(i * golden_section % 1, 1 - 0.3 * (i // 3 % 2), 1 - 0.3 * (i // 6 % 3))
-        for i in range(number)
+        for i in range(num_colors)
     )
     return tuple(tuple(round(255 * channel) for channel in color) for color in colors)
 
@@ -152,13 +145,6 @@ class Pair(NamedTuple):
     label: Path
 
 
-class Fault(NamedTuple):
-    """Why a file is not usable: in general, to count by, and in this case."""
-
-    kind: str
-    reason: str
-
-
 def read_label(path: Path) -> np.ndarray:
     """Read a label file as it is, integers ``[H, W]``.
 
@@ -166,18 +152,13 @@ def read_label(path: Path) -> np.ndarray:
         FileNotFoundError: no such file.
         ValueError: it is damaged, cut off, or has more than one channel.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in LABEL_MODES:
-                raise ValueError(
-                    f"it must have one channel of integers, and is {image.mode}; "
-                    "a picture drawn from labels is no label file"
-                )
-            return np.asarray(image).astype(np.int64)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no label file {path}") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(f"label file {path} cannot be used: {error}") from error
+    with naming_file("label", path), Image.open(path) as image:
+        if image.mode not in LABEL_MODES:
+            raise ValueError(
+                f"expected a single channel of integers, got {image.mode} (a label map drawn in "
+                "colours is not a label file)"
+            )
+        return np.asarray(image).astype(np.int64)
 
 
 def read_pair(pair: Pair, labels: LabelFormat) -> tuple[np.ndarray, np.ndarray]:
@@ -231,23 +212,17 @@ def find_pairs(root: str | Path, split: str) -> tuple[list[Pair], list[Fault]]:
     return [Pair(images[stem], labels[stem]) for stem in images if stem in labels], faults
 
 
-def _fault(pair: Pair, labels: LabelFormat, check_decode: bool) -> Fault | None:
+def _find_fault(pair: Pair, labels: LabelFormat, check_decode: bool) -> Fault | None:
     try:
         stored = read_label(pair.label)
     except ValueError as error:
         return Fault("unreadable label file", str(error))
     try:
-        if check_decode:
-            height, width = read_image(pair.image).shape[:2]
-        else:
-            with Image.open(pair.image) as image:  # the header only
-                width, height = image.size
-                if image.getexif().get(0x0112, 1) >= 5:  # turned by a right angle when read
-                    height, width = width, height
+        size = read_image(pair.image).shape[:2] if check_decode else read_size(pair.image)
     except (OSError, ValueError) as error:
-        return Fault("unreadable image file", f"image file {pair.image}: {error}")
-    if stored.shape != (height, width):
-        return Fault("wrong size", _wrong_size(pair, stored.shape, (height, width)))
+        return Fault("unreadable image file", str(error))
+    if stored.shape != size:
+        return Fault("wrong size", _wrong_size(pair, stored.shape, size))
     try:
         _indices(pair, stored, labels)
     except ValueError as error:
@@ -265,36 +240,29 @@ def load_split(
 ) -> list[Pair]:
     """The usable pairs of a split, every label file read and every image's size compared.
 
+    That runs once per machine and is remembered for unchanged files.
+
     Args:
-        on_error: ``"raise"`` reports all faults together; ``"skip"`` leaves those pairs out and
-            warns with their number for each kind of fault.
+        on_error: ``"raise"`` reports all faults together; ``"skip"`` skips those pairs and warns
+            with their number for each kind of fault.
         check_decode: also decode every image, which finds damaged and truncated ones.
 
     Raises:
         FileNotFoundError: a folder does not exist.
         ValueError: no pair is usable; with ``"raise"``, any fault.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
+    check_on_error(on_error)
     pairs, faults = find_pairs(root, split)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
-        found = list(pool.map(lambda pair: _fault(pair, labels, check_decode), pairs))
+
+    def find_faults() -> list[Fault | None]:
+        with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
+            return list(pool.map(lambda pair: _find_fault(pair, labels, check_decode), pairs))
+
+    files = [file for pair in pairs for file in pair]
+    found = once_per_machine("ade20k", files, [asdict(labels), check_decode], find_faults)
     usable = [pair for pair, fault in zip(pairs, found, strict=True) if fault is None]
-    faults += [fault for fault in found if fault]
-    where = Path(root) / "*" / split
-    if faults and on_error == "raise":
-        shown = [fault.reason for fault in faults[:SHOWN_PROBLEMS]]
-        more = [f"and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-        raise ValueError(
-            f"{where}: problems found: {len(faults)}. Correct them, or leave out what they concern "
-            f"with DATASETS.ON_ERROR skip\n  " + "\n  ".join(shown + more)
-        )
-    if not usable:
-        reason = f": {faults[0].reason}" if faults else ""
-        raise ValueError(f"{where}: no usable pair of image and label{reason}")
-    for kind in dict.fromkeys(fault.kind for fault in faults):
-        reasons = [fault.reason for fault in faults if fault.kind == kind]
-        logger.warning("Left out for %s: %d. The first: %s", kind, len(reasons), reasons[0])
+    faults += [Fault(*fault) for fault in found if fault]
+    settle_faults(faults, on_error, where=Path(root) / "*" / split, num_usable=len(usable))
     return usable
 
 
@@ -328,77 +296,3 @@ def unpack(archive: str | Path, root: str | Path) -> None:
                 f"got {len(trees)}"
             )
         trees[0].replace(root)
-
-
-class TestImages(Dataset[dict[str, Any]]):
-    """One image at a time: ``views``, ``label`` (absent for a broken pair), ``index``, ``file``."""
-
-    __test__ = False
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        labels: LabelFormat,
-        transform: TestTransform,
-        on_error: OnError,
-    ):
-        self.pairs = pairs
-        self.labels = labels
-        self.transform = transform
-        self.on_error = on_error
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample: dict[str, Any] = {"index": index, "file": str(self.pairs[index].image)}
-        try:
-            image, label = read_pair(self.pairs[index], self.labels)
-        except (OSError, ValueError) as error:
-            if self.on_error == "raise":
-                raise
-            return {**sample, "error": str(error)}
-        return {**sample, "views": self.transform(image), "label": torch.from_numpy(label)}
-
-
-class SegmentationData(StreamedData[Pair]):
-    """Training and test images for the trainer.
-
-    Args:
-        root, train, test: the folder, and the names of its splits.
-        labels: what its label files hold.
-        iterations: of the whole training.
-        **kwargs: see :class:`~.stream.StreamedData`.
-
-    Raises:
-        FileNotFoundError, ValueError: from ``setup``, see :func:`load_split`.
-    """
-
-    def __init__(
-        self,
-        root: str | Path,
-        train: str,
-        test: str,
-        labels: LabelFormat,
-        train_transform: TrainTransform,
-        test_transform: TestTransform,
-        *,
-        iterations: int,
-        **kwargs: Any,
-    ):
-        super().__init__(root, train, test, **kwargs)
-        self.labels, self.max_iter = labels, iterations
-        self.train_transform, self.test_transform = train_transform, test_transform
-
-    def iterations(self) -> int:
-        return self.max_iter
-
-    def load_split(self, split: str) -> list[Pair]:
-        return load_split(self.root, split, self.labels, on_error=self.on_error)
-
-    def training_samples(self, items: list[Pair]) -> TrainingSamples[Pair]:
-        read = partial(read_pair, labels=self.labels)
-        return TrainingSamples(items, read, self.train_transform, self.seed, self.on_error)
-
-    def test_samples(self, items: list[Pair]) -> TestImages:
-        return TestImages(items, self.labels, self.test_transform, self.on_error)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from operator import mul
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
+from spatial_mamba_d2.data.faults import Fault, OnError, check_on_error, settle_faults
+from spatial_mamba_d2.data.images import read_image
+from spatial_mamba_d2.system.once import once_per_machine
 
-logger = logging.getLogger(__name__)
-
-SECTIONS = ("images", "annotations", "categories")
-# Left out with a warning, but no reason to refuse a data set: COCO train2017 itself has two.
+# Of the file, and what an entry of each is called.
+SECTIONS = {"images": "image", "annotations": "annotation", "categories": "category"}
+# Skipped with a warning, but no reason to refuse a data set: COCO train2017 itself has two.
 HARMLESS = ("box without area",)
-SHOWN_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
@@ -33,125 +31,144 @@ class CocoDataset:
         categories: (id, name) of each category, sorted by id.
         records: one dict per image, in the order of the file: `file_name` (absolute), `height`,
             `width`, `image_id`, and `annotations`, which are the dicts of the file, unchanged.
-        problems: one line for each thing left out, but for boxes of width or height 0.
+        faults: what was skipped, except boxes of width or height 0.
     """
 
     categories: list[tuple[int, str]]
     records: list[dict[str, Any]]
-    problems: list[str]
-
-
-class _Fault(NamedTuple):
-    """Why something is not usable: in general (to count by), and in this case."""
-
-    kind: str
-    reason: str
+    faults: list[Fault]
 
 
 def load_coco(
     json_file: str | Path,
     image_root: str | Path,
     *,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
     check_decode: bool = False,
 ) -> CocoDataset:
     """Read and check a COCO instances file. Needs neither Detectron2 nor pycocotools.
+
+    The checks run once per machine and are remembered for unchanged files.
 
     Args:
         json_file: in COCO's format: objects in the sections images, annotations and categories.
         image_root: the folder that `file_name` of the images starts from.
         on_error: what to do about single images, annotations or categories that are not usable.
-            "raise" reports them together; "skip" leaves out exactly those, logs a warning with
+            "raise" reports them together; "skip" skips exactly those, logs a warning with
             their number for each kind of fault, and lists them in the result. Boxes of width or
             height 0, which COCO itself has, are skipped in either case.
         check_decode: also decode every image, which finds damaged files and wrong sizes.
 
     Raises:
         FileNotFoundError: if `json_file` or the folder `image_root` does not exist.
-        ValueError: if `json_file` is not JSON (or cut off), lacks a section, or has no usable
-            image; for any other fault if `on_error` is "raise".
+        ValueError: if `json_file` is not JSON (or cut off), a section is missing, or no image is
+            usable; for any other fault if `on_error` is "raise".
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
+    check_on_error(on_error)
     if not os.path.isdir(image_root):
         raise FileNotFoundError(f"image_root: no folder {image_root}")
     content = _read_sections(json_file)
-    faults: dict[str, list[str]] = {}  # kind -> one line for each case
+    paths = [_path(image, image_root) for image in content["images"]]
+    folders = _Folders()
+    there = [path for path in paths if path and path in folders]
+    checked = once_per_machine(
+        "coco",
+        [json_file, *(there if check_decode else [])],
+        [os.path.abspath(image_root), check_decode, sorted({*filter(None, paths)} - {*there})],
+        lambda: _find_faults(content, paths, folders, check_decode),
+    )
+    rejected: dict[str, set[int]] = {section: set() for section in SECTIONS}
+    faults = []
+    for section, position, kind, reason in checked:
+        rejected[section].add(position)
+        faults.append(Fault(kind, reason))
 
-    def reject(what: str, fault: _Fault) -> None:
-        faults.setdefault(fault.kind, []).append(f"{json_file}: {what}: {fault.reason}")
+    def usable(section: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        for position, entry in enumerate(content[section]):
+            if position not in rejected[section]:
+                yield position, entry
 
-    names: dict[int, str] = {}
-    for category in content["categories"]:
-        if fault := _category_fault(category, names):
-            reject(_called("category", category), fault)
+    records = {
+        image["id"]: {
+            "file_name": paths[position],
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [],
+        }
+        for position, image in usable("images")
+    }
+    for _, annotation in usable("annotations"):
+        if record := records.get(annotation["image_id"]):
+            record["annotations"].append(annotation)
+    settle_faults(faults, on_error, where=json_file, num_usable=len(records), harmless=HARMLESS)
+    return CocoDataset(
+        sorted((category["id"], category["name"]) for _, category in usable("categories")),
+        list(records.values()),
+        [fault for fault in faults if fault.kind not in HARMLESS],
+    )
+
+
+def _path(image: Any, image_root: str | Path) -> str | None:
+    """The file of an image, None if its entry does not say."""
+    name = image.get("file_name") if isinstance(image, dict) else None
+    return os.path.abspath(os.path.join(image_root, name)) if isinstance(name, str) else None
+
+
+def _find_faults(
+    content: dict[str, list[Any]],
+    paths: Sequence[str | None],
+    folders: Container[str],
+    check_decode: bool,
+) -> list[tuple[str, int, str, str]]:
+    """Section, position in it, kind and reason of everything that is not usable.
+
+    Args:
+        paths: the file of each image.
+        folders: the files that exist.
+    """
+    found: list[tuple[str, int, str, str]] = []
+
+    def reject(section: str, position: int, fault: Fault) -> None:
+        name = _called(SECTIONS[section], content[section][position])
+        found.append((section, position, fault.kind, f"{name}: {fault.reason}"))
+
+    category_ids: set[int] = set()
+    for position, category in enumerate(content["categories"]):
+        if fault := _category_fault(category, category_ids):
+            reject("categories", position, fault)
         else:
-            names[category["id"]] = category["name"]
+            category_ids.add(category["id"])
 
     # An image whose file is missing keeps its size: its annotations are no faults of their own.
     sizes: dict[int | str, tuple[int, int]] = {}
-    records: dict[int | str, dict[str, Any]] = {}
-    folders = _Folders()
-    for image in content["images"]:
+    to_decode: list[int] = []
+    for position, image in enumerate(content["images"]):
         if fault := _image_fault(image, sizes):
-            reject(_called("image", image), fault)
+            reject("images", position, fault)
             continue
-        image_id = image["id"]
-        sizes[image_id] = (image["height"], image["width"])
-        path = os.path.abspath(os.path.join(image_root, image["file_name"]))
-        if path in folders:
-            records[image_id] = {
-                "file_name": path,
-                "height": image["height"],
-                "width": image["width"],
-                "image_id": image_id,
-                "annotations": [],
-            }
+        sizes[image["id"]] = (image["height"], image["width"])
+        if paths[position] in folders:
+            to_decode.append(position)
         else:
-            reject(_called("image", image), _Fault("missing image file", f"no file {path}"))
+            reject("images", position, Fault("missing image file", f"no file {paths[position]}"))
     if check_decode:
-        for image_id, fault in _undecodable(records.values()):
-            reject(f"image {image_id}", fault)
-            del records[image_id]
+
+        def decode(position: int) -> Fault | None:
+            return _decoding_fault(str(paths[position]), content["images"][position])
+
+        with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
+            for position, fault in zip(to_decode, pool.map(decode, to_decode), strict=True):
+                if fault:
+                    reject("images", position, fault)
 
     annotation_ids: set[int] = set()
-    for annotation in content["annotations"]:
-        if fault := _annotation_fault(annotation, sizes, names, annotation_ids):
-            reject(_called("annotation", annotation), fault)
-            continue
-        annotation_ids.add(annotation["id"])
-        if record := records.get(annotation["image_id"]):
-            record["annotations"].append(annotation)
-
-    problems = [x for kind, lines in faults.items() if kind not in HARMLESS for x in lines]
-    if not records:
-        raise ValueError(f"{json_file}: no usable image{_listing(problems)}")
-    if problems and on_error == "raise":
-        raise ValueError(
-            f"{json_file}: problems found: {len(problems)}. Correct them, or leave out what they "
-            f"concern with DATASETS.ON_ERROR skip{_listing(problems)}"
-        )
-    for kind, lines in faults.items():
-        logger.warning("Left out for %s: %d. The first: %s", kind, len(lines), lines[0])
-    return CocoDataset(sorted(names.items()), list(records.values()), problems)
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """Read an image file, turned upright as its EXIF data say, into uint8 RGB [H, W, 3].
-
-    Pillow does it because OpenCV takes a truncated JPEG for a whole one.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not an image, or is damaged or cut off.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image file {path}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image file {path} cannot be decoded: {error}") from error
+    for position, annotation in enumerate(content["annotations"]):
+        if fault := _annotation_fault(annotation, sizes, category_ids, annotation_ids):
+            reject("annotations", position, fault)
+        else:
+            annotation_ids.add(annotation["id"])
+    return found
 
 
 def _read_sections(json_file: str | Path) -> dict[str, list[Any]]:
@@ -181,40 +198,32 @@ def _called(section: str, entry: Any) -> str:
     return f"{name} ({entry['file_name']})" if "file_name" in entry else name
 
 
-def _listing(problems: list[str]) -> str:
-    """The first problems, one a line, to be put behind a sentence."""
-    lines = problems[:SHOWN_PROBLEMS]
-    if len(problems) > len(lines):
-        lines.append(f"and {len(problems) - len(lines)} more")
-    return "".join(f"\n  {line}" for line in lines)
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _category_fault(category: Any, known: Collection[int]) -> _Fault | None:
+def _category_fault(category: Any, known: Collection[int]) -> Fault | None:
     if not isinstance(category, dict) or not (
         isinstance(category.get("id"), int) and isinstance(category.get("name"), str)
     ):
-        return _Fault("malformed category", f"needs an integer id and a name: {_short(category)}")
+        return Fault("malformed category", f"needs an integer id and a name: {_short(category)}")
     if category["id"] in known:
-        return _Fault("repeated category id", "another category has this id")
+        return Fault("repeated category id", "another category has this id")
     return None
 
 
-def _image_fault(image: Any, known: Collection[int | str]) -> _Fault | None:
+def _image_fault(image: Any, known: Collection[int | str]) -> Fault | None:
     if not isinstance(image, dict) or not (
         isinstance(image.get("id"), (int, str)) and isinstance(image.get("file_name"), str)
     ):
-        return _Fault("malformed image", f"needs an id and a file_name: {_short(image)}")
+        return Fault("malformed image", f"needs an id and a file_name: {_short(image)}")
     if image["id"] in known:
-        return _Fault("repeated image id", "another image has this id")
+        return Fault("repeated image id", "another image has this id")
     for side in ("height", "width"):
         value = image.get(side)
         if not isinstance(value, int) or value < 1:
-            return _Fault("malformed image", f"{side} must be an integer above 0, got {value!r}")
+            return Fault("malformed image", f"{side} must be an integer above 0, got {value!r}")
     return None
 
 
@@ -231,26 +240,18 @@ class _Folders:
         return name in self._names[folder]
 
 
-def _undecodable(records: Iterable[dict[str, Any]]) -> list[tuple[int | str, _Fault]]:
-    """The ids of the images that cannot be used, and why."""
-
-    def fault(record: dict[str, Any]) -> _Fault | None:
-        try:
-            height, width, _ = read_image(record["file_name"]).shape
-        except (OSError, ValueError) as error:
-            return _Fault("damaged image file", str(error))
-        if (height, width) != (record["height"], record["width"]):
-            return _Fault(
-                "wrong image size",
-                f"{record['file_name']} has height {height} and width {width}, "
-                f"recorded are {record['height']} and {record['width']}",
-            )
-        return None
-
-    records = list(records)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
-        found = list(pool.map(fault, records))
-    return [(r["image_id"], f) for r, f in zip(records, found, strict=True) if f]
+def _decoding_fault(path: str, image: dict[str, Any]) -> Fault | None:
+    try:
+        height, width, _ = read_image(path).shape
+    except (OSError, ValueError) as error:
+        return Fault("damaged image file", str(error))
+    if (height, width) != (image["height"], image["width"]):
+        return Fault(
+            "wrong image size",
+            f"{path} has height {height} and width {width}, "
+            f"recorded are {image['height']} and {image['width']}",
+        )
+    return None
 
 
 def _annotation_fault(
@@ -258,26 +259,26 @@ def _annotation_fault(
     sizes: dict[int | str, tuple[int, int]],
     category_ids: Collection[int],
     known: Collection[int],
-) -> _Fault | None:
+) -> Fault | None:
     if not isinstance(annotation, dict) or not isinstance(annotation.get("id"), int):
-        return _Fault("malformed annotation", f"needs an integer id: {_short(annotation)}")
+        return Fault("malformed annotation", f"needs an integer id: {_short(annotation)}")
     if annotation["id"] in known:
-        return _Fault("repeated annotation id", "another annotation has this id")
+        return Fault("repeated annotation id", "another annotation has this id")
     image_id = annotation.get("image_id")
     if not isinstance(image_id, (int, str)) or image_id not in sizes:
-        return _Fault("unknown image_id", f"no usable image has the id {_short(image_id)}")
+        return Fault("unknown image_id", f"no usable image has the id {_short(image_id)}")
     category_id = annotation.get("category_id")
     if not isinstance(category_id, int) or category_id not in category_ids:
-        return _Fault("unknown category_id", f"no category has the id {_short(category_id)}")
+        return Fault("unknown category_id", f"no category has the id {_short(category_id)}")
     if annotation.get("iscrowd", 0) not in (0, 1):
-        return _Fault("malformed annotation", f"iscrowd is {_short(annotation['iscrowd'])}")
+        return Fault("malformed annotation", f"iscrowd is {_short(annotation['iscrowd'])}")
     bbox = annotation.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4 or not _are_finite(bbox):
-        return _Fault("degenerate box", f"bbox must be 4 finite numbers, got {_short(bbox)}")
+        return Fault("degenerate box", f"bbox must be 4 finite numbers, got {_short(bbox)}")
     if bbox[2] < 0 or bbox[3] < 0:
-        return _Fault("degenerate box", f"bbox {bbox} must have width and height above 0")
+        return Fault("degenerate box", f"bbox {bbox} must have width and height above 0")
     if bbox[2] == 0 or bbox[3] == 0:
-        return _Fault("box without area", f"bbox {bbox} must have width and height above 0")
+        return Fault("box without area", f"bbox {bbox} must have width and height above 0")
     segmentation = annotation.get("segmentation")
     if segmentation is None:  # boxes only
         return None
@@ -293,24 +294,24 @@ def _are_finite(numbers: list[Any]) -> bool:
         return False
 
 
-def _polygons_fault(polygons: Any) -> _Fault | None:
+def _polygons_fault(polygons: Any) -> Fault | None:
     """One polygon without area does no harm beside another that has some."""
     kind = "degenerate polygon"
     if not isinstance(polygons, list) or not polygons:
-        return _Fault(kind, f"segmentation must be polygons or RLE, got {_short(polygons)}")
+        return Fault(kind, f"segmentation must be polygons or RLE, got {_short(polygons)}")
     area = 0.0
     for polygon in polygons:
         if not isinstance(polygon, list) or not _are_finite(polygon):
-            return _Fault(kind, f"a polygon must be finite numbers, got {_short(polygon)}")
+            return Fault(kind, f"a polygon must be finite numbers, got {_short(polygon)}")
         if len(polygon) < 6 or len(polygon) % 2:
-            return _Fault(
+            return Fault(
                 kind,
                 "a polygon must be 3 or more pairs of numbers, "
                 f"got {len(polygon)} numbers: {_short(polygon)}",
             )
         area += _polygon_area(polygon)
     if area < 1e-3:  # square pixels; rounding can leave a little of a line
-        return _Fault(kind, f"the polygons enclose no area: {_short(polygons)}")
+        return Fault(kind, f"the polygons enclose no area: {_short(polygons)}")
     return None
 
 
@@ -322,22 +323,20 @@ def _polygon_area(polygon: list[float]) -> float:
     return abs(forward - backward) / 2
 
 
-def _rle_fault(rle: dict[str, Any], size: tuple[int, int]) -> _Fault | None:
+def _rle_fault(rle: dict[str, Any], size: tuple[int, int]) -> Fault | None:
     kind = "wrong RLE"
     if rle.get("size") != list(size):
-        return _Fault(
-            kind, f"its size is {_short(rle.get('size'))}, that of the image {list(size)}"
-        )
+        return Fault(kind, f"its size is {_short(rle.get('size'))}, that of the image {list(size)}")
     counts = rle.get("counts")
     if isinstance(counts, str):
         counts = _decode_counts(counts)
     if not isinstance(counts, list) or not all(isinstance(n, int) and n >= 0 for n in counts):
-        return _Fault(kind, f"counts must be integers from 0 on, got {_short(rle.get('counts'))}")
+        return Fault(kind, f"counts must be integers from 0 on, got {_short(rle.get('counts'))}")
     pixels = size[0] * size[1]
     if sum(counts) != pixels:
-        return _Fault(kind, f"counts sum to {sum(counts)}, the image has {pixels} pixels")
+        return Fault(kind, f"counts sum to {sum(counts)}, the image has {pixels} pixels")
     if not any(counts[1::2]):
-        return _Fault(kind, "marks no pixel")
+        return Fault(kind, "marks no pixel")
     return None
 
 

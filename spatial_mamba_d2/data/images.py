@@ -1,14 +1,72 @@
-"""Images named on a command line, and pictures written for people."""
+"""Image files: the one way in which they are found, read and written.
+
+An image is read as 8-bit RGB and turned upright as its EXIF data say. ImageNet classification is
+the exception: as in torchvision and the authors' code, its images stay as they are stored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
+
+
+@contextmanager
+def naming_file(kind: str, path: str | Path) -> Iterator[None]:
+    """Turns Pillow's errors into ones that name the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be decoded.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no {kind} file {path}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{kind} file {path} cannot be decoded: {error}") from error
+
+
+def open_image(path: str | Path, *, upright: bool = True) -> Image.Image:
+    """Read an image file as Pillow's RGB.
+
+    Pillow rather than OpenCV, which takes a truncated JPEG for a complete one.
+
+    Args:
+        upright: apply the EXIF orientation.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not an image, or is damaged or cut off.
+    """
+    with naming_file("image", path), Image.open(path) as image:
+        turned = ImageOps.exif_transpose(image) if upright else image
+        return turned.convert("RGB")
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image file, upright, into RGB ``uint8[H, W, 3]``; raises as :func:`open_image`."""
+    return np.array(open_image(path))
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Height and width that :func:`read_image` would return, from the file's header alone.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not an image.
+    """
+    with naming_file("image", path), Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+    return (width, height) if turned else (height, width)
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -30,12 +88,44 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     return files
 
 
-def write_picture(path: Path, image: np.ndarray) -> None:
-    """Write RGB ``uint8[H, W, 3]`` or grey ``uint8[H, W]``; the folder is made where needed.
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write RGB ``uint8[H, W, 3]`` or grey ``uint8[H, W]``; creates the folder if needed.
 
     Raises:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), image[..., ::-1] if image.ndim == 3 else image):
-        raise OSError(f"cannot write picture {path}")
+        raise OSError(f"cannot write image {path}")
+
+
+def visualize_images(
+    files: Sequence[Path], output: Path, draw: Callable[[np.ndarray, Path], tuple[np.ndarray, str]]
+) -> list[Path]:
+    """Draw something for each image, into ``output/NAME.png``; broken images are reported.
+
+    Args:
+        files: from :func:`find_images`.
+        draw: RGB ``uint8[H, W, 3]`` and ``output/NAME``, for further files -> the drawing, RGB
+            ``uint8[H', W', 3]``, and a summary in a few words.
+
+    Returns:
+        the drawings' paths.
+    """
+    written: list[Path] = []
+    for file in files:
+        try:
+            image = read_image(file)
+        except ValueError as error:
+            print(f"skipped: {error}")
+            continue
+        drawing, summary = draw(image, output / file.stem)
+        path = output / f"{file.stem}.png"
+        write_image(path, drawing)
+        print(f"{file}: {summary} -> {path}")
+        written.append(path)
+    num_skipped = len(files) - len(written)
+    print(
+        f"{len(written)} images in {output}" + (f", {num_skipped} skipped" if num_skipped else "")
+    )
+    return written

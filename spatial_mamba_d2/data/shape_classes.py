@@ -21,7 +21,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from spatial_mamba_d2.data.images import write_picture
+from spatial_mamba_d2.data.images import write_image
 from spatial_mamba_d2.data.shapes import CLASSES, render_image
 from spatial_mamba_d2.system.atomic import new_folder
 
@@ -94,7 +94,7 @@ def _write_split(folder: Path, split: str, number: int, image_px: int, seed: int
     while any(missing.values()):
         for name, picture in _cut_outs(split, index, image_px, seed):
             if missing[name]:
-                write_picture(folder / name / f"{number - missing[name]:06d}.jpg", picture)
+                write_image(folder / name / f"{number - missing[name]:06d}.jpg", picture)
                 missing[name] -= 1
         index += 1
 

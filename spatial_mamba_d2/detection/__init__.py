@@ -7,12 +7,12 @@
 >>> cfg.MODEL.BACKBONE.NAME = "build_spatial_mamba_fpn_backbone"
 """
 
-from spatial_mamba_d2.config import add_spatial_mamba_config
 from spatial_mamba_d2.detection.backbone import (
     SpatialMambaBottomUp,
     build_spatial_mamba_backbone,
     build_spatial_mamba_fpn_backbone,
 )
+from spatial_mamba_d2.detection.config import add_spatial_mamba_config
 
 __all__ = [
     "SpatialMambaBottomUp",

@@ -1,4 +1,4 @@
-"""The backbone as Detectron2 wants it, bare and with a feature pyramid."""
+"""The backbone with Detectron2's interface, bare and with a feature pyramid."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
+from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.models import SpatialMambaBackbone
 from spatial_mamba_d2.models.variants import variant_kwargs
 
@@ -32,12 +33,9 @@ def build_spatial_mamba_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Spatia
     overrides = {
         "in_chans": input_shape.channels,
         "out_features": tuple(mamba.OUT_FEATURES),
-        "bn_policy": mamba.BN,
-        "grad_checkpointing": mamba.GRAD_CHECKPOINTING,
         "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+        **backbone_kwargs(cfg),
     }
-    if mamba.DROP_PATH_RATE is not None:
-        overrides["drop_path_rate"] = mamba.DROP_PATH_RATE
     return SpatialMambaBottomUp(**variant_kwargs(mamba.VARIANT, overrides))
 
 

@@ -1,118 +1,213 @@
-"""Batches for training and testing that do not depend on the number of processes or a restart."""
+"""Training and test images of detection: any data in COCO format, checked before training."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import copy
+import json
 import logging
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    Metadata,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
+from detectron2.data import detection_utils as d2_utils
+from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
+from spatial_mamba_d2.data.coco import CocoDataset, load_coco
+from spatial_mamba_d2.data.images import read_image
+from spatial_mamba_d2.data.samplers import ResumableBatchSampler, SkippingDataset
 from spatial_mamba_d2.detection.augmentation import build_augmentation
-from spatial_mamba_d2.detection.datasets import Record, load_records
+from spatial_mamba_d2.system.atomic import replacing
+from spatial_mamba_d2.system.seeding import seeded
 from spatial_mamba_d2.system.workers import single_thread_opencv, worker_options
 
-Draw = tuple[int, int]  # index of a record, and the seed of its augmentation
+Record = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-class BatchStream(Sampler[list[Draw]]):
-    """An endless stream of batches, the same for every number of processes.
+@dataclass(frozen=True)
+class DetectionDataset:
+    """A data set as the trainer and the evaluator need it.
 
-    The records are shuffled anew for each pass. A batch holds wide images or tall ones, when
-    ``groups`` says which is which, so that padding is small; each process takes its part of it.
-    The stream can start at any iteration: resumed training sees what an uninterrupted one would.
-
-    Args:
-        groups: for each record, the group it may share a batch with.
-        batch_size: of all processes together.
-        seed: of the order and of the augmentations.
-        start: the first iteration to produce; may be set until iteration begins.
+    Attributes:
+        name: in Detectron2's catalogue.
+        records: images and annotations, in Detectron2's format.
+        classes: names by index; None if the data set has none.
+        category_ids: of the classes, in the file; empty if it is not in COCO format.
+        json_file: the file in COCO format, if there is one.
+        coco: what is left of that file if anything was skipped.
     """
 
-    def __init__(self, groups: list[int], batch_size: int, seed: int, start: int = 0):
-        world_size = comm.get_world_size()
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH must be a multiple of the {world_size} processes, "
-                f"got {batch_size}"
+    name: str
+    records: list[Record]
+    classes: list[str] | None
+    category_ids: list[int] = field(default_factory=list)
+    json_file: str | None = None
+    coco: CocoDataset | None = None
+
+
+def register_json_datasets(cfg: CfgNode) -> None:
+    """Register ``DATASETS.{TRAIN,TEST}_{JSON,IMAGES}`` with Detectron2, under a name each.
+
+    The names take the place of those in ``DATASETS.TRAIN`` and ``DATASETS.TEST``; ``cfg`` must not
+    be frozen.
+    """
+    for split in ("TRAIN", "TEST"):
+        json_file, images = cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"]
+        if json_file:
+            json_file, images = str(Path(json_file).resolve()), str(Path(images).resolve())
+            name = f"{json_file} of {images}"
+            MetadataCatalog.get(name).set(
+                json_file=json_file, image_root=images, evaluator_type="coco"
             )
-        self.groups = groups
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start = start
-
-    def _draws(self) -> Iterator[Draw]:
-        position = itertools.count()
-        for epoch in itertools.count():
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.groups))
-            for index in order.tolist():
-                yield index, (self.seed * 1_000_003 + next(position)) % 2**32
-
-    def _batches(self) -> Iterator[list[Draw]]:
-        waiting: dict[int, list[Draw]] = {group: [] for group in self.groups}
-        for draw in self._draws():
-            batch = waiting[self.groups[draw[0]]]
-            batch.append(draw)
-            if len(batch) == self.batch_size:
-                yield batch.copy()
-                batch.clear()
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        part = self.batch_size // comm.get_world_size()
-        first = comm.get_rank() * part
-        for batch in itertools.islice(self._batches(), self.start, None):
-            yield batch[first : first + part]
+            cfg.DATASETS[split] = (name,)
 
 
-class TrainingImages(Dataset[dict[str, Any]]):
-    """Maps draws to model inputs; a broken image is an error, or skipped for the next one."""
+def load_dataset(cfg: CfgNode, name: str, *, is_train: bool) -> DetectionDataset:
+    """The data set that Detectron2 knows as ``name``.
 
-    def __init__(self, records: list[Record], mapper: Callable[[Record], Any], skip_broken: bool):
-        self.records = records
-        self.mapper = mapper
-        self.skip_broken = skip_broken
-        self.broken: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        index, seed = draw
-        np.random.seed(seed)  # Detectron2's augmentations use the global generators
-        random.seed(seed)
-        for offset in range(len(self.records)):
-            record = self.records[(index + offset) % len(self.records)]
-            try:
-                return self.mapper(record)
-            except ValueError as error:
-                if not self.skip_broken:
-                    raise
-                if record["file_name"] not in self.broken:
-                    self.broken.add(record["file_name"])
-                    logger.warning("skipped broken image no. %d: %s", len(self.broken), error)
-        raise ValueError(f"all {len(self.records)} training images are broken")
-
-
-class Mapper:
-    """Detectron2's ``DatasetMapper`` with our augmentation; errors name the image.
+    One in COCO format is checked as it is read; others come from Detectron2's catalogue as they
+    are. In training, images without an object are left out if
+    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` says so.
 
     Raises:
-        FileNotFoundError: the image is missing.
-        ValueError: it is truncated, no image, of another size than its record says, or its
-            annotations do not fit ``INPUT.MASK_FORMAT``.
+        FileNotFoundError: the json is missing.
+        ValueError: broken images or annotations, an empty data set, or a number of classes that
+            is not ``MODEL.ROI_HEADS.NUM_CLASSES``.
     """
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") == "coco" and metadata.get("json_file"):
+        dataset = _load_coco_dataset(cfg, metadata, is_train)
+    else:
+        dataset = DetectionDataset(
+            name, list(DatasetCatalog.get(name)), metadata.get("thing_classes")
+        )
+    if is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        num_images = len(dataset.records)
+        kept = [r for r in dataset.records if any(not a["iscrowd"] for a in r["annotations"])]
+        if not kept:
+            raise ValueError(f"data set {name}: none of its {num_images} images has an object")
+        logger.info("%s: %d of %d images have objects", name, len(kept), num_images)
+        dataset = replace(dataset, records=kept)
+    return dataset
+
+
+def _load_coco_dataset(cfg: CfgNode, metadata: Metadata, is_train: bool) -> DetectionDataset:
+    coco = load_coco(
+        metadata.json_file,
+        metadata.image_root,
+        on_error=cfg.DATASETS.ON_ERROR,
+        check_decode=cfg.DATASETS.ON_ERROR == "skip" and not is_train,
+    )
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if len(coco.categories) != num_classes:
+        raise ValueError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES must be {len(coco.categories)}, the number of categories "
+            f"in {metadata.json_file}, got {num_classes}"
+        )
+    if cfg.MODEL.MASK_ON and is_train:
+        _check_masks(metadata.json_file, coco)
+    ids, names = ([*values] for values in zip(*coco.categories, strict=True))
+    return DetectionDataset(
+        metadata.name,
+        _to_detectron2(coco, ids),
+        names,
+        ids,
+        metadata.json_file,
+        coco if coco.faults else None,
+    )
+
+
+def _check_masks(json_file: str, coco: CocoDataset) -> None:
+    for record in coco.records:
+        for annotation in record["annotations"]:
+            if annotation.get("segmentation") is None:
+                raise ValueError(
+                    f"{json_file}: annotation {annotation['id']} has no segmentation: "
+                    "MODEL.MASK_ON False trains on boxes only"
+                )
+
+
+def _to_detectron2(coco: CocoDataset, category_ids: Sequence[int]) -> list[Record]:
+    class_index = {id_: index for index, id_ in enumerate(category_ids)}
+    records = []
+    for image in coco.records:
+        annotations = [
+            {
+                "bbox": annotation["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": class_index[annotation["category_id"]],
+                "iscrowd": annotation.get("iscrowd", 0),
+                "segmentation": annotation.get("segmentation"),
+            }
+            for annotation in image["annotations"]
+        ]
+        records.append({**image, "annotations": annotations})
+    return records
+
+
+def register_for_evaluation(cfg: CfgNode, dataset: DetectionDataset) -> Metadata:
+    """Detectron2's metadata by which predictions for ``dataset`` are evaluated; in all processes.
+
+    What ``DATASETS.ON_ERROR skip`` skipped is not evaluated either: what is left is written to
+    ``OUTPUT_DIR``, by one process, for pycocotools to read.
+    """
+    if dataset.json_file is None:
+        return MetadataCatalog.get(dataset.name)
+    json_file = dataset.json_file
+    if dataset.coco:
+        path = Path(cfg.OUTPUT_DIR, f"cleaned_{Path(json_file).name}")
+        if comm.is_main_process():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(_to_coco(dataset.coco)), encoding="utf-8")
+        comm.synchronize()
+        json_file = str(path)
+    name = f"{dataset.name} (evaluation)"
+    if name in MetadataCatalog.list():  # of an evaluation before, whose file may differ
+        MetadataCatalog.pop(name)
+    return MetadataCatalog.get(name).set(
+        json_file=json_file,
+        image_root=MetadataCatalog.get(dataset.name).image_root,
+        evaluator_type="coco",
+        thing_classes=dataset.classes,
+        thing_dataset_id_to_contiguous_id={id_: i for i, id_ in enumerate(dataset.category_ids)},
+    )
+
+
+def _to_coco(coco: CocoDataset) -> dict[str, Any]:
+    return {
+        "info": {},
+        "licenses": [],
+        "categories": [{"id": id_, "name": name} for id_, name in coco.categories],
+        "images": [
+            {"id": r["image_id"], **{key: r[key] for key in ("file_name", "height", "width")}}
+            for r in coco.records
+        ],
+        "annotations": [annotation for r in coco.records for annotation in r["annotations"]],
+    }
+
+
+class Mapper(DatasetMapper):
+    """Detectron2's mapper with our reading of images, our augmentation, and errors with names."""
 
     def __init__(self, cfg: CfgNode, is_train: bool):
-        self._map = DatasetMapper(
+        super().__init__(
             is_train,
             augmentations=build_augmentation(cfg, is_train),
             image_format=cfg.INPUT.FORMAT,
@@ -120,41 +215,93 @@ class Mapper:
             instance_mask_format=cfg.INPUT.MASK_FORMAT,
         )
 
-    def __call__(self, record: Record) -> dict[str, Any]:
+    def __call__(self, record: Record) -> Record:
+        return self.transform(*self.read(record))
+
+    def read(self, record: Record) -> tuple[Record, np.ndarray]:
+        """A copy of the record, and its image in ``INPUT.FORMAT``.
+
+        Raises:
+            FileNotFoundError: the image is missing.
+            ValueError: it is truncated, no image, or of another size than its record says.
+        """
+        image = read_image(record["file_name"])
+        record = copy.deepcopy(record)
         try:
-            return self._map(record)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"image is missing: {record['file_name']}") from error
-        except (OSError, SyntaxError, ValueError, SizeMismatchError) as error:
-            raise ValueError(f"cannot use image {record['file_name']}: {error}") from error
+            d2_utils.check_image_size(record, image)
+        except d2_utils.SizeMismatchError as error:
+            raise ValueError(f"image file {record['file_name']}: {error}") from None
+        return record, image[..., ::-1] if self.image_format == "BGR" else image
+
+    def transform(
+        self, record: Record, image: np.ndarray, rng: np.random.Generator | None = None
+    ) -> Record:
+        """Augment what :meth:`read` gave, into an input of Detectron2's models.
+
+        Args:
+            rng: seeds the augmentations, which draw from the global generators; None leaves them.
+
+        Raises:
+            ValueError: the annotations do not fit ``INPUT.MASK_FORMAT``.
+        """
+        aug_input = T.AugInput(image)
+        with seeded(int(rng.integers(2**32))) if rng else contextlib.nullcontext():
+            transforms = self.augmentations(aug_input)
+        image = aug_input.image
+        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if not self.is_train:
+            record.pop("annotations", None)
+            return record
+        try:
+            self._transform_annotations(record, transforms, image.shape[:2])
+        except ValueError as error:
+            raise ValueError(f"annotations of image {record['file_name']}: {error}") from error
+        return record
 
 
-def build_train_loader(cfg: CfgNode) -> DataLoader:
-    """Endless batches of ``IMS_PER_BATCH`` over the processes, as lists of Detectron2 inputs.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`~.datasets.load_records`.
-    """
-    records = [r for name in cfg.DATASETS.TRAIN for r in load_records(cfg, name, is_train=True)]
-    if not records:
+def load_training_datasets(cfg: CfgNode) -> list[DetectionDataset]:
+    """The data sets in ``DATASETS.TRAIN``; raises as :func:`load_dataset`, and for none at all."""
+    if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN must name at least one data set, got none")
+    return [load_dataset(cfg, name, is_train=True) for name in cfg.DATASETS.TRAIN]
+
+
+def build_train_loader(cfg: CfgNode, datasets: Sequence[DetectionDataset]) -> DataLoader:
+    """Endless micro-batches, as lists of Detectron2 inputs.
+
+    ``ACCUMULATION_STEPS`` of them, from all processes, hold the ``IMS_PER_BATCH`` of an iteration.
+    """
+    records = [record for dataset in datasets for record in dataset.records]
+    groups = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         groups = [int(r["width"] > r["height"]) for r in records]
-    else:
-        groups = [0] * len(records)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    sampler = ResumableBatchSampler(
+        len(records),
+        cfg.SOLVER.IMS_PER_BATCH,
+        groups=groups,
+        accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+        seed=seed,
+        rank=comm.get_rank(),
+        world_size=comm.get_world_size(),
+    )
+    mapper = Mapper(cfg, is_train=True)
+    samples = SkippingDataset(
+        records, mapper.read, mapper.transform, seed=seed, on_error=cfg.DATASETS.ON_ERROR
+    )
     return DataLoader(
-        TrainingImages(records, Mapper(cfg, is_train=True), cfg.DATASETS.ON_ERROR == "skip"),
-        batch_sampler=BatchStream(groups, cfg.SOLVER.IMS_PER_BATCH, seed),
+        samples,
+        batch_sampler=sampler,
         collate_fn=trivial_batch_collator,
         **worker_options(cfg.DATALOADER.NUM_WORKERS),
     )
 
 
-def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
+def build_test_loader(cfg: CfgNode, dataset: DetectionDataset) -> DataLoader:
     """The images of a test set, one at a time, split over the processes."""
-    records = load_records(cfg, name, is_train=False)
     single_thread_opencv()
     return build_detection_test_loader(
-        records, mapper=Mapper(cfg, is_train=False), num_workers=cfg.DATALOADER.NUM_WORKERS
+        dataset.records,
+        mapper=Mapper(cfg, is_train=False),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

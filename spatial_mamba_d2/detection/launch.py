@@ -15,23 +15,23 @@ from detectron2.utils import comm
 
 def launch(
     main: Callable[..., Any],
-    processes: int,
+    num_processes: int,
     num_machines: int = 1,
     machine_rank: int = 0,
     dist_url: str = "auto",
     args: tuple[Any, ...] = (),
 ) -> Any:
-    """Run ``main(*args)`` in ``processes`` processes here; under ``torchrun``, in this one.
+    """Run ``main(*args)`` in several processes on this machine; under ``torchrun``, in this one.
 
     Args:
         main: a function that can be pickled.
-        processes: per machine; one per GPU, or CPU processes where there is no GPU.
+        num_processes: per machine; one per GPU, or on CPUs if there is no GPU.
         num_machines: with more than one, every machine runs the same command with its own
             ``machine_rank`` and the same ``dist_url``.
         dist_url: ``tcp://HOST:PORT`` of machine 0; ``auto`` picks a free port on a single machine.
 
     Returns:
-        what ``main`` returns, when it runs in this process; else ``None``.
+        the result of ``main`` if it runs in this process, else ``None``.
 
     Raises:
         ValueError: more processes than GPUs, or ``auto`` for several machines.
@@ -40,9 +40,9 @@ def launch(
         _join("env://", -1, -1, int(os.environ["LOCAL_WORLD_SIZE"]))
         return _run(main, args)
     gpus = torch.cuda.device_count()
-    if gpus and processes > gpus:
-        raise ValueError(f"--num-gpus must be at most {gpus}, the GPUs here, got {processes}")
-    world_size = num_machines * processes
+    if gpus and num_processes > gpus:
+        raise ValueError(f"--num-gpus must be at most {gpus}, the GPUs here, got {num_processes}")
+    world_size = num_machines * num_processes
     if world_size == 1:
         return main(*args)
     if dist_url == "auto":
@@ -53,8 +53,8 @@ def launch(
             dist_url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     mp.start_processes(
         _worker,
-        args=(main, processes, world_size, machine_rank, dist_url, args),
-        nprocs=processes,
+        args=(main, num_processes, world_size, machine_rank, dist_url, args),
+        nprocs=num_processes,
         start_method="spawn",
     )
     return None
@@ -63,16 +63,16 @@ def launch(
 def _worker(
     local_rank: int,
     main: Callable[..., Any],
-    processes: int,
+    num_processes: int,
     world_size: int,
     machine_rank: int,
     dist_url: str,
     args: tuple[Any, ...],
 ) -> None:
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     os.environ["LOCAL_RANK"] = str(local_rank)
-    _join(dist_url, machine_rank * processes + local_rank, world_size, processes)
+    _join(dist_url, machine_rank * num_processes + local_rank, world_size, num_processes)
     _run(main, args)
 
 

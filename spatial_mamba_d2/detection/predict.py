@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,18 +9,14 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
-from spatial_mamba_d2.data.coco import read_image
-from spatial_mamba_d2.data.images import find_images, write_picture
+from spatial_mamba_d2.data.images import find_images, visualize_images
 from spatial_mamba_d2.detection.augmentation import build_augmentation
-from spatial_mamba_d2.detection.checkpoint import load_detector_weights
 from spatial_mamba_d2.detection.config import load_config
+from spatial_mamba_d2.detection.model import build_model
 from spatial_mamba_d2.detection.visualize import draw_instances
-from spatial_mamba_d2.models import read_checkpoint
-
-logger = logging.getLogger(__name__)
+from spatial_mamba_d2.models import load_weights, read_checkpoint
 
 
 class Predictor:
@@ -36,9 +31,7 @@ class Predictor:
             raise ValueError("MODEL.WEIGHTS must name a detector's checkpoint, got ''")
         self.model = build_model(cfg).eval()
         content = read_checkpoint(cfg.MODEL.WEIGHTS)
-        report = load_detector_weights(self.model, content, source_name=cfg.MODEL.WEIGHTS)
-        if report.new:
-            raise ValueError(f"MODEL.WEIGHTS must hold a whole detector:\n{report}")
+        load_weights(self.model, content, partial=False, source_name=cfg.MODEL.WEIGHTS)
         self.metadata = _metadata(cfg, content.get("classes"))
         (self.resize,) = build_augmentation(cfg, is_train=False)
 
@@ -51,13 +44,15 @@ class Predictor:
         return self.model([{"image": tensor, "height": height, "width": width}])[0]["instances"]
 
 
-def draw_folder(
-    config_file: str, overrides: Sequence[str], inputs: Sequence[Path], output: Path
+def visualize(
+    config_file: str | Path | None, overrides: Sequence[str], inputs: Sequence[Path], output: Path
 ) -> list[Path]:
-    """Write a picture with the detections for each image in ``inputs``; broken images are reported.
+    """Write a drawing with the detections for each image in ``inputs``.
+
+    Broken images are reported and skipped.
 
     Returns:
-        the pictures.
+        the drawings' paths.
 
     Raises:
         FileNotFoundError, ValueError: no image, or configuration or weights are unusable.
@@ -65,33 +60,22 @@ def draw_folder(
     images = find_images(inputs)
     cfg = load_config(config_file, overrides)
     predictor = Predictor(cfg)
-    pictures, broken = [], 0
-    for path in images:
-        try:
-            image = read_image(path)
-        except ValueError as error:
-            broken += 1
-            print(f"skipped: {error}")
-            continue
+    score_thresh = cfg.TEST.PICTURES_SCORE_THRESH
+
+    def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         instances = predictor(image)
-        picture = output / f"{path.stem}.png"
-        write_picture(
-            picture,
-            draw_instances(image, instances, predictor.metadata, cfg.TEST.PICTURES_SCORE_THRESH),
-        )
-        shown = int((instances.scores >= cfg.TEST.PICTURES_SCORE_THRESH).sum())
-        print(f"{path}: {shown} objects -> {picture}")
-        pictures.append(picture)
-    print(
-        f"{len(pictures)} pictures in {output}" + (f", {broken} images skipped" if broken else "")
-    )
-    return pictures
+        num_drawn = int((instances.scores >= score_thresh).sum())
+        drawing = draw_instances(image, instances, predictor.metadata, score_thresh)
+        return drawing, f"{num_drawn} objects"
+
+    return visualize_images(images, output, draw)
 
 
 def _metadata(cfg: CfgNode, classes: list[str] | None) -> Metadata:
-    """Class names from the checkpoint; without, COCO's where their number fits, or numbers."""
+    """Class names from the checkpoint; else COCO's if their number fits, or numbers."""
     if classes is None:
         coco = MetadataCatalog.get("coco_2017_val").thing_classes
-        number = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        classes = coco if len(coco) == number else [f"class {i}" for i in range(number)]
+        num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        fits = len(coco) == num_classes
+        classes = coco if fits else [f"class {i}" for i in range(num_classes)]
     return Metadata(thing_classes=classes)

@@ -12,8 +12,8 @@ from detectron2.utils.logger import setup_logger
 
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
 from spatial_mamba_d2.detection.config import load_config
-from spatial_mamba_d2.detection.datasets import resolve_datasets
 from spatial_mamba_d2.detection.trainer import Trainer
+from spatial_mamba_d2.models import load_weights
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -23,16 +23,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
         FileNotFoundError, ValueError: see :func:`~.config.load_config`.
     """
     cfg = load_config(args.config_file, args.opts)
-    cfg.defrost()
-    resolve_datasets(cfg)
-    cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="spatial_mamba_d2")
     return cfg
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Train, or with ``--eval-only`` evaluate, and return the last evaluation's results."""
+    """Train, or with ``--eval-only`` evaluate, and return the last evaluation's results.
+
+    Raises:
+        FileNotFoundError, ValueError: configuration, data or weights are not usable.
+    """
     cfg = setup(args)
     if not args.eval_only:
         trainer = Trainer(cfg)
@@ -47,8 +48,9 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         weights = cfg.MODEL.WEIGHTS
     if not weights:
         raise ValueError(
-            f"--eval-only needs weights: give MODEL.WEIGHTS, or --resume with a checkpoint in "
-            f"{cfg.OUTPUT_DIR}"
+            "no weights to evaluate: set MODEL.WEIGHTS (or use --resume, with a checkpoint in "
+            f"{cfg.OUTPUT_DIR})"
         )
-    checkpointer.load(weights, checkpointables=[])
+    weights = checkpointer.path_manager.get_local_path(weights)
+    load_weights(model, weights, partial=False)
     return Trainer.test(cfg, model)

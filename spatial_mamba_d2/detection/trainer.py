@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import (
     CommonMetricPrinter,
     EventWriter,
@@ -28,20 +32,28 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from spatial_mamba_d2.data.samplers import ResumableBatchSampler
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
-from spatial_mamba_d2.detection.data import BatchStream, build_test_loader, build_train_loader
-from spatial_mamba_d2.detection.datasets import evaluation_metadata
+from spatial_mamba_d2.detection.data import (
+    DetectionDataset,
+    build_test_loader,
+    build_train_loader,
+    load_dataset,
+    load_training_datasets,
+    register_for_evaluation,
+)
 from spatial_mamba_d2.detection.optimizer import build_optimizer, clip_gradients
-from spatial_mamba_d2.detection.visualize import PictureWriter
+from spatial_mamba_d2.detection.visualize import VisualizationWriter
+from spatial_mamba_d2.system.seeding import derive_seed, seed_all
 
 logger = logging.getLogger(__name__)
 
 
-class Step(SimpleTrainer):
-    """One iteration: forward and backward in parts, under autocast where asked, clip, step.
+class AccumulatingTrainer(SimpleTrainer):
+    """One iteration: forward and backward of each micro-batch, clipping, and the optimizer's step.
 
     Unlike Detectron2's ``AMPTrainer`` it runs on any device that has autocast. Losses are means
-    over the parts, so that accumulation changes memory, not the recipe.
+    over the micro-batches, so that accumulation changes memory, not the recipe.
     """
 
     def __init__(
@@ -55,13 +67,7 @@ class Step(SimpleTrainer):
         self.cfg = cfg
         self.device_type = torch.device(cfg.MODEL.DEVICE).type
         self.precision = getattr(torch, cfg.SOLVER.AMP.PRECISION)
-        self.parts = cfg.SOLVER.ACCUMULATION_STEPS
-        per_process = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-        if per_process % self.parts:
-            raise ValueError(
-                f"SOLVER.ACCUMULATION_STEPS must divide the {per_process} images per process, "
-                f"got {self.parts}"
-            )
+        self.accumulation_steps = cfg.SOLVER.ACCUMULATION_STEPS
         self.scaler = torch.amp.GradScaler(
             self.device_type,
             enabled=cfg.SOLVER.AMP.ENABLED and self.precision is torch.float16,
@@ -69,22 +75,23 @@ class Step(SimpleTrainer):
 
     def run_step(self) -> None:
         start = time.perf_counter()
-        batch = next(self._data_loader_iter)
+        micro_batches = [next(self._data_loader_iter) for _ in range(self.accumulation_steps)]
         data_time = time.perf_counter() - start
-        if self.cfg.SEED >= 0:  # sampling and drop path depend on the iteration, not on the past
-            seed_all_rng((self.cfg.SEED * 1_000_003 + self.iter * 1009 + comm.get_rank()) % 2**31)
+        # Sampling and drop path depend on the iteration, not on the past. Seeded after the images
+        # are fetched, because the first fetch of a process draws a random number.
+        if self.cfg.SEED >= 0:
+            seed_all(derive_seed(self.cfg.SEED, "step", self.iter, comm.get_rank()))
 
         self.optimizer.zero_grad()
-        size = len(batch) // self.parts
         losses: dict[str, torch.Tensor] = {}
-        for part in range(self.parts):
-            last = part == self.parts - 1
-            with self._no_sync() if not last else contextlib.nullcontext():
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            is_last = number == self.accumulation_steps
+            with contextlib.nullcontext() if is_last else self._no_sync():
                 with torch.autocast(
                     self.device_type, self.precision, enabled=self.cfg.SOLVER.AMP.ENABLED
                 ):
-                    outputs = self.model(batch[part * size : (part + 1) * size])
-                outputs = {name: value / self.parts for name, value in outputs.items()}
+                    outputs = self.model(micro_batch)
+                outputs = {name: value / self.accumulation_steps for name, value in outputs.items()}
                 self.scaler.scale(sum(outputs.values())).backward()
             for name, value in outputs.items():
                 losses[name] = losses.get(name, 0) + value.detach()
@@ -113,28 +120,31 @@ class Trainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` with our data, optimizer, step and checkpoints.
 
     Args:
-        cfg: from :func:`~.config.load_config`, with data sets resolved.
+        cfg: from :func:`~.config.load_config`.
     """
 
     def __init__(self, cfg: CfgNode):
+        # Not DefaultTrainer.__init__, which would build Detectron2's own step, checkpointer and
+        # data loader first; from here on this is its order.
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = build_optimizer(cfg, model)
-        data_loader = build_train_loader(cfg)
+        datasets = load_training_datasets(cfg)
+        data_loader = build_train_loader(cfg, datasets)
         on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
         model = create_ddp_model(
             model,
             broadcast_buffers=False,
             device_ids=[comm.get_local_rank()] if on_gpu else None,
         )
-        self._trainer = Step(cfg, model, data_loader, optimizer)
+        self._trainer = AccumulatingTrainer(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             skip=tuple(cfg.MODEL.WEIGHTS_SKIP),
-            classes=MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes"),
+            classes=datasets[0].classes,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
@@ -144,22 +154,22 @@ class Trainer(DefaultTrainer):
 
     @property
     def last_results(self) -> dict[str, Any] | None:
-        """What the last evaluation gave, if there was one."""
+        """Results of the last evaluation, if there was one."""
         return getattr(self, "_last_eval_results", None)
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
-        stream = self._trainer.data_loader.batch_sampler
-        assert isinstance(stream, BatchStream)
-        stream.start = self.start_iter
+        sampler = self._trainer.data_loader.batch_sampler
+        assert isinstance(sampler, ResumableBatchSampler)
+        sampler.start = self.start_iter
 
     @property
     def _write_period(self) -> int:
-        """Iterations from one line of metrics to the next: 20, fewer in a short training."""
+        """Iterations between lines of metrics: 20, or fewer in a short training."""
         return max(1, min(20, self.max_iter // 50))
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, with our period of writing."""
+        """Detectron2's, with our write period."""
         built = super().build_hooks()
         for hook in built:
             if isinstance(hook, hooks.PeriodicWriter):
@@ -179,9 +189,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
-        size = sum(p.numel() for p in model.parameters())
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        logger.info("%s parameters, %s of them trained", f"{size:,}", f"{trainable:,}")
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logger.info("%s parameters, %s of them trained", f"{total:,}", f"{trained:,}")
         return model
 
     @classmethod
@@ -190,32 +200,54 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        return build_train_loader(cfg)
+        return build_train_loader(cfg, load_training_datasets(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        return build_test_loader(cfg, dataset_name)
+        return build_test_loader(cfg, load_dataset(cfg, dataset_name, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO evaluation by pycocotools and, where asked, prediction pictures."""
-        metadata = evaluation_metadata(dataset_name)
-        output_dir = Path(cfg.OUTPUT_DIR) / "inference"
-        evaluators: Sequence[DatasetEvaluator] = [
-            COCOEvaluator(
-                metadata.name,
-                tasks=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
-                output_dir=str(output_dir),
-                max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-                use_fast_impl=False,
-            )
-        ]
-        if cfg.TEST.PICTURES:
-            pictures = PictureWriter(
-                metadata,
-                Path(cfg.OUTPUT_DIR) / "pictures",
-                cfg.TEST.PICTURES,
-                cfg.TEST.PICTURES_SCORE_THRESH,
-            )
-            evaluators = [*evaluators, pictures]
-        return DatasetEvaluators(evaluators)
+        return build_evaluator(cfg, load_dataset(cfg, dataset_name, is_train=False))
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: Sequence[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        """Evaluate on each data set of ``DATASETS.TEST``, which is read once.
+
+        Returns:
+            ``{task: {metric: value}}``, for several data sets by their names.
+        """
+        results: dict[str, Any] = {}
+        for number, name in enumerate(cfg.DATASETS.TEST):
+            dataset = load_dataset(cfg, name, is_train=False)
+            loader = build_test_loader(cfg, dataset)
+            evaluator = evaluators[number] if evaluators else build_evaluator(cfg, dataset)
+            results[name] = inference_on_dataset(model, loader, evaluator)
+            if comm.is_main_process():
+                logger.info("results for %s:", name)
+                print_csv_format(results[name])
+        return results[name] if len(results) == 1 else results
+
+
+def build_evaluator(cfg: CfgNode, dataset: DetectionDataset) -> DatasetEvaluators:
+    """COCO evaluation by pycocotools and, if asked for, drawings of predictions."""
+    metadata = register_for_evaluation(cfg, dataset)
+    output_dir = Path(cfg.OUTPUT_DIR)
+    evaluators: list[DatasetEvaluator] = [
+        COCOEvaluator(
+            metadata.name,
+            tasks=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
+            output_dir=str(output_dir / "inference"),
+            max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            use_fast_impl=False,
+        )
+    ]
+    if cfg.TEST.PICTURES:
+        folder, threshold = output_dir / "pictures", cfg.TEST.PICTURES_SCORE_THRESH
+        evaluators.append(VisualizationWriter(metadata, folder, cfg.TEST.PICTURES, threshold))
+    return DatasetEvaluators(evaluators)

@@ -1,10 +1,11 @@
-"""Pictures of predictions, beside the ground truth where there is one."""
+"""Drawings of predictions, next to the ground truth if there is one."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ from detectron2.utils import comm
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from pycocotools.coco import COCO
 
-from spatial_mamba_d2.data.coco import read_image
-from spatial_mamba_d2.data.images import write_picture
+from spatial_mamba_d2.data.images import read_image, write_image
 
 logger = logging.getLogger(__name__)
-_SHORTEST_PX = 480  # smaller pictures are enlarged to this, so that labels can be read
+_SHORTEST_PX = 480  # smaller images are enlarged to this, so that labels can be read
 
 
 def draw_instances(
@@ -34,7 +34,7 @@ def draw_instances(
         score_thresh: lowest score to draw.
 
     Returns:
-        RGB, ``uint8[H', W', 3]``, enlarged where the image is small.
+        RGB, ``uint8[H', W', 3]``, enlarged if the image is small.
     """
     visualizer = Visualizer(image, metadata, _scale(image), ColorMode.IMAGE)
     kept = instances[instances.scores >= score_thresh].to("cpu")
@@ -64,30 +64,30 @@ def _scale(image: np.ndarray) -> float:
     return max(1.0, _SHORTEST_PX / min(image.shape[:2]))
 
 
-class PictureWriter(DatasetEvaluator):
+class VisualizationWriter(DatasetEvaluator):
     """Writes ground truth and prediction, side by side, of the first images of a test set.
 
     Args:
         metadata: of a data set in COCO format.
-        folder: where the pictures go.
-        number: how many images, over all processes.
+        folder: where the drawings go.
+        num_images: how many images to draw, over all processes.
         score_thresh: lowest score to draw.
     """
 
-    def __init__(self, metadata: Metadata, folder: Path, number: int, score_thresh: float):
+    def __init__(self, metadata: Metadata, folder: Path, num_images: int, score_thresh: float):
         self.metadata = metadata
         self.folder = folder
-        self.number = -(-number // comm.get_world_size())
+        self.num_images = math.ceil(num_images / comm.get_world_size())
         self.score_thresh = score_thresh
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             self.coco = COCO(metadata.json_file)
 
     def reset(self) -> None:
-        self.written = 0
+        self.num_written = 0
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         for record, output in zip(inputs, outputs, strict=True):
-            if self.written >= self.number:
+            if self.num_written >= self.num_images:
                 return
             image = read_image(record["file_name"])
             annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=record["image_id"]))
@@ -96,9 +96,9 @@ class PictureWriter(DatasetEvaluator):
                 draw_instances(image, output["instances"], self.metadata, self.score_thresh),
             )
             name = f"{Path(record['file_name']).stem}.png"
-            write_picture(self.folder / name, np.concatenate(pair, axis=1))
-            self.written += 1
+            write_image(self.folder / name, np.concatenate(pair, axis=1))
+            self.num_written += 1
 
     def evaluate(self) -> dict[str, Any]:
-        logger.info("pictures (ground truth | prediction) are in %s", self.folder)
+        logger.info("drawings (ground truth | prediction) are in %s", self.folder)
         return {}

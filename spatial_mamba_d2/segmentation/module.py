@@ -13,45 +13,42 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.nn import functional as F
 
+from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.data.ade20k import Classes
-from spatial_mamba_d2.data.coco import read_image
-from spatial_mamba_d2.data.images import write_picture
+from spatial_mamba_d2.data.images import read_image, write_image
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.param_groups import parameter_groups
 from spatial_mamba_d2.models.upernet import UPerNet, build_upernet, resize
 from spatial_mamba_d2.segmentation.inference import build_protocol, segment
 from spatial_mamba_d2.segmentation.metrics import Confusion, format_table
 from spatial_mamba_d2.segmentation.visualize import draw_panels
-from spatial_mamba_d2.training.module import TrainingModule
+from spatial_mamba_d2.training.module import Schedule, TrainingModule
 
 logger = logging.getLogger(__name__)
 
 
 def build_model(cfg: CfgNode) -> UPerNet:
     """UPerNet as ``cfg.MODEL`` says, with initial weights."""
-    mamba, upernet = cfg.MODEL.SPATIAL_MAMBA, cfg.MODEL.UPERNET
-    overrides = {} if mamba.DROP_PATH_RATE is None else {"drop_path_rate": mamba.DROP_PATH_RATE}
+    upernet = cfg.MODEL.UPERNET
     return build_upernet(
-        mamba.VARIANT,
+        cfg.MODEL.SPATIAL_MAMBA.VARIANT,
         cfg.MODEL.NUM_CLASSES,
         channels=upernet.CHANNELS,
         aux_channels=upernet.AUX_CHANNELS,
         dropout=upernet.DROPOUT,
-        bn_policy=mamba.BN,
-        grad_checkpointing=mamba.GRAD_CHECKPOINTING,
-        **overrides,
+        **backbone_kwargs(cfg),
     )
 
 
 def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean over all pixels, of which the ignored ones contribute 0, as in mmsegmentation.
 
-    So the mean over processes and parts of a batch is the mean over the batch.
+    So the mean over processes and micro-batches is the mean over the batch.
 
     Args:
         logits: ``Tensor[B, K, h, w]``, resized to the target.
         target: class indices and :data:`IGNORE`, ``Tensor[B, H, W]``.
-        weights: factor on the loss of each class's pixels, ``Tensor[K]``.
+        weights: factor for the loss of each class, ``Tensor[K]``.
     """
     logits = resize(logits, target.shape[-2:])
     losses = F.cross_entropy(logits, target.long(), weights, ignore_index=IGNORE, reduction="none")
@@ -81,10 +78,16 @@ class Segmentor(TrainingModule):
         classes: of the data set.
     """
 
+    main_score = "mIoU"
     class_weights: Tensor | None
 
     def __init__(self, cfg: CfgNode, classes: Classes):
-        super().__init__(cfg, build_model(cfg))
+        schedule = Schedule(
+            iterations=cfg.SOLVER.MAX_ITER,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+        )
+        super().__init__(cfg, build_model(cfg), schedule)
         self.classes = classes
         self.protocol = build_protocol(cfg)
         weights = cfg.MODEL.CLASS_WEIGHTS
@@ -137,13 +140,14 @@ class Segmentor(TrainingModule):
             logger.warning("skipped broken pair no. %d: %s", self.skipped, batch["error"])
             return
         truth = batch["label"]
-        prediction = segment(self.evaluated, batch["views"], truth.shape, self.protocol).argmax(0)
+        views, size = batch["views"], truth.shape
+        prediction = segment(self.evaluated_model, views, size, self.protocol).argmax(0)
         self.confusion.update(prediction, truth)
         if batch["index"] < self.cfg.TEST.PICTURES:
             maps = {"ground truth": _array(truth), "prediction": _array(prediction)}
-            picture = draw_panels(read_image(batch["file"]), maps, self.classes)
+            drawing = draw_panels(read_image(batch["file"]), maps, self.classes)
             name = f"{Path(batch['file']).stem}.png"
-            write_picture(Path(self.cfg.OUTPUT_DIR, "pictures", name), picture)
+            write_image(Path(self.cfg.OUTPUT_DIR, "pictures", name), drawing)
 
     def on_validation_epoch_end(self) -> None:
         self.confusion.sum_over_processes()
@@ -157,7 +161,7 @@ class Segmentor(TrainingModule):
             self._report(skipped)
 
     def _report(self, skipped: int) -> None:
-        """Table to the log; scores, protocol and confusion matrix into the output folder."""
+        """Log the table; write scores, protocol and confusion matrix to the output folder."""
         iou, accuracy = (values.tolist() for values in self.confusion.per_class())
         content = {
             "protocol": asdict(self.protocol),

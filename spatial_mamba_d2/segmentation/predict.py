@@ -11,21 +11,20 @@ import torch
 from fvcore.common.config import CfgNode
 
 from spatial_mamba_d2.data.ade20k import Classes, load_classes
-from spatial_mamba_d2.data.coco import read_image
-from spatial_mamba_d2.data.images import find_images, write_picture
+from spatial_mamba_d2.data.images import find_images, visualize_images, write_image
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform
+from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.inference import build_protocol, segment
 from spatial_mamba_d2.segmentation.module import build_model
 from spatial_mamba_d2.segmentation.visualize import draw_panels
-from spatial_mamba_d2.training.checkpoint import load_whole_model
 
 
 class Predictor:
     """A segmentor from a configuration and ``MODEL.WEIGHTS``, for images one at a time.
 
     Attributes:
-        classes: names and colours, those in the checkpoint or else of the configuration.
+        classes: names and colours, from the checkpoint, or else of the configuration.
 
     Raises:
         FileNotFoundError, ValueError: the weights are missing, or do not fit.
@@ -36,7 +35,9 @@ class Predictor:
             raise ValueError("MODEL.WEIGHTS must name a segmentor's checkpoint, got ''")
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.model = build_model(cfg).eval().to(self.device)
-        self.classes = _classes(load_whole_model(self.model, cfg.MODEL.WEIGHTS), cfg)
+        content = read_checkpoint(cfg.MODEL.WEIGHTS)
+        load_weights(self.model, content, partial=False, source_name=cfg.MODEL.WEIGHTS)
+        self.classes = _classes(content, cfg)
         self.protocol = build_protocol(cfg)
         self.transform = TestTransform(
             cfg.INPUT.SHORT_PX,
@@ -62,40 +63,28 @@ def _classes(checkpoint: dict[str, Any], cfg: CfgNode) -> Classes:
     return load_classes(cfg.DATASETS.CLASSES, cfg.DATASETS.ROOT, cfg.MODEL.NUM_CLASSES)
 
 
-def segment_folder(
-    config_file: str | None, overrides: Sequence[str], inputs: Sequence[Path], output: Path
+def visualize(
+    config_file: str | Path | None, overrides: Sequence[str], inputs: Sequence[Path], output: Path
 ) -> list[Path]:
-    """For each image in ``inputs`` write ``NAME.png``, a picture, and ``NAME_label.png``.
+    """For each image in ``inputs`` write ``NAME.png``, a drawing, and ``NAME_label.png``.
 
-    A label file holds class indices as its integers. Broken images are reported and left out.
+    A label file holds class indices as its integers. Broken images are reported and skipped.
 
     Returns:
-        the pictures.
+        the drawings' paths.
 
     Raises:
         FileNotFoundError, ValueError: no image, or configuration or weights are unusable.
     """
     images = find_images(inputs)
     predictor = Predictor(load_config(config_file, overrides))
-    pictures, broken = [], 0
-    for path in images:
-        try:
-            image = read_image(path)
-        except ValueError as error:
-            broken += 1
-            print(f"skipped: {error}")
-            continue
+
+    def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         label = predictor(image)
-        picture = output / f"{path.stem}.png"
-        write_picture(picture, draw_panels(image, {"prediction": label}, predictor.classes))
-        write_picture(output / f"{path.stem}_label.png", label)
+        write_image(path.with_name(f"{path.name}_label.png"), label)
         shares = np.bincount(label.ravel()) / label.size
-        largest = [
-            f"{predictor.classes.names[i]} {shares[i]:.0%}" for i in shares.argsort()[:-4:-1]
-        ]
-        print(f"{path}: {', '.join(largest)} -> {picture}")
-        pictures.append(picture)
-    print(
-        f"{len(pictures)} pictures in {output}" + (f", {broken} images skipped" if broken else "")
-    )
-    return pictures
+        largest = shares.argsort()[:-4:-1]
+        summary = ", ".join(f"{predictor.classes.names[i]} {shares[i]:.0%}" for i in largest)
+        return draw_panels(image, {"prediction": label}, predictor.classes), summary
+
+    return visualize_images(images, output, draw)

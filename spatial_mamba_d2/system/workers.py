@@ -1,4 +1,4 @@
-"""What processes that load data for a training must see to."""
+"""What processes that load data for a training need."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import cv2
 import torch
 
 
-def worker_options(workers: int) -> dict[str, Any]:
+def worker_options(num_workers: int) -> dict[str, Any]:
     """Arguments of a ``DataLoader`` with that many worker processes."""
-    if workers:
+    if num_workers:
         single_thread_opencv()
     return {
-        "num_workers": workers,
+        "num_workers": num_workers,
         "worker_init_fn": die_with_parent,
         "pin_memory": torch.cuda.is_available(),
-        "persistent_workers": workers > 0,
+        "persistent_workers": num_workers > 0,
     }
 
 
 def single_thread_opencv() -> None:
-    """To be called before forking: a worker inherits OpenCV's threads dead, and waits for them."""
+    """Call before forking: OpenCV's thread pool does not survive it, and workers would deadlock."""
     cv2.setNumThreads(0)
 
 
 def die_with_parent(worker: int) -> None:
-    """Else a worker whose training was killed can wait for ever to hand over its last batch."""
+    """Without this, a worker whose training was killed can block forever on its last batch."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

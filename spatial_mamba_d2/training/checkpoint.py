@@ -1,4 +1,4 @@
-"""Lightning's checkpoints, written whole and read without executing code from them."""
+"""Lightning's checkpoints, written atomically and read without executing code from them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import nn
 
-from spatial_mamba_d2.models import load_weights, read_checkpoint
+from spatial_mamba_d2.models import read_checkpoint
 from spatial_mamba_d2.system.atomic import replacing
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -39,7 +38,7 @@ def build_checkpointing(folder: str | Path, period: int, metric: str) -> list[Mo
     """Callbacks that keep ``last.ckpt``, every ``period`` iterations, and ``best.ckpt``.
 
     Args:
-        metric: by which the best is known; more is better.
+        metric: the score that the best checkpoint has most of.
     """
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_top_k": 1}
     return [
@@ -52,17 +51,3 @@ def build_checkpointing(folder: str | Path, period: int, metric: str) -> list[Mo
             **common,
         ),
     ]
-
-
-def load_whole_model(model: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Load all of ``model``, and return all that the file holds.
-
-    Raises:
-        FileNotFoundError, WeightsError: see :func:`load_weights`.
-        ValueError: it holds only a part of such a model.
-    """
-    content = read_checkpoint(path)
-    report = load_weights(model, content, source_name=str(path))
-    if report.new:
-        raise ValueError(f"MODEL.WEIGHTS must hold a whole {type(model).__name__}:\n{report}")
-    return content

@@ -1,11 +1,10 @@
-"""Command line, log and trainer of the tools that train on Lightning."""
+"""Training and evaluation on Lightning, as all tasks without Detectron2 do it."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,19 +21,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from spatial_mamba_d2.models import load_weights
-from spatial_mamba_d2.training.checkpoint import (
-    BEST,
-    LAST,
-    SafeCheckpointIO,
-    build_checkpointing,
-    load_whole_model,
-)
+from spatial_mamba_d2.system.atomic import replacing
+from spatial_mamba_d2.system.cli import log_to_stdout
+from spatial_mamba_d2.training.checkpoint import BEST, LAST, SafeCheckpointIO, build_checkpointing
 from spatial_mamba_d2.training.metrics_file import MetricsFile
 from spatial_mamba_d2.training.module import TrainingModule
 
 logger = logging.getLogger(__name__)
 
-# What Lightning warns of and what is taken care of here: the stream of batches resumes by itself,
+# Warnings of Lightning about what is taken care of here: the stream of batches resumes by itself,
 # workers are a setting, OUTPUT_DIR is meant to be used again, and a moving average does not train.
 _HANDLED = (
     ".*dataloader is not resumable.*",
@@ -44,29 +39,13 @@ _HANDLED = (
 )
 
 
-def build_parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that all these tools have, in the habit of Detectron2's ``train_net.py``."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", metavar="FILE")
-    parser.add_argument(
-        "--num-gpus", type=int, default=1, help="per machine; processes where there is no GPU"
-    )
-    parser.add_argument("--num-machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0)
-    parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
-    return parser
-
-
 def start(args: argparse.Namespace, load_config: Callable[..., CfgNode]) -> CfgNode:
-    """Log to standard output, load the configuration, seed the generators.
+    """The configuration, with logging started before it is read and generators seeded after.
 
     Raises:
         FileNotFoundError, ValueError: from ``load_config``.
     """
-    log_to_stdout()
+    log_to_stdout(logging.INFO if is_first_process() else logging.WARNING)
     cfg = load_config(args.config_file, args.opts)
     lightning.seed_everything(cfg.SEED, verbose=False)
     for message in _HANDLED:
@@ -79,46 +58,39 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def log_to_stdout() -> None:
-    """The package's messages, of the first process; of the others only warnings."""
-    package = logging.getLogger("spatial_mamba_d2")
-    package.setLevel(logging.INFO if is_first_process() else logging.WARNING)
-    if not package.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
-        package.addHandler(handler)
-
-
 def build_trainer(cfg: CfgNode, args: argparse.Namespace, **kwargs: Any) -> lightning.Trainer:
     """A trainer on the devices that ``args`` asks for, or that ``torchrun`` has started it on.
 
     Raises:
         ValueError: more processes than GPUs, or no address of machine 0.
     """
-    processes, machines = args.num_gpus, args.num_machines
+    num_processes, num_machines = args.num_gpus, args.num_machines
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        processes = int(os.environ["LOCAL_WORLD_SIZE"])
-        machines = int(os.environ["WORLD_SIZE"]) // processes
-    elif machines > 1:
+        num_processes = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_machines = int(os.environ["WORLD_SIZE"]) // num_processes
+    elif num_machines > 1:
         _set_address(args.dist_url, args.machine_rank)
-    on_gpu = cfg.MODEL.DEVICE == "cuda"
-    if on_gpu and processes > torch.cuda.device_count():
+    device_type, _, gpu = cfg.MODEL.DEVICE.partition(":")
+    on_gpu = device_type == "cuda"
+    if on_gpu and num_processes > torch.cuda.device_count():
         raise ValueError(
             f"--num-gpus must be at most {torch.cuda.device_count()}, the GPUs here, "
-            f"got {processes}"
+            f"got {num_processes}"
+        )
+    if gpu and num_processes > 1:
+        raise ValueError(
+            f"MODEL.DEVICE must be cuda for {num_processes} processes, got {cfg.MODEL.DEVICE!r}"
         )
     plugins: list[Any] = [SafeCheckpointIO()]
     if cfg.SOLVER.AMP.ENABLED:
         half = cfg.SOLVER.AMP.PRECISION == "float16"
-        scaler = torch.amp.GradScaler(cfg.MODEL.DEVICE) if half else None
-        plugins.append(
-            MixedPrecision("16-mixed" if half else "bf16-mixed", cfg.MODEL.DEVICE, scaler)
-        )
+        scaler = torch.amp.GradScaler(device_type) if half else None
+        plugins.append(MixedPrecision("16-mixed" if half else "bf16-mixed", device_type, scaler))
     return lightning.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
-        devices=processes,
-        num_nodes=machines,
-        strategy=DDPStrategy() if processes * machines > 1 else "auto",
+        devices=[int(gpu)] if gpu else num_processes,
+        num_nodes=num_machines,
+        strategy=DDPStrategy() if num_processes * num_machines > 1 else "auto",
         plugins=plugins,
         use_distributed_sampler=False,
         enable_model_summary=False,
@@ -137,32 +109,21 @@ def _set_address(url: str, machine_rank: int) -> None:
 
 
 def fit(
-    module: TrainingModule,
-    data: lightning.LightningDataModule,
-    args: argparse.Namespace,
-    *,
-    iterations: int,
-    eval_period: int,
-    checkpoint_period: int,
-    metric: str,
+    module: TrainingModule, data: lightning.LightningDataModule, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Train, evaluate at the end, and return the scores.
+    """Train by ``module.schedule``, evaluate at the end, and return the scores.
 
-    With ``args.resume`` training goes on from ``OUTPUT_DIR/last.ckpt``, if it is there.
-
-    Args:
-        iterations: of the whole training.
-        eval_period, checkpoint_period: iterations; evaluation 0: only at the end.
-        metric: the score by which ``best.ckpt`` is chosen.
+    With ``args.resume`` training continues from ``OUTPUT_DIR/last.ckpt``, if that exists.
 
     Raises:
         FileNotFoundError, ValueError: data, weights or devices are not usable.
     """
-    cfg, output = module.cfg, Path(module.cfg.OUTPUT_DIR)
-    solver = cfg.SOLVER
+    cfg, schedule, output = module.cfg, module.schedule, Path(module.cfg.OUTPUT_DIR)
+    solver, iterations = cfg.SOLVER, schedule.iterations
     if is_first_process():
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
+        with replacing(output / "config.yaml") as temporary:
+            temporary.write_text(cfg.dump(), encoding="utf-8")
     last = output / LAST
     resuming = args.resume and last.is_file()
     if resuming:
@@ -172,8 +133,8 @@ def fit(
         logger.info("%s", load_weights(module.model, cfg.MODEL.WEIGHTS, skip=skip))
     else:
         logger.warning("MODEL.WEIGHTS is empty: training starts from random weights")
-    size = sum(p.numel() for p in module.model.parameters())
-    logger.info("%s parameters, %s iterations", f"{size:,}", f"{iterations:,}")
+    num_parameters = sum(p.numel() for p in module.model.parameters())
+    logger.info("%s parameters, %s iterations", f"{num_parameters:,}", f"{iterations:,}")
 
     trainer = build_trainer(
         cfg,
@@ -183,19 +144,21 @@ def fit(
         gradient_clip_val=(
             solver.CLIP_GRADIENTS.CLIP_VALUE if solver.CLIP_GRADIENTS.ENABLED else None
         ),
-        val_check_interval=min(eval_period or iterations, iterations) * solver.ACCUMULATION_STEPS,
+        val_check_interval=(
+            min(schedule.eval_period or iterations, iterations) * solver.ACCUMULATION_STEPS
+        ),
         log_every_n_steps=max(1, min(solver.LOG_PERIOD, iterations // 20)),
         logger=[
             MetricsFile(output / "metrics.json"),
             TensorBoardLogger(output, name="", version="tensorboard"),
         ],
         callbacks=[
-            *build_checkpointing(output, checkpoint_period, metric),
+            *build_checkpointing(output, schedule.checkpoint_period, module.main_score),
             TQDMProgressBar(refresh_rate=10),
         ],
     )
     trainer.fit(module, datamodule=data, ckpt_path=last if resuming else None)
-    if iterations % checkpoint_period:
+    if iterations % schedule.checkpoint_period:
         trainer.save_checkpoint(last)
     if module.evaluated_step != iterations:
         trainer.validate(module, datamodule=data, verbose=False)
@@ -213,9 +176,9 @@ def evaluate(
     cfg = module.cfg
     weights = Path(cfg.MODEL.WEIGHTS or Path(cfg.OUTPUT_DIR, BEST))
     if not cfg.MODEL.WEIGHTS and not weights.is_file():
-        raise ValueError(f"testing needs weights: give MODEL.WEIGHTS, for there is no {weights}")
-    module.average = None  # the file's weights are evaluated, averaged or not
-    load_whole_model(module.model, weights)
+        raise ValueError(f"no weights to evaluate: set MODEL.WEIGHTS ({weights} does not exist)")
+    module.ema = None  # the file's weights are evaluated, averaged or not
+    load_weights(module.model, weights, partial=False)
     module.weights_source = str(weights)
     trainer = build_trainer(cfg, args, logger=False, enable_checkpointing=False)
     trainer.validate(module, datamodule=data, verbose=False)

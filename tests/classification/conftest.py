@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("lightning", reason="Lightning is not installed")
 
-from spatial_mamba_d2.data.shape_classes import generate_shape_classes
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    """5 training and 3 test pictures of each of 5 classes, 40 x 40."""
-    folder = tmp_path_factory.mktemp("data") / "shape_classes"
-    return generate_shape_classes(folder, num_train=5, num_val=3, image_px=40)
-
 
 @pytest.fixture
-def overrides(pictures, tmp_path) -> list[str]:
-    """``KEY VALUE`` pairs that put the recipe onto the small data, on the CPU."""
+def overrides(sample_images, test_variant, tmp_path) -> list[str]:
+    """``KEY VALUE`` pairs that put the recipe onto the small data and model, on the CPU."""
     pairs = {
-        "DATASETS.ROOT": pictures,
+        "DATASETS.ROOT": sample_images,
         "OUTPUT_DIR": tmp_path / "output",
         "MODEL.DEVICE": "cpu",
+        "MODEL.SPATIAL_MAMBA.VARIANT": test_variant,
         "DATALOADER.NUM_WORKERS": 0,
         "INPUT.CROP_PX": 36,  # 2 x 2 positions in the last stage
         "TEST.SHORT_PX": 40,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 
 from spatial_mamba_d2.classification.config import classification_defaults, load_config
@@ -31,14 +29,6 @@ def test_the_demo_and_its_base_files_hold_only_known_keys(root):
     assert cfg.MODEL.NUM_CLASSES == classification_defaults().MODEL.NUM_CLASSES == 5
 
 
-def test_no_float16_on_a_cpu(caplog):
-    with caplog.at_level(logging.INFO, "spatial_mamba_d2"):
-        assert not load_config(None, ["MODEL.DEVICE", "cpu"]).SOLVER.AMP.ENABLED
-    assert "float16 is slow on a CPU: SOLVER.AMP.ENABLED is False" in caplog.text
-    words = ["MODEL.DEVICE", "cpu", "SOLVER.AMP.PRECISION", "bfloat16"]
-    assert load_config(None, words).SOLVER.AMP.ENABLED
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -46,10 +36,8 @@ def test_no_float16_on_a_cpu(caplog):
         (("SOLVER.EPOCHS", "20"), "WARMUP_EPOCHS must be below SOLVER.EPOCHS 20, got 20"),
         (("TEST.SHORT_PX", "200"), "TEST.SHORT_PX must be at least 224, got 200"),
         (("INPUT.ERASE_PROB", "1.5"), r"INPUT.ERASE_PROB must be in \[0, 1\], got 1.5"),
-        (("SOLVER.EMA_DECAY", "1.0"), r"SOLVER.EMA_DECAY must be in \[0, 1\), got 1.0"),
         (("SOLVER.EMA_DECAY", "0.0"), "MESA.WEIGHT must be 0 without a moving average"),
-        (("INPUT.SCALE_RANGE", "(1, 0.5)"), "INPUT.SCALE_RANGE must be .low, high. above 0"),
-        (("SOLVER.AMP.PRECISION", "fp16"), "must be one of bfloat16, float16, got 'fp16'"),
+        (("INPUT.SCALE_RANGE", "(1, 0.5)"), "INPUT.SCALE_RANGE must be .low, high., both above 0"),
         (("SOLVER.MAX_ITER", "5"), "unknown config key SOLVER.MAX_ITER"),
     ],
 )

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from spatial_mamba_d2.data import shapes
-from spatial_mamba_d2.data.coco import load_coco, read_image
+from spatial_mamba_d2.data.coco import load_coco
+from spatial_mamba_d2.data.images import read_image
 from spatial_mamba_d2.data.shapes import (
     CLASSES,
     generate_shapes,
@@ -214,7 +215,7 @@ def test_both_splits_load_without_a_problem(tree):
         dataset = load_coco(
             tree / f"instances_{split}.json", tree / "images" / folder, check_decode=True
         )
-        assert len(dataset.records) == number and not dataset.problems
+        assert len(dataset.records) == number and not dataset.faults
         assert dataset.categories == [(shape.category_id, shape.name) for shape in CLASSES]
 
 

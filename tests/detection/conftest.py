@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from spatial_mamba_d2.data.shapes import generate_shapes
 from spatial_mamba_d2.detection.config import load_config
-from spatial_mamba_d2.detection.datasets import resolve_datasets
-from spatial_mamba_d2.models.variants import VARIANTS
-
-
-@pytest.fixture(scope="session")
-def shapes(tmp_path_factory) -> Path:
-    """12 training and 5 test images of 64 to 96 pixels."""
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    return generate_shapes(folder, num_train=12, num_val=5, image_px=(64, 96))
 
 
 @pytest.fixture
-def narrow(monkeypatch) -> None:
-    """Makes the tiny variant narrow and shallow."""
-    arguments = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
-    monkeypatch.setitem(VARIANTS, "tiny", arguments)
-
-
-@pytest.fixture
-def overrides(shapes, tmp_path) -> list[str]:
-    """``KEY VALUE`` pairs that put the demo configuration onto the small data."""
+def overrides(shapes, test_variant, tmp_path) -> list[str]:
+    """``KEY VALUE`` pairs that put the demo configuration onto the small data and model."""
     pairs = {
         "DATASETS.TRAIN_JSON": shapes / "instances_train.json",
         "DATASETS.TRAIN_IMAGES": shapes / "images/training",
@@ -39,6 +21,7 @@ def overrides(shapes, tmp_path) -> list[str]:
         "DATASETS.TEST_IMAGES": shapes / "images/validation",
         "OUTPUT_DIR": tmp_path / "output",
         "MODEL.DEVICE": "cpu",
+        "MODEL.SPATIAL_MAMBA.VARIANT": test_variant,
         "INPUT.MIN_SIZE_TRAIN": "(48, 64)",
         "INPUT.MIN_SIZE_TEST": 64,
         "SOLVER.IMS_PER_BATCH": 2,
@@ -52,14 +35,10 @@ def overrides(shapes, tmp_path) -> list[str]:
 
 @pytest.fixture
 def make_cfg(root, overrides) -> Callable:
-    """``make_cfg(KEY, VALUE, ...)``: the small configuration, data sets resolved."""
+    """``make_cfg(KEY, VALUE, ...)``: the small configuration."""
 
     def make(*more: object):
         words = [*overrides, *(str(word) for word in more)]
-        cfg = load_config(root / "configs/demo_mask_rcnn_spatial_mamba_t.yaml", words)
-        cfg.defrost()
-        resolve_datasets(cfg)
-        cfg.freeze()
-        return cfg
+        return load_config(root / "configs/demo_mask_rcnn_spatial_mamba_t.yaml", words)
 
     return make

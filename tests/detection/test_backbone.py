@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 
@@ -12,12 +14,12 @@ from spatial_mamba_d2.detection import add_spatial_mamba_config
 from spatial_mamba_d2.detection.config import load_config
 
 
-@pytest.mark.usefixtures("narrow")
-def test_a_detectron2_user_needs_one_call():
+def test_a_detectron2_user_needs_one_call(test_variant):
     cfg = get_cfg()
     add_spatial_mamba_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "build_spatial_mamba_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 1
+    cfg.MODEL.SPATIAL_MAMBA.VARIANT = test_variant
     cfg.MODEL.SPATIAL_MAMBA.OUT_FEATURES = ["res3", "res5"]
     backbone = build_backbone(cfg)
     assert backbone.output_shape() == {
@@ -32,9 +34,9 @@ def test_a_detectron2_user_needs_one_call():
     assert not any(p.requires_grad for p in backbone.stem.parameters())
 
 
-@pytest.mark.usefixtures("narrow")
-def test_pyramid_keeps_its_promise():
-    cfg = load_config(None, ["MODEL.BACKBONE.NAME", "build_spatial_mamba_fpn_backbone",
+def test_pyramid_keeps_its_promise(test_variant):
+    cfg = load_config(None, ["MODEL.SPATIAL_MAMBA.VARIANT", test_variant,
+                             "MODEL.BACKBONE.NAME", "build_spatial_mamba_fpn_backbone",
                              "MODEL.FPN.IN_FEATURES", "['res2','res3','res4','res5']"])  # fmt: skip
     pyramid = build_backbone(cfg)
     outputs = pyramid(torch.randn(1, 3, 64, 96))
@@ -64,3 +66,35 @@ def test_parameters_of_the_detectors(variant, root, golden):
     model = build_model(cfg)
     official = golden(f"official_keys_maskrcnn_{size}.json")
     assert sum(p.numel() for p in model.parameters()) == official["params"]
+
+
+def published_yaml(root, tmp_path):
+    return root / "configs/mask_rcnn_spatial_mamba_s.yaml"
+
+
+def yaml_of_a_run(root, tmp_path):
+    cfg = load_config(
+        root / "configs/demo_mask_rcnn_spatial_mamba_t.yaml",
+        ["DATASETS.TEST_JSON", "a.json", "DATASETS.TEST_IMAGES", "images", "SOLVER.MAX_ITER", "7"],
+    )
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    return tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize("source", [published_yaml, yaml_of_a_run])
+def test_detectron2_reads_our_files_and_predicts(source, root, tmp_path):
+    """As any script of Detectron2 does: ``get_cfg``, our keys, a file, ``DefaultPredictor``."""
+    cfg = get_cfg()
+    add_spatial_mamba_config(cfg)
+    cfg.merge_from_file(str(source(root, tmp_path)))
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    expected = {"mask_rcnn": 62_713_200}.get(source(root, tmp_path).name[:9])
+    assert expected in (None, sum(p.numel() for p in model.parameters()))
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    predictor = DefaultPredictor(cfg)
+    assert predictor(np.zeros((48, 80, 3), np.uint8))["instances"].image_size == (48, 80)
+    for name, value in model.state_dict().items():
+        assert torch.equal(predictor.model.state_dict()[name], value)

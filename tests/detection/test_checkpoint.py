@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 import torch
 from detectron2.modeling import build_model
 
-from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer, load_detector_weights
-from spatial_mamba_d2.models import build_classifier
-from spatial_mamba_d2.models.checkpoints.loading import WeightsError, read_checkpoint, to_official
-
-pytestmark = pytest.mark.usefixtures("narrow")
+from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
+from spatial_mamba_d2.models import build_classifier, load_weights
+from spatial_mamba_d2.models.checkpoints.names import to_official
+from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint
 
 
 @pytest.fixture
@@ -24,10 +18,10 @@ def model(make_cfg):
 
 
 def test_official_classifier_fills_the_backbone(model, tmp_path):
-    classifier = build_classifier("tiny")
+    classifier = build_classifier("test")
     path = tmp_path / "imagenet.pth"
     torch.save({"model": {to_official(k): v for k, v in classifier.state_dict().items()}}, path)
-    report = load_detector_weights(model, path)
+    report = load_weights(model, path)
     weight = "stages.2.blocks.0.ssm.in_proj.weight"
     assert torch.equal(
         model.state_dict()[f"backbone.bottom_up.{weight}"], classifier.state_dict()[weight]
@@ -43,17 +37,17 @@ def test_own_detector_and_other_classes(model, make_cfg, tmp_path):
     torch.save({"model": model.state_dict()}, path)
     other = build_model(make_cfg("MODEL.ROI_HEADS.NUM_CLASSES", 3))
     with pytest.raises(WeightsError, match=r"cls_score.weight is \[6, 256\], must be \[4, 256\]"):
-        load_detector_weights(other, path)
+        load_weights(other, path)
     skip = ("roi_heads.box_predictor", "roi_heads.mask_head.predictor")
-    report = load_detector_weights(other, path, skip=skip)
+    report = load_weights(other, path, skip=skip)
     assert len(report.new) == 6 and all(name.startswith(skip) for name in report.new)
 
 
 def test_wrong_variant_is_refused(model, tmp_path):
-    wide = build_classifier("tiny", embed_dim=32)
+    wide = build_classifier("test", embed_dim=32)
     torch.save(wide.state_dict(), tmp_path / "wide.pth")
     with pytest.raises(WeightsError, match="another variant"):
-        load_detector_weights(model, tmp_path / "wide.pth")
+        load_weights(model, tmp_path / "wide.pth")
 
 
 def test_save_and_resume(model, tmp_path):
@@ -86,35 +80,26 @@ def test_interrupted_write_leaves_the_old_checkpoint(model, tmp_path, monkeypatc
     assert read_checkpoint(tmp_path / "model_0000001.pth")["iteration"] == 1
 
 
-PROGRAM = """
-import sys, torch
-from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
+def test_skipped_parameters_of_the_backbone(model, tmp_path):
+    """``MODEL.WEIGHTS_SKIP`` means the model's names, also of a backbone from a classifier."""
+    torch.save({"model": build_classifier("test").state_dict()}, tmp_path / "classifier.pth")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    skip = ("backbone.bottom_up.stem.",)
+    SafeCheckpointer(model, str(tmp_path), skip=skip).resume_or_load(
+        str(tmp_path / "classifier.pth"), resume=False
+    )
+    stem = "backbone.bottom_up.stem.conv1.conv.weight"
+    assert torch.equal(model.state_dict()[stem], before[stem])
+    stage = "backbone.bottom_up.stages.0.blocks.0.cpe1.weight"
+    assert not torch.equal(model.state_dict()[stage], before[stage])
 
-model = torch.nn.Linear(1500, 1500)
-saver = SafeCheckpointer(model, sys.argv[1])
-number = 0
-while True:
-    number += 1
-    saver.save(f"model_{number % 3}", iteration=number)
-    print(number, flush=True)
-"""
 
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
-def test_kill_at_any_moment_loses_at_most_one_checkpoint(tmp_path):
-    for delay_ms in (0, 3, 7, 13, 29):
-        folder = tmp_path / str(delay_ms)
-        folder.mkdir()
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(folder)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout
-        while (line := process.stdout.readline().strip()) != "4":
-            assert line or process.poll() is None, "the program ended by itself"
-        time.sleep(delay_ms / 1000)
-        process.send_signal(signal.SIGKILL)
-        written = [4, *map(int, process.communicate()[0].split())]
-        name = (folder / "last_checkpoint").read_text()
-        iteration = read_checkpoint(folder / name)["iteration"]
-        assert iteration >= written[-1]
+def test_resuming_needs_a_complete_checkpoint(model, tmp_path):
+    saver = SafeCheckpointer(model, str(tmp_path))
+    saver.save("model_0000001", iteration=1)
+    path = tmp_path / "model_0000001.pth"
+    content = read_checkpoint(path)
+    content["model"] = {k: v for k, v in content["model"].items() if "roi_heads" not in k}
+    torch.save(content, path)
+    with pytest.raises(WeightsError, match="roi_heads"):
+        saver.resume_or_load("", resume=True)

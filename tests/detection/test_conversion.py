@@ -16,7 +16,8 @@ from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.predict import Predictor
 from spatial_mamba_d2.models import build_classifier
 from spatial_mamba_d2.models.checkpoints.convert import convert_weights, save_official
-from spatial_mamba_d2.models.checkpoints.loading import WeightsError, translate
+from spatial_mamba_d2.models.checkpoints.names import translate
+from spatial_mamba_d2.models.checkpoints.reading import WeightsError
 
 
 def test_detectron2_loads_a_converted_mask_rcnn(root, official_state, tmp_path, caplog):
@@ -34,9 +35,8 @@ def test_detectron2_loads_a_converted_mask_rcnn(root, official_state, tmp_path, 
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
-@pytest.mark.usefixtures("narrow")
 def test_detectron2_loads_a_converted_backbone(make_cfg, tmp_path):
-    classifier = build_classifier("tiny")
+    classifier = build_classifier("test")
     save_official(classifier, tmp_path / "imagenet.pth")
     target = tmp_path / "backbone.pth"
     convert_weights(tmp_path / "imagenet.pth", target, "detectron2", only="backbone")
@@ -48,10 +48,9 @@ def test_detectron2_loads_a_converted_backbone(make_cfg, tmp_path):
     assert all(torch.equal(backbone[name], classifier.state_dict()[name]) for name in shared)
 
 
-@pytest.mark.usefixtures("narrow")
 def test_the_log_of_fine_tuning_says_what_is_new(make_cfg, tmp_path, caplog):
     path = tmp_path / "imagenet.pth"
-    save_official(build_classifier("tiny"), path)
+    save_official(build_classifier("test"), path)
     model = build_model(make_cfg())
     with caplog.at_level(logging.INFO):
         SafeCheckpointer(model, str(tmp_path)).resume_or_load(str(path), resume=False)
@@ -79,7 +78,6 @@ class Malicious:
         return os.system, (f"touch {self.marker}",)
 
 
-@pytest.mark.usefixtures("narrow")
 def test_our_tools_do_not_unpickle(make_cfg, tmp_path):
     """Detectron2's checkpointer would, for a name that ends with .pkl."""
     marker, path = tmp_path / "executed", tmp_path / "model_final.pkl"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
 from pycocotools.coco import COCO
 
-from spatial_mamba_d2.detection.datasets import evaluation_metadata, load_records
+from spatial_mamba_d2.detection.data import load_dataset, register_for_evaluation
 
 
 @pytest.fixture
@@ -31,7 +33,8 @@ def damaged(shapes, tmp_path):
 
 def test_any_coco_set_through_config_alone(make_cfg, shapes):
     cfg = make_cfg()
-    records = load_records(cfg, cfg.DATASETS.TEST[0], is_train=False)
+    dataset = load_dataset(cfg, cfg.DATASETS.TEST[0], is_train=False)
+    records = dataset.records
     content = json.loads((shapes / "instances_val.json").read_text())
     assert [r["image_id"] for r in records] == [image["id"] for image in content["images"]]
     ids = sorted(category["id"] for category in content["categories"])
@@ -43,7 +46,8 @@ def test_any_coco_set_through_config_alone(make_cfg, shapes):
         assert ids[ours["category_id"]] == theirs["category_id"]
         assert ours["bbox"] == theirs["bbox"]
     names = [category["name"] for category in content["categories"]]
-    assert MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes == names
+    assert dataset.classes == names and dataset.category_ids == ids
+    assert MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes") is None  # only read
 
 
 def test_training_leaves_out_images_without_objects(make_cfg, shapes, tmp_path):
@@ -53,24 +57,24 @@ def test_training_leaves_out_images_without_objects(make_cfg, shapes, tmp_path):
     path = tmp_path / "one.json"
     path.write_text(json.dumps(content))
     cfg = make_cfg("DATASETS.TRAIN_JSON", path)
-    assert len(load_records(cfg, cfg.DATASETS.TRAIN[0], is_train=True)) == 1
+    assert len(load_dataset(cfg, cfg.DATASETS.TRAIN[0], is_train=True).records) == 1
     content["annotations"] = []
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="none of its 12 images has an object"):
-        load_records(cfg, cfg.DATASETS.TRAIN[0], is_train=True)
+        load_dataset(cfg, cfg.DATASETS.TRAIN[0], is_train=True)
 
 
 def test_number_of_classes_is_checked(make_cfg):
     cfg = make_cfg("MODEL.ROI_HEADS.NUM_CLASSES", 80)
     with pytest.raises(ValueError, match=r"NUM_CLASSES must be 5, .* got 80"):
-        load_records(cfg, cfg.DATASETS.TRAIN[0], is_train=True)
+        load_dataset(cfg, cfg.DATASETS.TRAIN[0], is_train=True)
 
 
 def test_damage_is_an_error(make_cfg, damaged):
     path, folder, content = damaged
     cfg = make_cfg("DATASETS.TEST_JSON", path, "DATASETS.TEST_IMAGES", folder)
     with pytest.raises(ValueError) as caught:
-        load_records(cfg, cfg.DATASETS.TEST[0], is_train=False)
+        load_dataset(cfg, cfg.DATASETS.TEST[0], is_train=False)
     assert str(path) in str(caught.value)
     assert content["images"][1]["file_name"] in str(caught.value)
     assert "no category has the id 99" in str(caught.value)
@@ -81,14 +85,35 @@ def test_what_is_skipped_does_not_count_as_missed(make_cfg, damaged):
     cfg = make_cfg(
         "DATASETS.TEST_JSON", path, "DATASETS.TEST_IMAGES", folder, "DATASETS.ON_ERROR", "skip"
     )
-    name = cfg.DATASETS.TEST[0]
-    records = load_records(cfg, name, is_train=False)
+    dataset = load_dataset(cfg, cfg.DATASETS.TEST[0], is_train=False)
+    records = dataset.records
     assert len(records) == 3
-    metadata = evaluation_metadata(name)
+    for _ in range(2):  # as after each evaluation of a training
+        metadata = register_for_evaluation(cfg, dataset)
     evaluated = COCO(metadata.json_file)
+    assert Path(metadata.json_file).parent == Path(cfg.OUTPUT_DIR)
     assert sorted(evaluated.getImgIds()) == sorted(r["image_id"] for r in records)
     assert len(evaluated.getAnnIds()) == sum(len(r["annotations"]) for r in records)
-    assert metadata.thing_classes == MetadataCatalog.get(name).thing_classes
+    assert metadata.thing_classes == dataset.classes
+
+
+def test_one_process_writes_what_is_left(make_cfg, damaged, monkeypatch):
+    path, folder, _ = damaged
+    cfg = make_cfg(
+        "DATASETS.TEST_JSON", path, "DATASETS.TEST_IMAGES", folder, "DATASETS.ON_ERROR", "skip"
+    )
+    dataset = load_dataset(cfg, cfg.DATASETS.TEST[0], is_train=False)
+    monkeypatch.setattr(comm, "get_rank", lambda: 1)
+    monkeypatch.setattr(comm, "synchronize", lambda: None)
+    metadata = register_for_evaluation(cfg, dataset)
+    assert not Path(metadata.json_file).exists()
+
+
+def test_a_clean_test_set_is_evaluated_as_it_is(make_cfg, shapes):
+    cfg = make_cfg()
+    dataset = load_dataset(cfg, cfg.DATASETS.TEST[0], is_train=False)
+    metadata = register_for_evaluation(cfg, dataset)
+    assert metadata.json_file == str(shapes / "instances_val.json")
 
 
 def test_masks_are_needed_for_a_mask_head(make_cfg, shapes, tmp_path):
@@ -99,6 +124,6 @@ def test_masks_are_needed_for_a_mask_head(make_cfg, shapes, tmp_path):
     path.write_text(json.dumps(content))
     cfg = make_cfg("DATASETS.TRAIN_JSON", path)
     with pytest.raises(ValueError, match=rf"annotation {without['id']} .*MODEL.MASK_ON False"):
-        load_records(cfg, cfg.DATASETS.TRAIN[0], is_train=True)
+        load_dataset(cfg, cfg.DATASETS.TRAIN[0], is_train=True)
     boxes_only = make_cfg("DATASETS.TRAIN_JSON", path, "MODEL.MASK_ON", False)
-    assert load_records(boxes_only, boxes_only.DATASETS.TRAIN[0], is_train=True)
+    assert load_dataset(boxes_only, boxes_only.DATASETS.TRAIN[0], is_train=True).records

@@ -8,16 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from spatial_mamba_d2.detection.model import build_model
 from spatial_mamba_d2.models import optimize_for_inference
-from spatial_mamba_d2.profiling.detector_layers import build_detector
-
-pytestmark = pytest.mark.usefixtures("narrow")
 
 
 @pytest.fixture
 def detector(make_cfg):
     torch.manual_seed(0)
-    model = build_detector(make_cfg("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)).eval()
+    model = build_model(make_cfg("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)).eval()
     for module in model.backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.5, 0.5)

@@ -1,4 +1,4 @@
-"""The stream of batches, and what becomes of broken images."""
+"""Training batches, and what becomes of broken images."""
 
 from __future__ import annotations
 
@@ -9,49 +9,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from detectron2.utils import comm
 
-from spatial_mamba_d2.detection.data import (
-    BatchStream,
-    Mapper,
-    TrainingImages,
-    build_train_loader,
-)
-
-GROUPS = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0]
+from spatial_mamba_d2.detection.data import build_train_loader, load_training_datasets
 
 
-def take(stream, number):
-    return list(itertools.islice(stream, number))
+def take(loader, num_batches):
+    return list(itertools.islice(loader, num_batches))
 
 
-def test_every_pass_has_every_record_once_and_batches_of_one_group():
-    batches = take(BatchStream([0] * 11, 1, seed=3), 33)
-    for epoch in range(3):
-        indices = [batch[0][0] for batch in batches[11 * epoch : 11 * (epoch + 1)]]
-        assert sorted(indices) == list(range(11))
-    seeds = [batch[0][1] for batch in batches]
-    assert len(set(seeds)) == len(seeds)
-    for batch in take(BatchStream(GROUPS, 4, seed=3), 20):
-        assert len({GROUPS[index] for index, _ in batch}) == 1
-
-
-def test_resuming_gives_the_same_batches():
-    whole = take(BatchStream(GROUPS, 2, seed=0), 30)
-    assert take(BatchStream(GROUPS, 2, seed=0, start=13), 17) == whole[13:]
-    assert take(BatchStream(GROUPS, 2, seed=1), 30) != whole
-
-
-def test_processes_share_each_batch(monkeypatch):
-    whole = take(BatchStream(GROUPS, 4, seed=0), 9)
-    parts = []
-    for rank in range(2):
-        monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
-        parts.append(take(BatchStream(GROUPS, 4, seed=0), 9))
-    assert [a + b for a, b in zip(*parts, strict=True)] == whole
-    with pytest.raises(ValueError, match="must be a multiple of the 2 processes, got 3"):
-        BatchStream(GROUPS, 3, seed=0)
+def build_loader(cfg):
+    return build_train_loader(cfg, load_training_datasets(cfg))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -60,7 +27,7 @@ def test_augmentation_depends_on_the_position_only(workers, make_cfg):
     batches = []
     for start in (0, 2):
         np.random.seed(start)
-        loader = build_train_loader(make_cfg("DATALOADER.NUM_WORKERS", workers))
+        loader = build_loader(make_cfg("DATALOADER.NUM_WORKERS", workers))
         loader.batch_sampler.start = start
         batches.append(take(loader, 4 - start))
     for first, second in zip(batches[0][2:], batches[1], strict=True):
@@ -85,7 +52,7 @@ def broken_loader(make_cfg, shapes, tmp_path):
             "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 1,
             "DATALOADER.ASPECT_RATIO_GROUPING", False, *more,
         )  # fmt: skip
-        return image["file_name"], build_train_loader(cfg)
+        return image["file_name"], build_loader(cfg)
 
     return build
 
@@ -96,7 +63,7 @@ def truncate(path):
 
 def test_truncated_image_is_an_error_that_names_it(broken_loader):
     name, loader = broken_loader(truncate, "raise")
-    with pytest.raises(ValueError, match=f"cannot use image .*{name}: .*truncated"):
+    with pytest.raises(ValueError, match=f"image file .*{name} cannot be decoded: .*truncated"):
         take(loader, len(loader.dataset))
 
 
@@ -104,16 +71,16 @@ def test_truncated_image_is_skipped_and_counted(broken_loader, caplog):
     name, loader = broken_loader(truncate, "skip")
     batches = take(loader, 2 * len(loader.dataset))
     assert not any(name in record["file_name"] for (record,) in batches)
-    warnings = [r.getMessage() for r in caplog.records if "skipped broken image" in r.getMessage()]
+    warnings = [r.getMessage() for r in caplog.records if "skipped broken sample" in r.getMessage()]
     assert len(warnings) == 1 and "no. 1" in warnings[0] and name in warnings[0]
 
 
 def test_image_that_vanishes_during_training(broken_loader):
     name, loader = broken_loader(lambda path: None, "raise")
-    for record in loader.dataset.records:
+    for record in loader.dataset.items:
         if record["file_name"].endswith(name):
             record["file_name"] += ".gone"
-    with pytest.raises(FileNotFoundError, match=f"image is missing: .*{name}.gone"):
+    with pytest.raises(FileNotFoundError, match=f"no image file .*{name}.gone"):
         take(loader, len(loader.dataset))
 
 
@@ -124,14 +91,34 @@ def test_image_of_another_size(broken_loader):
         cv2.imwrite(str(path), cv2.imread(str(path))[:-3])
 
     name, loader = broken_loader(shrink, "raise")
-    with pytest.raises(ValueError, match=f"cannot use image .*{name}: Mismatched image shape"):
+    with pytest.raises(ValueError, match=f"image file .*{name}: Mismatched image shape"):
         take(loader, len(loader.dataset))
 
 
-def test_all_images_broken(make_cfg, tmp_path):
-    records = [{"file_name": str(tmp_path / f"{i}.jpg"), "annotations": []} for i in range(3)]
-    for record in records:
-        (tmp_path / record["file_name"]).write_bytes(b"no image")
-    dataset = TrainingImages(records, Mapper(make_cfg(), is_train=True), skip_broken=True)
-    with pytest.raises(ValueError, match="all 3 training images are broken"):
-        dataset[0, 0]
+def test_annotations_that_do_not_fit_are_no_broken_image(make_cfg, shapes):
+    """A fault of configuration must not be skipped, image by image."""
+    cfg = make_cfg("DATASETS.ON_ERROR", "skip", "DATALOADER.NUM_WORKERS", 0)
+    loader = build_loader(cfg)
+    for record in loader.dataset.items:
+        for annotation in record["annotations"]:
+            annotation["segmentation"] = {"size": [1, 1], "counts": "1"}
+    with pytest.raises(ValueError, match="annotations of image .*jpg: "):
+        take(loader, 1)
+
+
+def test_bgr_is_the_reverse_of_rgb(make_cfg):
+    images = []
+    for image_format in ("RGB", "BGR"):
+        cfg = make_cfg("INPUT.FORMAT", image_format, "DATALOADER.NUM_WORKERS", 0)
+        images.append(take(build_loader(cfg), 1)[0][0]["image"])
+    assert torch.equal(images[0], images[1].flip(0))
+
+
+def test_accumulation_sees_the_same_images(make_cfg):
+    batches = []
+    for accumulation_steps in (1, 2):
+        words = ("SOLVER.ACCUMULATION_STEPS", accumulation_steps, "DATALOADER.NUM_WORKERS", 0)
+        micro_batches = take(build_loader(make_cfg(*words)), 3 * accumulation_steps)
+        batches.append([record for batch in micro_batches for record in batch])
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one["image"], other["image"])

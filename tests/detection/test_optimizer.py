@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.optimizer import build_optimizer, clip_gradients
-from spatial_mamba_d2.models.checkpoints.loading import to_official
+from spatial_mamba_d2.models.checkpoints.names import to_official
 
 
 def test_groups_equal_the_official_ones(root, golden):

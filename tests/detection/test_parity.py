@@ -15,7 +15,7 @@ import torch
 import torchvision
 from detectron2.modeling.postprocessing import detector_postprocess
 
-from spatial_mamba_d2.data.coco import read_image
+from spatial_mamba_d2.data.images import read_image
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.predict import Predictor
 from spatial_mamba_d2.ops._extension import WHY_NOT_COMPILED, without_compiled_kernels

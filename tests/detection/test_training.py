@@ -7,34 +7,32 @@ import math
 import os
 import subprocess
 import sys
-from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.utils.env import seed_all_rng
 
+from spatial_mamba_d2 import config
 from spatial_mamba_d2.data.shapes import generate_shapes
 from spatial_mamba_d2.detection.launch import launch
 from spatial_mamba_d2.detection.train import run
 from spatial_mamba_d2.detection.trainer import Trainer
-from spatial_mamba_d2.models.checkpoints.loading import read_checkpoint
+from spatial_mamba_d2.models.checkpoints.reading import read_checkpoint
+from spatial_mamba_d2.system.seeding import seed_all
 
 CONFIG = "configs/demo_mask_rcnn_spatial_mamba_t.yaml"
 
 
-def arguments(root, overrides, *more, **flags):
-    words = [*overrides, *(str(word) for word in more)]
-    return Namespace(
-        config_file=str(root / CONFIG),
-        opts=words,
-        **{"eval_only": False, "resume": False, **flags},
-    )
+@pytest.fixture
+def run_arguments(root, arguments):
+    """``run_arguments(KEY, VALUE, ..., eval_only=..., resume=...)``"""
+    return partial(arguments, config_file=str(root / CONFIG))
 
 
 def losses(cfg, iterations=None):
     """The total loss of each iteration, as computed, and the trainer."""
-    seed_all_rng(0)  # as default_setup does
+    seed_all(0)  # as default_setup does
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=True)
     recorded = []
@@ -51,7 +49,6 @@ def losses(cfg, iterations=None):
     return recorded, trainer
 
 
-@pytest.mark.usefixtures("narrow")
 def test_resume_continues_the_same_curve(make_cfg, tmp_path):
     """With crops, flips, several scales, drop path and sampled proposals."""
     more = ("INPUT.RESIZE_CROP.ENABLED", True, "INPUT.RESIZE_CROP.SIZES", (70, 90),
@@ -70,9 +67,9 @@ def test_resume_continues_the_same_curve(make_cfg, tmp_path):
         torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_mixed_precision_on_the_cpu(precision, make_cfg):
+def test_mixed_precision_on_the_cpu(precision, make_cfg, monkeypatch):
+    monkeypatch.setattr(config, "resolve_device", lambda cfg: None)  # which refuses float16
     cfg = make_cfg("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", precision,
                    "SOLVER.CLIP_GRADIENTS.ENABLED", True)  # fmt: skip
     curve, trainer = losses(cfg)
@@ -81,30 +78,27 @@ def test_mixed_precision_on_the_cpu(precision, make_cfg):
     assert trainer._trainer.scaler.is_enabled() == (precision == "float16")
 
 
-@pytest.mark.usefixtures("narrow")
-def test_train_then_evaluate_only(root, overrides, tmp_path):
+def test_train_then_evaluate_only(run_arguments, tmp_path):
     output = tmp_path / "output"
-    trained = run(arguments(root, overrides, "TEST.PICTURES", 3))
+    trained = run(run_arguments("TEST.PICTURES", 3))
     assert trained and set(trained) == {"bbox", "segm"}
     assert len(list((output / "pictures").glob("*.png"))) == 3
     assert (output / "model_final.pth").is_file() and (output / "metrics.json").is_file()
     assert list(output.glob("events.out.tfevents*"))
     weights = ("MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", tmp_path / "other")
-    evaluated = run(arguments(root, overrides, *weights, eval_only=True))
-    resumed = run(arguments(root, overrides, eval_only=True, resume=True))
+    evaluated = run(run_arguments(*weights, eval_only=True))
+    resumed = run(run_arguments(eval_only=True, resume=True))
     for results in (evaluated, resumed):
         for task in trained:
             assert results[task] == pytest.approx(trained[task], nan_ok=True)
 
 
-@pytest.mark.usefixtures("narrow")
-def test_finished_training_resumes_to_its_evaluation(root, overrides):
-    first = run(arguments(root, overrides))
-    again = run(arguments(root, overrides, resume=True))
+def test_finished_training_resumes_to_its_evaluation(run_arguments):
+    first = run(run_arguments())
+    again = run(run_arguments(resume=True))
     assert again["bbox"] == pytest.approx(first["bbox"], nan_ok=True)
 
 
-@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("limit", [3, 100, 150])
 def test_evaluator_honours_detections_per_image(limit, make_cfg):
     cfg = make_cfg("TEST.DETECTIONS_PER_IMAGE", limit)
@@ -112,21 +106,19 @@ def test_evaluator_honours_detections_per_image(limit, make_cfg):
     assert coco._max_dets_per_image == [1, 10, limit]
 
 
-@pytest.mark.usefixtures("narrow")
-def test_evaluation_needs_weights(root, overrides):
-    with pytest.raises(ValueError, match="--eval-only needs weights: give MODEL.WEIGHTS, or"):
-        run(arguments(root, overrides, eval_only=True))
+def test_evaluation_needs_weights(run_arguments):
+    with pytest.raises(ValueError, match="no weights to evaluate: set MODEL.WEIGHTS"):
+        run(run_arguments(eval_only=True))
 
 
-@pytest.mark.usefixtures("narrow")
-def test_missing_weights_are_named(root, overrides, tmp_path):
+def test_missing_weights_are_named(run_arguments, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*absent.pth"):
-        run(arguments(root, overrides, "MODEL.WEIGHTS", tmp_path / "absent.pth"))
+        run(run_arguments("MODEL.WEIGHTS", tmp_path / "absent.pth"))
 
 
-@pytest.mark.usefixtures("narrow")
-def test_parts_must_divide_the_batch(make_cfg):
-    with pytest.raises(ValueError, match="must divide the 2 images per process, got 3"):
+def test_accumulation_must_divide_the_batch(make_cfg):
+    message = "IMS_PER_BATCH must be a multiple of 1 processes x 3 SOLVER.ACCUMULATION_STEPS, got 2"
+    with pytest.raises(ValueError, match=message):
         Trainer(make_cfg("SOLVER.ACCUMULATION_STEPS", 3))
 
 
@@ -166,12 +158,11 @@ def equal_images(overrides, tmp_path):
             "SOLVER.MAX_ITER", "5", "TEST.EVAL_PERIOD", "100"]  # fmt: skip
 
 
-@pytest.mark.usefixtures("narrow")
 def test_accumulation_changes_nothing_but_memory(equal_images, make_cfg, tmp_path):
     curves = []
-    for parts in (1, 2):
-        cfg = make_cfg(*equal_images, "SOLVER.ACCUMULATION_STEPS", parts,
-                       "OUTPUT_DIR", tmp_path / str(parts))  # fmt: skip
+    for steps in (1, 2):
+        cfg = make_cfg(*equal_images, "SOLVER.ACCUMULATION_STEPS", steps,
+                       "OUTPUT_DIR", tmp_path / str(steps))  # fmt: skip
         curves.append(losses(cfg)[0])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
@@ -199,7 +190,8 @@ def test_two_processes_equal_one(launcher, root, equal_images, tmp_path):
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                        "--nproc-per-node", "2", *tool]  # fmt: skip
         done = subprocess.run(
-            [*command, *equal_images, "OUTPUT_DIR", str(output)],
+            [*command, *equal_images, "MODEL.SPATIAL_MAMBA.VARIANT", "tiny",
+             "OUTPUT_DIR", str(output)],
             env=env, cwd=root, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]

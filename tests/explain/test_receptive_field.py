@@ -22,7 +22,7 @@ from spatial_mamba_d2.explain.receptive_field import (
     smallest_square,
 )
 from spatial_mamba_d2.models import build_classifier
-from spatial_mamba_d2.models.checkpoints.loading import to_official
+from spatial_mamba_d2.models.checkpoints.names import to_official
 
 
 @pytest.fixture

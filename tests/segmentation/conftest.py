@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("lightning", reason="Lightning is not installed")
 
-from spatial_mamba_d2.data.shapes import generate_shapes
-
-
-@pytest.fixture(scope="session")
-def shapes(tmp_path_factory) -> Path:
-    """12 training and 5 test images of 64 to 96 pixels."""
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    return generate_shapes(folder, num_train=12, num_val=5, image_px=(64, 96))
-
 
 @pytest.fixture
-def overrides(shapes, tmp_path) -> list[str]:
-    """``KEY VALUE`` pairs that put the defaults onto the small data, on the CPU."""
+def overrides(shapes, test_variant, tmp_path) -> list[str]:
+    """``KEY VALUE`` pairs that put the defaults onto the small data and model, on the CPU."""
     pairs = {
         "DATASETS.ROOT": shapes,
         "OUTPUT_DIR": tmp_path / "output",
         "MODEL.DEVICE": "cpu",
+        "MODEL.SPATIAL_MAMBA.VARIANT": test_variant,
         "MODEL.UPERNET.CHANNELS": 16,
         "MODEL.UPERNET.AUX_CHANNELS": 8,
         "DATALOADER.NUM_WORKERS": 0,

@@ -1,4 +1,4 @@
-"""Single images and folders of them, and the pictures."""
+"""Single images and folders of them, and the drawings."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import pytest
 
 from spatial_mamba_d2.data.ade20k import Classes, distinct_colors
 from spatial_mamba_d2.segmentation.config import load_config
-from spatial_mamba_d2.segmentation.predict import Predictor, segment_folder
-from spatial_mamba_d2.segmentation.train import train
+from spatial_mamba_d2.segmentation.predict import Predictor, visualize
+from spatial_mamba_d2.segmentation.train import run
 from spatial_mamba_d2.segmentation.visualize import draw_panels, paint
 
 
-@pytest.mark.usefixtures("narrow")
 def test_a_folder_with_a_broken_image(arguments, overrides, shapes, tmp_path, capsys):
-    train(arguments("SOLVER.MAX_ITER", 1))
+    run(arguments("SOLVER.MAX_ITER", 1))
     weights = ["MODEL.WEIGHTS", str(tmp_path / "output/last.ckpt")]
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -25,20 +24,19 @@ def test_a_folder_with_a_broken_image(arguments, overrides, shapes, tmp_path, ca
     (folder / "b.jpg").write_bytes(b"no image")
     # Names and colours come from the checkpoint: no data set needs to be there.
     words = [*overrides, *weights, "DATASETS.ROOT", "nowhere", "TEST.PROTOCOL", "ms"]
-    pictures = segment_folder(None, words, [folder], tmp_path / "pictures")
-    assert [path.name for path in pictures] == ["a.png", "tiny.png"]
-    label = cv2.imread(str(tmp_path / "pictures/a_label.png"), cv2.IMREAD_UNCHANGED)
+    drawings = visualize(None, words, [folder], tmp_path / "drawings")
+    assert [path.name for path in drawings] == ["a.png", "tiny.png"]
+    label = cv2.imread(str(tmp_path / "drawings/a_label.png"), cv2.IMREAD_UNCHANGED)
     assert label.shape == image.shape[:2] and label.max() < 6
     out = capsys.readouterr().out
-    assert "skipped: image file" in out and "2 pictures in" in out and "1 images skipped" in out
+    assert "skipped: image file" in out and "2 images in" in out and ", 1 skipped" in out
 
 
-@pytest.mark.usefixtures("narrow")
 def test_weights_and_images_must_be_there(overrides, tmp_path):
     with pytest.raises(ValueError, match="MODEL.WEIGHTS must name a segmentor's checkpoint"):
         Predictor(load_config(None, overrides))
     with pytest.raises(FileNotFoundError, match="no such file or folder: .*absent"):
-        segment_folder(None, overrides, [tmp_path / "absent"], tmp_path)
+        visualize(None, overrides, [tmp_path / "absent"], tmp_path)
 
 
 def test_colours_and_legend():

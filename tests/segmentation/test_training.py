@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
+from spatial_mamba_d2 import config
 from spatial_mamba_d2.data.ade20k import Classes, read_label
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models import build_classifier, build_upernet, load_weights
-from spatial_mamba_d2.models.checkpoints.loading import WeightsError, read_checkpoint, to_official
+from spatial_mamba_d2.models.checkpoints.names import to_official
+from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint
 from spatial_mamba_d2.segmentation.config import load_config
+from spatial_mamba_d2.segmentation.data import build_data
+from spatial_mamba_d2.segmentation.inference import build_protocol
 from spatial_mamba_d2.segmentation.module import (
     Segmentor,
     cross_entropy,
     learning_rate_factor,
 )
-from spatial_mamba_d2.segmentation.train import build_data, train
-from spatial_mamba_d2.segmentation.train import test as evaluate
-from spatial_mamba_d2.training import fit as launch
+from spatial_mamba_d2.segmentation.train import run
 from spatial_mamba_d2.training.checkpoint import SafeCheckpointIO
-
-
-def curve(folder, key="loss"):
-    """``{iteration: value}`` of the metrics file; a repeated iteration keeps its last value."""
-    lines = map(json.loads, (folder / "metrics.json").read_text().splitlines())
-    return {line["iteration"]: line[key] for line in lines if key in line}
 
 
 def scores_of(folder, name="ss_whole"):
@@ -95,37 +87,19 @@ def test_loss_is_the_mean_over_all_pixels():
     assert cross_entropy(logits, nothing) == 0
 
 
-class Interrupted(RuntimeError):
-    pass
-
-
-def interrupt_at(monkeypatch, iteration):
-    step = Segmentor.training_step
-
-    def interrupted(self, batch, batch_idx):
-        if self.trainer.global_step == iteration:
-            raise Interrupted
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(Segmentor, "training_step", interrupted)
-
-
-@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     "more",
     [(), ("SOLVER.ACCUMULATION_STEPS", 2, "SOLVER.EMA_DECAY", 0.9, "TEST.EVAL_PERIOD", 2)],
     ids=["plain", "accumulation, average, evaluation"],
 )
-def test_resume_continues_the_same_curve(more, arguments, tmp_path, monkeypatch):
+def test_resume_continues_the_same_curve(more, arguments, tmp_path, interrupted, curve):
     """With crops, flips, colours, drop path and dropout; interrupted after the checkpoint."""
-    whole = train(arguments(*more, "OUTPUT_DIR", tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 5)
-        with pytest.raises(Interrupted):
-            train(arguments(*more))
+    whole = run(arguments(*more, "OUTPUT_DIR", tmp_path / "whole"))
+    with interrupted(Segmentor, 5):
+        run(arguments(*more))
     assert read_checkpoint(tmp_path / "output/last.ckpt")["global_step"] == 3
     torch.rand(7)  # whatever the generators' state
-    resumed = train(arguments(*more, resume=True))
+    resumed = run(arguments(*more, resume=True))
     expected = curve(tmp_path / "whole")
     assert list(expected) == list(range(6))
     assert curve(tmp_path / "output") == pytest.approx(expected, rel=1e-6)
@@ -136,35 +110,32 @@ def test_resume_continues_the_same_curve(more, arguments, tmp_path, monkeypatch)
             torch.testing.assert_close(contents[1][key][name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("narrow")
 def test_finished_training_resumes_to_its_evaluation(arguments, tmp_path):
-    first = train(arguments("SOLVER.CHECKPOINT_PERIOD", 4))
+    first = run(arguments("SOLVER.CHECKPOINT_PERIOD", 4))
     assert read_checkpoint(tmp_path / "output/last.ckpt")["global_step"] == 6
-    assert train(arguments("SOLVER.CHECKPOINT_PERIOD", 4, resume=True)) == first
+    assert run(arguments("SOLVER.CHECKPOINT_PERIOD", 4, resume=True)) == first
 
 
-@pytest.mark.usefixtures("narrow")
 def test_accumulation_sees_the_same_images(arguments):
-    """Pixel for pixel, in as many parts."""
-    cfg = launch.start(arguments(), load_config)
+    """Pixel for pixel, in as many micro-batches."""
     batches = {}
-    for parts in (1, 2):
-        cfg.defrost()
-        cfg.SOLVER.ACCUMULATION_STEPS = parts
-        data = build_data(cfg)
+    for accumulation_steps in (1, 2):
+        words = arguments("SOLVER.ACCUMULATION_STEPS", accumulation_steps).opts
+        cfg = load_config(None, words)
+        data = build_data(cfg, build_protocol(cfg))
         data.setup("fit")
-        batches[parts] = [
-            torch.cat(tensors) for tensors in zip(*data.train_dataloader(), strict=True)
+        micro_batches = islice(data.train_dataloader(), 6 * accumulation_steps)
+        batches[accumulation_steps] = [
+            torch.cat(tensors) for tensors in zip(*micro_batches, strict=True)
         ]
-        assert len(data.train_dataloader()) == 6 * parts
-    for whole, in_parts in zip(batches[1], batches[2], strict=True):
-        assert torch.equal(whole, in_parts)
+    for whole, accumulated in zip(batches[1], batches[2], strict=True):
+        assert torch.equal(whole, accumulated)
 
 
-@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_mixed_precision_on_the_cpu(precision, arguments, tmp_path):
-    scores = train(
+def test_mixed_precision_on_the_cpu(precision, arguments, tmp_path, curve, monkeypatch):
+    monkeypatch.setattr(config, "resolve_device", lambda cfg: None)  # which refuses float16
+    scores = run(
         arguments("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", precision,
                   "SOLVER.CLIP_GRADIENTS.ENABLED", True)
     )  # fmt: skip
@@ -174,13 +145,11 @@ def test_mixed_precision_on_the_cpu(precision, arguments, tmp_path):
     assert all(v.dtype != torch.bfloat16 for v in content["state_dict"].values())
 
 
-@pytest.mark.usefixtures("narrow")
-def test_weightless_classes_do_not_train(arguments, tmp_path):
-    train(arguments("MODEL.CLASS_WEIGHTS", "(0, 0, 0, 0, 0, 0)", "SOLVER.MAX_ITER", 1))
+def test_weightless_classes_do_not_train(arguments, tmp_path, curve):
+    run(arguments("MODEL.CLASS_WEIGHTS", "(0, 0, 0, 0, 0, 0)", "SOLVER.MAX_ITER", 1))
     assert curve(tmp_path / "output") == {0: 0.0}
 
 
-@pytest.mark.usefixtures("narrow")
 def test_average_is_evaluated_and_saved(arguments, tmp_path):
     decay = 0.5
     averages, raw, initial = [], [], []
@@ -190,11 +159,11 @@ def test_average_is_evaluated_and_saved(arguments, tmp_path):
         initial.append(self.model.decode_head.classify.bias.detach().clone())
         step(self, *args, **kwargs)
         raw.append(self.model.decode_head.classify.bias.detach().clone())
-        averages.append(self.average.module.decode_head.classify.bias.clone())
+        averages.append(self.ema.module.decode_head.classify.bias.clone())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Segmentor, "optimizer_step", record)
-        scores = train(arguments("SOLVER.EMA_DECAY", decay, "TEST.EVAL_PERIOD", 3))
+        scores = run(arguments("SOLVER.EMA_DECAY", decay, "TEST.EVAL_PERIOD", 3))
     expected = initial[0]
     for now, average in zip(raw, averages, strict=True):
         expected = decay * expected + (1 - decay) * now
@@ -203,14 +172,13 @@ def test_average_is_evaluated_and_saved(arguments, tmp_path):
     assert torch.equal(content["state_dict"]["decode_head.classify.bias"], averages[-1])
     assert torch.equal(content["training_model"]["decode_head.classify.bias"], raw[-1])
     last = ("MODEL.WEIGHTS", tmp_path / "output/last.ckpt", "OUTPUT_DIR", tmp_path / "tested")
-    assert evaluate(arguments(*last)) == pytest.approx(scores)
+    assert run(arguments(*last, eval_only=True)) == pytest.approx(scores)
 
 
-@pytest.mark.usefixtures("narrow")
-def test_train_then_test(arguments, tmp_path, caplog):
+def test_train_then_evaluate(arguments, tmp_path, caplog, curve):
     """Best and last checkpoint, pictures, logs; single- and multi-scale scores and their tables."""
     output = tmp_path / "output"
-    trained = train(arguments("TEST.EVAL_PERIOD", 2, "TEST.PICTURES", 3))
+    trained = run(arguments("TEST.EVAL_PERIOD", 2, "TEST.PICTURES", 3))
     assert len(list((output / "pictures").glob("*.png"))) == 3
     assert list(output.glob("tensorboard/events.out.tfevents*"))
     evaluations = curve(output, "mIoU")
@@ -221,64 +189,60 @@ def test_train_then_test(arguments, tmp_path, caplog):
     assert best["global_step"] == best_step
     assert best["classes"][0] == "background"
 
-    single = evaluate(arguments())  # best.ckpt
+    single = run(arguments(eval_only=True))  # best.ckpt
     assert single["mIoU"] == pytest.approx(max(evaluations.values()), rel=1e-6)
     weights = ("MODEL.WEIGHTS", output / "last.ckpt")
-    assert evaluate(arguments(*weights)) == pytest.approx(trained)
+    assert run(arguments(*weights, eval_only=True)) == pytest.approx(trained)
     content = scores_of(output)
     assert content["weights"].endswith("last.ckpt") and content["skipped_images"] == 0
     assert content["protocol"]["scales"] == [1.0] and content["protocol"]["ignored"] == [0]
     assert np.sum(content["confusion"]) > 5 * 64 * 64 * 0.5
 
     caplog.clear()
-    evaluate(arguments(*weights, "TEST.PROTOCOL", "ms", "TEST.MODE", "slide", "TEST.CROP_PX", 48,
-                       "TEST.STRIDE_PX", 32))  # fmt: skip
+    run(arguments(*weights, "TEST.PROTOCOL", "ms", "TEST.MODE", "slide", "TEST.CROP_PX", 48,
+                       "TEST.STRIDE_PX", 32, eval_only=True))  # fmt: skip
     multi = scores_of(output, "ms_slide")
     assert multi["protocol"]["flip"] and multi["protocol"]["scales"] == [0.75, 1.0, 1.25]
     assert "background" in caplog.text and "crop 48, stride 32" in caplog.text
 
 
-@pytest.mark.usefixtures("narrow")
 def test_starting_weights(arguments, tmp_path):
     """An ImageNet checkpoint under official names fills the backbone; other classes need a word."""
-    classifier = build_classifier("tiny")
+    classifier = build_classifier("test")
     state = {to_official(name): value for name, value in classifier.state_dict().items()}
     torch.save({"model": state}, tmp_path / "imagenet.pth")
-    train(arguments("MODEL.WEIGHTS", tmp_path / "imagenet.pth", "SOLVER.MAX_ITER", 1))
+    run(arguments("MODEL.WEIGHTS", tmp_path / "imagenet.pth", "SOLVER.MAX_ITER", 1))
     segmentor = tmp_path / "output/last.ckpt"
     other = ("MODEL.NUM_CLASSES", 4, "DATASETS.CLASSES", "", "SOLVER.MAX_ITER", 1,
              "MODEL.WEIGHTS", segmentor, "OUTPUT_DIR", tmp_path / "other")  # fmt: skip
     with pytest.raises(WeightsError, match=r"classify.weight is \[6, 16, 1, 1\], must be \[4, 16"):
-        train(arguments(*other))
+        run(arguments(*other))
     skip = ("MODEL.WEIGHTS_SKIP", "('decode_head.classify', 'auxiliary_head.classify')")
     with pytest.raises(ValueError, match="label 5, 6 is impossible"):  # the weights were accepted
-        train(arguments(*other, *skip))
+        run(arguments(*other, *skip))
 
 
-@pytest.mark.usefixtures("narrow")
-def test_testing_needs_a_whole_segmentor(arguments, tmp_path):
-    with pytest.raises(ValueError, match="testing needs weights: give MODEL.WEIGHTS, .*best.ckpt"):
-        evaluate(arguments())
+def test_evaluation_needs_a_complete_segmentor(arguments, tmp_path):
+    with pytest.raises(ValueError, match="no weights to evaluate: set MODEL.WEIGHTS .*best.ckpt"):
+        run(arguments(eval_only=True))
     with pytest.raises(FileNotFoundError, match="no such file: .*absent.pth"):
-        evaluate(arguments("MODEL.WEIGHTS", tmp_path / "absent.pth"))
-    torch.save(build_classifier("tiny").state_dict(), tmp_path / "classifier.pth")
-    with pytest.raises(ValueError, match="must hold a whole UPerNet:\n(.*\n)+.*decode_head"):
-        evaluate(arguments("MODEL.WEIGHTS", tmp_path / "classifier.pth"))
+        run(arguments("MODEL.WEIGHTS", tmp_path / "absent.pth", eval_only=True))
+    torch.save(build_classifier("test").state_dict(), tmp_path / "classifier.pth")
+    with pytest.raises(ValueError, match="must hold all parameters of UPerNet(.*\n)+.*decode_head"):
+        run(arguments("MODEL.WEIGHTS", tmp_path / "classifier.pth", eval_only=True))
 
 
-@pytest.mark.usefixtures("narrow")
 def test_bad_starts_are_named(arguments):
     with pytest.raises(ValueError, match="multiple of 1 processes x 3 SOLVER.ACCUMULATION_STEPS"):
-        train(arguments("SOLVER.ACCUMULATION_STEPS", 3))
+        run(arguments("SOLVER.ACCUMULATION_STEPS", 3))
     with pytest.raises(ValueError, match="NUM_CLASSES must be 6, .*'objectInfo.txt', got 7"):
-        train(arguments("MODEL.NUM_CLASSES", 7))
+        run(arguments("MODEL.NUM_CLASSES", 7))
     args = arguments()
     args.num_machines = 2
     with pytest.raises(ValueError, match="--dist-url must be tcp://HOST:PORT .*got 'auto'"):
-        train(args)
+        run(args)
 
 
-@pytest.mark.usefixtures("narrow")
 def test_broken_pairs_are_skipped_and_counted(arguments, tmp_path, shapes, caplog):
     """A truncated image that only shows when it is read, in training and in tests."""
     root = tmp_path / "shapes"
@@ -287,85 +251,31 @@ def test_broken_pairs_are_skipped_and_counted(arguments, tmp_path, shapes, caplo
     for path in broken:
         path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match="000000000002.jpg"):
-        train(arguments("DATASETS.ROOT", root))
-    train(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip"))
+        run(arguments("DATASETS.ROOT", root))
+    run(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip"))
     assert scores_of(tmp_path / "output")["skipped_images"] == 1
     for kind, path in zip(("sample", "pair"), broken, strict=True):
         assert f"skipped broken {kind} no. 1: image file {path}" in caplog.text
 
 
-def run_tool(root, tool, words, processes=1):
-    command = [sys.executable, root / "tools" / tool, "--config-file",
-               root / "configs/demo_upernet_spatial_mamba_t.yaml",
-               "--num-gpus", processes, *words]  # fmt: skip
-    done = subprocess.run([*map(str, command)], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 @pytest.mark.slow
-def test_two_processes_count_every_image_once(root, overrides, shapes, tmp_path):
+def test_two_processes_count_every_image_once(run_tool, overrides, shapes, tmp_path):
     """5 test images in 2 processes, and in 1: one confusion matrix. Training runs in 2 as well."""
-    words = [*overrides, "SOLVER.MAX_ITER", "2"]
-    run_tool(root, "train_seg.py", words, processes=2)
+    config = "demo_upernet_spatial_mamba_t.yaml"
+    words = [*overrides, "MODEL.SPATIAL_MAMBA.VARIANT", "tiny", "SOLVER.MAX_ITER", 2]
+    run_tool("train_seg.py", config, words, processes=2)
     output = tmp_path / "output"
-    weights = ["MODEL.WEIGHTS", str(output / "last.ckpt")]
-    tested = {}
+    weights = ["MODEL.WEIGHTS", output / "last.ckpt"]
+    evaluated = {}
     for processes in (1, 2):
-        folder = str(tmp_path / str(processes))
-        run_tool(root, "test_seg.py", [*words, *weights, "OUTPUT_DIR", folder], processes)
-        tested[processes] = scores_of(tmp_path / str(processes))
-    assert tested[1]["confusion"] == tested[2]["confusion"] == scores_of(output)["confusion"]
+        folder = tmp_path / str(processes)
+        words_here = ["--eval-only", *words, *weights, "OUTPUT_DIR", folder]
+        run_tool("train_seg.py", config, words_here, processes)
+        evaluated[processes] = scores_of(folder)
+    assert evaluated[1]["confusion"] == evaluated[2]["confusion"] == scores_of(output)["confusion"]
     labels = (shapes / "annotations/validation").glob("*.png")
     labelled_px = sum(np.count_nonzero(read_label(path)) for path in labels)
-    assert np.sum(tested[2]["confusion"]) == labelled_px
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-def test_a_killed_training_loses_one_period_at_most(root, overrides, tmp_path):
-    words = [*overrides, "SOLVER.MAX_ITER", "500", "SOLVER.CHECKPOINT_PERIOD", "1"]
-    command = [sys.executable, str(root / "tools/train_seg.py")]
-    last = tmp_path / "output/last.ckpt"
-    steps = []
-    for wait in (2.0, 0.3):
-        resume = ["--resume"] if steps else []
-        process = subprocess.Popen(
-            [*command, *resume, *words], cwd=root,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        before = last.stat().st_mtime_ns if steps else 0
-        deadline = time.monotonic() + 120
-        while not last.exists() or last.stat().st_mtime_ns == before:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(wait)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        steps.append(read_checkpoint(last)["global_step"])
-    assert 1 <= steps[0] < steps[1]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-def test_no_kill_leaves_half_a_checkpoint(tmp_path):
-    program = (
-        "import sys, torch\n"
-        "from spatial_mamba_d2.training.checkpoint import SafeCheckpointIO\n"
-        "io, step = SafeCheckpointIO(), 0\n"
-        "while True:\n"
-        "    io.save_checkpoint({'a': torch.full((400_000,), step), 'step': step}, sys.argv[1])\n"
-        "    step += 1\n"
-    )
-    path = tmp_path / "last.ckpt"
-    process = subprocess.Popen([sys.executable, "-c", program, str(path)])
-    while not path.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.237)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    content = SafeCheckpointIO().load_checkpoint(path)
-    assert (content["a"] == content["step"]).all()
+    assert np.sum(evaluated[2]["confusion"]) == labelled_px
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path):
@@ -376,9 +286,8 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
         SafeCheckpointIO().load_checkpoint(path)
 
 
-@pytest.mark.usefixtures("narrow")
 def test_our_checkpoint_loads_anywhere(arguments, tmp_path):
-    train(arguments("SOLVER.MAX_ITER", 1))
-    model = build_upernet("tiny", 6, channels=16, aux_channels=8)
+    run(arguments("SOLVER.MAX_ITER", 1))
+    model = build_upernet("test", 6, channels=16, aux_channels=8)
     report = load_weights(model, tmp_path / "output/last.ckpt")
     assert not report.new and not report.ignored

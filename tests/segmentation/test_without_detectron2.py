@@ -17,14 +17,15 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 sys.path.insert(0, "tools")
-import demo_seg, test_seg, train_seg
+import train_seg, visualize_seg
 
 output, images, words = sys.argv[1], sys.argv[2], sys.argv[3:]
 weights = ["MODEL.WEIGHTS", f"{output}/last.ckpt"]
 for tool, arguments in (
     (train_seg, words),
-    (test_seg, [*words, *weights, "TEST.PROTOCOL", "ms"]),
-    (demo_seg, ["--input", images, "--output", f"{output}/demo", *words, *weights]),
+    (train_seg, ["--eval-only", *words, *weights, "TEST.PROTOCOL", "ms"]),
+    (visualize_seg, ["--config-file", "configs/demo_upernet_spatial_mamba_t.yaml",
+                     "--input", images, "--output", f"{output}/demo", *words, *weights]),
 ):
     sys.argv[1:] = arguments
     tool.main()
@@ -33,13 +34,13 @@ assert "detectron2" not in sys.modules
 
 
 @pytest.mark.slow
-def test_train_test_and_demo(root, overrides, shapes, tmp_path):
+def test_train_evaluate_and_visualize(root, overrides, shapes, tmp_path):
     images = shapes / "images/validation"
-    words = [*overrides, "SOLVER.MAX_ITER", "2"]
+    words = [*overrides, "MODEL.SPATIAL_MAMBA.VARIANT", "tiny", "SOLVER.MAX_ITER", "2"]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, tmp_path / "output", images, *words],
         cwd=root, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "mIoU" in done.stdout and "5 pictures in" in done.stdout
+    assert "mIoU" in done.stdout and "5 images in" in done.stdout
     assert (tmp_path / "output/scores_ms_whole.json").is_file()

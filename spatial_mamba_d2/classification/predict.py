@@ -1,0 +1,80 @@
+"""Classification of single images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from PIL import Image
+
+from spatial_mamba_d2.classification.config import load_config
+from spatial_mamba_d2.classification.data import pixel_statistics
+from spatial_mamba_d2.classification.module import build_model
+from spatial_mamba_d2.classification.visualize import draw_classes
+from spatial_mamba_d2.data.imagenet import build_test_transform, load_classes
+from spatial_mamba_d2.data.images import find_images, visualize_images
+from spatial_mamba_d2.models import load_weights, read_checkpoint
+
+TOP = 5
+
+
+class Predictor:
+    """A classifier from a configuration and ``MODEL.WEIGHTS``, for images one at a time.
+
+    Attributes:
+        classes: names, from the checkpoint, or else of the configuration.
+
+    Raises:
+        FileNotFoundError, ValueError: the weights are missing, or do not fit.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        if not cfg.MODEL.WEIGHTS:
+            raise ValueError("MODEL.WEIGHTS must name a classifier's checkpoint, got ''")
+        self.device = torch.device(cfg.MODEL.DEVICE)
+        self.model = build_model(cfg).eval().to(self.device)
+        content = read_checkpoint(cfg.MODEL.WEIGHTS)
+        load_weights(self.model, content, partial=False, source_name=cfg.MODEL.WEIGHTS)
+        data = cfg.DATASETS
+        self.classes = tuple(content.get("classes") or ()) or load_classes(
+            data.CLASSES, data.ROOT, data.TRAIN, cfg.MODEL.NUM_CLASSES
+        )
+        self.transform = build_test_transform(
+            cfg.TEST.SHORT_PX, cfg.INPUT.CROP_PX, *pixel_statistics(cfg)
+        )
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """RGB image, ``uint8[H, W, 3]`` -> probability of each class, ``float32[K]``."""
+        batch = self.transform(Image.fromarray(image))[None].to(self.device)
+        return self.model(batch).float().softmax(dim=-1)[0].cpu().numpy()
+
+
+def visualize(
+    config_file: str | Path | None, overrides: Sequence[str], inputs: Sequence[Path], output: Path
+) -> list[Path]:
+    """Write a drawing with the most probable classes for each image in ``inputs``.
+
+    Broken images are reported and skipped.
+
+    Returns:
+        the drawings' paths.
+
+    Raises:
+        FileNotFoundError, ValueError: no image, or configuration or weights are unusable.
+    """
+    images = find_images(inputs)
+    predictor = Predictor(load_config(config_file, overrides))
+
+    def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
+        probabilities = predictor(image)
+        lines = [
+            f"{predictor.classes[i]} {probabilities[i]:.1%}"
+            for i in probabilities.argsort()[::-1][:TOP]
+        ]
+        return draw_classes(image, lines), lines[0]
+
+    return visualize_images(images, output, draw)

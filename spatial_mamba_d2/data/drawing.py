@@ -1,0 +1,44 @@
+"""What drawings of predictions have in common: enlarged images, and lines of text."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+SHORTEST_PX = 240  # smaller images are enlarged to this
+LINE_PX = 20
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+FONT_SCALE = 0.45
+
+
+def enlarge(image: np.ndarray, *, nearest: bool = False) -> np.ndarray:
+    """``uint8[H, W, ...]``, enlarged if its short side is below :data:`SHORTEST_PX`.
+
+    Args:
+        nearest: repeat pixels, as label maps need it, instead of interpolating.
+    """
+    scale = max(1.0, SHORTEST_PX / min(image.shape[:2]))
+    size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+    interpolation = cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR
+    return cv2.resize(image, size, interpolation=interpolation)
+
+
+def write_text(canvas: np.ndarray, text: str, x: int, line: int = 0) -> None:
+    """Write black text into ``canvas``, RGB ``uint8[H, W, 3]``, in place.
+
+    Args:
+        x: left edge in pixels.
+        line: which line of :data:`LINE_PX` pixels, from 0.
+    """
+    origin = (x, (line + 1) * LINE_PX - 6)
+    cv2.putText(canvas, text, origin, FONT, FONT_SCALE, (0, 0, 0), 1, cv2.LINE_AA)
+
+
+def text_width(text: str) -> int:
+    """In pixels."""
+    return cv2.getTextSize(text, FONT, FONT_SCALE, 1)[0][0]
+
+
+def blank_lines(num_lines: int, width: int) -> np.ndarray:
+    """A white canvas for lines of text, RGB ``uint8[LINE_PX num_lines, width, 3]``."""
+    return np.full((num_lines * LINE_PX, width, 3), 255, np.uint8)

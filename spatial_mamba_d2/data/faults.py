@@ -1,0 +1,93 @@
+"""What is wrong with data: collected, then raised together or skipped with a count."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip"]
+Item = TypeVar("Item")  # what names a sample: a record, a pair of files, a file and its class
+MAX_SHOWN = 10  # faults of each kind that a message lists
+
+
+class Fault(NamedTuple):
+    """Why something is not usable: ``kind``, to count by, and ``reason``, which names the case."""
+
+    kind: str
+    reason: str
+
+
+def settle_faults(
+    faults: Sequence[Fault],
+    on_error: OnError,
+    *,
+    where: Any,
+    num_usable: int,
+    harmless: Collection[str] = (),
+) -> None:
+    """Raise all faults as one error, or warn with their number for each kind.
+
+    Args:
+        on_error: what to do: ``"raise"`` or ``"skip"``.
+        where: the file or folder that the faults are in, for the message.
+        num_usable: what is left without them.
+        harmless: kinds that are skipped in either case.
+
+    Raises:
+        ValueError: there are faults and ``on_error`` is ``"raise"``, or nothing is usable.
+    """
+    problems = [fault for fault in faults if fault.kind not in harmless]
+    if not num_usable:
+        raise ValueError(f"{where}: nothing is usable{_listing(problems)}")
+    if problems and on_error == "raise":
+        raise ValueError(
+            f"{where}: problems found: {len(problems)}. Fix them, or skip what they concern with "
+            f"DATASETS.ON_ERROR skip{_listing(problems)}"
+        )
+    for kind, reasons in _by_kind(faults).items():
+        logger.warning(
+            "%s: skipped because of %s: %d, the first: %s", where, kind, len(reasons), reasons[0]
+        )
+
+
+def _by_kind(faults: Sequence[Fault]) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        kinds.setdefault(fault.kind, []).append(fault.reason)
+    return kinds
+
+
+def _listing(faults: Sequence[Fault]) -> str:
+    """The first faults of each kind, one per line, to append to a sentence."""
+    lines = []
+    for kind, reasons in _by_kind(faults).items():
+        lines.append(f"{kind}: {len(reasons)}")
+        lines += [f"  {reason}" for reason in reasons[:MAX_SHOWN]]
+        if len(reasons) > MAX_SHOWN:
+            lines.append(f"  and {len(reasons) - MAX_SHOWN} more")
+    return "".join(f"\n  {line}" for line in lines)
+
+
+def check_on_error(on_error: str) -> None:
+    """Raises ValueError for anything but ``"raise"`` and ``"skip"``."""
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
+
+
+def read_or_skip(
+    read: Callable[[Item], Any], item: Item, on_error: OnError
+) -> tuple[Any, str | None]:
+    """``(read(item), None)``, or ``(None, message)`` if it is broken and to be skipped.
+
+    Raises:
+        OSError, ValueError: from ``read``, if ``on_error`` is ``"raise"``.
+    """
+    try:
+        return read(item), None
+    except (OSError, ValueError) as error:
+        if on_error == "raise":
+            raise
+        return None, str(error)

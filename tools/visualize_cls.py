@@ -1,0 +1,20 @@
+#!/usr/bin/env python3
+"""Classify images and write the most probable classes on them.
+
+    python tools/visualize_cls.py --config-file configs/spatial_mamba_t.yaml \
+        --input photo.jpg folder/ --output drawings/ MODEL.WEIGHTS spatialmamba_tiny.pth
+"""
+
+from spatial_mamba_d2.classification.predict import visualize
+from spatial_mamba_d2.system.allocator import keep_freed_memory
+from spatial_mamba_d2.system.cli import build_visualization_parser
+
+
+def main() -> None:
+    keep_freed_memory()
+    args = build_visualization_parser(__doc__).parse_args()
+    visualize(args.config_file, args.opts, args.input, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+#!/usr/bin/env python3
+"""Segment images and draw the result; they need no labels.
+
+    python tools/visualize_seg.py --config-file configs/upernet_spatial_mamba_t.yaml \
+        --input photo.jpg folder/ --output drawings/ MODEL.WEIGHTS upernet_tiny.pth
+"""
+
+from spatial_mamba_d2.segmentation.predict import visualize
+from spatial_mamba_d2.system.allocator import keep_freed_memory
+from spatial_mamba_d2.system.cli import build_visualization_parser
+
+
+def main() -> None:
+    keep_freed_memory()
+    args = build_visualization_parser(__doc__).parse_args()
+    visualize(args.config_file, args.opts, args.input, args.output)
+
+
+if __name__ == "__main__":
+    main()
