@@ -1,7 +1,7 @@
 """The whole detector against the authors' Mask R-CNN in mmdetection, end to end.
 
-The golden detections and images are not part of this repository. They were computed in float32, so
-that pixels of a mask whose probability is 0.5 but for rounding have either value there.
+The golden detections were computed in float32: a pixel of a mask whose probability is 0.5 up to
+rounding has either value there.
 """
 
 from __future__ import annotations
@@ -24,14 +24,6 @@ from spatial_mamba_d2.ops._extension import WHY_NOT_COMPILED, without_compiled_k
 # the threshold, probabilities in float32 are off by up to 2e-4, more or less by the number of
 # threads and the kernels, and pixels that differ from the golden masks are within 7e-6 of it.
 UNDECIDED = 1e-4
-
-
-@pytest.fixture(scope="module")
-def golden_folder(root):
-    folder = root.parent / "shared" / "golden"
-    if not (folder / "maskrcnn_tiny.npz").is_file():
-        pytest.skip(f"golden detections are not at {folder}")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -84,21 +76,23 @@ def nms_of_float64(monkeypatch):
 @pytest.mark.parametrize(
     ("case", "image"), [("a", "image_a"), ("b", "image_b"), ("b800", "image_b")]
 )
-def test_detections(case, image, kernels, dtype, golden_folder, predictor):
+def test_detections(case, image, kernels, dtype, root, golden, predictor):
     """``a`` and ``b`` go in as they are; ``b800`` through our resizing to 800 x 1333.
 
     Every mask has an IoU of 0.99 or more: in float64 as it is, in float32 without its undecided
-    pixels, for one of them is more than 1 % of the smallest mask.
+    pixels, because one of them is more than 1 % of the smallest mask.
     """
     if kernels == "compiled" and WHY_NOT_COMPILED:
         pytest.skip(WHY_NOT_COMPILED)
-    pixels = read_image(golden_folder / f"{image}.png")
+    pixels = read_image(root / f"tests/golden/{image}.png")
     with without_compiled_kernels() if kernels == "plain" else nullcontext():
         found, low, high = detect(predictor, pixels, case == "b800", dtype)
-    with np.load(golden_folder / "maskrcnn_tiny.npz") as content:
-        expected = {
-            k.removeprefix(f"{case}."): content[k] for k in content if k.startswith(f"{case}.")
-        }
+    content = golden("maskrcnn_tiny.npz")
+    expected = {
+        name.removeprefix(f"{case}."): value.numpy()
+        for name, value in content.items()
+        if name.startswith(f"{case}.")
+    }
     width = int(expected["masks_shape"][-1])
     masks = np.unpackbits(expected["masks_packed"], axis=-1, count=width).astype(bool)
     boxes, labels = found.pred_boxes.tensor.numpy(), found.pred_classes.numpy()
