@@ -189,7 +189,7 @@ def _read_sections(json_file: str | Path) -> dict[str, list[Any]]:
 
 
 def _called(section: str, entry: Any) -> str:
-    """A name for an entry of the file, good for messages even if the entry is not."""
+    """A name for an entry of the file in messages, even if the entry is malformed."""
     if not isinstance(entry, dict):
         return f"{section} {_short(entry)}"
     name = f"{section} {entry.get('id')}"
@@ -295,7 +295,7 @@ def _are_finite(numbers: list[Any]) -> bool:
 
 
 def _polygons_fault(polygons: Any) -> Fault | None:
-    """One polygon without area does no harm beside another that has some."""
+    """A polygon without area is harmless if another one has some."""
     kind = "degenerate polygon"
     if not isinstance(polygons, list) or not polygons:
         return Fault(kind, f"segmentation must be polygons or RLE, got {_short(polygons)}")

@@ -148,7 +148,7 @@ def _decoding_faults(samples: Sequence[ClassifiedImage]) -> list[Fault | None]:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's operation, which can ask for 0 bits: refused from Pillow 13 on, black before it."""
+    """timm's operation, which can ask for 0 bits: an error from Pillow 13 on, black before."""
     return posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 

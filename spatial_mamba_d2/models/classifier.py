@@ -72,7 +72,7 @@ class SpatialMambaClassifier(SpatialMamba):
         self.register_load_state_dict_pre_hook(_rename_official_keys)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new last layer for ``num_classes``; ``global_pool`` stays as it is where it is None.
+        """A new last layer for ``num_classes``; ``global_pool`` stays if it is None.
 
         Raises:
             ValueError: ``num_classes`` is negative.
@@ -94,7 +94,7 @@ class SpatialMambaClassifier(SpatialMamba):
         return self.norm(self.forward_stages(x)[STAGES[len(self.stages) - 1]])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pooling, dropout and, but for ``pre_logits``, the last layer."""
+        """Pooling, dropout and, unless ``pre_logits``, the last layer."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
@@ -145,7 +145,7 @@ class SpatialMambaClassifier(SpatialMamba):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the outputs ``indices`` do not need; their positive values are returned."""
+        """Drop what the outputs ``indices`` do not need; returns them as positive indices."""
         taken, last = feature_take_indices(len(self.stages), indices)
         cut = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -164,7 +164,7 @@ class SpatialMambaClassifier(SpatialMamba):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns by which timm groups parameters into layers; ``coarse``: one per stage."""
         stages = r"^stages\.(\d+)"
-        previous = (99999,)  # timm's sign for: joins the group before it
+        previous = (99999,)  # in timm: joins the group before it
         fine = [
             (rf"{stages}\.blocks\.(\d+)", None),
             (rf"{stages}\.downsample", previous),
@@ -173,7 +173,7 @@ class SpatialMambaClassifier(SpatialMamba):
         return {"stem": r"^stem", "blocks": stages if coarse else fine}
 
     def no_weight_decay(self) -> set[str]:
-        """None by name: the official recipe exempts biases and what has one dimension."""
+        """None by name: the official recipe exempts biases and one-dimensional parameters."""
         return set()
 
 
@@ -226,10 +226,10 @@ default_cfgs = generate_default_cfgs(
 
 
 def _translate_pretrained(state: Mapping[str, Tensor], model: SpatialMambaClassifier) -> Any:
-    """A pretrained state dict under our names, without what ``model`` has no place for."""
+    """A pretrained state dict under our names, without what ``model`` does not have."""
     translated = translate(state)
-    needless = ("output_norms.", *(() if model.num_classes else ("head.",)))
-    return {name: value for name, value in translated.items() if not name.startswith(needless)}
+    unused = ("output_norms.", *(() if model.num_classes else ("head.",)))
+    return {name: value for name, value in translated.items() if not name.startswith(unused)}
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

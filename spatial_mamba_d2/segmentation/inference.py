@@ -13,7 +13,7 @@ from spatial_mamba_d2.models.upernet import resize
 
 Model = Callable[[Tensor], Tensor]  # Tensor[B, 3, H, W] -> logits Tensor[B, K, H/4, W/4]
 
-# name -> scales, of what, and whether each is mirrored too. The test-time augmentation of
+# name -> scales, what they scale, and whether each view is also mirrored. Test-time augmentation of
 # mmsegmentation 1.x resizes the original image by each factor, not the frame 2048 x 512.
 PROTOCOLS: dict[str, tuple[tuple[float, ...], str, bool]] = {
     "ss": ((1.0,), "frame", False),
@@ -24,7 +24,7 @@ PROTOCOLS: dict[str, tuple[tuple[float, ...], str, bool]] = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """All that a score depends on, beside model and data; stored with every score.
+    """Everything that a score depends on besides model and data; stored with every score.
 
     Attributes:
         name: a short word for file names: ``ss``, ``ms``, ``ms_wide`` or ``custom``.
@@ -34,7 +34,7 @@ class Protocol:
         scales_of: ``frame``, the ``short_px`` x ``long_px`` that an image is fitted into, or
             ``image``, its own size.
         flip: also mirror each view, and average.
-        ignored: the stored labels that do not count.
+        ignored: the stored labels that are not evaluated.
     """
 
     name: str
@@ -82,8 +82,8 @@ def build_protocol(cfg: CfgNode) -> Protocol:
 
 def _windows(side: int, crop_px: int, stride_px: int) -> Iterator[slice]:
     """Windows that cover ``side``; the last one ends with it."""
-    number = max(side - crop_px + stride_px - 1, 0) // stride_px + 1
-    for i in range(number):
+    num_windows = max(side - crop_px + stride_px - 1, 0) // stride_px + 1
+    for i in range(num_windows):
         end = min(i * stride_px + crop_px, side)
         yield slice(max(end - crop_px, 0), end)
 
@@ -105,7 +105,7 @@ def slide(model: Model, x: Tensor, crop_px: int, stride_px: int) -> Tensor:
 
 
 def whole(model: Model, x: Tensor) -> Tensor:
-    """Logits of ``x``, ``Tensor[B, 3, H, W]``, as large as it: float32 ``Tensor[B, K, H, W]``."""
+    """Logits of ``x``, ``Tensor[B, 3, H, W]``, in its size: float32 ``Tensor[B, K, H, W]``."""
     return resize(model(x).float(), x.shape[-2:])
 
 
@@ -118,7 +118,7 @@ def segment(
     Args:
         model: in eval mode.
         views: the normalised image in each scale, ``Tensor[3, H_s, W_s]``.
-        size: H, W of the scores, those of the original image.
+        size: H, W of the scores, which are those of the original image.
 
     Returns:
         ``Tensor[K, H, W]``: logits for a single view, else the mean of the views' probabilities.

@@ -58,7 +58,7 @@ class Contents:
 
 
 def inspect_state(state: Mapping[str, Tensor], source: str = "the given state") -> Contents:
-    """Recognise a state dict under our names, and check that nothing is missing or foreign.
+    """Recognise a state dict under our names, and check that nothing is missing or unknown.
 
     Of a detector's heads only Mask R-CNN's standard ones are known; others are not checked.
 
@@ -152,7 +152,7 @@ def save_official(source: nn.Module | Mapping[str, Tensor], path: str | Path) ->
     """Write a checkpoint that the authors' code loads.
 
     A classifier or a bare backbone lies under ``model``, as in the authors' ImageNet training and
-    as their detection and segmentation configs take it for ``pretrained``; a whole detector or
+    as their detection and segmentation configs take it for ``pretrained``; a complete detector or
     segmentor lies under ``state_dict``, as mmengine writes it.
 
     Args:
@@ -160,7 +160,7 @@ def save_official(source: nn.Module | Mapping[str, Tensor], path: str | Path) ->
         path: a ``.pth`` file.
 
     Raises:
-        WeightsError: no whole model, or one with heads that the authors' code does not have.
+        WeightsError: no complete model, or one with heads that the authors' code does not have.
     """
     state = source.state_dict() if isinstance(source, nn.Module) else source
     _save(_official(state, inspect_state(state).kind), Path(path))
@@ -173,7 +173,7 @@ def _official(state: Mapping[str, Tensor], kind: str) -> dict[str, Any]:
         if unlike := sorted(heads ^ standard):
             raise WeightsError(
                 "weights: --to official needs the heads of the authors' Mask R-CNN; "
-                f"{len(unlike)} are missing or foreign, such as {unlike[0]}"
+                f"{len(unlike)} are missing or unknown, such as {unlike[0]}"
             )
     translated = {to_official(name): value for name, value in state.items()}
     if kind in ("classifier", "backbone"):
@@ -230,7 +230,7 @@ def convert_weights(
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unknown ``to`` or ``only``, or a name of ``target`` that does not fit ``to``.
-        WeightsError: ``source`` is not readable, no whole model, or has parts for which the format
+        WeightsError: ``source`` is not readable, no complete model, or has parts for which the format
             has no place.
     """
     target = Path(target)
