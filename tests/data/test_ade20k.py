@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from spatial_mamba_d2.data import ade20k_classes
+from spatial_mamba_d2.data import ade20k, ade20k_classes
 from spatial_mamba_d2.data.ade20k import (
     LabelFormat,
     find_pairs,
@@ -325,3 +326,20 @@ def test_a_bad_archive_leaves_nothing(tree, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(FileNotFoundError):
         unpack(tmp_path / "absent.zip", tmp_path / "out/ade")
+
+
+def test_unchanged_files_are_not_checked_again(tree, monkeypatch):
+    """Faults are remembered as well as their absence; a changed file is read again."""
+    write_pair(tree, "training", "bb", label=np.full((40, 50), 9, np.uint8))
+    for path in tree.rglob("*.*"):
+        os.utime(path, (1e9, 1e9))
+    first = load_split(tree, "training", LABELS, on_error="skip")
+    assert [pair.image.stem for pair in first] == ["a"]
+    read, calls = ade20k.read_label, []
+    monkeypatch.setattr(ade20k, "read_label", lambda path: calls.append(path) or read(path))
+    assert load_split(tree, "training", LABELS, on_error="skip") == first and not calls
+    with pytest.raises(ValueError, match="label 9 is impossible"):
+        load_split(tree, "training", LABELS)
+    assert not calls
+    write_pair(tree, "training", "bb")
+    assert len(load_split(tree, "training", LABELS)) == 2 and len(calls) == 2

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import os
 import re
 from pathlib import Path
 
@@ -433,3 +434,23 @@ def test_the_size_is_that_of_the_upright_image(folder):
     folder.content["annotations"] = []
     assert len(folder.load(check_decode=True).records) == 2
     assert read_image(folder.images / "a.jpg").shape == (WIDTH, HEIGHT, 3)
+
+
+def test_unchanged_files_are_not_checked_again(folder, monkeypatch):
+    """Faults are remembered as well as their absence; a changed file is read again."""
+    folder.annotation["category_id"] = 2
+    folder.json_file.write_text(json.dumps(folder.content))
+    for path in (folder.json_file, *folder.images.rglob("*.*")):
+        os.utime(path, (1e9, 1e9))
+    options = {"on_error": "skip", "check_decode": True}
+    first = load_coco(folder.json_file, folder.images, **options)
+    assert len(first.records[0]["annotations"]) == 1
+    calls = []
+    find = coco._find_faults
+    monkeypatch.setattr(coco, "_find_faults", lambda *args: calls.append(1) or find(*args))
+    assert load_coco(folder.json_file, folder.images, **options) == first and not calls
+    with pytest.raises(ValueError, match="no category has the id 2"):
+        load_coco(folder.json_file, folder.images, check_decode=True)
+    assert not calls
+    truncated(folder.images / "a.jpg")
+    assert len(load_coco(folder.json_file, folder.images, **options).faults) == 2 and calls == [1]

@@ -301,3 +301,15 @@ def test_copies_and_pickles_still_take_official_names(image):
     wrapped = torch.nn.Sequential(create(num_classes=5).eval())
     wrapped.load_state_dict({f"0.{to_official(k)}": v for k, v in model.state_dict().items()})
     assert torch.equal(wrapped(image), model(image))
+
+
+def test_importing_the_models_changes_no_setting_of_pytorch():
+    """Only timm's entry points make a stand-in for the authors' configuration known."""
+    program = (
+        "import torch, timm, spatial_mamba_d2.models\n"
+        "def known(): return any('yacs' in str(x) for x in torch.serialization.get_safe_globals())\n"
+        "assert not known()\n"
+        "timm.create_model('spatial_mamba_tiny', embed_dim=16, depths=(1, 1, 1, 1))\n"
+        "assert known()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
