@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Container, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -118,7 +118,7 @@ def _path(image: Any, image_root: str | Path) -> str | None:
 def _find_faults(
     content: dict[str, list[Any]],
     paths: Sequence[str | None],
-    folders: Container[str],
+    folders: _Folders,
     check_decode: bool,
 ) -> list[tuple[str, int, str, str]]:
     """Section, position in it, kind and reason of everything that is not usable.

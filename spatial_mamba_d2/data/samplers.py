@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class SampleIndex(NamedTuple):
-    """Which item, and its position in the stream, by which its augmentation is seeded."""
+    """The index of an item, and its position in the stream, which seeds its augmentation."""
 
-    index: int
+    item: int
     position: int
 
 
@@ -146,7 +146,7 @@ class SkippingDataset(Dataset[Any], Generic[Item]):
     def __getitem__(self, sample: SampleIndex) -> Any:
         rng = np.random.default_rng(derive_seed(self.seed, "augmentation", sample.position))
         for offset in range(len(self.items)):
-            index = (sample.index + offset) % len(self.items)
+            index = (sample.item + offset) % len(self.items)
             content, error = read_or_skip(self.read, self.items[index], self.on_error)
             if error is None:
                 return self.transform(*content, rng)

@@ -52,14 +52,14 @@ def test_the_stream_is_the_same_for_any_processes_and_start(groups):
 def test_every_pass_has_every_item_once():
     batches = take(ResumableBatchSampler(11, 1, seed=3), 33)
     for epoch in range(3):
-        indices = [batch[0].index for batch in batches[11 * epoch : 11 * (epoch + 1)]]
+        indices = [batch[0].item for batch in batches[11 * epoch : 11 * (epoch + 1)]]
         assert sorted(indices) == list(range(11))
     assert [batch[0].position for batch in batches] == list(range(33))
 
 
 def test_a_batch_is_of_one_group():
     for batch in take(ResumableBatchSampler(11, 4, groups=GROUPS, seed=3), 20):
-        assert len({GROUPS[sample.index] for sample in batch}) == 1
+        assert len({GROUPS[sample.item] for sample in batch}) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
