@@ -233,7 +233,7 @@ def test_the_library_is_there_where_it_can_be_built():
 
 
 @needs_cuda_torch
-def test_the_doctor_tells_why_there_are_no_cuda_kernels(clean, monkeypatch):
+def test_the_doctor_says_why_there_are_no_cuda_kernels(clean, monkeypatch):
     monkeypatch.setattr(_extension, "WHY_NO_CUDA", "they were not compiled")
     finding = doctor.check_cuda_kernels()
     assert finding.status == "note"
@@ -241,5 +241,5 @@ def test_the_doctor_tells_why_there_are_no_cuda_kernels(clean, monkeypatch):
 
     monkeypatch.setenv("CUDA_HOME", str(make_toolkit(clean / "toolkit", torch.version.cuda)))
     finding = doctor.check_cuda_kernels()
-    assert f"there is CUDA {torch.version.cuda} in {clean / 'toolkit'}" in finding.text
+    assert f"CUDA {torch.version.cuda} is installed in {clean / 'toolkit'}" in finding.text
     assert finding.fix.startswith("SMD2_BUILD_CUDA=1 ")
