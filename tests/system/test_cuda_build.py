@@ -159,16 +159,16 @@ def build(tmp_path):
 
 
 @needs_cuda_torch
-@pytest.mark.parametrize("flaw", ["other version", "failing nvcc", "declined"])
+@pytest.mark.parametrize("flaw", ["other version", "failing nvcc", "disabled"])
 def test_cpu_operators_are_built_nevertheless(build, tmp_path, flaw):
     version = "99.0" if flaw == "other version" else torch.version.cuda
     environment = {"CUDA_HOME": str(make_toolkit(tmp_path / "toolkit", version))}
-    if flaw == "declined":
+    if flaw == "disabled":
         environment["SMD2_BUILD_CUDA"] = "0"
     reason = {
         "other version": f"{tmp_path}/toolkit is 99.0, but PyTorch was built for CUDA",
         "failing nvcc": "compiling failed",
-        "declined": "SMD2_BUILD_CUDA is 0",
+        "disabled": "SMD2_BUILD_CUDA is 0",
     }[flaw]
     done, libraries = build(**environment)
     assert done.returncode == 0, done.stderr
@@ -176,10 +176,10 @@ def test_cpu_operators_are_built_nevertheless(build, tmp_path, flaw):
     (line,) = [x for x in done.stderr.splitlines() if "CUDA operators are not compiled" in x]
     assert reason in line
 
-    if flaw != "declined":
-        insisted, _ = build(**environment, SMD2_BUILD_CUDA="1")
-        assert insisted.returncode != 0
-        assert reason in insisted.stderr
+    if flaw != "disabled":
+        required, _ = build(**environment, SMD2_BUILD_CUDA="1")
+        assert required.returncode != 0
+        assert reason in required.stderr
 
 
 def real_nvcc() -> str:
