@@ -1,10 +1,11 @@
-"""Where the package's folders lie, and the compiled operators; pyproject.toml has the rest.
+"""The package's folders and the compiled operators; everything else is in pyproject.toml.
 
-Operators run without being compiled, in plain PyTorch. So a compilation that is not possible, or
-fails, is explained in one line and does not fail the installation:
+Without compiled operators, plain PyTorch ones are used. A compilation that is impossible or fails
+is therefore explained in one line and does not fail the installation, unless requested otherwise:
 
-* ``SMD2_BUILD_NATIVE=0`` compiles nothing, ``=1`` makes a failure of the CPU operators an error;
-* ``SMD2_BUILD_CUDA=0`` and ``=1`` do the same for those for CUDA alone.
+* ``SMD2_BUILD_NATIVE=0`` compiles nothing; ``=1`` makes it an error if the CPU operators cannot be
+  compiled;
+* ``SMD2_BUILD_CUDA=0`` and ``=1`` do the same for the CUDA operators only.
 """
 
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # pip does not put the sources there
+sys.path.insert(0, str(ROOT))  # pip does not add the sources
 
 from spatial_mamba_d2.system import cuda_toolkit  # noqa: E402  needs that path
 
@@ -26,7 +27,7 @@ SWITCHES = {
 
 
 def native_build():
-    """Arguments of ``setup()`` that compile the operators, as far as that is possible."""
+    """The arguments of ``setup()`` that compile as many of the operators as possible."""
     try:
         check_compiler()
         from torch.utils.cpp_extension import BuildExtension
@@ -37,7 +38,7 @@ def native_build():
         return explain_both(error)
 
     class BuildNative(BuildExtension):
-        """Compiles one library after the other: one that fails leaves the other."""
+        """Compiles the libraries separately, so that each is built even if the other fails."""
 
         def build_extensions(self):
             wanted, built = self.extensions, []
@@ -46,7 +47,7 @@ def native_build():
                 try:
                     super().build_extensions()
                     built.append(extension)
-                except Exception as error:  # whatever a compiler can do wrong
+                except Exception as error:  # compilers fail in many ways
                     explain(extension.name, f"compiling failed: {error}")
             self.extensions = built
 
@@ -57,12 +58,12 @@ def native_build():
 
 
 def check_compiler():
-    """Raise ``RuntimeError`` where C++ shall not or cannot be compiled."""
+    """Raise ``RuntimeError`` if compilation is disabled or impossible."""
     compiler = os.environ.get("CXX", "c++")
     if os.environ.get("SMD2_BUILD_NATIVE") == "0":
         raise RuntimeError("SMD2_BUILD_NATIVE is 0")
     if sys.platform == "win32":
-        raise RuntimeError("the sources need GCC or Clang, and this is Windows")
+        raise RuntimeError("the sources need GCC or Clang, so Windows is not supported")
     if not shutil.which(compiler.split()[0]):
         raise RuntimeError(f"no C++ compiler {compiler}; install one, or set CXX")
 
@@ -82,7 +83,7 @@ def cpu_extension():
         depends=sources("ops/**/*.h"),
         extra_compile_args=[
             "-O3",
-            "-Wno-psabi",  # vectors are passed between inlined functions only
+            "-Wno-psabi",  # vectors are passed only between inlined functions
             "-Wno-ignored-attributes",
             *openmp,
         ],
@@ -91,7 +92,7 @@ def cpu_extension():
 
 
 def cuda_extensions():
-    """The library for CUDA devices, where a toolkit is found that matches PyTorch's."""
+    """The library for CUDA devices, if a toolkit is found that matches PyTorch."""
     name = "spatial_mamba_d2.ops._cuda"
     try:
         if os.environ.get("SMD2_BUILD_CUDA") == "0":
@@ -99,11 +100,11 @@ def cuda_extensions():
         import torch
 
         toolkit = cuda_toolkit.find_toolkit(torch.version.cuda)
-        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")  # PyTorch reads it itself
+        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")  # read by PyTorch itself
         names = [] if chosen else cuda_toolkit.architectures(toolkit)
         if not (chosen or names):
             raise cuda_toolkit.NoToolkitError(
-                f"CUDA {toolkit.version} compiles for none of "
+                f"CUDA {toolkit.version} supports none of the architectures "
                 f"{', '.join(cuda_toolkit.ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST"
             )
     except cuda_toolkit.NoToolkitError as error:
@@ -111,7 +112,7 @@ def cuda_extensions():
         return []
     from torch.utils import cpp_extension
 
-    cpp_extension.CUDA_HOME = str(toolkit.home)  # its own guess takes a wrapper script's folder
+    cpp_extension.CUDA_HOME = str(toolkit.home)  # its guess may be a wrapper script's folder
     print(f"spatial_mamba_d2: CUDA operators with {toolkit.home}", file=sys.stderr)
     return [
         cpp_extension.CUDAExtension(
@@ -128,7 +129,7 @@ def cuda_extensions():
 
 
 def explain(extension, reason):
-    """Say in one line why something is not compiled, or end if it was insisted on."""
+    """Print in one line why something is not compiled, or exit if it was requested."""
     what, switch = SWITCHES[extension]
     message = f"spatial_mamba_d2: {what} are not compiled: {reason}"
     if os.environ.get(switch) == "1":

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Unpack ADE20K's archive, where one is given, and check every image and label of both splits.
+"""Unpack ADE20K's archive, if given, and check every image and label file of both splits.
 
     python datasets/prepare_ade20k.py --zip ADEChallengeData2016.zip
     python datasets/prepare_ade20k.py --root /data/ADEChallengeData2016
 
-The archive is from http://sceneparsing.csail.mit.edu. Other data in the same folder shape:
+The archive is from http://sceneparsing.csail.mit.edu. To check other data with the same layout:
 
     python datasets/prepare_ade20k.py --root my/data --num-classes 5 --label-offset 0 --ignore 255
 """
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = Path(__file__).resolve().parent / "ADEChallengeData2016"
-    parser.add_argument("--zip", type=Path, help="unpacked into --root, if that is not there yet")
+    parser.add_argument("--zip", type=Path, help="unpack this into --root, unless that exists")
     parser.add_argument("--root", type=Path, default=default)
     parser.add_argument("--splits", nargs="+", default=("training", "validation"))
     parser.add_argument("--num-classes", type=int, default=150, metavar="N")
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         labels = LabelFormat(options.num_classes, options.label_offset, tuple(options.ignore))
         for split in options.splits:
             pairs = load_split(options.root, split, labels, check_decode=True)
-            print(f"{options.root} {split}: {len(pairs)} images with sound labels")
+            print(f"{options.root} {split}: {len(pairs)} images with valid labels")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

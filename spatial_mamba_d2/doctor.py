@@ -1,10 +1,10 @@
-"""What this installation can do, and the command that mends each lack.
+"""What this installation can do, and the command that fixes each problem.
 
     python -m spatial_mamba_d2.doctor
     python -m spatial_mamba_d2.doctor --coco annotations.json images/
 
-Exits with 0 if the main job, detection, can run here (or the checked data set is sound), else
-with 1. Each check imports what it needs by itself, so the doctor works where nothing is installed.
+The exit code is 0 if the main task, detection, can run here (or if the checked data set is valid),
+otherwise 1. Each check imports what it needs, so the doctor works even where nothing is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import re
 import shlex
 import shutil
 import sys
-import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -27,9 +26,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-OLDEST, NEWEST = (3, 10), (3, 13)
+from spatial_mamba_d2.system import install_detectron2
 
-# What a prepared data set has under its folder; datasets/README.md shows the whole trees.
+DISTRIBUTION = "spatial-mamba-d2"
+CHECKOUT = Path(__file__).parents[1]
+
+# What each data set's folder contains at least; datasets/README.md shows the full trees.
 DATASETS = {
     "shapes": (
         "instances_train.json",
@@ -54,9 +56,9 @@ DATASETS = {
 
 
 class Finding(NamedTuple):
-    """The outcome of one check. A "note" is worth knowing, a "lack" stops the main job."""
+    """The outcome of one check: detection needs what is "missing", and a "note" is a hint."""
 
-    status: Literal["ok", "note", "lack"]
+    status: Literal["ok", "note", "missing"]
     text: str
     fix: str = ""
 
@@ -65,16 +67,40 @@ Check = Callable[[], Finding]
 
 
 def pip_install(*arguments: str) -> str:
-    """The shell command that installs into this interpreter."""
+    """The shell command that installs into this environment."""
     return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
+
+
+def required() -> tuple[str, list[str]]:
+    """The versions of Python and the packages, as the installed package or the checkout states."""
+    try:
+        python = metadata.metadata(DISTRIBUTION)["Requires-Python"]
+        return python, metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        # Read by regular expressions, because tomllib is part of Python from 3.11 only
+        text = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
+        (python,) = re.findall(r'^requires-python = "(.+)"', text, re.MULTILINE)
+        return python, re.findall(r'^    "(.+?)",', text, re.MULTILINE)
+
+
+def with_version(*names: str) -> list[str]:
+    """Each package with the versions that are required of it, such as "torch>=2.6"."""
+    _, packages = required()
+    return [
+        next(line for line in packages if re.match(rf"{name}\b", line)).partition(";")[0].strip()
+        for name in names
+    ]
 
 
 def check_python() -> Finding:
     text = f"{platform.python_version()} on {platform.platform(terse=True)} {platform.machine()}"
-    if OLDEST <= sys.version_info[:2] <= NEWEST:
-        return Finding("ok", text)
-    supported = f"Python 3.{OLDEST[1]} to 3.{NEWEST[1]}"
-    return Finding("lack", f"{text}; supported: {supported}", f"install {supported}")
+    specifier, _ = required()
+    for operator, major, minor in re.findall(r"(>=|<)\s*(\d+)\.(\d+)", specifier):
+        bound = (int(major), int(minor))
+        if (sys.version_info[:2] >= bound) != (operator == ">="):
+            fix = f"install Python {specifier}"
+            return Finding("missing", f"{text}; required: {specifier}", fix)
+    return Finding("ok", text)
 
 
 def check_torch() -> Finding:
@@ -82,18 +108,17 @@ def check_torch() -> Finding:
         import torch
         import torchvision
     except ModuleNotFoundError as error:
-        return Finding("lack", str(error), pip_install("torch>=2.6", "torchvision>=0.21"))
+        return Finding("missing", str(error), pip_install(*with_version("torch", "torchvision")))
     return Finding("ok", f"torch {torch.__version__}, torchvision {torchvision.__version__}")
 
 
-def check_packages(extra: str, severity: Literal["note", "lack"]) -> Finding:
-    """Whether the distributions of one extra ("" for the core) are installed."""
+def check_packages(extra: str, severity: Literal["note", "missing"]) -> Finding:
+    """Whether the packages of one extra ("" for the core) are installed."""
     try:
-        requirements = metadata.requires("spatial-mamba-d2") or []
+        requirements = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
-        checkout = Path(__file__).parents[1]
-        command = pip_install("--no-build-isolation", "--editable", f"{checkout}[detection]")
-        return Finding("lack", "spatial-mamba-d2 itself is not installed", command)
+        command = pip_install("--no-build-isolation", "--editable", f"{CHECKOUT}[detection]")
+        return Finding("missing", f"{DISTRIBUTION} itself is not installed", command)
     installed, missing = [], []
     for requirement, _, marker in (line.partition(";") for line in requirements):
         if extra != "".join(re.findall(r"extra == ['\"](\w+)['\"]", marker)):
@@ -102,7 +127,7 @@ def check_packages(extra: str, severity: Literal["note", "lack"]) -> Finding:
         try:
             installed.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
-            # Several distributions provide OpenCV, and any of them will do.
+            # Several packages provide OpenCV, and any of them is fine.
             if not (name.startswith("opencv") and importlib.util.find_spec("cv2")):
                 missing.append(requirement.strip())
     if missing:
@@ -120,7 +145,7 @@ def check_cpu() -> Finding:
 def check_gpu() -> Finding:
     import torch
 
-    with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver too old
+    with warnings.catch_warnings(record=True) as caught:  # PyTorch warns of outdated drivers
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
@@ -134,7 +159,7 @@ def check_gpu() -> Finding:
         return Finding("ok", "MPS")
     built = f"PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     reasons = [built, *(str(warning.message).splitlines()[0] for warning in caught)]
-    return Finding("note", f"none: everything runs on the CPU ({'; '.join(reasons)})")
+    return Finding("note", f"none, so everything runs on the CPU ({'; '.join(reasons)})")
 
 
 def check_kernels() -> Finding:
@@ -146,7 +171,7 @@ def check_kernels() -> Finding:
 
 
 def check_cuda_kernels() -> Finding:
-    """Whether the operators are compiled for CUDA; if not, whether they could be."""
+    """Whether the operators are compiled for CUDA, and if not, whether they could be."""
     import torch
 
     from spatial_mamba_d2.ops import _extension
@@ -155,13 +180,13 @@ def check_cuda_kernels() -> Finding:
     if _extension.WHY_NO_CUDA is None:
         return Finding("ok", f"compiled for {torch.ops.spatial_mamba.cuda_architectures()}")
     if torch.version.cuda is None:
-        return Finding("ok", "none, and PyTorch is built without CUDA")
+        return Finding("ok", "none needed: PyTorch is built without CUDA")
     text = f"none: {_extension.WHY_NO_CUDA}"
     try:
         toolkit = cuda_toolkit.find_toolkit(torch.version.cuda)
     except cuda_toolkit.NoToolkitError as error:
         return Finding("note", f"{text} ({error})")
-    text += f" (there is CUDA {toolkit.version} in {toolkit.home})"
+    text += f" (CUDA {toolkit.version} is installed in {toolkit.home})"
     return Finding("note", text, f"SMD2_BUILD_CUDA=1 {pip_install('--no-build-isolation', '.')}")
 
 
@@ -173,30 +198,27 @@ def check_model() -> Finding:
     with torch.inference_mode():
         outputs = build_backbone("tiny").eval()(torch.zeros(1, 3, 64, 64))
     if not all(output.isfinite().all() for output in outputs.values()):
-        return Finding("lack", "the backbone's outputs are not finite on a blank 64x64 image")
+        return Finding("missing", "the backbone's outputs for a blank 64x64 image are not finite")
     return Finding("ok", f"tiny backbone runs: {', '.join(outputs)}")
 
 
 def check_detectron2() -> Finding:
-    try:
-        detectron2 = importlib.import_module("detectron2")
-    except ModuleNotFoundError:
-        command = pip_install(
-            *("--no-deps", "--only-binary=:all:", "--python-version", "3.10", "--target"),
-            *(sysconfig.get_path("purelib"), "sal-detectron2==0.7.2"),
-        )
-        return Finding("lack", "not installed, and not on PyPI under its own name", command)
-    importlib.import_module("spatial_mamba_d2.detection")  # imports all that training needs
+    if importlib.util.find_spec("detectron2") is None:
+        command = [sys.executable, "-m", install_detectron2.__name__]
+        return Finding("missing", "not installed (nor on PyPI by that name)", shlex.join(command))
+    detectron2 = importlib.import_module("detectron2")
+    importlib.import_module("spatial_mamba_d2.detection")
     return Finding("ok", f"{detectron2.__version__} in {detectron2.__path__[0]}")
 
 
 def check_lightning() -> Finding:
     try:
-        for room in ("segmentation", "classification"):  # all that training needs
-            importlib.import_module(f"spatial_mamba_d2.{room}.run")
+        for task in ("segmentation", "classification"):
+            importlib.import_module(f"spatial_mamba_d2.{task}.train")
     except ModuleNotFoundError as error:
-        packages = pip_install("lightning>=2.4", "fvcore", "tensorboard", "opencv-python-headless")
-        return Finding("note", f"{error}: segmentation and classification cannot run", packages)
+        names = ("lightning", "fvcore", "tensorboard", "opencv-python-headless")
+        text = f"{error}: segmentation and classification cannot run"
+        return Finding("note", text, pip_install(*with_version(*names)))
     version = metadata.version("lightning")
     return Finding(
         "ok",
@@ -206,12 +228,12 @@ def check_lightning() -> Finding:
 
 def check_dataset(name: str) -> Finding:
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-    # The demo's configuration looks for its sample data in the checkout alone.
+    # The demo's configuration expects its sample data in the checkout.
     folder = Path("datasets" if name == "shapes" else root).expanduser() / name
     missing = [entry for entry in DATASETS[name] if not (folder / entry).exists()]
     if not missing:
         return Finding("ok", str(folder))
-    text = f"{folder} lacks {', '.join(missing)}" if folder.exists() else f"no {folder}"
+    text = f"{folder} has no {', '.join(missing)}" if folder.exists() else f"no {folder}"
     if name == "shapes":
         command = shlex.join([sys.executable, "datasets/prepare_shapes.py"])
         return Finding("note", text, command)
@@ -224,7 +246,7 @@ def check_output() -> Finding:
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        return Finding("lack", f"cannot write to {existing}: {error}", "cd to a writable folder")
+        return Finding("missing", f"cannot write to {existing}: {error}", "cd to a writable folder")
     free_gib = shutil.disk_usage(existing).free / 2**30
     return Finding("ok", f"{folder} is writable, {free_gib:.1f} GiB free")
 
@@ -235,15 +257,16 @@ def check_coco(json_file: str, image_root: str) -> Finding:
     try:
         coco = load_coco(json_file, image_root, on_error="raise", check_decode=True)
     except (OSError, ValueError) as error:
-        return Finding("lack", str(error), f"correct {json_file} or {image_root}, then check again")
+        fix = f"correct {json_file} or {image_root}, then check again"
+        return Finding("missing", str(error), fix)
     return Finding("ok", f"{len(coco.records)} images, {len(coco.categories)} categories")
 
 
 CHECKS: dict[str, Check] = {
     "python": check_python,
     "torch": check_torch,
-    "packages": partial(check_packages, "", "lack"),
-    "detection": partial(check_packages, "detection", "lack"),
+    "packages": partial(check_packages, "", "missing"),
+    "detection": partial(check_packages, "detection", "missing"),
     "segmentation": partial(check_packages, "segmentation", "note"),
     "classification": partial(check_packages, "classification", "note"),
     "cpu": check_cpu,
@@ -259,26 +282,26 @@ CHECKS: dict[str, Check] = {
 
 
 def examine(check: Check) -> Finding:
-    """Run a check. One that crashes is a lack, with its reason, and never a traceback."""
+    """Run a check; a crash is a finding with its reason, not a traceback."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of packages about each other, at their import
+            warnings.simplefilter("ignore")  # that packages raise about each other when imported
             return check()
     except Exception as error:
-        return Finding("lack", f"{type(error).__name__}: {error}")
+        return Finding("missing", f"{type(error).__name__}: {error}")
 
 
 def report(checks: dict[str, Check]) -> bool:
-    """Print every finding, and return whether none is a lack."""
+    """Print every finding, and return whether nothing is missing."""
     width = max(map(len, checks))
-    sound = True
+    complete = True
     for name, check in checks.items():
         status, text, fix = examine(check)
-        print(f"{status:4}  {name:{width}}  {text}", flush=True)
+        print(f"{status:7}  {name:{width}}  {text}", flush=True)
         if fix:
-            print(f"{'':{width + 8}}fix: {fix}")
-        sound &= status != "lack"
-    return sound
+            print(f"{'':{width + 11}}fix: {fix}")
+        complete &= status != "missing"
+    return complete
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -289,14 +312,14 @@ def main(argv: list[str] | None = None) -> int:
         "--coco",
         nargs=2,
         metavar=("JSON", "IMAGES"),
-        help="check only this data set: every annotation, and that every image decodes",
+        help="check only this data set: every annotation, and that every image can be decoded",
     )
     options = parser.parse_args(argv)
     if options.coco:
         return 0 if report({"coco": partial(check_coco, *options.coco)}) else 1
-    sound = report(CHECKS)
-    print("The main job can run here." if sound else "The main job needs the fixes above.")
-    return 0 if sound else 1
+    complete = report(CHECKS)
+    print("Detection can run here." if complete else "Detection needs the fixes above.")
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

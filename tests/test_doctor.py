@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -23,10 +24,10 @@ def test_it_works_where_nothing_is_installed():
     )
     assert run.returncode == 1
     assert run.stderr == ""
-    assert "lack  torch" in run.stdout
-    assert "pip install 'torch>=2.6'" in run.stdout
-    assert "ok    python" in run.stdout
-    assert run.stdout.endswith("The main job needs the fixes above.\n")
+    assert "missing  torch" in run.stdout
+    assert "pip install 'torch>=2.6' 'torchvision>=0.21'\n" in run.stdout
+    assert "ok       python" in run.stdout
+    assert run.stdout.endswith("Detection needs the fixes above.\n")
 
 
 def test_a_crashing_check_is_a_finding():
@@ -34,13 +35,13 @@ def test_a_crashing_check_is_a_finding():
         raise RuntimeError("operator torchvision::nms does not exist")
 
     finding = doctor.examine(crash)
-    assert finding == Finding("lack", "RuntimeError: operator torchvision::nms does not exist")
+    assert finding == Finding("missing", "RuntimeError: operator torchvision::nms does not exist")
 
 
 @pytest.mark.parametrize(
-    ("statuses", "code"), [(("ok", "ok"), 0), (("ok", "note"), 0), (("lack", "ok"), 1)]
+    ("statuses", "code"), [(("ok", "ok"), 0), (("ok", "note"), 0), (("missing", "ok"), 1)]
 )
-def test_only_a_lack_stops_the_main_job(monkeypatch, capsys, statuses, code):
+def test_only_what_is_missing_stops_detection(monkeypatch, capsys, statuses, code):
     findings = [Finding(status, "text", "command") for status in statuses]
     checks = {f"check {i}": lambda finding=finding: finding for i, finding in enumerate(findings)}
     monkeypatch.setattr(doctor, "CHECKS", checks)
@@ -48,11 +49,28 @@ def test_only_a_lack_stops_the_main_job(monkeypatch, capsys, statuses, code):
     assert capsys.readouterr().out.count("fix: command") == 2
 
 
-def test_an_unsupported_python_is_a_lack(monkeypatch):
-    monkeypatch.setattr(doctor, "NEWEST", (3, 2))
+@pytest.mark.parametrize("specifier", ["<3.2,>=3.1", ">=3.98,<3.99"])
+def test_an_unsupported_python_is_missing(monkeypatch, specifier):
+    monkeypatch.setattr(doctor, "required", lambda: (specifier, []))
     finding = doctor.check_python()
-    assert finding.status == "lack"
-    assert finding.fix == "install Python 3.10 to 3.2"
+    assert finding.status == "missing"
+    assert finding.fix == f"install Python {specifier}"
+
+
+def test_the_range_of_python_is_that_of_the_installed_package(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "metadata", lambda name: {"Requires-Python": ">=3.98"})
+    assert doctor.check_python().fix == "install Python >=3.98"
+
+
+def test_a_checkout_that_is_not_installed_knows_its_requirements(monkeypatch, tmp_path):
+    def no_metadata(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "metadata", no_metadata)
+    python, packages = doctor.required()
+    assert f'requires-python = "{python}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert {"torch>=2.6", "torchvision>=0.21", "lightning>=2.4"} <= set(packages)
+    assert doctor.check_python().status == "ok"
 
 
 REQUIREMENTS = [
@@ -65,7 +83,7 @@ REQUIREMENTS = [
 
 def test_missing_packages_are_named_with_their_command(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: REQUIREMENTS)
-    core = doctor.check_packages("", "lack")
+    core = doctor.check_packages("", "missing")
     assert core.text == "not installed: no-such-package>=2"
     assert core.fix.endswith("-m pip install 'no-such-package>=2'")
     extra = doctor.check_packages("detection", "note")
@@ -73,19 +91,19 @@ def test_missing_packages_are_named_with_their_command(monkeypatch):
     assert extra.status == "note"
 
 
-def test_any_opencv_will_do(monkeypatch):
+def test_any_opencv_is_fine(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["opencv-no-such-build"])
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name == "cv2")
-    assert doctor.check_packages("", "lack").status == "ok"
+    assert doctor.check_packages("", "missing").status == "ok"
 
 
-def test_an_uninstalled_package_is_a_lack(monkeypatch):
+def test_an_uninstalled_package_is_missing(monkeypatch):
     def requires(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor.metadata, "requires", requires)
-    finding = doctor.check_packages("", "lack")
-    assert finding.status == "lack"
+    finding = doctor.check_packages("", "missing")
+    assert finding.status == "missing"
     assert f"--editable '{ROOT}[detection]'" in finding.fix
 
 
@@ -96,7 +114,7 @@ def test_dataset_folders(monkeypatch, tmp_path):
     assert absent.fix.startswith(f"ln -s /path/to/imagenet {tmp_path / 'imagenet'}")
 
     (tmp_path / "imagenet/train").mkdir(parents=True)
-    assert doctor.check_dataset("imagenet").text.endswith("imagenet lacks val")
+    assert doctor.check_dataset("imagenet").text.endswith("imagenet has no val")
 
     (tmp_path / "imagenet/val").mkdir()
     assert doctor.check_dataset("imagenet") == Finding("ok", str(tmp_path / "imagenet"))
@@ -117,7 +135,7 @@ def test_output_folder(monkeypatch, tmp_path):
 
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     finding = doctor.check_output()
-    assert finding.status == "lack"
+    assert finding.status == "missing"
     assert str(tmp_path) in finding.text
 
 
@@ -139,26 +157,26 @@ def test_the_model_runs():
     assert doctor.check_model() == Finding("ok", "tiny backbone runs: res2, res3, res4, res5")
 
 
-def test_a_missing_detectron2_is_told_its_command(monkeypatch):
+def test_a_missing_detectron2_has_its_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "detectron2", None)
     finding = doctor.check_detectron2()
-    assert finding.status == "lack"
-    assert "--python-version 3.10" in finding.fix
-    wheel = finding.fix.split()[-1]
-    assert f'"{wheel}"' in (ROOT / "dev.py").read_text(encoding="utf-8")
+    assert finding.status == "missing"
+    *_, option, module = finding.fix.split()
+    assert option == "-m"
+    assert importlib.import_module(module).main
 
 
-def test_a_broken_detectron2_is_a_lack(monkeypatch):
+def test_a_broken_detectron2_is_missing(monkeypatch):
     pytest.importorskip("detectron2")
     monkeypatch.setitem(sys.modules, "spatial_mamba_d2.detection", None)
-    assert doctor.examine(doctor.check_detectron2).status == "lack"
+    assert doctor.examine(doctor.check_detectron2).status == "missing"
 
 
 def test_segmentation_can_run():
     assert "segmentation and classification can run" in doctor.check_lightning().text
 
 
-def test_a_missing_lightning_is_told_its_command(monkeypatch):
+def test_a_missing_lightning_has_its_command(monkeypatch):
     for name in list(sys.modules):
         if name.startswith(("spatial_mamba_d2.segmentation", "spatial_mamba_d2.training")):
             monkeypatch.delitem(sys.modules, name)
@@ -185,7 +203,7 @@ def coco_folder(tmp_path):
     return tmp_path
 
 
-def test_a_sound_coco_folder(coco_folder, capsys):
+def test_a_valid_coco_folder(coco_folder, capsys):
     assert doctor.main(["--coco", str(coco_folder / "instances.json"), str(coco_folder)]) == 0
     assert "1 images, 1 categories" in capsys.readouterr().out
 

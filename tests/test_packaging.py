@@ -1,4 +1,4 @@
-"""What a built sdist and wheel hold."""
+"""The contents of a built sdist and wheel, and installations whose compilation fails."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("ops", "configs", "spatial_mamba_d2", "tools", "tests")
+SHIPPED = (".ci", "configs", "docs", "ops", "spatial_mamba_d2", "tests", "tools")
 
 
 def files(folder: str, *patterns: str) -> set[str]:
@@ -33,10 +33,10 @@ def distributions(tmp_path_factory) -> Path:
             shutil.copy(path, source)
     for folder in SHIPPED:
         shutil.copytree(ROOT / folder, source / folder)
-    # Folders that the package does not have yet must not need a new line in MANIFEST.in.
+    # A kind of file that a folder does not have yet must not require a change of MANIFEST.in.
     (source / "ops/selective_scan/cuda.cuh").touch()
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", output, source]
-    env = {**os.environ, "SMD2_BUILD_NATIVE": "0"}  # compiling has a test of its own
+    env = {**os.environ, "SMD2_BUILD_NATIVE": "0"}  # other tests compile
     run = subprocess.run(build, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return output
@@ -48,27 +48,28 @@ def in_wheel(distributions) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_wheel_holds_the_package(in_wheel):
+def test_wheel_contains_the_package(in_wheel):
     assert files("spatial_mamba_d2", "*.py", "py.typed") <= in_wheel
 
 
-def test_wheel_holds_operators_and_configs_inside_the_package(in_wheel):
+def test_wheel_contains_operators_and_configs_inside_the_package(in_wheel):
     expected = files("ops", "*.py") | files("configs", "*.yaml")
     assert {f"spatial_mamba_d2/{name}" for name in expected} <= in_wheel
 
 
-def test_wheel_holds_nothing_else(in_wheel):
+def test_wheel_contains_nothing_else(in_wheel):
     assert {name.split("/")[0].split("-")[0] for name in in_wheel} == {"spatial_mamba_d2"}
     assert not any(name.endswith((".cpp", ".cuh")) for name in in_wheel)
 
 
-def test_sdist_holds_what_a_build_and_a_test_run_need(distributions):
+def test_sdist_contains_what_building_and_testing_need(distributions):
     (sdist,) = distributions.glob("spatial_mamba_d2-*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     native = {"ops/selective_scan/cpu.cpp", "ops/selective_scan/cuda.cuh"}
-    assert native | {"dev.py", "LICENSE", "NOTICE"} <= names
+    assert native | {"dev.py", ".ci/run", "LICENSE", "NOTICE"} <= names
     assert files("tests", "*.py") | files("tools", "*.py") | files("configs", "*.yaml") <= names
+    assert files("docs", "*") <= names
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def build_ext(tmp_path):
         return subprocess.run(
             [sys.executable, "setup.py", "build_ext", "--build-lib", "built"],
             cwd=tmp_path,
-            # CUDA operators have tests of their own
+            # tests/system/test_cuda_build.py compiles the CUDA operators.
             env={**os.environ, "SMD2_BUILD_CUDA": "0", **environment},
             capture_output=True,
             text=True,
@@ -101,12 +102,12 @@ def test_a_compiler_that_fails_does_not_fail_the_installation(compiler, reason, 
     done = build_ext(CXX=compiler, SMD2_BUILD_NATIVE="")
     assert done.returncode == 0, done.stderr
     assert f"spatial_mamba_d2: operators are not compiled: {reason}" in done.stderr
-    insisted = build_ext(CXX=compiler, SMD2_BUILD_NATIVE="1")
-    assert insisted.returncode != 0
-    assert reason in insisted.stderr
+    required = build_ext(CXX=compiler, SMD2_BUILD_NATIVE="1")
+    assert required.returncode != 0
+    assert reason in required.stderr
 
 
-def test_compiling_can_be_declined(build_ext):
+def test_compiling_can_be_disabled(build_ext):
     done = build_ext(SMD2_BUILD_NATIVE="0")
     assert done.returncode == 0
     assert "operators are not compiled: SMD2_BUILD_NATIVE is 0" in done.stderr

@@ -1,1 +1,1 @@
-"""What the package asks of the machine: files, memory, worker processes, toolkits."""
+"""What the package needs of the machine: files, memory, worker processes, toolkits, Detectron2."""

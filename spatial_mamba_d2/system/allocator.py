@@ -1,4 +1,4 @@
-"""What the C library does with memory that is free again."""
+"""What the C library does with freed memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import ctypes
 import os
 from typing import Any
 
-# Of glibc's <malloc.h>.
+# Parameters of mallopt() in glibc's <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_SETTINGS_OF_THE_USER = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+_USER_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
 
 def _c_function(name: str) -> Any | None:
@@ -16,20 +16,20 @@ def _c_function(name: str) -> Any | None:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory of freed CPU tensors for the next ones.
+    """Keep the memory of freed CPU tensors in this process, and reuse it for new ones.
 
-    glibc hands large blocks back to the operating system at once, which then has to find, zero and
-    map every page of them again for the next image: for large images that takes longer than the
-    model. ``tools/benchmark.py`` shows both ways.
+    By default glibc returns large blocks to the operating system at once, which then has to find,
+    zero and map every page again for the next image. For large images that takes longer than the
+    model itself; ``tools/benchmark.py`` measures both settings.
 
-    It concerns the whole process and its forks, and cannot be taken back; the process stays as
-    large as it once was. That is why only our tools call it, and no module does on import.
+    The setting affects the entire process and its forks and cannot be undone, and the process never
+    shrinks. Therefore only our tools call this function; no module does so on import.
 
     Returns:
-        whether there is something to keep: ``False`` where the C library is not glibc, or where
-        the user has set the allocator up by environment variables, which then stand.
+        Whether the setting was made. ``False`` if the C library is not glibc, or if the user has
+        configured the allocator by environment variables, which take precedence.
     """
-    if any(name in os.environ for name in _SETTINGS_OF_THE_USER):
+    if any(name in os.environ for name in _USER_SETTINGS):
         return False
     mallopt = _c_function("mallopt")
     if mallopt is None:
@@ -39,6 +39,6 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> None:
-    """Give all freed memory back to the operating system, once; does nothing without glibc."""
+    """Return all freed memory to the operating system, once; does nothing without glibc."""
     if trim := _c_function("malloc_trim"):
         trim(ctypes.c_size_t(0))

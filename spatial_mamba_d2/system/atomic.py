@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Files and folders that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` at the end, once it is on disk."""
+    """Yield a temporary file to write, which replaces ``path`` at the end, once it is on disk."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
     yield temporary
@@ -22,17 +22,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(root: str | Path) -> Iterator[Path]:
-    """A folder to fill that becomes ``root`` at the end, if that is not there by then, or empty.
+    """Yield a folder to fill, which becomes ``root`` at the end unless that exists and has content.
 
-    An interrupted process may leave a hidden folder ``.NAME-*`` beside it.
+    An interrupted process may leave a hidden folder ``.NAME-*`` next to it.
     """
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as workspace:
-        tree = Path(workspace, root.name)  # a child, for the workspace itself is private
+        tree = Path(workspace, root.name)  # a child, because only the owner may read the workspace
         tree.mkdir()
         yield tree
         if root.is_dir() and not any(root.iterdir()):
             root.rmdir()
-        if not root.exists():  # another process may have been faster
+        if not root.exists():  # another process may have created it meanwhile
             os.replace(tree, root)

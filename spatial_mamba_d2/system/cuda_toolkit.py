@@ -1,6 +1,6 @@
-"""Where the CUDA toolkit is that the operators can be compiled with. Needs nothing installed.
+"""Find the CUDA toolkit that the operators can be compiled with. Standard library only.
 
-``setup.py`` compiles with what this finds, and the doctor reports it.
+``setup.py`` compiles with the toolkit that this module finds, and the doctor reports it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-#: what is compiled for unless ``TORCH_CUDA_ARCH_LIST`` says otherwise, and the toolkit knows
+#: compute capabilities to compile for if the toolkit supports them; ``TORCH_CUDA_ARCH_LIST``
+#: overrides the list
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 DEFAULT_HOME = Path("/usr/local/cuda")
 
 
 class NoToolkitError(RuntimeError):
-    """There is none that fits; the message says why."""
+    """No suitable CUDA toolkit; the message says why."""
 
 
 class Toolkit(NamedTuple):
@@ -31,7 +32,7 @@ class Toolkit(NamedTuple):
 
 
 def _ask(*command: str | Path) -> str:
-    """What a command prints to either stream, or "" where it cannot run."""
+    """What a command prints to both streams, or "" if it cannot be run."""
     try:
         done = subprocess.run(
             [str(word) for word in command],
@@ -52,7 +53,7 @@ def _candidates() -> Iterator[Path]:
             yield Path(os.environ[variable])
     nvcc = shutil.which("nvcc")
     if nvcc:
-        # The one on PATH may be a script that calls another: nvcc itself knows its root.
+        # This one may be a script that calls another nvcc, which knows its own root.
         for root in re.findall(
             r"^#\$ TOP=(.+)$", _ask(nvcc, "--dryrun", "-x", "cu", os.devnull), re.M
         ):
@@ -67,13 +68,13 @@ def _is_toolkit(home: Path) -> bool:
 
 
 def find_toolkit(torch_cuda: str | None) -> Toolkit:
-    """The toolkit for a PyTorch that was built for CUDA ``torch_cuda`` (``torch.version.cuda``).
+    """Find the toolkit for a PyTorch built for CUDA ``torch_cuda`` (``torch.version.cuda``).
 
     It is the first folder with ``bin/nvcc`` and ``include/cuda_runtime.h`` among ``CUDA_HOME``,
     ``CUDA_PATH``, the root that the ``nvcc`` on PATH reports, and ``/usr/local/cuda``.
 
     Raises:
-        NoToolkitError: there is none, or its major version is not PyTorch's.
+        NoToolkitError: No toolkit is found, or its major version differs from ``torch_cuda``.
     """
     if torch_cuda is None:
         raise NoToolkitError("PyTorch was built without CUDA")
@@ -86,24 +87,24 @@ def find_toolkit(torch_cuda: str | None) -> Toolkit:
         )
     found = re.search(r"release (\d+\.\d+)", _ask(home / "bin/nvcc", "--version"))
     if not found:
-        raise NoToolkitError(f"{home / 'bin/nvcc'} does not tell its version")
+        raise NoToolkitError(f"{home / 'bin/nvcc'} does not print its version")
     version = found[1]
     if version.split(".")[0] != torch_cuda.split(".")[0]:
         raise NoToolkitError(
-            f"the CUDA toolkit in {home} is {version}, and PyTorch was built for CUDA "
-            f"{torch_cuda}: the major versions must agree; set CUDA_HOME to such a one"
+            f"the CUDA toolkit in {home} is {version}, but PyTorch was built for CUDA "
+            f"{torch_cuda}: set CUDA_HOME to a toolkit with the same major version"
         )
     return Toolkit(home, version)
 
 
 def architectures(toolkit: Toolkit) -> list[str]:
-    """Those of :data:`ARCHITECTURES` that the toolkit compiles for."""
+    """The members of :data:`ARCHITECTURES` that the toolkit supports."""
     known = re.findall(r"compute_(\d+)", _ask(toolkit.home / "bin/nvcc", "--list-gpu-arch"))
     return [name for name in ARCHITECTURES if name.replace(".", "") in known]
 
 
 def architecture_flags(names: list[str]) -> list[str]:
-    """nvcc's flags: machine code for each of these, and PTX of the last for those to come."""
+    """nvcc's flags for machine code for each of these, and for PTX of the last for newer GPUs."""
     numbers = [name.replace(".", "") for name in names]
     flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
     return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]

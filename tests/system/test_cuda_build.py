@@ -1,4 +1,4 @@
-"""The CUDA operators' build: which toolkit it takes, and that it never breaks an installation."""
+"""How the CUDA operators are built: with which toolkit, and without breaking an installation."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_pytorch_without_cuda(clean):
 
 
 def test_nvcc_behind_a_script(clean):
-    """Its own folder is no toolkit."""
+    """The folder of the script is not a toolkit."""
     home = make_toolkit(clean / "toolkit", "13.1")
     make_script(clean / "bin/nvcc", f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
     assert cuda_toolkit.find_toolkit("13.0") == (home, "13.1")
@@ -84,8 +84,8 @@ def test_nvcc_behind_a_link(clean):
     assert cuda_toolkit.find_toolkit("13.0").home == home
 
 
-def test_a_prefix_as_cuda_home_is_passed_over(clean, monkeypatch):
-    """CUDA_HOME may name where the script stands."""
+def test_a_prefix_as_cuda_home_is_skipped(clean, monkeypatch):
+    """CUDA_HOME may be the prefix of a wrapper script."""
     home = make_toolkit(clean / "toolkit", "13.1")
     make_script(clean / "bin/nvcc", f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
     monkeypatch.setenv("CUDA_HOME", str(clean))
@@ -101,12 +101,12 @@ def test_cuda_home_comes_first(clean, monkeypatch):
 
 def test_another_major_version(clean, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(make_toolkit(clean / "old", "12.4")))
-    with pytest.raises(cuda_toolkit.NoToolkitError, match=r"old is 12\.4, .* for CUDA 13\.0: the"):
+    with pytest.raises(cuda_toolkit.NoToolkitError, match=r"old is 12\.4, .* for CUDA 13\.0: set"):
         cuda_toolkit.find_toolkit("13.0")
 
 
 def test_headers_of_a_target(clean, monkeypatch):
-    """As conda's packages have them."""
+    """Conda's packages have them there."""
     home = make_toolkit(clean / "conda", "13.0")
     (home / "include/cuda_runtime.h").unlink()
     (home / "targets/x86_64-linux/include").mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_headers_of_a_target(clean, monkeypatch):
     assert cuda_toolkit.find_toolkit("13.0").home == home
 
 
-def test_architectures_are_those_that_the_toolkit_knows(clean):
+def test_architectures_are_those_that_the_toolkit_supports(clean):
     toolkit = cuda_toolkit.Toolkit(make_toolkit(clean / "toolkit", "13.0"), "13.0")
     names = cuda_toolkit.architectures(toolkit)
     assert names == ["7.5", "8.0"]
@@ -128,7 +128,7 @@ def test_architectures_are_those_that_the_toolkit_knows(clean):
 
 @pytest.fixture
 def build(tmp_path):
-    """``build(**environment)``: compile small sources in place of the operators'."""
+    """``build(**environment)``: compile small sources instead of the operators."""
     if not shutil.which("c++"):
         pytest.skip("no C++ compiler")
     pytest.importorskip("setuptools")
@@ -159,16 +159,16 @@ def build(tmp_path):
 
 
 @needs_cuda_torch
-@pytest.mark.parametrize("flaw", ["other version", "failing nvcc", "declined"])
-def test_cpu_operators_are_built_all_the_same(build, tmp_path, flaw):
+@pytest.mark.parametrize("flaw", ["other version", "failing nvcc", "disabled"])
+def test_cpu_operators_are_built_nevertheless(build, tmp_path, flaw):
     version = "99.0" if flaw == "other version" else torch.version.cuda
     environment = {"CUDA_HOME": str(make_toolkit(tmp_path / "toolkit", version))}
-    if flaw == "declined":
+    if flaw == "disabled":
         environment["SMD2_BUILD_CUDA"] = "0"
     reason = {
-        "other version": f"{tmp_path}/toolkit is 99.0, and PyTorch was built for CUDA",
+        "other version": f"{tmp_path}/toolkit is 99.0, but PyTorch was built for CUDA",
         "failing nvcc": "compiling failed",
-        "declined": "SMD2_BUILD_CUDA is 0",
+        "disabled": "SMD2_BUILD_CUDA is 0",
     }[flaw]
     done, libraries = build(**environment)
     assert done.returncode == 0, done.stderr
@@ -176,14 +176,14 @@ def test_cpu_operators_are_built_all_the_same(build, tmp_path, flaw):
     (line,) = [x for x in done.stderr.splitlines() if "CUDA operators are not compiled" in x]
     assert reason in line
 
-    if flaw != "declined":
-        insisted, _ = build(**environment, SMD2_BUILD_CUDA="1")
-        assert insisted.returncode != 0
-        assert reason in insisted.stderr
+    if flaw != "disabled":
+        required, _ = build(**environment, SMD2_BUILD_CUDA="1")
+        assert required.returncode != 0
+        assert reason in required.stderr
 
 
 def real_nvcc() -> str:
-    """A toolkit's nvcc that fits PyTorch, or a skip with the reason."""
+    """The nvcc of a toolkit that matches PyTorch, or a skip with the reason."""
     try:
         return str(cuda_toolkit.find_toolkit(torch.version.cuda).home / "bin/nvcc")
     except cuda_toolkit.NoToolkitError as error:
@@ -192,7 +192,7 @@ def real_nvcc() -> str:
 
 @pytest.mark.slow
 def test_a_real_build_without_gpu_or_list_of_architectures(build, tmp_path):
-    """nvcc is behind a script, and nothing says where its toolkit is."""
+    """nvcc is called by a script, and no variable names its toolkit."""
     nvcc = real_nvcc()
     make_script(tmp_path / "bin/nvcc", f'#!/bin/sh\nexec {nvcc} "$@"\n')
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
@@ -214,7 +214,7 @@ def test_a_real_build_without_gpu_or_list_of_architectures(build, tmp_path):
 
 
 def test_the_dispatcher_knows_the_cuda_kernels():
-    """That needs no GPU: the library is loaded, and registers what it has."""
+    """This needs no GPU, because the library registers its kernels when loaded."""
     if _extension.WHY_NO_CUDA:
         pytest.skip(f"no compiled CUDA kernels: {_extension.WHY_NO_CUDA}")
     for name in OPERATORS:
@@ -224,8 +224,8 @@ def test_the_dispatcher_knows_the_cuda_kernels():
             )
 
 
-def test_the_library_is_there_where_it_can_be_built():
-    """Else the kernels' other tests would all be skipped unnoticed."""
+def test_the_library_exists_where_it_can_be_built():
+    """Otherwise all other tests of the kernels would be skipped unnoticed."""
     real_nvcc()
     if os.environ.get("SMD2_BUILD_CUDA") == "0":
         pytest.skip("SMD2_BUILD_CUDA is 0")
@@ -233,7 +233,7 @@ def test_the_library_is_there_where_it_can_be_built():
 
 
 @needs_cuda_torch
-def test_the_doctor_tells_why_there_are_no_cuda_kernels(clean, monkeypatch):
+def test_the_doctor_says_why_there_are_no_cuda_kernels(clean, monkeypatch):
     monkeypatch.setattr(_extension, "WHY_NO_CUDA", "they were not compiled")
     finding = doctor.check_cuda_kernels()
     assert finding.status == "note"
@@ -241,5 +241,5 @@ def test_the_doctor_tells_why_there_are_no_cuda_kernels(clean, monkeypatch):
 
     monkeypatch.setenv("CUDA_HOME", str(make_toolkit(clean / "toolkit", torch.version.cuda)))
     finding = doctor.check_cuda_kernels()
-    assert f"there is CUDA {torch.version.cuda} in {clean / 'toolkit'}" in finding.text
+    assert f"CUDA {torch.version.cuda} is installed in {clean / 'toolkit'}" in finding.text
     assert finding.fix.startswith("SMD2_BUILD_CUDA=1 ")

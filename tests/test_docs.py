@@ -1,0 +1,118 @@
+"""What the documentation names exists: files, modules, links, supported versions of Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "spatial_mamba_d2"
+PAGES = ["README.md", "CONTRIBUTING.md", "datasets/README.md"] + sorted(
+    path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")
+)
+
+FOLDERS = rf"\.ci|configs|docs|ops|{PACKAGE}|tests|tools"
+PATHS = re.compile(
+    rf"(?<![\w./-])(?:(?:{FOLDERS})/[\w./*<>-]*|datasets/[\w*<>-]+\.(?:md|py)|dev\.py|setup\.py)"
+)
+MODULES = re.compile(rf"(?<![\w./-]){PACKAGE}(?:\.\w+)+")
+LINKS = re.compile(r"\]\(([^)\s]+)\)")
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "README.md").is_file(), reason="not a checkout: README.md is missing"
+)
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder has this name, in which ``<name>`` stands for anything."""
+    pattern = re.sub(r"<\w+>", "*", path.rstrip("./"))
+    return any(ROOT.glob(pattern))
+
+
+def is_defined(name: str, module: Path) -> bool:
+    """Whether a module defines or imports a name at its top level."""
+    if not module.is_file():
+        return False
+    pattern = rf"^(?:(?:def|class) )?{name}\b|^from .* import .*\b{name}\b|^    {name},$"
+    return bool(re.search(pattern, module.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def is_module(name: str) -> bool:
+    """Whether this is a subpackage, a module, or a name in one."""
+    path = name.replace(".", "/")
+    path = re.sub(rf"^{PACKAGE}/(ops|configs)(?=/|$)", r"\1", path)  # as setup.py maps them
+    parent, _, attribute = path.rpartition("/")
+    return (
+        (ROOT / path).is_dir()
+        or (ROOT / f"{path}.py").is_file()
+        or is_defined(attribute, ROOT / f"{parent}.py")
+        or is_defined(attribute, ROOT / parent / "__init__.py")
+    )
+
+
+def missing(page: str, text: str) -> Iterator[str]:
+    """The files, modules and links that the text of a page names, but that do not exist."""
+    yield from (path for path in PATHS.findall(text) if not exists(path))
+    yield from (name for name in MODULES.findall(text) if not is_module(name))
+    for target in LINKS.findall(text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            yield target
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_exists(page):
+    assert list(missing(page, (ROOT / page).read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("run `tools/no_such_tool.py --help`", "tools/no_such_tool.py"),
+        ("as in `ops/common/simd.h`.", "ops/common/simd.h"),
+        ("every `ops/<name>/no_such_file.py`", "ops/<name>/no_such_file.py"),
+        ("call `spatial_mamba_d2.allocator.run()`", "spatial_mamba_d2.allocator.run"),
+        ("`python -m spatial_mamba_d2.no_such_module`", "spatial_mamba_d2.no_such_module"),
+        ("`spatial_mamba_d2.system.allocator.glibc`", "spatial_mamba_d2.system.allocator.glibc"),
+        ("[page](docs/no_such_page.md)", "docs/no_such_page.md"),
+        ("[section](datasets/README.md#no-such-section)", "datasets/README.md#no-such-section"),
+    ],
+)
+def test_a_wrong_name_is_found(text, name):
+    assert set(missing("README.md", text)) == {name}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`ops/<name>/op.py`, `configs/*.yaml`, `.ci/run`, `docs/`, `datasets/prepare_shapes.py`",
+        "`spatial_mamba_d2.system.allocator.keep_freed_memory()`, `spatial_mamba_d2.ops`",
+        "`spatial_mamba_d2.models.build_backbone`, `datasets/coco`, `my/tools/x`, `torch.ops/x`",
+        "[page](docs/cuda.md), [section](datasets/README.md#coco-2017), [site](https://pytorch.org)",
+    ],
+)
+def test_a_right_name_is_not(text):
+    assert list(missing("README.md", text)) == []
+
+
+def test_supported_pythons_are_those_of_pyproject():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (oldest, excluded), *_ = re.findall(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"$', text, re.M)
+    oldest, newest = int(oldest), int(excluded) - 1
+    classifiers = re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', text)
+    assert [int(minor) for minor in classifiers] == list(range(oldest, newest + 1))
+    for file in ("README.md", "CONTRIBUTING.md", "dev.py"):
+        ranges = re.findall(r"Python (3\.\d+) to (3\.\d+)", (ROOT / file).read_text("utf-8"))
+        assert set(ranges) == {(f"3.{oldest}", f"3.{newest}")}, file
