@@ -32,9 +32,7 @@ ONLY = {
     "detectron2": {"detection", "tests"},
     "lightning": {"training", "segmentation", "classification", "tests"},
 }
-# The package itself, which installs the old names of moved modules, and its version.
-ROOT_MODULE = "__init__"
-LEVEL[ROOT_MODULE] = 0
+LEVEL["__init__"] = 1  # of the package itself: it installs the old names of moved modules
 
 SOURCES = [
     Path(name)

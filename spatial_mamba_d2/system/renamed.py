@@ -16,8 +16,8 @@ from types import ModuleType
 PACKAGE = "spatial_mamba_d2"
 REMOVED_IN = "0.2"
 
-#: old name -> new name, without the package
-NEW_NAMES = {
+#: old name -> new name, without the package; several where a module was divided
+NEW_NAMES: dict[str, str | tuple[str, ...]] = {
     "allocator": "system.allocator",
     "analysis": "profiling.model_size",
     "atomic": "system.atomic",
@@ -34,22 +34,28 @@ NEW_NAMES = {
     "models.flops": "profiling.flops",
     "models.inference": "models.optimized",
     "models.reading": "models.checkpoints.reading",
-    "models.weights": "models.checkpoints.loading",
+    "models.weights": tuple(f"models.checkpoints.{n}" for n in ("loading", "names", "reading")),
     "optimization": "models.param_groups",
     "segmentation.pictures": "segmentation.visualize",
     "segmentation.run": "segmentation.train",
-    "training.launch": "training.fit",
+    "training.launch": ("training.fit", "system.cli"),
 }
 
 
-def _new_name(old_name: str) -> str:
-    return f"{PACKAGE}.{NEW_NAMES[old_name.removeprefix(PACKAGE + '.')]}"
+def _new_names(old_name: str) -> list[str]:
+    new = NEW_NAMES[old_name.removeprefix(PACKAGE + ".")]
+    return [f"{PACKAGE}.{name}" for name in ((new,) if isinstance(new, str) else new)]
+
+
+def _new_modules(old_name: str) -> list[ModuleType]:
+    return [importlib.import_module(name) for name in _new_names(old_name)]
 
 
 def _warn(old_name: str) -> None:
     """Warn at the line that called the caller, not counting frames of the import system."""
+    new = " and ".join(_new_names(old_name))
     warnings.warn(
-        f"{old_name} is now {_new_name(old_name)}; the old name will be removed in {REMOVED_IN}",
+        f"{old_name} is now {new}; the old name will be removed in {REMOVED_IN}",
         DeprecationWarning,
         stacklevel=3,
     )
@@ -59,7 +65,9 @@ class _RenamedModule(ModuleType):
     """Stands for a module under its old name; its attributes are those of the new module."""
 
     def __getattr__(self, name: str) -> object:
-        value = getattr(importlib.import_module(_new_name(self.__name__)), name)
+        modules = _new_modules(self.__name__)
+        home = next((module for module in modules if hasattr(module, name)), modules[0])
+        value = getattr(home, name)
         # Here too, because only the first import of a module in a process reaches the finder; but
         # names such as __path__ are looked up by the import system, not by the user.
         if not name.startswith("__"):
@@ -67,7 +75,7 @@ class _RenamedModule(ModuleType):
         return value
 
     def __dir__(self) -> list[str]:
-        return dir(importlib.import_module(_new_name(self.__name__)))
+        return sorted({name for module in _new_modules(self.__name__) for name in dir(module)})
 
 
 class RenamedModuleFinder:
@@ -85,7 +93,7 @@ class RenamedModuleFinder:
 
     def exec_module(self, module: ModuleType) -> None:
         _warn(module.__name__)
-        importlib.import_module(_new_name(module.__name__))
+        _new_modules(module.__name__)
 
 
 def install() -> None:
