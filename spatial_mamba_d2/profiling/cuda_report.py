@@ -89,7 +89,7 @@ def launch_table(problem: Problem) -> str:
     return markdown_table(["operator", "launch", "read MB", "written MB", *_BOUNDS], rows)
 
 
-def main(output: Path) -> int:
+def report(output: Path) -> int:
     """Print the tables and save them and all figures as ``output``/cuda_report.{md,json}.
 
     Returns:

@@ -26,7 +26,7 @@ def test_every_operator_has_its_launches():
 
 
 def test_the_report_is_written(tmp_path, capsys):
-    assert cuda_report.main(tmp_path) == 0
+    assert cuda_report.report(tmp_path) == 0
     printed = capsys.readouterr().out
     assert (tmp_path / "cuda_report.md").read_text() == printed
     figures = json.loads((tmp_path / "cuda_report.json").read_text())
@@ -38,5 +38,5 @@ def test_the_report_is_written(tmp_path, capsys):
 
 def test_a_missing_cuobjdump_is_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cuda_report, "find_cuobjdump", lambda: None)
-    assert cuda_report.main(tmp_path) == 0
+    assert cuda_report.report(tmp_path) == 0
     assert "No resources: " in capsys.readouterr().out
