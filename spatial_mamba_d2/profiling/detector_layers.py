@@ -1,4 +1,4 @@
-"""A detector's layers with the work of an image, which depends on no image's content."""
+"""All layers of a detector with a fixed amount of work, whatever the images show."""
 
 from __future__ import annotations
 
