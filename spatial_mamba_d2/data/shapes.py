@@ -10,7 +10,7 @@
 
 An object's mask is its visible part. A semantic label is 1 for background, 2.. for the classes in
 the order of `CLASSES`, and 0, to be ignored, where too little of an object is visible for an
-instance annotation. Every other visible part of an object is labelled in both.
+instance annotation. Every other visible part of an object is in both annotations.
 
 Image `index` of a split follows from the seed alone, however many images are requested. Pixels
 come from integer or exactly rounded arithmetic, so that they are the same on every machine.

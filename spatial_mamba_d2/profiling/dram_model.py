@@ -22,8 +22,13 @@ from spatial_mamba_d2.models.variants import VARIANTS
 from spatial_mamba_d2.profiling.kernel_constants import kernel_constants
 
 NUM_TAPS = 25
+# From NVIDIA's data sheets of the A100 with 40 GB and of the H100 SXM.
 BANDWIDTH_TB_S = {"A100": 1.555, "H100": 3.35}
 NUM_MULTIPROCESSORS = {"A100": 108, "H100": 132}
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 class Operand(NamedTuple):
@@ -81,7 +86,7 @@ class Problem(NamedTuple):
 
     @property
     def num_channel_blocks(self) -> int:
-        return ceil_div(self.dim, 32)
+        return _ceil_div(self.dim, 32)
 
     def activation(self, name: str) -> Operand:
         """A map in the dtype of the inputs."""
@@ -108,10 +113,6 @@ class Problem(NamedTuple):
         return self.accumulator("taps", NUM_TAPS, self.dim)
 
 
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 class Tiles(NamedTuple):
     """How ``ops/state_fusion/cuda.h`` cuts a map."""
 
@@ -126,13 +127,13 @@ def cut(p: Problem) -> Tiles:
     constants = kernel_constants()
     scalar = "double" if p.accumulator_bytes == 8 else "float"
     rows = constants[f"{scalar}.kRows"]
-    num_tiles = ceil_div(p.width, constants[f"{scalar}.kWidth"])
+    num_tiles = _ceil_div(p.width, constants[f"{scalar}.kWidth"])
     columns = p.num_images * num_tiles * p.num_channel_blocks
-    wanted_bands = ceil_div(p.num_multiprocessors * 3, columns)
-    band_height = max(ceil_div(p.height, wanted_bands), 2 * rows)
-    band_height = ceil_div(band_height, rows) * rows
+    wanted_bands = _ceil_div(p.num_multiprocessors * 3, columns)
+    band_height = max(_ceil_div(p.height, wanted_bands), 2 * rows)
+    band_height = _ceil_div(band_height, rows) * rows
     return Tiles(
-        ceil_div(p.width, num_tiles), num_tiles, band_height, ceil_div(p.height, band_height)
+        _ceil_div(p.width, num_tiles), num_tiles, band_height, _ceil_div(p.height, band_height)
     )
 
 
@@ -147,7 +148,7 @@ def sequence_segments(p: Problem) -> Segments:
     """Rows and segments of a sequence that is not an image."""
     length, longest = p.height * p.width, kernel_constants()["kMaxSegment"]
     width = min(length, 16 * longest)
-    return Segments(p.num_images * ceil_div(length, width), ceil_div(width, longest))
+    return Segments(p.num_images * _ceil_div(length, width), _ceil_div(width, longest))
 
 
 def image_segments(p: Problem) -> Segments:
@@ -351,6 +352,6 @@ def stage_problems(height: int = 800, width: int = 1280, variant: str = "tiny") 
     """The SSM core's problem in each stage of a backbone, for one image of that size."""
     stem_dim = VARIANTS[variant]["embed_dim"]
     return [
-        Problem(1, ceil_div(height, 2**i), ceil_div(width, 2**i), 2 * stem_dim * 2**stage)
+        Problem(1, _ceil_div(height, 2**i), _ceil_div(width, 2**i), 2 * stem_dim * 2**stage)
         for stage, i in enumerate(range(2, 6))
     ]
