@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the generated sample data of classification, datasets/shape_classes unless told otherwise.
+"""Write the generated sample data for classification, by default to datasets/shape_classes.
 
 python datasets/prepare_shape_classes.py
 python datasets/prepare_shape_classes.py --root /data/shape_classes --num-train 1000
@@ -20,8 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     default = Path(__file__).resolve().parent / "shape_classes"
     parser.add_argument("--root", type=Path, default=default)
-    parser.add_argument("--num-train", type=int, default=100, metavar="N", help="of each class")
-    parser.add_argument("--num-val", type=int, default=20, metavar="N", help="of each class")
+    parser.add_argument(
+        "--num-train", type=int, default=100, metavar="N", help="images of each class"
+    )
+    parser.add_argument("--num-val", type=int, default=20, metavar="N", help="images of each class")
     parser.add_argument("--image-px", type=int, default=72, metavar="PX")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the generated sample data, datasets/shapes unless told otherwise.
+"""Write the generated sample data, by default to datasets/shapes.
 
 python datasets/prepare_shapes.py
 python datasets/prepare_shapes.py --root /data/shapes --num-train 5000 --image-px 256 384

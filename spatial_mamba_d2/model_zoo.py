@@ -1,20 +1,22 @@
-"""The models that the authors published: scores, sizes, recipes; and the models themselves.
+"""The models that the authors published: scores, sizes and recipes, and the models themselves.
 
 >>> from spatial_mamba_d2 import model_zoo
 >>> model_zoo.list_models("detection")
 >>> model = model_zoo.get("mask_rcnn_spatial_mamba_t", weights="downloads/mask_rcnn_tiny.pth")
 
-Nothing is ever downloaded: the authors' README links their files, which lie on Google Drive.
+Nothing is ever downloaded: the authors' README links their files on Google Drive.
 ``python -m spatial_mamba_d2.model_zoo`` prints the tables of our README.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from spatial_mamba_d2.system.tables import markdown_table
 
 SOURCE = "https://github.com/EdwardChasel/Spatial-Mamba"
 LICENSE = "Apache-2.0"
@@ -28,10 +30,10 @@ class Task:
     """What the models of one task have in common.
 
     Attributes:
-        title: of its table.
+        title: heading of its table.
         protocol: how the scores were measured.
-        metrics: their names, in the order of :attr:`Entry.scores`.
-        input_shape: ``[B, 3, H, W]`` of the published FLOPs.
+        metrics: names of the scores, in the order of :attr:`Entry.scores`.
+        input_shape: ``[B, 3, H, W]`` for which FLOPs were published.
     """
 
     title: str
@@ -69,15 +71,15 @@ class Entry:
     """A published model.
 
     Attributes:
-        name: also of its recipe, ``configs/<name>.yaml``.
+        name: its recipe is ``configs/<name>.yaml``.
         task: a key of :data:`TASKS`.
         variant: ``"tiny"``, ``"small"`` or ``"base"``.
-        scores: published, see :attr:`Task.metrics`.
-        parameters: exact number, with UPerNet's auxiliary head.
+        scores: published values of :attr:`Task.metrics`.
+        parameters: exact number, including UPerNet's auxiliary head.
         published_parameters_m: millions, as the authors round them.
         published_gflops: by the authors' formula, at :attr:`Task.input_shape`.
-        file_name: of the authors' checkpoint, where it is known for certain.
-        sha256: of that file, where it is known.
+        file_name: name of the authors' checkpoint, if known for certain.
+        sha256: SHA-256 of that file, if known.
     """
 
     name: str
@@ -95,7 +97,7 @@ class Entry:
     @property
     def config_file(self) -> Path:
         """The recipe."""
-        # In a checkout the recipes lie beside the package, in an installation inside of it.
+        # The recipes are next to the package in a checkout, and inside it in an installation.
         installed = _PACKAGE / "configs"
         folder = installed if installed.is_dir() else _PACKAGE.parent / "configs"
         return folder / f"{self.name}.yaml"
@@ -132,7 +134,7 @@ def list_models(task: str | None = None) -> list[str]:
 
 
 def get_entry(name: str) -> Entry:
-    """What is known of a published model.
+    """What is known about a published model.
 
     Raises:
         ValueError: no such model.
@@ -153,9 +155,9 @@ def get_config(name: str, overrides: Sequence[str] = ()) -> Any:
         ValueError: no such model, or a wrong override.
     """
     entry = get_entry(name)
-    # Only now, for detection needs Detectron2.
-    room = importlib.import_module(f"spatial_mamba_d2.{entry.task}.config")
-    return room.load_config(entry.config_file, overrides)
+    # Imported here because detection needs Detectron2.
+    subpackage = importlib.import_module(f"spatial_mamba_d2.{entry.task}.config")
+    return subpackage.load_config(entry.config_file, overrides)
 
 
 def build(name: str) -> Any:
@@ -163,15 +165,15 @@ def build(name: str) -> Any:
 
     Raises:
         ValueError: no such model.
-        ImportError: Detectron2, which detectors need, is not installed.
+        ImportError: the model is a detector, and Detectron2 is not installed.
     """
     from spatial_mamba_d2 import models
 
     entry = get_entry(name)
     if entry.task == "detection":
-        from spatial_mamba_d2.profiling.detector_layers import build_detector
+        from spatial_mamba_d2.detection.model import build_model
 
-        return build_detector(get_config(name, ["MODEL.DEVICE", "cpu"])).eval()
+        return build_model(get_config(name, ["MODEL.DEVICE", "cpu"])).eval()
     builders = {"classification": models.build_classifier, "segmentation": models.build_upernet}
     return builders[entry.task](entry.variant).eval()
 
@@ -183,12 +185,12 @@ def get(name: str, weights: str | Path, sha256: str | None = None) -> Any:
         name: see :func:`list_models`.
         weights: the checkpoint, the authors' file or one of ours; or a folder that holds it as
             ``<name>.safetensors``, ``.pth``, ``.pt`` or ``.ckpt``.
-        sha256: that the file must have; by default what the zoo knows, if it does.
+        sha256: expected SHA-256 of the file; by default the one that the zoo knows, if any.
 
     Raises:
-        FileNotFoundError: no such file, with word of where to get it.
-        ImportError: Detectron2, which detectors need, is not installed.
-        ValueError: no such model, or the file does not hold it whole.
+        FileNotFoundError: no such file; the message says where to get it.
+        ImportError: the model is a detector, and Detectron2 is not installed.
+        ValueError: no such model, or the file does not hold all of its weights.
     """
     from spatial_mamba_d2.models import load_weights, read_checkpoint
 
@@ -211,32 +213,30 @@ def _find(entry: Entry, weights: Path) -> Path:
             return path
     raise FileNotFoundError(
         f"weights: no such file: {' or '.join(map(str, candidates))}; the README of {entry.source} "
-        f"links the authors' checkpoints, and nothing is downloaded for you"
+        f"links the authors' checkpoints; download it yourself, nothing is downloaded for you"
     )
 
 
 def markdown_tables() -> str:
     """The tables of the README: what was published, and by which recipe."""
-    return "\n\n".join("\n".join(_table(task)) for task in TASKS)
+    return "\n\n".join(_markdown_table(task) for task in TASKS)
 
 
-def _table(task: str) -> Iterator[str]:
-    about = TASKS[task]
-    height, width = about.input_shape[2:]
-    yield f"**{about.title}** ({about.protocol})"
-    yield ""
-    header = ("model", *about.metrics, "parameters", f"FLOPs at {height} x {width}", "recipe")
-    yield _row(header)
-    yield _row("---" for _ in header)
-    for name in list_models(task):
-        entry = ENTRIES[name]
-        recipe = f"[{name}.yaml](configs/{name}.yaml)"
-        sizes = f"{entry.published_parameters_m} M", f"{entry.published_gflops:g} G"
-        yield _row((f"`{name}`", *map(str, entry.scores), *sizes, recipe))
-
-
-def _row(cells: Iterator[str] | Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _markdown_table(task_name: str) -> str:
+    task = TASKS[task_name]
+    height, width = task.input_shape[2:]
+    rows = [
+        (
+            f"`{entry.name}`",
+            *map(str, entry.scores),
+            f"{entry.published_parameters_m} M",
+            f"{entry.published_gflops:g} G",
+            f"[{entry.name}.yaml](configs/{entry.name}.yaml)",
+        )
+        for entry in map(get_entry, list_models(task_name))
+    ]
+    header = ("model", *task.metrics, "parameters", f"FLOPs at {height} x {width}", "recipe")
+    return f"**{task.title}** ({task.protocol})\n\n{markdown_table(header, rows)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The published models: what is said of them, and that they can be had."""
+"""The published models: their figures are consistent, and they can be built and loaded."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_hashes_are_verified(folder):
         model_zoo.get("spatial_mamba_t", path, "0" * 64)
 
 
-def test_what_is_not_there_or_does_not_fit_is_told(folder, tmp_path):
+def test_a_missing_or_unfitting_checkpoint_is_an_error(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"spatial_mamba_s.safetensors or .*README of http"):
         model_zoo.get("spatial_mamba_s", folder)
     with pytest.raises(WeightsError, match="does not fit SpatialMambaClassifier"):

@@ -4,14 +4,14 @@
     python tools/analyze_model.py                              # all of them
     python tools/analyze_model.py upernet_spatial_mamba_t --json upernet.json
 
-Without Detectron2 the detectors cannot be built; name the others then.
+Detectors need Detectron2; without it, name the other models.
 """
 
 import argparse
 from pathlib import Path
 
 from spatial_mamba_d2.model_zoo import list_models
-from spatial_mamba_d2.profiling.model_size import analyze, markdown_report, write_json
+from spatial_mamba_d2.profiling.model_report import report
 
 
 def main() -> None:
@@ -22,13 +22,10 @@ def main() -> None:
     parser.add_argument(
         "--input-px", nargs=2, type=int, metavar=("H", "W"), help="default: as published"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     args = parser.parse_args()
     size = tuple(args.input_px) if args.input_px else None
-    analyses = [analyze(name, size) for name in args.names or list_models()]
-    if args.json:
-        write_json(analyses, args.json)
-    print(markdown_report(analyses))
+    report(args.names or list_models(), size, args.json)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from spatial_mamba_d2.profiling.cuda_report import main
+from spatial_mamba_d2.profiling.cuda_report import report
 
-if __name__ == "__main__":
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("output/cuda_report"))
-    sys.exit(main(parser.parse_args().output))
+    return report(parser.parse_args().output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

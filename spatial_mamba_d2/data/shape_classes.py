@@ -1,14 +1,14 @@
-"""Generated sample data for classification: one object a picture, in class folders.
+"""Generated sample data for classification: one object per image, in class folders.
 
 ::
 
     root/
       train/circle/000000.jpg ...   train/cross/...
       val/circle/000000.jpg ...     val/cross/...
-      generator.json                by what it was made
+      generator.json                the parameters that it was generated with
 
-The objects are cut out of the pictures of :mod:`.shapes`, with some of what is around them, and
-brought to one size. Picture ``n`` of a class follows from the seed alone.
+The objects are cut out of the images of :mod:`.shapes`, with a margin around them, and resized to
+one size. Image ``n`` of a class follows from the seed alone.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import cv2
 import numpy as np
 
 from spatial_mamba_d2.data.images import write_image
+from spatial_mamba_d2.data.sample_tree import create_tree
 from spatial_mamba_d2.data.shapes import CLASSES, render_image
-from spatial_mamba_d2.system.atomic import new_folder
 
-# To be raised with every change of what is drawn or written: a tree of another version is refused.
+# Increase it with every change of what is drawn or written: trees of other versions are refused.
 GENERATOR_VERSION = 1
 
-SMALLEST_PX = 24  # of an object's larger side, where it is cut out
-MARGIN = 1.3  # side of the cut-out, of the object's larger side
+SMALLEST_PX = 24  # objects whose larger side is smaller are left out
+MARGIN = 1.3  # side of the cut-out, relative to the object's larger side
 PARAMETERS = "generator.json"
 
 
@@ -44,8 +44,8 @@ def generate_shape_classes(
     """Write the sample data to ``root``, unless they are there already, and return ``root``.
 
     Args:
-        root: the folder to make. It may exist if it is empty or holds the very same data.
-        num_train, num_val: pictures of each class, at least 1.
+        root: the folder to create. It may exist if it is empty or holds the very same data.
+        num_train, num_val: number of images of each class, at least 1.
         image_px: height and width, at least 8.
         seed: at least 0.
 
@@ -64,43 +64,32 @@ def generate_shape_classes(
     for name, bound in least.items():
         if parameters[name] < bound:
             raise ValueError(f"{name} must be at least {bound}, got {parameters[name]}")
-    if _is_free(root, parameters):
-        with new_folder(root) as tree:
-            for split, number in (("train", num_train), ("val", num_val)):
-                _write_split(tree / split, split, number, image_px, seed)
-            (tree / PARAMETERS).write_text(json.dumps(parameters), encoding="utf-8")
-        _is_free(root, parameters)  # another process may have been faster, and of another mind
+
+    def write(tree: Path) -> None:
+        _write_split(tree / "train", "train", num_train, image_px, seed)
+        _write_split(tree / "val", "val", num_val, image_px, seed)
+        (tree / PARAMETERS).write_text(json.dumps(parameters), encoding="utf-8")
+
+    def read_parameters(tree: Path) -> list[Any]:
+        return [json.loads((tree / PARAMETERS).read_text(encoding="utf-8"))]
+
+    create_tree(root, parameters, write=write, read_parameters=read_parameters)
     return root
 
 
-def _is_free(root: Path, parameters: dict[str, Any]) -> bool:
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return True
-    try:
-        found = json.loads((root / PARAMETERS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = "something else"
-    if found != parameters:
-        raise ValueError(
-            f"root must be absent, empty, or hold sample data made with {parameters}; {root} holds "
-            f"{found}. Delete it, or name another folder"
-        )
-    return False
-
-
-def _write_split(folder: Path, split: str, number: int, image_px: int, seed: int) -> None:
-    missing = {shape.name: number for shape in CLASSES}
+def _write_split(folder: Path, split: str, num_images: int, image_px: int, seed: int) -> None:
+    missing = {shape.name: num_images for shape in CLASSES}
     index = 0
     while any(missing.values()):
-        for name, picture in _cut_outs(split, index, image_px, seed):
+        for name, image in _cut_outs(split, index, image_px, seed):
             if missing[name]:
-                write_image(folder / name / f"{number - missing[name]:06d}.jpg", picture)
+                write_image(folder / name / f"{num_images - missing[name]:06d}.jpg", image)
                 missing[name] -= 1
         index += 1
 
 
 def _cut_outs(split: str, index: int, image_px: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(class, uint8[image_px, image_px, 3]) of each object in one picture that is large enough."""
+    """(class, uint8[image_px, image_px, 3]) of each object in one image that is large enough."""
     sample = render_image(split, index, seed=seed)
     height, width = sample.semantic.shape
     for instance in sample.instances:

@@ -1,4 +1,4 @@
-"""Generated sample data: pictures of coloured shapes with instance and semantic annotations.
+"""Generated sample data: images of coloured shapes with instance and semantic annotations.
 
 `generate_shapes` writes one tree for both tasks::
 
@@ -8,11 +8,11 @@
       instances_train.json  instances_val.json   COCO instances format
       objectInfo.txt                             the semantic classes, as ADE20K lists its own
 
-An object's mask is the part of it that is seen. A semantic label is 1 for background, 2.. for the
-classes in the order of `CLASSES`, and 0, to be ignored, where an object is too hidden for an
-instance annotation. Everything else that is seen of an object carries its label in both.
+An object's mask is its visible part. A semantic label is 1 for background, 2.. for the classes in
+the order of `CLASSES`, and 0, to be ignored, where too little of an object is visible for an
+instance annotation. Every other visible part of an object is in both annotations.
 
-Image `index` of a split follows from the seed alone, however many images are asked for. Pixels
+Image `index` of a split follows from the seed alone, however many images are requested. Pixels
 come from integer or exactly rounded arithmetic, so that they are the same on every machine.
 """
 
@@ -29,12 +29,12 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from spatial_mamba_d2.system.atomic import new_folder
+from spatial_mamba_d2.data.sample_tree import create_tree
 
-# To be raised with every change of what is drawn or written: a tree of another version is refused.
+# Increase it with every change of what is drawn or written: trees of other versions are refused.
 GENERATOR_VERSION = 1
 
-FOLDERS = {"train": "training", "val": "validation"}  # of each split, named as in ADE20K
+FOLDERS = {"train": "training", "val": "validation"}  # folder of each split, named as in ADE20K
 IGNORED, BACKGROUND = 0, 1
 
 MIN_VISIBLE_SHARE = 0.3
@@ -65,7 +65,7 @@ def _plus_sign(half_width: float) -> np.ndarray:
     return np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)])
 
 
-# The ids have gaps, as COCO's do, so that an id is never taken for an index.
+# The ids have gaps, as COCO's do, so that code which mistakes an id for an index fails.
 CLASSES = (
     ShapeClass(1, "circle", 0.00, _regular_polygon(1, repeats=48)),
     ShapeClass(2, "square", 0.34, _regular_polygon(1, repeats=4, start=math.pi / 4)),
@@ -73,7 +73,7 @@ CLASSES = (
     ShapeClass(5, "star", 0.14, _regular_polygon(1, 0.45, repeats=5)),
     ShapeClass(7, "cross", 0.82, _plus_sign(0.32)),
 )
-SEMANTIC_NAMES = ("background", *(shape.name for shape in CLASSES))  # of the labels 1, 2, ...
+SEMANTIC_NAMES = ("background", *(shape.name for shape in CLASSES))  # names of labels 1, 2, ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture, uint8 RGB [H, W, 3], with its labels, uint8 [H, W], and its instances."""
+    """One image, uint8 RGB [H, W, 3], with its labels, uint8 [H, W], and its instances."""
 
     image: np.ndarray
     semantic: np.ndarray
@@ -95,7 +95,7 @@ class Sample:
 
 
 class _Layer(NamedTuple):
-    """What is painted in one go: one outline, or those of a crowd, float [N, 2] of (x, y)."""
+    """What is painted at once: one outline, or those of a crowd, float [N, 2] of (x, y)."""
 
     class_index: int
     outlines: list[np.ndarray]
@@ -112,23 +112,22 @@ def generate_shapes(
 ) -> Path:
     """Write the sample data to `root`, unless they are there already, and return `root`.
 
-    The tree appears under its name only when it is complete, so an interrupted call leaves none
-    that could be taken for one; it may leave a hidden folder `.NAME-*` beside it.
+    The tree appears under its name only when it is complete; see :mod:`.sample_tree`.
 
     Args:
-        root: the folder to make. It may exist if it is empty or holds the very same data.
-        num_train, num_val: images in each split, at least 1.
+        root: the folder to create. It may exist if it is empty or holds the very same data.
+        num_train, num_val: number of images in each split, at least 1.
         image_px: the smallest and the largest image side; height and width vary independently.
         seed: at least 0.
 
     Raises:
-        ValueError: for an argument out of range, or if `root` holds anything else.
+        ValueError: an argument is out of range, or `root` holds anything else.
     """
     root = Path(root)
-    numbers = {"train": num_train, "val": num_val}
-    for split, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"num_{split} must be at least 1, got {number}")
+    num_images = {"train": num_train, "val": num_val}
+    for split, count in num_images.items():
+        if count < 1:
+            raise ValueError(f"num_{split} must be at least 1, got {count}")
     _check_drawing_arguments(image_px, seed)
     parameters = {
         "version": GENERATOR_VERSION,
@@ -137,10 +136,12 @@ def generate_shapes(
         "image_px": list(image_px),
         "seed": seed,
     }
-    if _is_free(root, parameters):
-        with new_folder(root) as tree:
-            _write_tree(tree, numbers, parameters)
-        _is_free(root, parameters)  # another process may have been faster, and of another mind
+    create_tree(
+        root,
+        parameters,
+        write=lambda tree: _write_tree(tree, num_images, parameters),
+        read_parameters=_read_parameters,
+    )
     return root
 
 
@@ -150,7 +151,7 @@ def render_image(
     """Draw image `index` (from 0) of a split, "train" or "val", in memory.
 
     Raises:
-        ValueError: for an argument out of range; see `generate_shapes` for the others.
+        ValueError: an argument is out of range; see `generate_shapes` for the others.
     """
     if split not in FOLDERS:
         raise ValueError(f"split must be one of {list(FOLDERS)}, got {split!r}")
@@ -162,21 +163,21 @@ def render_image(
 
     image = _background(rng, height, width)
     layers = _random_layers(rng, height, width)
-    seen = np.zeros((height, width), np.uint8)  # the number of the uppermost layer, from 1
-    whole_px = []
+    seen = np.zeros((height, width), np.uint8)  # number of the topmost layer, from 1
+    complete_px = []  # area of each layer, hidden parts included
     for number, layer in enumerate(layers, 1):
         coverage = _coverage(layer.outlines, height, width)
         image += coverage[..., None] * (_surface(rng, layer, height, width) - image)
         inside = coverage >= 0.5
         seen[inside] = number
-        whole_px.append(np.count_nonzero(inside))
+        complete_px.append(np.count_nonzero(inside))
     image += rng.integers(-5, 6, image.shape)  # sensor noise
 
     semantic = np.full((height, width), BACKGROUND, np.uint8)
     instances = []
     for number, layer in enumerate(layers, 1):
         mask = seen == number
-        needed_px = max(MIN_VISIBLE_PX, MIN_VISIBLE_SHARE * whole_px[number - 1])
+        needed_px = max(MIN_VISIBLE_PX, MIN_VISIBLE_SHARE * complete_px[number - 1])
         if np.count_nonzero(mask) < needed_px:
             semantic[mask] = IGNORED
         else:
@@ -201,7 +202,7 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[int]]:
     polygons = []
     for contour, (_, _, _, parent) in zip(contours, hierarchy[0], strict=True):
         points = contour[:, 0]
-        if parent >= 0:  # the contour is that of a hole
+        if parent >= 0:  # the contour of a hole
             cut = (int(points[:, 0].min()) + int(points[:, 0].max())) // 4 + 1
             is_left = np.arange(mask.shape[1]) < cut
             return mask_to_polygons(mask & is_left) + mask_to_polygons(mask & ~is_left)
@@ -229,31 +230,20 @@ def _check_drawing_arguments(image_px: tuple[int, int], seed: int) -> None:
         raise ValueError(f"seed must be at least 0, got {seed}")
 
 
-def _is_free(root: Path, parameters: dict[str, Any]) -> bool:
-    """Whether the tree is still to be made: False if it is there. Raises ValueError for others."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return True
-    try:
-        contents = (json.loads(_json_file(root, s).read_text(encoding="utf-8")) for s in FOLDERS)
-        found = [content["info"]["parameters"] for content in contents]
-    except (OSError, ValueError, KeyError, TypeError):
-        found = ["something else"]
-    if any(other != parameters for other in found):
-        raise ValueError(
-            f"root must be absent, empty, or hold sample data made with {parameters}; {root} holds "
-            f"{found[0]}. Delete it, or name another folder"
-        )
-    return False
+def _read_parameters(root: Path) -> list[Any]:
+    """What the annotation file of each split says that the tree was made with."""
+    contents = [json.loads(_json_file(root, s).read_text(encoding="utf-8")) for s in FOLDERS]
+    return [content["info"]["parameters"] for content in contents]
 
 
 def _json_file(root: Path, split: str) -> Path:
     return root / f"instances_{split}.json"
 
 
-def _write_tree(root: Path, numbers: dict[str, int], parameters: dict[str, Any]) -> None:
-    seen_px = np.zeros(len(SEMANTIC_NAMES) + 1, np.int64)  # of each label, over all images
+def _write_tree(root: Path, num_images: dict[str, int], parameters: dict[str, Any]) -> None:
+    seen_px = np.zeros(len(SEMANTIC_NAMES) + 1, np.int64)  # area of each label, over all images
     seen_in = {}  # split -> for each label, the number of images that show it
-    for split, number in numbers.items():
+    for split, count in num_images.items():
         seen_in[split] = np.zeros_like(seen_px)
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -261,7 +251,7 @@ def _write_tree(root: Path, numbers: dict[str, int], parameters: dict[str, Any])
         label_folder = root / "annotations" / FOLDERS[split]
         image_folder.mkdir(parents=True)
         label_folder.mkdir(parents=True)
-        for index in range(number):
+        for index in range(count):
             sample = render_image(
                 split, index, image_px=parameters["image_px"], seed=parameters["seed"]
             )
@@ -318,13 +308,13 @@ def _write_tree(root: Path, numbers: dict[str, int], parameters: dict[str, Any])
 
 
 def _write_image(path: Path, pixels: np.ndarray) -> None:
-    # cv2.imwrite does not take every path on Windows, and reports no reason when it fails.
+    # cv2.imwrite does not accept every path on Windows, and gives no reason when it fails.
     _, encoded = cv2.imencode(path.suffix, pixels)
     path.write_bytes(encoded.tobytes())
 
 
 def _annotation(instance: Instance) -> dict[str, Any]:
-    """The COCO annotation of an instance, but for its ids."""
+    """The COCO annotation of an instance, except for its ids."""
     mask = instance.mask
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     left, top = int(columns[0]), int(rows[0])
@@ -360,7 +350,7 @@ def _random_layers(rng: np.random.Generator, height: int, width: int) -> list[_L
 def _crowd_outlines(
     rng: np.random.Generator, class_index: int, height: int, width: int
 ) -> Iterator[np.ndarray]:
-    """Tiny shapes on a loose grid, so that they stand close but stay apart."""
+    """Tiny shapes on a jittered grid, close together but without overlap."""
     rows, columns = rng.integers(3, 6, size=2).tolist()
     radius = min(height, width) * rng.uniform(0.02, 0.03)
     pitch = 2.4 * radius
@@ -376,7 +366,7 @@ def _crowd_outlines(
 def _outline(
     rng: np.random.Generator, class_index: int, center: np.ndarray, radius: float
 ) -> np.ndarray:
-    """A squeezed, turned and moved outline of a class, in pixels."""
+    """The outline of a class, squeezed, rotated and moved, in pixels."""
     x, y = CLASSES[class_index].outline.T
     y = y * rng.uniform(0.8, 1)
     angle = rng.uniform(0, 2 * math.pi)

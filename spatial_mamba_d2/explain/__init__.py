@@ -1,1 +1,1 @@
-"""Pictures of what a backbone looks at: effective receptive fields, and states in a block."""
+"""Figures of what a backbone looks at: effective receptive fields, and states in a block."""

@@ -1,4 +1,4 @@
-"""Classifiers by name, ours and timm's, whose stages can be looked at; and images to show them."""
+"""Classifiers by name, ours and timm's, with the maps of their stages; and images for them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from spatial_mamba_d2.models import SpatialMambaClassifier, load_weights
 
 logger = logging.getLogger(__name__)
 
-FINEST_STRIDE = 4  # a convolutional stem may give finer maps, which are no stages
+FINEST_STRIDE = 4  # finer maps, of a convolutional stem, are not stages
 
 
 def build_model(name: str, weights: Path | None = None, size_px: int = 224) -> Any:
-    """The classifier ``name`` in eval mode, with random weights (which is logged) without a file.
+    """The classifier ``name`` in eval mode; without a file its weights are random, with a warning.
 
     Args:
         name: ``spatial_mamba_tiny``, ``_small``, ``_base``, or another one of timm's.
-        weights: a checkpoint of the whole classifier. Loading is strict, and runs no code from it.
-        size_px: side of the images, which some models of timm have to know.
+        weights: a checkpoint of the complete classifier. Loading is strict, and runs no code from
+            it.
+        size_px: side of the images, which some models of timm need to know.
 
     Raises:
-        ValueError: no such model, or none with stages, or the weights do not fit one of ours.
+        ValueError: no such model, or it has no stages, or the weights do not fit one of ours.
         RuntimeError: the weights do not fit one of timm's.
         FileNotFoundError: no such file.
     """
@@ -47,9 +48,9 @@ def build_model(name: str, weights: Path | None = None, size_px: int = 224) -> A
     options: dict[str, Any] = {"img_size": size_px} if needs_size else {}
     model = timm.create_model(name, **options)
     if not hasattr(model, "forward_intermediates"):
-        raise ValueError(f"model must have forward_intermediates (timm), {name!r} has not")
+        raise ValueError(f"model must have forward_intermediates (timm), {name!r} does not")
     if weights is None:
-        logger.warning("%s has RANDOM weights: its pictures show the architecture only", name)
+        logger.warning("%s has RANDOM weights: its figures show the architecture only", name)
     elif isinstance(model, SpatialMambaClassifier):
         logger.info("%s", load_weights(model, weights))
     else:
@@ -72,8 +73,8 @@ def normalize(model: nn.Module, image: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def read_square_images(paths: Iterable[Path], number: int, size_px: int) -> list[np.ndarray]:
-    """The first ``number`` images among ``paths``, or without any, generated sample pictures.
+def read_square_images(paths: Iterable[Path], num_images: int, size_px: int) -> list[np.ndarray]:
+    """The first ``num_images`` images among ``paths``; without paths, generated sample images.
 
     They are resized to a square, bicubic with antialiasing, as RepLKNet's script does.
 
@@ -81,17 +82,17 @@ def read_square_images(paths: Iterable[Path], number: int, size_px: int) -> list
         RGB, ``uint8[size_px, size_px, 3]`` each.
 
     Raises:
-        FileNotFoundError: a path does not exist, or there is no image.
-        ValueError: an image is broken, or ``number`` or ``size_px`` is out of range.
+        FileNotFoundError: a path does not exist, or no image was found.
+        ValueError: an image is broken, or ``num_images`` or ``size_px`` is out of range.
     """
-    if number < 1:
-        raise ValueError(f"number must be at least 1, got {number}")
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}")
     if size_px < 32:
         raise ValueError(f"size_px must be at least 32, got {size_px}")
     if paths := list(paths):
-        images = [read_image(path) for path in find_images(paths)[:number]]
+        images = [read_image(path) for path in find_images(paths)[:num_images]]
     else:
-        logger.warning("no images are given: generated sample pictures are used")
-        images = [render_image("val", i).image for i in range(number)]
+        logger.warning("no images are given: using generated sample images")
+        images = [render_image("val", i).image for i in range(num_images)]
     size = (size_px, size_px)
     return [np.array(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC)) for i in images]

@@ -2,9 +2,9 @@
 
 The protocol is that of RepLKNet's script (arXiv 2203.06717), which VMamba's figures follow too. The
 score of a pixel is the gradient of the sum over channels of ``ReLU(map)`` at the central position
-with respect to the normalised image, its negative part dropped, summed over colours and averaged
-over images. Both rectifications are theirs; the inner one also keeps the sum from being constant
-where a map ends in a layer norm.
+with respect to the normalised image; its negative part is dropped, and it is summed over colours
+and averaged over images. Both rectifications are theirs. Without the inner one the sum would be
+constant where a map ends in a layer norm.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from spatial_mamba_d2.explain.backbones import (
     read_square_images,
     stage_maps,
 )
+from spatial_mamba_d2.system.tables import console_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHARES = (0.2, 0.3, 0.5, 0.99)
-DARKEST = 1e-4  # of the largest score, in pictures
+DARKEST = 1e-4  # smallest visible score in figures, relative to the largest
 PANEL_INCH, DPI = 3, 100
 
 
@@ -51,22 +52,22 @@ def receptive_fields(
         scores, ``float64[S, H, W]`` for S maps.
 
     Raises:
-        ValueError: there is no image, sizes differ, or a gradient is not finite.
+        ValueError: no image is given, sizes differ, or a gradient is not finite.
     """
     total: np.ndarray | None = None
-    number = 0
+    num_images = 0
     for image in images:
         scores = np.stack([_score(gradient) for gradient in _central_gradients(maps, image)])
         if not np.isfinite(scores).all():
-            raise ValueError(f"images must give finite gradients, image {number} does not")
+            raise ValueError(f"images must give finite gradients, image {num_images} does not")
         if total is not None and scores.shape != total.shape:
             sizes = [list(found.shape[1:]) for found in (total, scores)]
             raise ValueError(f"images must have one size, got {sizes[0]} and {sizes[1]}")
         total = scores if total is None else total + scores
-        number += 1
+        num_images += 1
     if total is None:
         raise ValueError("images must be at least one, got none")
-    return total / number
+    return total / num_images
 
 
 def _central_gradients(maps: Callable[[Tensor], Sequence[Tensor]], image: Tensor) -> list[Tensor]:
@@ -91,8 +92,8 @@ def smallest_square(scores: np.ndarray, share: float) -> tuple[int, float]:
         scores: not negative, ``float[H, W]``.
 
     Returns:
-        its side in pixels, an odd number, and the share of the image's area that it covers. It is
-        cut where it leaves the image.
+        its side in pixels, an odd number, and the share of the image's area that it covers. Parts
+        outside of the image do not count as area.
 
     Raises:
         ValueError: ``share`` is not in [0, 1), or the scores are all zero.
@@ -116,8 +117,8 @@ def smallest_square(scores: np.ndarray, share: float) -> tuple[int, float]:
 def field_sizes(scores: np.ndarray) -> dict[str, dict[str, Any]]:
     """:func:`smallest_square` for each of ``SHARES``, in two readings of ``scores[H, W]``.
 
-    ``log``: of ``log10(1 + score)``, as in RepLKNet's tables, which depends on the scale of the
-    gradients; ``linear``: of the scores themselves, which does not.
+    ``log`` takes ``log10(1 + score)``, as RepLKNet's tables do, which depends on the scale of the
+    gradients; ``linear`` takes the scores themselves, which does not.
     """
     readings = {"log": np.log10(1 + scores), "linear": scores}
     sizes: dict[str, dict[str, Any]] = {name: {} for name in readings}
@@ -129,17 +130,21 @@ def field_sizes(scores: np.ndarray) -> dict[str, dict[str, Any]]:
 
 
 def size_table(sizes: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """``{model: [field_sizes of each stage]}`` -> a table for people."""
-    width = max(map(len, sizes))
-    head = "".join(f"{f't = {share:.0%}':>15}" for share in SHARES)
-    lines = ["side of the smallest central square with t of all contributions, its share of area"]
+    """``{model: [field_sizes of each stage]}`` -> a table for a console."""
+    header = ["model", "stage", *(f"t = {share:.0%}" for share in SHARES)]
+    blocks = ["side of the smallest central square with t of all contributions, its share of area"]
     for reading, meaning in (("log", "log10(1 + score), as RepLKNet"), ("linear", "score")):
-        lines.append(f"\n{meaning}\n{'model':{width}}  stage{head}")
-        for model, stages in sizes.items():
-            for number, stage in enumerate(stages, start=1):
-                cells = (f"{s['side_px']} px {s['area']:.1%}" for s in stage[reading].values())
-                lines.append(f"{model:{width}}  {number:5}" + "".join(f"{c:>15}" for c in cells))
-    return "\n".join(lines)
+        rows = [
+            [
+                model,
+                str(i),
+                *(f"{s['side_px']} px {s['area']:.1%}" for s in stage[reading].values()),
+            ]
+            for model, stages in sizes.items()
+            for i, stage in enumerate(stages, start=1)
+        ]
+        blocks.append(f"{meaning}\n{console_table(header, rows)}")
+    return "\n\n".join(blocks)
 
 
 def draw_fields(fields: Mapping[str, np.ndarray]) -> Figure:
@@ -174,7 +179,7 @@ def plot_receptive_fields(
     inputs: Sequence[Path],
     output: Path,
     *,
-    number: int,
+    num_images: int,
     size_px: int,
     seed: int,
     device: str,
@@ -183,9 +188,9 @@ def plot_receptive_fields(
 
     Args:
         models: see :func:`~.backbones.build_model`.
-        weights: one for each model, ``None`` for random ones; may be empty for random ones in all.
-        inputs, number, size_px: see :func:`~.backbones.read_square_images`.
-        seed: of random weights.
+        weights: one for each model, ``None`` for random ones; if empty, all are random.
+        inputs, num_images, size_px: see :func:`~.backbones.read_square_images`.
+        seed: seed of random weights.
 
     Raises:
         FileNotFoundError, ValueError: models, weights or images are unusable.
@@ -197,7 +202,7 @@ def plot_receptive_fields(
         )
     if len(set(models)) != len(models):
         raise ValueError(f"models must be different ones, got {', '.join(models)}")
-    images = read_square_images(inputs, number, size_px)
+    images = read_square_images(inputs, num_images, size_px)
     fields: dict[str, Any] = {}
     titles: dict[str, str] = {}
     for name, file in zip(models, weights, strict=True):

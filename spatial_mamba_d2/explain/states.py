@@ -1,7 +1,7 @@
 """States inside a block before and after fusion, as in the figures of Spatial-Mamba's paper.
 
-They are those of the model's own computation: what its operator was called with is recorded, and
-the two steps that the operator makes in one pass are made one after the other.
+They belong to the model's own computation: the arguments of its operator are recorded, and the two
+steps that the operator takes in one pass are repeated one after the other.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class States:
     """What happens in the state space model of one block.
 
     Attributes:
-        step: sizes of the steps, ``Tensor[B, H, W, D]``.
-        before: states h as the scan leaves them, ``Tensor[B, H, W, D]``.
-        after: states h' as the fusion leaves them, ``Tensor[B, H, W, D]``.
-        output: of the operator, ``C h' + D u``, ``Tensor[B, H, W, D]``.
-        observed: ``C h' + D u`` from :attr:`after`, which is to equal it.
+        step: step sizes, softplus of delta, ``Tensor[B, H, W, D]``.
+        before: states h after the scan, before the fusion, ``Tensor[B, H, W, D]``.
+        after: states h' after the fusion, ``Tensor[B, H, W, D]``.
+        output: the operator's result, ``C h' + D u``, ``Tensor[B, H, W, D]``.
+        observed: the same from :attr:`after`, which must equal it up to rounding.
     """
 
     step: Tensor
@@ -74,7 +74,7 @@ def record_states(model: SpatialMamba, image: Tensor, stage: int, block: int) ->
         image: normalised, ``Tensor[B, 3, H, W]``.
 
     Raises:
-        ValueError: there is no such stage or block.
+        ValueError: no such stage or block.
     """
     depths = [len(s.blocks) for s in model.stages]  # type: ignore[arg-type]
     if not 1 <= stage <= len(depths):
@@ -100,15 +100,15 @@ def record_states(model: SpatialMamba, image: Tensor, stage: int, block: int) ->
     )
 
 
-def draw_states(states: States, picture: np.ndarray, channels: Sequence[int], title: str) -> Figure:
-    """First row: picture and means over all channels; then a row for each of ``channels``.
+def draw_states(states: States, image: np.ndarray, channels: Sequence[int], title: str) -> Figure:
+    """First row: the image and means over all channels; then a row for each of ``channels``.
 
     Args:
-        states: of one image.
-        picture: RGB, ``uint8[H, W, 3]``.
+        states: states of one image.
+        image: RGB, ``uint8[H, W, 3]``.
 
     Raises:
-        ValueError: there is no such channel.
+        ValueError: no such channel.
     """
     from matplotlib.figure import Figure
 
@@ -127,7 +127,7 @@ def draw_states(states: States, picture: np.ndarray, channels: Sequence[int], ti
     panels = figure.subplots(1 + len(channels), 4, squeeze=False)
     for panel in panels.flat:
         panel.set_axis_off()
-    panels[0, 0].imshow(picture)
+    panels[0, 0].imshow(image)
     panels[0, 0].set_title("image", fontsize="medium")
     for column, (name, values) in enumerate(maps.items(), start=1):
         panels[0, column].imshow(values.abs().mean(-1).cpu(), cmap="viridis")
@@ -147,17 +147,17 @@ def plot_states(
     stage: int,
     block: int,
     channels: Sequence[int],
-    number: int,
+    num_images: int,
     size_px: int,
     seed: int,
 ) -> list[Path]:
     """Write ``states_{i}.png`` for each image to ``output``, and return their paths.
 
     Args:
-        model, weights: see :func:`~.backbones.build_model`; one of ours.
-        inputs, number, size_px: see :func:`~.backbones.read_square_images`.
+        model, weights: see :func:`~.backbones.build_model`; the model must be one of ours.
+        inputs, num_images, size_px: see :func:`~.backbones.read_square_images`.
         stage, block, channels: what to draw, see :func:`record_states` and :func:`draw_states`.
-        seed: of random weights.
+        seed: seed of random weights.
 
     Raises:
         FileNotFoundError, ValueError: model, weights, images or the choice are unusable.
@@ -169,11 +169,11 @@ def plot_states(
     output.mkdir(parents=True, exist_ok=True)
     source = weights.name if weights else "RANDOM WEIGHTS"
     written = []
-    for i, picture in enumerate(read_square_images(inputs, number, size_px)):
-        states = record_states(network, normalize(network, picture)[None], stage, block)
+    for i, image in enumerate(read_square_images(inputs, num_images, size_px)):
+        states = record_states(network, normalize(network, image)[None], stage, block)
         title = f"{model}, {source}, stage {stage}, block {block}"
         path = output / f"states_{i}.png"
-        draw_states(states, picture, channels, title).savefig(path)
+        draw_states(states, image, channels, title).savefig(path)
         written.append(path)
-    logger.info("%d pictures in %s", len(written), output)
+    logger.info("%d figures in %s", len(written), output)
     return written

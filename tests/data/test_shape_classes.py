@@ -18,15 +18,15 @@ def hashes(root):
     }
 
 
-def test_every_class_has_its_pictures(tmp_path):
+def test_every_class_has_its_images(tmp_path):
     root = generate_shape_classes(tmp_path / "a", num_train=3, num_val=2, image_px=24)
     found = hashes(root)
     names = [shape.name for shape in CLASSES]
     assert sorted(found) == sorted(
         f"{split}/{name}/{n:06d}.jpg"
-        for split, number in (("train", 3), ("val", 2))
+        for split, num_images in (("train", 3), ("val", 2))
         for name in names
-        for n in range(number)
+        for n in range(num_images)
     )
     assert len(set(found.values())) == len(found)
     assert all(cv2.imread(str(root / name)).shape == (24, 24, 3) for name in found)

@@ -48,7 +48,7 @@ def file_hashes(tree):
 
 
 def test_pixels_and_annotations_are_these_on_every_machine():
-    # Where a change is meant, raise GENERATOR_VERSION with it.
+    # If a change is intended, increase GENERATOR_VERSION with it.
     digest = hashlib.sha256()
     for index in range(20):
         sample = render_image("train", index)
@@ -211,11 +211,12 @@ def test_files_hold_the_rendered_images(tree):
 
 
 def test_both_splits_load_without_a_problem(tree):
-    for split, folder, number in (("train", "training", NUM_TRAIN), ("val", "validation", NUM_VAL)):
+    splits = (("train", "training", NUM_TRAIN), ("val", "validation", NUM_VAL))
+    for split, folder, num_images in splits:
         dataset = load_coco(
             tree / f"instances_{split}.json", tree / "images" / folder, check_decode=True
         )
-        assert len(dataset.records) == number and not dataset.faults
+        assert len(dataset.records) == num_images and not dataset.faults
         assert dataset.categories == [(shape.category_id, shape.name) for shape in CLASSES]
 
 
@@ -304,7 +305,7 @@ def test_an_interrupted_call_leaves_nothing_and_can_be_repeated(tmp_path, monkey
 
 
 def test_the_tree_appears_only_when_complete(tmp_path, monkeypatch):
-    # What a killed process leaves behind is what stands there before the last step.
+    # A killed process leaves behind what is there before the last step.
     root = tmp_path / "shapes"
     rename = os.replace
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from functools import partial
 
 import cv2
@@ -19,6 +21,7 @@ from spatial_mamba_d2.explain.receptive_field import (
     field_sizes,
     plot_receptive_fields,
     receptive_fields,
+    size_table,
     smallest_square,
 )
 from spatial_mamba_d2.models import build_classifier
@@ -31,7 +34,7 @@ def images():
 
 
 def positive_convolutions(depth):
-    """Of which every map position is the sum of all that a 3x3 kernel ``depth`` times reaches."""
+    """Each position of the map sums all that ``depth`` kernels of 3x3 reach."""
     layers = [nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(depth)]
     for layer in layers:
         nn.init.ones_(layer.weight)
@@ -110,7 +113,7 @@ def test_panels(tmp_path):
 
 @pytest.mark.slow
 def test_models_side_by_side(tmp_path):
-    """Ours from the authors' file and one of timm's, on the same pictures; the same again."""
+    """Ours from the authors' file and one of timm's, on the same images, and once more."""
     torch.manual_seed(0)
     state = {to_official(k): v for k, v in build_classifier("tiny").state_dict().items()}
     torch.save({"model": state}, tmp_path / "official.pth")
@@ -118,7 +121,7 @@ def test_models_side_by_side(tmp_path):
     for run in ("one", "two"):
         plot_receptive_fields(
             names, [tmp_path / "official.pth", None, None], [], tmp_path / run,
-            number=2, size_px=64, seed=3, device="cpu",
+            num_images=2, size_px=64, seed=3, device="cpu",
         )  # fmt: skip
     one, two = (np.load(tmp_path / run / "erf.npz") for run in ("one", "two"))
     for name in names:
@@ -130,8 +133,8 @@ def test_models_side_by_side(tmp_path):
     assert cv2.imread(str(tmp_path / "one/erf.png")).shape == (900, 1200, 3)
 
 
-def test_what_cannot_be_shown_is_told(tmp_path):
-    options = {"number": 1, "size_px": 64, "seed": 0, "device": "cpu"}
+def test_what_cannot_be_shown_is_an_error(tmp_path):
+    options = {"num_images": 1, "size_px": 64, "seed": 0, "device": "cpu"}
     with pytest.raises(ValueError, match="model must be spatial_mamba_tiny, .*got 'resnet5'"):
         plot_receptive_fields(["resnet5"], [], [], tmp_path, **options)
     with pytest.raises(ValueError, match="weights must be one for each of 1 models, got 2"):
@@ -140,17 +143,45 @@ def test_what_cannot_be_shown_is_told(tmp_path):
         plot_receptive_fields(
             ["spatial_mamba_tiny"], [], [tmp_path / "absent.jpg"], tmp_path, **options
         )
-    for name, value in (("number", 0), ("size_px", 8)):
+    for name, value in (("num_images", 0), ("size_px", 8)):
         with pytest.raises(ValueError, match=f"{name} must be at least"):
             plot_receptive_fields(
                 ["spatial_mamba_tiny"], [], [], tmp_path, **{**options, name: value}
             )
 
 
-def test_models_are_shown_what_they_were_trained_on(caplog):
+def test_images_are_normalised_as_in_training(caplog):
     with caplog.at_level("WARNING"):
         model = build_model("spatial_mamba_tiny")
     assert "RANDOM weights" in caplog.text and not model.training
     grey = np.full((4, 4, 3), 128, np.uint8)
     expected = (128 / 255 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(normalize(model, grey)[:, 0, 0], expected, rtol=1e-5)
+
+
+def test_the_size_table():
+    sizes = [field_sizes(np.pad([[1.0]], 4)), field_sizes(np.ones((9, 9)))]
+    blocks = size_table({"a": sizes, "a longer name": sizes[:1]}).split("\n\n")
+    assert [block.splitlines()[0] for block in blocks[1:]] == [
+        "log10(1 + score), as RepLKNet",
+        "score",
+    ]
+    assert blocks[2].splitlines()[1:] == [
+        "model          stage     t = 20%     t = 30%     t = 50%      t = 99%",
+        "a                  1   1 px 1.2%   1 px 1.2%   1 px 1.2%    1 px 1.2%",
+        "a                  2  5 px 30.9%  5 px 30.9%  7 px 60.5%  9 px 100.0%",
+        "a longer name      1   1 px 1.2%   1 px 1.2%   1 px 1.2%    1 px 1.2%",
+    ]
+
+
+@pytest.mark.parametrize("tool", ["plot_erf", "plot_states"])
+def test_the_tools(tool, root, tmp_path):
+    command = [sys.executable, f"tools/{tool}.py", "--number", "1", "--size-px", "64"]
+    done = subprocess.run(
+        [*command, "--output", tmp_path], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "spatial_mamba_tiny has RANDOM weights" in done.stderr
+    written = {path.name for path in tmp_path.iterdir()}
+    expected = {"plot_erf": {"erf.png", "erf.json", "erf.npz"}, "plot_states": {"states_0.png"}}
+    assert written == expected[tool]

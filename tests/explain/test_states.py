@@ -52,7 +52,7 @@ def test_it_is_the_block_that_was_asked_for(model):
     torch.testing.assert_close(gated, seen["gated"], rtol=1e-4, atol=1e-5)
 
 
-def test_a_choice_that_is_not_there_is_told(model):
+def test_a_missing_stage_or_block_is_an_error(model):
     image = torch.randn(1, 3, 32, 32)
     with pytest.raises(ValueError, match="stage must be 1..4, got 5"):
         record_states(model, image, 5, 1)
@@ -60,13 +60,13 @@ def test_a_choice_that_is_not_there_is_told(model):
         record_states(model, image, 2, 0)
 
 
-def test_pictures(tmp_path):
-    options = {"stage": 2, "block": 1, "number": 2, "size_px": 64, "seed": 0}
+def test_figures(tmp_path):
+    options = {"stage": 2, "block": 1, "num_images": 2, "size_px": 64, "seed": 0}
     paths = plot_states("spatial_mamba_tiny", None, [], tmp_path, channels=(0, 5), **options)
     assert [path.name for path in paths] == ["states_0.png", "states_1.png"]
-    pictures = [cv2.imread(str(path)) for path in paths]
-    assert all(picture.shape == (900, 1200, 3) for picture in pictures)
-    assert not np.array_equal(*pictures)
+    figures = [cv2.imread(str(path)) for path in paths]
+    assert all(figure.shape == (900, 1200, 3) for figure in figures)
+    assert not np.array_equal(*figures)
     with pytest.raises(ValueError, match=r"channels must be in 0..255, got 256"):
         plot_states("spatial_mamba_tiny", None, [], tmp_path, channels=(256,), **options)
     with pytest.raises(ValueError, match="model must be one of spatial_mamba_.*, got 'resnet10t'"):

@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
 from spatial_mamba_d2.models import build_backbone
-from spatial_mamba_d2.profiling import benchmark
+from spatial_mamba_d2.profiling import benchmark, candidates, gemm_peak
+from spatial_mamba_d2.profiling.benchmark_report import plot, report, to_markdown
 from spatial_mamba_d2.profiling.flops import official_flops
 
 NARROW = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
@@ -19,13 +19,13 @@ NARROW = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
 @pytest.fixture
 def small(monkeypatch):
     """A small peer and small sizes, so that a run takes seconds."""
-    monkeypatch.setattr(benchmark, "PEERS", {"timm convnext": "convnext_atto"})
-    monkeypatch.setattr(benchmark, "GEMM", 64)
-    monkeypatch.setattr(benchmark, "build_backbone", lambda name: build_backbone(name, **NARROW))
+    monkeypatch.setattr(candidates, "PEERS", {"timm convnext": "convnext_atto"})
+    monkeypatch.setattr(gemm_peak, "GEMM_SIDE", 64)
+    for module in (benchmark, candidates):
+        monkeypatch.setattr(module, "build_backbone", lambda name: build_backbone(name, **NARROW))
 
 
-def read(folder):
-    (path,) = folder.glob("*.json")
+def read(path):
     assert path.with_suffix(".png").stat().st_size > 1000
     return json.loads(path.read_text()), path.with_suffix(".md").read_text()
 
@@ -37,8 +37,9 @@ def test_small_run(task, device, tmp_path, small):
         pytest.skip("no GPU")
     if task == "detector":
         pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-    benchmark.main(task, 64, 96, 1, 2, None, tmp_path, device)
-    result, table = read(tmp_path)
+    report(task, 64, 96, rounds=2, output=tmp_path, device=device)
+    (path,) = tmp_path.glob("*.json")
+    result, table = read(path)
     assert any(name.startswith("ours") for name in result["seconds"])
     assert len(result["seconds"]) >= 2
     for name, seconds in result["seconds"].items():
@@ -47,7 +48,32 @@ def test_small_run(task, device, tmp_path, small):
         assert f"\n| {name} | {seconds:.4f} | " in table
 
 
-def test_backbones_are_held_against_matrix_products(small):
+def test_a_run_for_each_number_of_threads(tmp_path, small):
+    before = torch.get_num_threads()
+    report("op", 16, 16, rounds=1, threads=[1, 2], output=tmp_path)
+    torch.set_num_threads(before)
+    for threads in (1, 2):
+        result, _ = read(tmp_path / f"benchmark_op_1x16x16_{threads}threads.json")
+        assert result["machine"]["threads"] == threads
+
+
+def test_memory_is_what_a_call_adds():
+    if benchmark.reset_peak_memory_mb() is None:
+        pytest.skip("the peak cannot be reset here: that takes Linux and a writable /proc")
+    calls = []
+
+    def allocate(name, megabytes):
+        calls.append(name)
+        torch.ones(megabytes * 1_000_000, dtype=torch.uint8)
+
+    measured = benchmark._measure(
+        {"a": partial(allocate, "a", 50), "b": partial(allocate, "b", 150)}, 3, "cpu"
+    )
+    assert calls == ["a", "b"] * 6  # twice to warm up, once for the memory, three times for time
+    assert 45 < measured["memory_mb"]["a"] < 100 < 145 < measured["memory_mb"]["b"] < 200
+
+
+def test_backbones_are_measured_against_matrix_products(small):
     result = benchmark.run_benchmark("backbone", 64, 64, rounds=1)
     seconds, peak = result["seconds"], result["peak_gflops"]
     assert {"ours, optimised", "ours, optimised, bfloat16", "timm convnext"} <= seconds.keys()
@@ -62,8 +88,8 @@ def test_growth_over_pixels(small, tmp_path):
     result = benchmark.run_benchmark("growth", 64, 64, rounds=1, growth_px=(32, 64))
     assert list(result["seconds"]["ours, optimised"]) == [32**2, 64**2]
     assert result["exponent"].keys() == result["seconds"].keys()
-    assert "| 32^2: s | 64^2: s | exponent |" in benchmark.to_markdown(result)
-    benchmark.plot(result, tmp_path / "growth.png")
+    assert "| 32^2: s | 64^2: s | exponent |" in to_markdown(result)
+    plot(result, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 1000
 
 
@@ -71,20 +97,9 @@ def test_exponent_of_a_power_law():
     assert benchmark._exponent({n: 3 * n**1.5 for n in (4, 16, 64)}) == pytest.approx(1.5)
 
 
-def test_saved_bytes_count_each_storage_once_and_no_weights():
-    layer = nn.Linear(8, 8)
-    x = torch.randn(100, 8)
-
-    def function():
-        y = layer(x)  # saves x, and the weight
-        return (y * y[:50].repeat(2, 1)).exp()  # saves y, the repeated half and the result
-
-    assert benchmark.saved_bytes(layer, function) == 4 * x.nbytes
-
-
 @pytest.mark.usefixtures("narrow")
 def test_compiled_backbones_are_timed(small, monkeypatch):
-    """By a backend that traces and compiles nothing, which would take minutes."""
+    """By a backend that traces but compiles nothing, because compiling takes minutes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     result = benchmark.run_benchmark("backbone", 64, 64, rounds=1, compile=True)
     assert {"ours, torch.compile", "timm convnext, torch.compile"} <= result["seconds"].keys()
@@ -92,12 +107,12 @@ def test_compiled_backbones_are_timed(small, monkeypatch):
 
 def test_disagreement_is_an_error():
     with pytest.raises(RuntimeError, match=r"b differs from a by .* of the largest value"):
-        benchmark._check({"a": torch.ones(3), "b": torch.tensor([1.0, 1.0, 1.1])})
+        candidates.check_agreement({"a": torch.ones(3), "b": torch.tensor([1.0, 1.0, 1.1])})
     with pytest.raises(RuntimeError):
-        benchmark._check({"a": torch.ones(1), "b": torch.tensor([float("nan")])})
+        candidates.check_agreement({"a": torch.ones(1), "b": torch.tensor([float("nan")])})
 
 
-def test_a_missing_gpu_is_told(monkeypatch):
+def test_a_missing_gpu_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device must be one of cpu here, got 'cuda'"):
         benchmark.run_benchmark("op", 64, 64, device="cuda")

@@ -1,0 +1,130 @@
+"""A benchmark's result as a table, a plot and files; :mod:`.benchmark` measures it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from spatial_mamba_d2.profiling.benchmark import run_benchmark
+from spatial_mamba_d2.profiling.candidates import is_float32
+from spatial_mamba_d2.system.tables import markdown_table
+
+logger = logging.getLogger(__name__)
+
+
+def report(
+    task: str,
+    height: int,
+    width: int,
+    *,
+    output: Path,
+    threads: Iterable[int | None] = (None,),
+    batch: int = 1,
+    rounds: int = 7,
+    device: str = "cpu",
+    compile: bool = False,
+    keep_memory: bool = False,
+) -> None:
+    """Run once for each of ``threads``, print a table, and save it with all figures.
+
+    They are in ``output``/benchmark_*.{md,json,png}. See :func:`.run_benchmark` for the others.
+    """
+    for num_threads in threads:
+        result = run_benchmark(
+            task, height, width, batch, rounds, num_threads, device, compile,
+            keep_memory=keep_memory,
+        )  # fmt: skip
+        table = to_markdown(result)
+        print(table)
+        output.mkdir(parents=True, exist_ok=True)
+        size = f"_{batch}" if task == "growth" else f"_{batch}x{height}x{width}"
+        on_device = "" if device == "cpu" else f"_{device}"
+        on_threads = f"_{num_threads}threads" if num_threads else ""
+        stem = str(output / f"benchmark_{task}{size}{on_device}{on_threads}")
+        Path(stem + ".json").write_text(json.dumps(result, indent=2))
+        Path(stem + ".md").write_text(table + "\n")
+        try:
+            plot(result, Path(stem + ".png"))
+        except ImportError:
+            logger.info("no plot, because matplotlib is not installed")
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """A table of the result, with ratios to the fastest of ours in float32."""
+    machine = result["machine"]
+    title = (
+        f"{result['task']}; on {machine['device']}; {machine['processor']}, "
+        f"{machine['threads']} threads, {machine['capability']}, PyTorch {machine['torch']}"
+    )
+    table = _growth_table(result) if "exponent" in result else _table(result)
+    return f"{title}\n\n{table}"
+
+
+def _table(result: dict[str, Any]) -> str:
+    best = min(
+        seconds
+        for name, seconds in result["seconds"].items()
+        if name.startswith("ours") and is_float32(name)
+    )
+    fraction = result.get("peak_fraction", {})
+    rows = [
+        [
+            name,
+            f"{seconds:.4f}",
+            "{:.4f} to {:.4f}".format(*result["spread"][name]),
+            f"{seconds / best:.2f}",
+            _cell(result["memory_mb"].get(name), ".0f"),
+            _cell(fraction.get(name), ".2f"),
+        ]
+        for name, seconds in result["seconds"].items()
+    ]
+    return markdown_table(
+        ["", "median s", "least to most", "relative", "MB", "of the GEMM peak"], rows
+    )
+
+
+def _growth_table(result: dict[str, Any]) -> str:
+    pixels = list(next(iter(result["seconds"].values())))
+    rows = [
+        [
+            name,
+            *(f"{s:.4f}" for s in seconds.values()),
+            f"{result['exponent'][name]:.2f}",
+            _cell(result["memory_mb"].get(name, {}).get(pixels[-1]), ".0f"),
+        ]
+        for name, seconds in result["seconds"].items()
+    ]
+    sides = [f"{math.isqrt(p)}^2: s" for p in pixels]
+    return markdown_table(["", *sides, "exponent", "MB at the largest"], rows)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of seconds with their spread, or lines of seconds over pixels; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    if "exponent" in result:
+        for name, row in result["seconds"].items():
+            label = f"{name} ({result['exponent'][name]:.2f})"
+            axes.loglog(list(row), list(row.values()), marker="o", label=label)
+        axes.set(xlabel="pixels", ylabel="seconds")
+        axes.legend(fontsize="small")
+    else:
+        names, seconds = zip(*result["seconds"].items(), strict=True)
+        limits = [result["spread"][name] for name in names]
+        errors = [[s - least for s, (least, _) in zip(seconds, limits, strict=True)],
+                  [most - s for s, (_, most) in zip(seconds, limits, strict=True)]]  # fmt: skip
+        axes.barh(names, seconds, xerr=errors)
+        axes.invert_yaxis()
+        axes.set(xlabel="seconds, median; whiskers: least and most")
+    axes.set_title(result["task"], fontsize="small")
+    figure.savefig(path, dpi=120)

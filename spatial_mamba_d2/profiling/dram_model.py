@@ -1,0 +1,357 @@
+"""DRAM traffic of the CUDA launches, ours and the authors', by a model.
+
+Each launch reads every byte that it needs from DRAM once and writes every byte once. Caches keep
+all that blocks of one launch share, and nothing from one launch to the next. The same rule holds
+for our launches and for the authors'. These bytes over a device's bandwidth bound the time from
+below. Nothing here was timed on a GPU.
+
+Each launch lists the tensors that it reads and writes by name and shape, in the notation of the
+kernels' argument structs (``ops/*/cuda.h``), and the bytes follow. For our kernels the tests
+compare them with the bytes that the kernels touch in the emulator. Tile sizes come from the
+kernels' sources, so this needs a checkout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from spatial_mamba_d2.models.variants import VARIANTS
+from spatial_mamba_d2.profiling.kernel_constants import kernel_constants
+
+NUM_TAPS = 25
+# From NVIDIA's data sheets of the A100 with 40 GB and of the H100 SXM.
+BANDWIDTH_TB_S = {"A100": 1.555, "H100": 3.35}
+NUM_MULTIPROCESSORS = {"A100": 108, "H100": 132}
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Operand(NamedTuple):
+    """A tensor in DRAM."""
+
+    name: str
+    shape: tuple[int, ...]
+    element_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.element_bytes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, and the tensors that it reads from and writes to DRAM."""
+
+    name: str
+    reads: Sequence[Operand]
+    writes: Sequence[Operand]
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(operand.num_bytes for operand in self.reads)
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(operand.num_bytes for operand in self.writes)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.read_bytes + self.written_bytes
+
+
+class Problem(NamedTuple):
+    """The size of one call: a map of tokens, and the bytes of an element of u, delta and y."""
+
+    num_images: int
+    height: int
+    width: int
+    dim: int
+    element_bytes: int = 4
+    num_multiprocessors: int = NUM_MULTIPROCESSORS["H100"]
+
+    @property
+    def num_values(self) -> int:
+        """Elements of u."""
+        return self.num_images * self.height * self.width * self.dim
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Bytes of an element of states, sums and small tensors."""
+        return max(self.element_bytes, 4)
+
+    @property
+    def num_channel_blocks(self) -> int:
+        return _ceil_div(self.dim, 32)
+
+    def activation(self, name: str) -> Operand:
+        """A map in the dtype of the inputs."""
+        shape = (self.num_images, self.height, self.width, self.dim)
+        return Operand(name, shape, self.element_bytes)
+
+    def accumulator(self, name: str, *shape: int) -> Operand:
+        """A tensor in the accumulation dtype."""
+        return Operand(name, shape, self.accumulator_bytes)
+
+    def accumulator_map(self, name: str) -> Operand:
+        """A map in the accumulation dtype."""
+        return self.accumulator(name, self.num_images, self.height, self.width, self.dim)
+
+    def per_token(self, name: str) -> Operand:
+        """A number per token, as B and C."""
+        return self.accumulator(name, self.num_images, self.height, self.width)
+
+    def per_channel(self, name: str) -> Operand:
+        """A number per channel, as A, D and the bias of delta."""
+        return self.accumulator(name, self.dim)
+
+    def taps(self) -> Operand:
+        return self.accumulator("taps", NUM_TAPS, self.dim)
+
+
+class Tiles(NamedTuple):
+    """How ``ops/state_fusion/cuda.h`` cuts a map."""
+
+    tile_width: int
+    num_tiles: int  # in a row of the map
+    band_height: int
+    num_bands: int
+
+
+def cut(p: Problem) -> Tiles:
+    """The ``cut`` of ``ops/state_fusion/cuda.h``."""
+    constants = kernel_constants()
+    scalar = "double" if p.accumulator_bytes == 8 else "float"
+    rows = constants[f"{scalar}.kRows"]
+    num_tiles = _ceil_div(p.width, constants[f"{scalar}.kWidth"])
+    columns = p.num_images * num_tiles * p.num_channel_blocks
+    wanted_bands = _ceil_div(p.num_multiprocessors * 3, columns)
+    band_height = max(_ceil_div(p.height, wanted_bands), 2 * rows)
+    band_height = _ceil_div(band_height, rows) * rows
+    return Tiles(
+        _ceil_div(p.width, num_tiles), num_tiles, band_height, _ceil_div(p.height, band_height)
+    )
+
+
+class Segments(NamedTuple):
+    """How ``ops/selective_scan/cuda.h`` cuts the sequences of all images."""
+
+    num_rows: int
+    per_row: int
+
+
+def sequence_segments(p: Problem) -> Segments:
+    """Rows and segments of a sequence that is not an image."""
+    length, longest = p.height * p.width, kernel_constants()["kMaxSegment"]
+    width = min(length, 16 * longest)
+    return Segments(p.num_images * _ceil_div(length, width), _ceil_div(width, longest))
+
+
+def image_segments(p: Problem) -> Segments:
+    """A row of the map is a row, and each tile begins a segment."""
+    return Segments(p.num_images * p.height, cut(p).num_tiles)
+
+
+def _scan_inputs(p: Problem) -> list[Operand]:
+    channels = [p.per_channel("A"), p.per_channel("delta_bias")]
+    return [p.activation("u"), p.activation("delta"), p.per_token("B"), *channels]
+
+
+def _segment_maps(p: Problem, s: Segments) -> Operand:
+    """For each segment, decay and state of the affine map of the row's segments before it."""
+    return p.accumulator("segment_maps", s.num_rows, s.per_row, p.dim, 2)
+
+
+def _row_maps(p: Problem, s: Segments) -> Operand:
+    """Decay and state of the affine map of each row."""
+    return p.accumulator("row_maps", s.num_rows, p.dim, 2)
+
+
+def _row_states(p: Problem, s: Segments) -> Operand:
+    """The state before each row."""
+    return p.accumulator("row_states", s.num_rows, p.dim)
+
+
+def _states_before(p: Problem, s: Segments) -> list[Operand]:
+    """What gives the state before any segment."""
+    return [_segment_maps(p, s), _row_states(p, s)]
+
+
+def _carries(p: Problem, s: Segments, reads: list[Operand]) -> list[Launch]:
+    """The two launches after which a recursion can start in every segment at once."""
+    row_maps = _row_maps(p, s)
+    return [
+        Launch("reduce", reads=reads, writes=[_segment_maps(p, s), row_maps]),
+        Launch("carry", reads=[row_maps], writes=[_row_states(p, s)]),
+    ]
+
+
+def scan_forward(p: Problem) -> list[Launch]:
+    """``selective_scan``."""
+    segments, inputs = sequence_segments(p), _scan_inputs(p)
+    return [
+        *_carries(p, segments, inputs),
+        Launch(
+            "apply",
+            reads=[*inputs, *_states_before(p, segments)],
+            writes=[p.accumulator_map("h")],
+        ),
+    ]
+
+
+def scan_backward(p: Problem) -> list[Launch]:
+    """``selective_scan_backward`` after the first two launches of :func:`scan_forward`."""
+    return _scan_adjoint(p, sequence_segments(p))
+
+
+def _scan_adjoint(p: Problem, s: Segments, *, observed: bool = False) -> list[Launch]:
+    """Gradients from that of the states; with ``observed`` also those of ``D u`` in y."""
+    grad_h = p.accumulator_map("grad_h")
+    recursion = [p.activation("delta"), grad_h, p.per_channel("A"), p.per_channel("delta_bias")]
+    reads = [*_scan_inputs(p), grad_h]
+    reads += [*_states_before(p, s), *_states_before(p, s)]  # of the recursion and of its adjoint
+    writes = [
+        p.activation("grad_u"),
+        p.activation("grad_delta"),
+        p.accumulator("grad_B", p.num_channel_blocks, p.num_images, p.height, p.width),
+        p.accumulator("grad_A", s.num_rows, p.dim),
+        p.accumulator("grad_delta_bias", s.num_rows, p.dim),
+    ]
+    if observed:
+        reads += [p.activation("grad_y"), p.per_channel("D")]
+        writes += [p.accumulator("grad_D", s.num_rows, p.dim)]
+    return [*_carries(p, s, recursion), Launch("apply_adjoint", reads=reads, writes=writes)]
+
+
+def fusion_forward(p: Problem) -> list[Launch]:
+    """``state_fusion``."""
+    return [
+        Launch("fuse_tiles", reads=[p.activation("h"), p.taps()], writes=[p.accumulator_map("out")])
+    ]
+
+
+def fusion_backward(p: Problem) -> list[Launch]:
+    """``state_fusion_backward``."""
+    grad_out = p.accumulator_map("grad_out")
+    return [
+        Launch("grad_input_tiles", reads=[grad_out, p.taps()], writes=[p.activation("grad_h")]),
+        Launch(
+            "fuse_tiles, gradient of the taps",
+            reads=[p.activation("h"), grad_out],
+            writes=[_grad_taps(p)],
+        ),
+    ]
+
+
+def _grad_taps(p: Problem) -> Operand:
+    """Partial sums, one for each block of threads."""
+    tiles = cut(p)
+    num_parts = p.num_images * tiles.num_tiles * tiles.num_bands
+    return p.accumulator("grad_taps", num_parts, NUM_TAPS, p.dim)
+
+
+def ssm_forward(p: Problem) -> list[Launch]:
+    """``structure_aware_ssm``, the SSM core from u, delta, B, C to y, in training as well."""
+    segments, inputs = image_segments(p), _scan_inputs(p)
+    observation = [p.per_token("C"), p.per_channel("D"), p.taps()]
+    return [
+        *_carries(p, segments, inputs),
+        Launch(
+            "fuse_tiles, of a scan",
+            reads=[*inputs, *_states_before(p, segments), *observation],
+            writes=[p.activation("y")],
+        ),
+    ]
+
+
+def ssm_backward(p: Problem) -> list[Launch]:
+    """``structure_aware_ssm_backward``, which computes the states again."""
+    segments, inputs = image_segments(p), _scan_inputs(p)
+    observation = [p.activation("grad_y"), p.per_token("C"), p.taps()]
+    grad_C = p.accumulator("grad_C", p.num_channel_blocks, p.num_images, p.height, p.width)
+    return [
+        *_carries(p, segments, inputs),
+        Launch(
+            "fuse_tiles, gradients of taps and C",
+            reads=[*inputs, *_states_before(p, segments), *observation],
+            writes=[grad_C, _grad_taps(p)],
+        ),
+        Launch("grad_input_tiles", reads=observation, writes=[p.accumulator_map("grad_h")]),
+        *_scan_adjoint(p, segments, observed=True),
+    ]
+
+
+def halo_bytes(p: Problem) -> int:
+    """What the last launch of :func:`ssm_forward` reads more than once if no cache has it.
+
+    That is the halos of u and delta, and u again where ``D u`` is added.
+    """
+    tiles, radius = cut(p), kernel_constants()["kRadius"]
+    columns = sum(
+        min((i + 1) * tiles.tile_width + radius, p.width) - max(i * tiles.tile_width - radius, 0)
+        for i in range(tiles.num_tiles)
+    )
+    rows = sum(
+        min((i + 1) * tiles.band_height + radius, p.height) - max(i * tiles.band_height - radius, 0)
+        for i in range(tiles.num_bands)
+    )
+    num_with_halos = p.num_images * columns * rows * p.dim
+    return (2 * (num_with_halos - p.num_values) + p.num_values) * p.element_bytes
+
+
+def authors_forward(p: Problem) -> list[Launch]:
+    """The authors' launches for the same in eval mode, in float32, the only dtype they have.
+
+    ``StructureAwareSSM.forward_core`` and ``StateFusion.forward`` of their repository; tensors are
+    [B, D, H, W]. Not counted, in their favour: what the scan saves for a backward pass, the halos
+    of the convolution, and the copies to and from channels-first that surround this part.
+    """
+    p = p._replace(element_bytes=4)
+    kernel = p.accumulator("fusion kernel", 11, 11, p.dim)
+    h, fused = p.activation("h"), p.activation("fused h")
+    observed, skip = p.activation("C h"), p.activation("D u")
+    return [
+        Launch("selective_scan_fwd: u, delta, A, B, bias -> h", reads=_scan_inputs(p), writes=[h]),
+        Launch("DepthwiseFunction: 11 x 11, 121 taps", reads=[h, kernel], writes=[fused]),
+        Launch("h * C", reads=[fused, p.per_token("C")], writes=[observed]),
+        Launch("u * D", reads=[p.activation("u"), p.per_channel("D")], writes=[skip]),
+        Launch("sum of both", reads=[observed, skip], writes=[p.activation("y")]),
+    ]
+
+
+def authors_training_forward(p: Problem) -> list[Launch]:
+    """The same in training mode: three padded and dilated convolutions and their weighted sum."""
+    p = p._replace(element_bytes=4)
+    scan, _, *observe = authors_forward(p)
+    h, kernel = p.activation("h"), p.accumulator("kernel", 9, p.dim)
+    fusion = []
+    for dilation in (1, 3, 5):
+        height, width = p.height + 2 * dilation, p.width + 2 * dilation
+        padded = p.accumulator("padded h", p.num_images, height, width, p.dim)
+        convolved, weighted = p.activation("convolved h"), p.activation("weighted h")
+        fusion += [
+            Launch(f"replicate by {dilation}", reads=[h], writes=[padded]),
+            Launch(f"3 x 3, dilation {dilation}", reads=[padded, kernel], writes=[convolved]),
+            Launch(f"alpha times dilation {dilation}", reads=[convolved], writes=[weighted]),
+        ]
+    weighted = p.activation("weighted h")
+    sums = [Launch("sum of two", reads=[weighted, weighted], writes=[p.activation("fused h")])] * 2
+    return [scan, *fusion, *sums, *observe]
+
+
+def total_bytes(launches: Iterable[Launch]) -> int:
+    """Bytes that all of them read and write."""
+    return sum(launch.num_bytes for launch in launches)
+
+
+def stage_problems(height: int = 800, width: int = 1280, variant: str = "tiny") -> list[Problem]:
+    """The SSM core's problem in each stage of a backbone, for one image of that size."""
+    stem_dim = VARIANTS[variant]["embed_dim"]
+    return [
+        Problem(1, _ceil_div(height, 2**i), _ceil_div(width, 2**i), 2 * stem_dim * 2**stage)
+        for stage, i in enumerate(range(2, 6))
+    ]
