@@ -15,8 +15,7 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from spatial_mamba_d2.data.images import read_image
-from spatial_mamba_d2.data.images import find_images
+from spatial_mamba_d2.data.images import find_images, read_image
 from spatial_mamba_d2.data.shapes import render_image
 from spatial_mamba_d2.models import SpatialMambaClassifier, load_weights
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.system.tables import console_table
 
 
 class Confusion:
@@ -37,9 +38,10 @@ class Confusion:
                 f"{list(truth.shape)}"
             )
         counted = truth != IGNORE
-        number = len(self.matrix)
-        cells = truth[counted].long() * number + prediction[counted].long()
-        self.matrix += torch.bincount(cells, minlength=number**2).view(number, number)
+        num_classes = len(self.matrix)
+        cells = truth[counted].long() * num_classes + prediction[counted].long()
+        counts = torch.bincount(cells, minlength=num_classes**2)
+        self.matrix += counts.view(num_classes, num_classes)
 
     def sum_over_processes(self) -> None:
         """Add the other processes' counts; once, after the last image."""
@@ -49,7 +51,7 @@ class Confusion:
     def per_class(self) -> tuple[Tensor, Tensor]:
         """IoU and accuracy of each class, in percent, ``float64 Tensor[K]``.
 
-        NaN where a class is in neither truth nor prediction, or not in the truth.
+        NaN for a class in neither truth nor prediction, or not in the truth.
         """
         matrix = self.matrix.double().cpu()
         hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
@@ -67,15 +69,12 @@ class Confusion:
 
 
 def format_table(confusion: Confusion, names: Sequence[str]) -> str:
-    """IoU and accuracy of each class and overall, in percent; ``-`` where undefined."""
+    """IoU and accuracy of each class and overall, in percent; ``-`` if undefined."""
 
-    def number(value: float) -> str:
-        return f"{value:7.2f}" if value == value else "      -"
+    def cell(percent: float) -> str:
+        return f"{percent:7.2f}" if percent == percent else "-"
 
-    width = max(map(len, (*names, "class")))
-    iou, accuracy = confusion.per_class()
-    lines = [f"{'class':{width}}      IoU      Acc"]
-    for name, i, a in zip(names, iou.tolist(), accuracy.tolist(), strict=True):
-        lines.append(f"{name:{width}}  {number(i)}  {number(a)}")
+    iou, accuracy = (values.tolist() for values in confusion.per_class())
+    rows = [(name, cell(i), cell(a)) for name, i, a in zip(names, iou, accuracy, strict=True)]
     scores = "  ".join(f"{name} {value:.2f}" for name, value in confusion.scores().items())
-    return "\n".join([*lines, scores])
+    return f"{console_table(('class', 'IoU', 'Acc'), rows)}\n{scores}"

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from spatial_mamba_d2.models import build_backbone
 from spatial_mamba_d2.models.pointwise import Pointwise, pointwise
 from spatial_mamba_d2.models.recompute import recompute
-from spatial_mamba_d2.profiling.benchmark import saved_bytes
+from spatial_mamba_d2.profiling.memory import saved_bytes
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

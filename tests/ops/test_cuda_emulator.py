@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spatial_mamba_d2.profiling import cuda_report
+from spatial_mamba_d2.profiling import dram_model
 
 from . import emulator
 
@@ -91,7 +91,7 @@ def test_a_correct_kernel_is_not(sanitizer, order):
 @pytest.mark.parametrize("element", [4, 2])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 25, 40, 64), (2, 37, 33, 35)])
 def test_the_model_of_dram_bytes_is_what_kernels_touch(shape, element):
-    """Byte by byte, of every launch; the model is spatial_mamba_d2.profiling.cuda_report's."""
+    """Byte by byte, of every launch; the model is spatial_mamba_d2.profiling.dram_model."""
     sources = (emulator.EMULATOR / "trace.cpp", emulator.EMULATOR / "simt_emulator.cpp")
     objects = emulator.compile_all(sources, "-O1")
     objects += emulator.compile_all(emulator.KERNELS, "-O1", "-fsanitize=thread")
@@ -99,16 +99,17 @@ def test_the_model_of_dram_bytes_is_what_kernels_touch(shape, element):
     done = run(emulator.link(objects), *map(str, shape), dtype)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (line.split(" ", 2) for line in done.stdout.splitlines())
-    touched = [cuda_report.Launch(name, int(read), int(write)) for read, write, name in lines]
-    m = cuda_report.Map(*shape, element=element, multiprocessors=4)
-    assert touched == [
-        *cuda_report.scan_forward(m),
-        *cuda_report.scan_backward(m),
-        *cuda_report.fusion_forward(m),
-        *cuda_report.fusion_backward(m),
-        *cuda_report.ssm_forward(m),
-        *cuda_report.ssm_backward(m),
+    touched = [(name, int(read), int(written)) for read, written, name in lines]
+    problem = dram_model.Problem(*shape, element_bytes=element, num_multiprocessors=4)
+    launches = [
+        *dram_model.scan_forward(problem),
+        *dram_model.scan_backward(problem),
+        *dram_model.fusion_forward(problem),
+        *dram_model.fusion_backward(problem),
+        *dram_model.ssm_forward(problem),
+        *dram_model.ssm_backward(problem),
     ]
+    assert touched == [(x.name, x.read_bytes, x.written_bytes) for x in launches]
 
 
 BARRIER = "__syncthreads();"

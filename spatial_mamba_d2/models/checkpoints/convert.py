@@ -230,8 +230,8 @@ def convert_weights(
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unknown ``to`` or ``only``, or a name of ``target`` that does not fit ``to``.
-        WeightsError: ``source`` is not readable, no complete model, or has parts for which the format
-            has no place.
+        WeightsError: ``source`` is not readable, no complete model, or has parts that the format
+            cannot hold.
     """
     target = Path(target)
     if to not in FORMATS:

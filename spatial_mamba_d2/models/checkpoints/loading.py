@@ -22,6 +22,7 @@ from spatial_mamba_d2.models.checkpoints.names import (
     translate,
 )
 from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint, unwrap
+from spatial_mamba_d2.system.tables import console_table
 
 
 @dataclass
@@ -55,13 +56,10 @@ class LoadReport:
         """How many tensors of each part were loaded, are new, or are not used."""
         columns = {"loaded": self.loaded, "new": self.new, "not used": self.ignored}
         counts = [Counter(map(_row, names)) for names in columns.values()]
-        parts = list(dict.fromkeys(part for count in counts for part in count))
-        width = max(map(len, parts))
-        lines = [f"  {'part':{width}}" + "".join(f"{column:>10}" for column in columns)]
-        for part in parts:
-            cells = (f"{count[part] or '-':>10}" for count in counts)
-            lines.append(f"  {part:{width}}" + "".join(cells))
-        return lines
+        parts = dict.fromkeys(part for count in counts for part in count)
+        rows = [(part, *(str(count[part] or "-") for count in counts)) for part in parts]
+        table = console_table(("part", *columns), rows)
+        return [f"  {line}" for line in table.splitlines()]
 
 
 def _row(name: str) -> str:
