@@ -85,7 +85,7 @@ def test_a_missing_or_unfitting_checkpoint_is_an_error(folder, tmp_path):
         model_zoo.get("spatial_mamba_s", folder)
     with pytest.raises(WeightsError, match="does not fit SpatialMambaClassifier"):
         model_zoo.get("spatial_mamba_s", folder / "spatial_mamba_t.pth")
-    with pytest.raises(ValueError, match="weights must hold all of upernet_spatial_mamba_t"):
+    with pytest.raises(ValueError, match="must hold all parameters of UPerNet"):
         model_zoo.get("upernet_spatial_mamba_t", folder / "spatial_mamba_t.pth")
 
 
