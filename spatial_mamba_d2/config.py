@@ -54,25 +54,33 @@ def add_backbone_config(cfg: Any) -> None:
     mamba.GRAD_CHECKPOINTING = False  # less memory in training, about a third more time
 
 
-def load(
-    cfg: Any, config_file: str | Path | None, overrides: Sequence[str], check: Callable[[Any], None]
-) -> Any:
-    """``cfg`` with a YAML file and ``KEY VALUE`` pairs merged; checked, resolved and frozen.
+LoadConfig = Callable[..., Any]
+
+
+def config_loader(defaults: Callable[[], Any], check: Callable[[Any], None]) -> LoadConfig:
+    """The ``load_config(config_file, overrides=())`` of a task.
+
+    It returns the defaults with a YAML file (or None) and ``KEY VALUE`` pairs merged; checked,
+    resolved and frozen. Without a GPU, :func:`resolve_device` changes what needs one. It raises
+
+    * ``FileNotFoundError``: no such file;
+    * ``ValueError``: unknown key (with the nearest valid one), or a value out of its range.
 
     Args:
-        cfg: the defaults of a task.
+        defaults: all keys of the task.
         check: of the task's own keys; it may also resolve them, in place.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: unknown key (with the nearest valid one), or a value out of its range.
     """
-    merge_config(cfg, config_file, overrides)
-    check_shared_keys(cfg)
-    check(cfg)
-    resolve_device(cfg)
-    cfg.freeze()
-    return cfg
+
+    def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> Any:
+        cfg = defaults()
+        merge_config(cfg, config_file, overrides)
+        check_shared_keys(cfg)
+        check(cfg)
+        resolve_device(cfg)
+        cfg.freeze()
+        return cfg
+
+    return load_config
 
 
 def merge_config(cfg: Any, config_file: str | Path | None, overrides: Sequence[str]) -> None:
@@ -95,6 +103,40 @@ def merge_config(cfg: Any, config_file: str | Path | None, overrides: Sequence[s
             f"{' '.join(overrides)}"
         )
     _merge(cfg, partial(cfg.merge_from_list, list(overrides)), "command line")
+
+
+def add_lightning_config(cfg: Any) -> None:
+    """Add the keys that all tasks on Lightning have to an empty configuration, in place."""
+    node = type(cfg)
+    cfg.SEED = 0  # for initial weights, order and augmentations; runs can be repeated exactly
+
+    cfg.MODEL = node()
+    cfg.MODEL.DEVICE = "cuda"  # or cuda:N, or cpu, the fallback if there is no GPU
+    cfg.MODEL.WEIGHTS = ""  # checkpoint to start from or to evaluate: ours or the authors'
+    # Prefixes of parameters that keep their initial values even if MODEL.WEIGHTS has them, such as
+    # ("head.",) or ("decode_head.classify", "auxiliary_head.classify") for other classes.
+    cfg.MODEL.WEIGHTS_SKIP = ()
+    cfg.MODEL.PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
+    cfg.MODEL.PIXEL_STD = (58.395, 57.12, 57.375)
+    add_backbone_config(cfg)
+    del cfg.MODEL.SPATIAL_MAMBA["OUT_FEATURES"]  # these models know theirs
+
+    cfg.DATASETS = node()
+    cfg.DATASETS.ON_ERROR = "raise"  # an error that names what is broken, or "skip" and count it
+    cfg.DATALOADER = node()
+    cfg.DATALOADER.NUM_WORKERS = 4  # per process
+
+    cfg.SOLVER = node()
+    cfg.SOLVER.ACCUMULATION_STEPS = 1  # micro-batches per iteration
+    cfg.SOLVER.BETAS = (0.9, 0.999)
+    cfg.SOLVER.EMA_DECAY = 0.0  # above 0: evaluate and save a moving average of the weights
+    cfg.SOLVER.AMP = node()
+    cfg.SOLVER.AMP.ENABLED = False
+    cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or float16
+    cfg.SOLVER.CLIP_GRADIENTS = node()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0  # bound on the norm of all gradients together
+    cfg.SOLVER.LOG_PERIOD = 50
 
 
 def backbone_kwargs(cfg: Any) -> dict[str, Any]:

@@ -5,7 +5,10 @@
         --input photo.jpg folder/ --output drawings/ MODEL.WEIGHTS spatialmamba_tiny.pth
 """
 
-from spatial_mamba_d2.classification.predict import visualize
+from functools import partial
+
+from spatial_mamba_d2.classification.predict import build_draw
+from spatial_mamba_d2.data.images import visualize_images
 from spatial_mamba_d2.system.allocator import keep_freed_memory
 from spatial_mamba_d2.system.cli import build_visualization_parser
 
@@ -13,7 +16,7 @@ from spatial_mamba_d2.system.cli import build_visualization_parser
 def main() -> None:
     keep_freed_memory()
     args = build_visualization_parser(__doc__).parse_args()
-    visualize(args.config_file, args.opts, args.input, args.output)
+    visualize_images(args.input, args.output, partial(build_draw, args.config_file, args.opts))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from spatial_mamba_d2.classification.data import pixel_statistics
 from spatial_mamba_d2.classification.module import build_model
 from spatial_mamba_d2.classification.visualize import draw_classes
 from spatial_mamba_d2.data.imagenet import build_test_transform, load_classes
-from spatial_mamba_d2.data.images import find_images, visualize_images
-from spatial_mamba_d2.models import load_weights, read_checkpoint
+from spatial_mamba_d2.data.images import Draw
+from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
 
 TOP = 5
 
@@ -32,12 +32,9 @@ class Predictor:
     """
 
     def __init__(self, cfg: CfgNode):
-        if not cfg.MODEL.WEIGHTS:
-            raise ValueError("MODEL.WEIGHTS must name a classifier's checkpoint, got ''")
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.model = build_model(cfg).eval().to(self.device)
-        content = read_checkpoint(cfg.MODEL.WEIGHTS)
-        load_weights(self.model, content, partial=False, source_name=cfg.MODEL.WEIGHTS)
+        content = load_for_prediction(self.model, cfg.MODEL.WEIGHTS)
         data = cfg.DATASETS
         self.classes = tuple(content.get("classes") or ()) or load_classes(
             data.CLASSES, data.ROOT, data.TRAIN, cfg.MODEL.NUM_CLASSES
@@ -53,20 +50,12 @@ class Predictor:
         return self.model(batch).float().softmax(dim=-1)[0].cpu().numpy()
 
 
-def visualize(
-    config_file: str | Path | None, overrides: Sequence[str], inputs: Sequence[Path], output: Path
-) -> list[Path]:
-    """Write a drawing with the most probable classes for each image in ``inputs``.
-
-    Broken images are reported and skipped.
-
-    Returns:
-        the drawings' paths.
+def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw:
+    """Draws the most probable classes for :func:`~.images.visualize_images`.
 
     Raises:
-        FileNotFoundError, ValueError: no image, or configuration or weights are unusable.
+        FileNotFoundError, ValueError: configuration or weights are unusable.
     """
-    images = find_images(inputs)
     predictor = Predictor(load_config(config_file, overrides))
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
@@ -77,4 +66,4 @@ def visualize(
         ]
         return draw_classes(image, lines), lines[0]
 
-    return visualize_images(images, output, draw)
+    return draw

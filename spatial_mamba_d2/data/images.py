@@ -6,7 +6,7 @@ the exception: as in torchvision and the authors' code, its images stay as they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,19 +99,28 @@ def write_image(path: Path, image: np.ndarray) -> None:
         raise OSError(f"cannot write image {path}")
 
 
+# RGB uint8[H, W, 3] and OUTPUT/NAME, for further files -> the drawing, RGB uint8[H', W', 3], and a
+# summary in a few words.
+Draw = Callable[[np.ndarray, Path], tuple[np.ndarray, str]]
+
+
 def visualize_images(
-    files: Sequence[Path], output: Path, draw: Callable[[np.ndarray, Path], tuple[np.ndarray, str]]
+    inputs: Iterable[Path], output: Path, build_draw: Callable[[], Draw]
 ) -> list[Path]:
     """Draw something for each image, into ``output/NAME.png``; broken images are reported.
 
     Args:
-        files: from :func:`find_images`.
-        draw: RGB ``uint8[H, W, 3]`` and ``output/NAME``, for further files -> the drawing, RGB
-            ``uint8[H', W', 3]``, and a summary in a few words.
+        inputs: images and folders.
+        build_draw: called once the images are found: loads a model, for example.
 
     Returns:
         the drawings' paths.
+
+    Raises:
+        FileNotFoundError: see :func:`find_images`.
     """
+    files = find_images(inputs)
+    draw = build_draw()
     written: list[Path] = []
     for file in files:
         try:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from detectron2.config import CfgNode, get_cfg
 
-from spatial_mamba_d2.config import add_backbone_config, load, require_one_of
+from spatial_mamba_d2.config import add_backbone_config, config_loader, require_one_of
 from spatial_mamba_d2.detection.data import register_json_datasets
 
 
@@ -57,18 +54,6 @@ def detection_defaults() -> CfgNode:
     return cfg
 
 
-def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
-    """Defaults, then the YAML file, then ``KEY VALUE`` pairs; checked, resolved and frozen.
-
-    For the fallback without a GPU see :func:`~spatial_mamba_d2.config.resolve_device`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: unknown key (with the nearest valid one), or a value out of its range.
-    """
-    return load(detection_defaults(), config_file, overrides, _check_and_resolve)
-
-
 def _check_and_resolve(cfg: CfgNode) -> None:
     require_one_of(
         cfg,
@@ -86,3 +71,6 @@ def _check_and_resolve(cfg: CfgNode) -> None:
                 f"got {json_file!r} and {images!r}"
             )
     register_json_datasets(cfg)
+
+
+load_config = config_loader(detection_defaults, _check_and_resolve)

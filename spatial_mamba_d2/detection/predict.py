@@ -11,12 +11,12 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.structures import Instances
 
-from spatial_mamba_d2.data.images import find_images, visualize_images
+from spatial_mamba_d2.data.images import Draw
 from spatial_mamba_d2.detection.augmentation import build_augmentation
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.model import build_model
 from spatial_mamba_d2.detection.visualize import draw_instances
-from spatial_mamba_d2.models import load_weights, read_checkpoint
+from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
 
 
 class Predictor:
@@ -27,11 +27,8 @@ class Predictor:
     """
 
     def __init__(self, cfg: CfgNode):
-        if not cfg.MODEL.WEIGHTS:
-            raise ValueError("MODEL.WEIGHTS must name a detector's checkpoint, got ''")
         self.model = build_model(cfg).eval()
-        content = read_checkpoint(cfg.MODEL.WEIGHTS)
-        load_weights(self.model, content, partial=False, source_name=cfg.MODEL.WEIGHTS)
+        content = load_for_prediction(self.model, cfg.MODEL.WEIGHTS)
         self.metadata = _metadata(cfg, content.get("classes"))
         (self.resize,) = build_augmentation(cfg, is_train=False)
 
@@ -44,23 +41,14 @@ class Predictor:
         return self.model([{"image": tensor, "height": height, "width": width}])[0]["instances"]
 
 
-def visualize(
-    config_file: str | Path | None, overrides: Sequence[str], inputs: Sequence[Path], output: Path
-) -> list[Path]:
-    """Write a drawing with the detections for each image in ``inputs``.
-
-    Broken images are reported and skipped.
-
-    Returns:
-        the drawings' paths.
+def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw:
+    """Draws detections for :func:`~.images.visualize_images`.
 
     Raises:
-        FileNotFoundError, ValueError: no image, or configuration or weights are unusable.
+        FileNotFoundError, ValueError: configuration or weights are unusable.
     """
-    images = find_images(inputs)
     cfg = load_config(config_file, overrides)
-    predictor = Predictor(cfg)
-    score_thresh = cfg.TEST.PICTURES_SCORE_THRESH
+    predictor, score_thresh = Predictor(cfg), cfg.TEST.PICTURES_SCORE_THRESH
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         instances = predictor(image)
@@ -68,7 +56,7 @@ def visualize(
         drawing = draw_instances(image, instances, predictor.metadata, score_thresh)
         return drawing, f"{num_drawn} objects"
 
-    return visualize_images(images, output, draw)
+    return draw
 
 
 def _metadata(cfg: CfgNode, classes: list[str] | None) -> Metadata:

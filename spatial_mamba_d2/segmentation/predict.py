@@ -11,9 +11,9 @@ import torch
 from fvcore.common.config import CfgNode
 
 from spatial_mamba_d2.data.ade20k import Classes, load_classes
-from spatial_mamba_d2.data.images import find_images, visualize_images, write_image
+from spatial_mamba_d2.data.images import Draw, write_image
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform
-from spatial_mamba_d2.models import load_weights, read_checkpoint
+from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.inference import build_protocol, segment
 from spatial_mamba_d2.segmentation.module import build_model
@@ -31,12 +31,9 @@ class Predictor:
     """
 
     def __init__(self, cfg: CfgNode):
-        if not cfg.MODEL.WEIGHTS:
-            raise ValueError("MODEL.WEIGHTS must name a segmentor's checkpoint, got ''")
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.model = build_model(cfg).eval().to(self.device)
-        content = read_checkpoint(cfg.MODEL.WEIGHTS)
-        load_weights(self.model, content, partial=False, source_name=cfg.MODEL.WEIGHTS)
+        content = load_for_prediction(self.model, cfg.MODEL.WEIGHTS)
         self.classes = _classes(content, cfg)
         self.protocol = build_protocol(cfg)
         self.transform = TestTransform(
@@ -63,20 +60,14 @@ def _classes(checkpoint: dict[str, Any], cfg: CfgNode) -> Classes:
     return load_classes(cfg.DATASETS.CLASSES, cfg.DATASETS.ROOT, cfg.MODEL.NUM_CLASSES)
 
 
-def visualize(
-    config_file: str | Path | None, overrides: Sequence[str], inputs: Sequence[Path], output: Path
-) -> list[Path]:
-    """For each image in ``inputs`` write ``NAME.png``, a drawing, and ``NAME_label.png``.
+def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw:
+    """Draws segmentations for :func:`~.images.visualize_images`, and writes ``NAME_label.png``.
 
-    A label file holds class indices as its integers. Broken images are reported and skipped.
-
-    Returns:
-        the drawings' paths.
+    A label file holds class indices as its integers.
 
     Raises:
-        FileNotFoundError, ValueError: no image, or configuration or weights are unusable.
+        FileNotFoundError, ValueError: configuration or weights are unusable.
     """
-    images = find_images(inputs)
     predictor = Predictor(load_config(config_file, overrides))
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
@@ -87,4 +78,4 @@ def visualize(
         summary = ", ".join(f"{predictor.classes.names[i]} {shares[i]:.0%}" for i in largest)
         return draw_panels(image, {"prediction": label}, predictor.classes), summary
 
-    return visualize_images(images, output, draw)
+    return draw

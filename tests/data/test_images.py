@@ -99,7 +99,7 @@ def test_a_broken_image_among_others(tmp_path, capsys):
         assert path == tmp_path / "drawn" / path.name
         return image + 1, "nothing"
 
-    written = visualize_images(find_images([folder]), tmp_path / "drawn", draw)
+    written = visualize_images([folder], tmp_path / "drawn", lambda: draw)
     assert [path.name for path in written] == ["a.png", "c.png"]
     assert (read_image(written[0]) == 8).all()
     out = capsys.readouterr().out

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
 
-from spatial_mamba_d2.data.images import read_image
-from spatial_mamba_d2.detection.predict import Predictor, visualize
+from spatial_mamba_d2.data.images import read_image, visualize_images
+from spatial_mamba_d2.detection.predict import Predictor, build_draw
 from spatial_mamba_d2.models import build_classifier
 
 
@@ -28,12 +29,9 @@ def test_folder(root, overrides, shapes, weights, tmp_path, capsys):
     shutil.copytree(shapes / "images/validation", folder)
     broken = next(folder.glob("*.jpg"))
     broken.write_bytes(broken.read_bytes()[:500])
-    drawings = visualize(
-        str(root / "configs/demo_mask_rcnn_spatial_mamba_t.yaml"),
-        [*overrides, "MODEL.WEIGHTS", str(weights), "TEST.PICTURES_SCORE_THRESH", "0.0"],
-        [folder],
-        tmp_path / "drawn",
-    )
+    config = root / "configs/demo_mask_rcnn_spatial_mamba_t.yaml"
+    words = [*overrides, "MODEL.WEIGHTS", str(weights), "TEST.PICTURES_SCORE_THRESH", "0.0"]
+    drawings = visualize_images([folder], tmp_path / "drawn", partial(build_draw, config, words))
     assert len(drawings) == 4
     assert all(min(read_image(p).shape[:2]) >= 480 for p in drawings)
     said = capsys.readouterr().out
@@ -52,5 +50,5 @@ def test_backbone_weights_are_not_a_detector(make_cfg, tmp_path):
     torch.save(build_classifier("test").state_dict(), tmp_path / "cls.pth")
     with pytest.raises(ValueError, match="cls.pth must hold all parameters of GeneralizedRCNN"):
         Predictor(make_cfg("MODEL.WEIGHTS", tmp_path / "cls.pth"))
-    with pytest.raises(ValueError, match="MODEL.WEIGHTS must name a detector's checkpoint"):
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS must name a checkpoint"):
         Predictor(make_cfg())

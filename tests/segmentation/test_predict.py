@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import cv2
 import numpy as np
 import pytest
 
 from spatial_mamba_d2.data.ade20k import Classes, distinct_colors
+from spatial_mamba_d2.data.images import visualize_images
 from spatial_mamba_d2.segmentation.config import load_config
-from spatial_mamba_d2.segmentation.predict import Predictor, visualize
+from spatial_mamba_d2.segmentation.predict import Predictor, build_draw
 from spatial_mamba_d2.segmentation.train import run
 from spatial_mamba_d2.segmentation.visualize import draw_panels, paint
 
@@ -24,7 +27,7 @@ def test_a_folder_with_a_broken_image(arguments, overrides, shapes, tmp_path, ca
     (folder / "b.jpg").write_bytes(b"no image")
     # Names and colours come from the checkpoint: no data set needs to be there.
     words = [*overrides, *weights, "DATASETS.ROOT", "nowhere", "TEST.PROTOCOL", "ms"]
-    drawings = visualize(None, words, [folder], tmp_path / "drawings")
+    drawings = visualize_images([folder], tmp_path / "drawings", partial(build_draw, None, words))
     assert [path.name for path in drawings] == ["a.png", "tiny.png"]
     label = cv2.imread(str(tmp_path / "drawings/a_label.png"), cv2.IMREAD_UNCHANGED)
     assert label.shape == image.shape[:2] and label.max() < 6
@@ -33,10 +36,10 @@ def test_a_folder_with_a_broken_image(arguments, overrides, shapes, tmp_path, ca
 
 
 def test_weights_and_images_must_be_there(overrides, tmp_path):
-    with pytest.raises(ValueError, match="MODEL.WEIGHTS must name a segmentor's checkpoint"):
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS must name a checkpoint"):
         Predictor(load_config(None, overrides))
     with pytest.raises(FileNotFoundError, match="no such file or folder: .*absent"):
-        visualize(None, overrides, [tmp_path / "absent"], tmp_path)
+        visualize_images([tmp_path / "absent"], tmp_path, partial(build_draw, None, overrides))
 
 
 def test_colours_and_legend():

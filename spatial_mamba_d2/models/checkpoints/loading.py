@@ -152,6 +152,23 @@ def load_weights(
     return report
 
 
+def load_for_prediction(model: nn.Module, path: str) -> dict[str, Any]:
+    """Load all of ``model``, which must be complete, from the file that ``MODEL.WEIGHTS`` names.
+
+    Returns:
+        what the file holds, such as the names of the classes.
+
+    Raises:
+        FileNotFoundError, WeightsError: see :func:`load_weights`.
+        ValueError: no file is named.
+    """
+    if not path:
+        raise ValueError("MODEL.WEIGHTS must name a checkpoint to predict with, got ''")
+    content = read_checkpoint(path)
+    load_weights(model, content, partial=False, source_name=path)
+    return content
+
+
 def _check_skip(skip: Sequence[str], target: Iterable[str]) -> None:
     names = list(target)
     for prefix in skip:
