@@ -61,7 +61,7 @@ def run(*command: object) -> None:
 def from_pyproject(pattern: str) -> tuple[str, ...]:
     """The groups of a regular expression that matches a line of pyproject.toml.
 
-    The parser, tomllib, is part of Python from 3.11 only.
+    tomllib would parse the file, but is part of Python from 3.11 only.
     """
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     match = re.search(f"^{pattern}$", text, re.MULTILINE)

@@ -63,7 +63,7 @@ def check_compiler():
     if os.environ.get("SMD2_BUILD_NATIVE") == "0":
         raise RuntimeError("SMD2_BUILD_NATIVE is 0")
     if sys.platform == "win32":
-        raise RuntimeError("the sources need GCC or Clang, so Windows is not supported")
+        raise RuntimeError("not supported on Windows, because the sources need GCC or Clang")
     if not shutil.which(compiler.split()[0]):
         raise RuntimeError(f"no C++ compiler {compiler}; install one, or set CXX")
 

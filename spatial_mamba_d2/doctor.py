@@ -72,12 +72,12 @@ def pip_install(*arguments: str) -> str:
 
 
 def required() -> tuple[str, list[str]]:
-    """The versions of Python and the packages, as the installed package or the checkout states."""
+    """The required versions of Python and of packages, from the installation or the checkout."""
     try:
         python = metadata.metadata(DISTRIBUTION)["Requires-Python"]
         return python, metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
-        # Read by regular expressions, because tomllib is part of Python from 3.11 only
+        # By regular expressions, because tomllib is part of Python from 3.11 only
         text = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
         (python,) = re.findall(r'^requires-python = "(.+)"', text, re.MULTILINE)
         return python, re.findall(r'^    "(.+?)",', text, re.MULTILINE)
@@ -97,7 +97,8 @@ def check_python() -> Finding:
     specifier, _ = required()
     for operator, major, minor in re.findall(r"(>=|<)\s*(\d+)\.(\d+)", specifier):
         bound = (int(major), int(minor))
-        if (sys.version_info[:2] >= bound) != (operator == ">="):
+        here = sys.version_info[:2]
+        if here < bound if operator == ">=" else here >= bound:
             fix = f"install Python {specifier}"
             return Finding("missing", f"{text}; required: {specifier}", fix)
     return Finding("ok", text)

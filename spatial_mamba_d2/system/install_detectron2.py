@@ -29,7 +29,7 @@ WHEEL_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561
 
 def pip(*arguments: str | Path) -> int:
     """Print and run a pip command, and return its exit code."""
-    command = [sys.executable, "-m", "pip", *map(str, arguments)]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
     print("$", shlex.join(command), flush=True)
     return subprocess.run(command).returncode
 

@@ -86,7 +86,9 @@ class RenamedModuleFinder:
         cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         package, _, old_name = name.partition(".")
-        return ModuleSpec(name, cls()) if package == PACKAGE and old_name in NEW_NAMES else None
+        if package != PACKAGE or old_name not in NEW_NAMES:
+            return None
+        return ModuleSpec(name, cls())  # type: ignore[arg-type]  # not derived from Loader, see above
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _RenamedModule(spec.name)
