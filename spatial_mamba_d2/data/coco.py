@@ -148,10 +148,11 @@ def _find_faults(
             reject("images", position, fault)
             continue
         sizes[image["id"]] = (image["height"], image["width"])
-        if paths[position] in folders:
+        path = str(paths[position])
+        if path in folders:
             to_decode.append(position)
         else:
-            reject("images", position, Fault("missing image file", f"no file {paths[position]}"))
+            reject("images", position, Fault("missing image file", f"no file {path}"))
     if check_decode:
 
         def decode(position: int) -> Fault | None:
