@@ -15,7 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from spatial_mamba_d2.data.ade20k import LabelFormat, load_split, unpack
+from spatial_mamba_d2.data.ade20k import load_split, unpack
+from spatial_mamba_d2.data.label_maps import LabelFormat
 
 
 def main(argv: list[str] | None = None) -> None:

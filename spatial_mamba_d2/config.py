@@ -105,6 +105,24 @@ def merge_config(cfg: Any, config_file: str | Path | None, overrides: Sequence[s
     _merge(cfg, partial(cfg.merge_from_list, list(overrides)), "command line")
 
 
+def add_shared_config(cfg: Any) -> None:
+    """Add the keys that all tasks have and Detectron2 has not, in place.
+
+    Args:
+        cfg: with the nodes ``MODEL``, ``DATASETS``, ``SOLVER`` and ``SOLVER.AMP``.
+    """
+    add_backbone_config(cfg)
+    # Prefixes of parameters that keep their initial values even if MODEL.WEIGHTS has them. For
+    # other classes: ("head.",), ("decode_head.classify", "auxiliary_head.classify"), or
+    # ("roi_heads.box_predictor", "roi_heads.mask_head.predictor").
+    cfg.MODEL.WEIGHTS_SKIP = ()
+    # Broken images, labels and annotations: "raise" an error that names them, or "skip" and count.
+    cfg.DATASETS.ON_ERROR = "raise"
+    cfg.SOLVER.BETAS = (0.9, 0.999)
+    cfg.SOLVER.ACCUMULATION_STEPS = 1  # micro-batches per iteration
+    cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or float16
+
+
 def add_lightning_config(cfg: Any) -> None:
     """Add the keys that all tasks on Lightning have to an empty configuration, in place."""
     node = type(cfg)
@@ -113,30 +131,23 @@ def add_lightning_config(cfg: Any) -> None:
     cfg.MODEL = node()
     cfg.MODEL.DEVICE = "cuda"  # or cuda:N, or cpu, the fallback if there is no GPU
     cfg.MODEL.WEIGHTS = ""  # checkpoint to start from or to evaluate: ours or the authors'
-    # Prefixes of parameters that keep their initial values even if MODEL.WEIGHTS has them, such as
-    # ("head.",) or ("decode_head.classify", "auxiliary_head.classify") for other classes.
-    cfg.MODEL.WEIGHTS_SKIP = ()
     cfg.MODEL.PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
     cfg.MODEL.PIXEL_STD = (58.395, 57.12, 57.375)
-    add_backbone_config(cfg)
-    del cfg.MODEL.SPATIAL_MAMBA["OUT_FEATURES"]  # these models know theirs
-
     cfg.DATASETS = node()
-    cfg.DATASETS.ON_ERROR = "raise"  # an error that names what is broken, or "skip" and count it
     cfg.DATALOADER = node()
     cfg.DATALOADER.NUM_WORKERS = 4  # per process
 
     cfg.SOLVER = node()
-    cfg.SOLVER.ACCUMULATION_STEPS = 1  # micro-batches per iteration
-    cfg.SOLVER.BETAS = (0.9, 0.999)
     cfg.SOLVER.EMA_DECAY = 0.0  # above 0: evaluate and save a moving average of the weights
     cfg.SOLVER.AMP = node()
     cfg.SOLVER.AMP.ENABLED = False
-    cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or float16
     cfg.SOLVER.CLIP_GRADIENTS = node()
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0  # bound on the norm of all gradients together
     cfg.SOLVER.LOG_PERIOD = 50
+
+    add_shared_config(cfg)
+    del cfg.MODEL.SPATIAL_MAMBA["OUT_FEATURES"]  # these models know theirs
 
 
 def backbone_kwargs(cfg: Any) -> dict[str, Any]:

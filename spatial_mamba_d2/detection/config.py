@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode, get_cfg
 
-from spatial_mamba_d2.config import add_backbone_config, config_loader, require_one_of
+from spatial_mamba_d2.config import add_shared_config, config_loader, require_one_of
 from spatial_mamba_d2.detection.data import register_json_datasets
 
 
@@ -16,28 +16,19 @@ def add_spatial_mamba_config(cfg: CfgNode) -> None:
     Args:
         cfg: from ``detectron2.config.get_cfg()``.
     """
-    add_backbone_config(cfg)
-    # Prefixes of parameters that keep their initial values even if MODEL.WEIGHTS has them, such as
-    # ("roi_heads.box_predictor", "roi_heads.mask_head.predictor") for other classes.
-    cfg.MODEL.WEIGHTS_SKIP = ()
+    add_shared_config(cfg)
 
     # Any data set in COCO format. If a json is given, it replaces the name in TRAIN or TEST.
     cfg.DATASETS.TRAIN_JSON = ""
     cfg.DATASETS.TRAIN_IMAGES = ""
     cfg.DATASETS.TEST_JSON = ""
     cfg.DATASETS.TEST_IMAGES = ""
-    # Broken images and annotations: "raise" an error that names them, or "skip" and count them.
-    cfg.DATASETS.ON_ERROR = "raise"
 
     # The 3x recipe: half of the images are resized to one of SIZES, cropped, and resized again.
     cfg.INPUT.RESIZE_CROP = CfgNode()
     cfg.INPUT.RESIZE_CROP.ENABLED = False
     cfg.INPUT.RESIZE_CROP.SIZES = (400, 500, 600)
     cfg.INPUT.RESIZE_CROP.CROP_RANGE = (384, 600)  # sides of the crop in pixels: shortest, longest
-
-    cfg.SOLVER.BETAS = (0.9, 0.999)
-    cfg.SOLVER.ACCUMULATION_STEPS = 1  # micro-batches per iteration
-    cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or float16
 
     cfg.TEST.PICTURES = 8  # test images to draw with ground truth and prediction
     cfg.TEST.PICTURES_SCORE_THRESH = 0.5

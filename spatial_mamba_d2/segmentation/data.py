@@ -11,8 +11,9 @@ import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import Dataset
 
-from spatial_mamba_d2.data.ade20k import LabelFormat, Pair, load_split, read_pair
+from spatial_mamba_d2.data.ade20k import load_split
 from spatial_mamba_d2.data.faults import OnError, read_or_skip
+from spatial_mamba_d2.data.label_maps import LabelFormat, Pair, read_pair
 from spatial_mamba_d2.data.samplers import SkippingDataset
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform, TrainTransform
 from spatial_mamba_d2.segmentation.inference import Protocol

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatial_mamba_d2.config import backbone_kwargs
-from spatial_mamba_d2.data.ade20k import Classes
 from spatial_mamba_d2.data.images import read_image, write_image
+from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.param_groups import parameter_groups
 from spatial_mamba_d2.models.upernet import UPerNet, build_upernet, resize

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 
-from spatial_mamba_d2.data.ade20k import Classes, load_classes
+from spatial_mamba_d2.data.ade20k import load_classes
 from spatial_mamba_d2.data.images import Draw, write_image
+from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform
 from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
 from spatial_mamba_d2.segmentation.config import load_config

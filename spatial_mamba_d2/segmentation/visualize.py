@@ -5,8 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from spatial_mamba_d2.data.ade20k import Classes
 from spatial_mamba_d2.data.drawing import LINE_PX, blank_lines, enlarge, text_width, write_text
+from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 
 OPACITY = 0.6

@@ -13,16 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from spatial_mamba_d2.data import ade20k, ade20k_classes
-from spatial_mamba_d2.data.ade20k import (
-    LabelFormat,
-    find_pairs,
-    load_classes,
-    load_split,
-    read_label,
-    read_pair,
-    unpack,
-)
+from spatial_mamba_d2.data import ade20k_classes, label_maps
+from spatial_mamba_d2.data.ade20k import find_pairs, load_classes, load_split, unpack
+from spatial_mamba_d2.data.label_maps import LabelFormat, read_label, read_pair
 from spatial_mamba_d2.data.samplers import SampleIndex, SkippingDataset
 from spatial_mamba_d2.data.segmentation_transforms import (
     IGNORE,
@@ -335,8 +328,8 @@ def test_unchanged_files_are_not_checked_again(tree, monkeypatch):
         os.utime(path, (1e9, 1e9))
     first = load_split(tree, "training", LABELS, on_error="skip")
     assert [pair.image.stem for pair in first] == ["a"]
-    read, calls = ade20k.read_label, []
-    monkeypatch.setattr(ade20k, "read_label", lambda path: calls.append(path) or read(path))
+    read, calls = label_maps.read_label, []
+    monkeypatch.setattr(label_maps, "read_label", lambda path: calls.append(path) or read(path))
     assert load_split(tree, "training", LABELS, on_error="skip") == first and not calls
     with pytest.raises(ValueError, match="label 9 is impossible"):
         load_split(tree, "training", LABELS)

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from spatial_mamba_d2.data.ade20k import Classes, distinct_colors
 from spatial_mamba_d2.data.images import visualize_images
+from spatial_mamba_d2.data.label_maps import Classes, distinct_colors
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.predict import Predictor, build_draw
 from spatial_mamba_d2.segmentation.train import run

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spatial_mamba_d2 import config
-from spatial_mamba_d2.data.ade20k import Classes, read_label
+from spatial_mamba_d2.data.label_maps import Classes, read_label
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models import build_classifier, build_upernet, load_weights
 from spatial_mamba_d2.models.checkpoints.names import to_official
