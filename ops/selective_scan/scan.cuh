@@ -42,13 +42,13 @@ SMD2_DEVICE Affine<Acc> then(Affine<Acc> first, Affine<Acc> second) {
 }
 
 // The workspace of one pass: what is known of the tokens before a segment. For
-// segment 2 of row 1,
+// segment 2 of row 1 that is
 //
-//   row 0   |           |           |           |  row_state[1]: the state
-//   after row 1   |  before[1, 2]         | segment 2 |  all rows above
-//           '-----------------------'
+//   row 0  | - - - - - - - - - - - - - - - - |  row_state[1]: state after row 0
+//   row 1  | - - before[1, 2] - | segment 2  |  before[1, 2]: map of the tokens
+//                                               before the segment in its row
 //
-//   state before the segment = before[1, 2] applied to row_state[1].
+//   and the state before the segment is before[1, 2] applied to row_state[1].
 //
 // "Before" and "after" are in the order of the recursion; the adjoint runs from
 // the last row to the first and from right to left.

@@ -71,9 +71,10 @@ struct Observe {
         const TilePlace& place,
         int64_t at,
         const Acc (&h)[kTaps]) {
+      const Acc state = fused(h);
       const int64_t i = place.value(at);
       const Acc u = load(sink.u + i, place.valid);
-      store(sink.y + i, sink.C[at] * fused(h) + D * u, place.valid);
+      store(sink.y + i, sink.C[at] * state + D * u, place.valid);
     }
     SMD2_DEVICE void finish(const Observe&, const TilePlace&, Acc*) {}
   };
