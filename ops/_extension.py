@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -183,21 +183,28 @@ def _define(schema: str, fake: Callable, function: Callable, by_design: tuple[st
 
 
 def forbid_gradients(name: str, differentiable: str) -> None:
-    """Make ``spatial_mamba::<name>`` raise where a gradient would be needed.
+    """Make gradients of ``spatial_mamba::<name>`` an error: in the backward pass, or at the call.
 
+    At the call if it works in place, because autograd does not record such operators.
     ``differentiable`` names, for the message, the operators to use instead.
     """
+    operator = getattr(torch.ops.spatial_mamba, name).default
+    message = f"{name} is for inference and has no gradients; use {differentiable} for training"
 
-    def kernel(*inputs: Any) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise RuntimeError(message)
+
+    def in_place(*inputs: Any) -> None:
         tensors = (x for x in inputs if isinstance(x, Tensor))
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            raise RuntimeError(
-                f"{name} is for inference and has no gradients; use {differentiable} for training"
-            )
+            raise RuntimeError(message)
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.spatial_mamba, name)(*inputs)
+            operator(*inputs)
 
-    LIBRARY.impl(name, kernel, "Autograd")
+    if operator._schema.is_mutable:
+        LIBRARY.impl(name, in_place, "Autograd")
+    else:
+        torch.library.register_autograd(f"spatial_mamba::{name}", backward, lib=LIBRARY)
 
 
 @contextmanager

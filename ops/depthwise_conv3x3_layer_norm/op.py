@@ -51,7 +51,7 @@ def depthwise_conv3x3_layer_norm(
 
     Raises:
         ValueError: a shape or dtype does not fit.
-        RuntimeError: gradients are enabled and an input requires them.
+        RuntimeError: in the backward pass.
     """
     check_convolution(_NAME, x, weight, bias)
     dim = x.shape[-1]

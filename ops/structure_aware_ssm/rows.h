@@ -101,9 +101,7 @@ struct Forward {
 
 // The forward pass in three stages, for more threads than there are blocks of
 // channels in all images: one image of 128 channels has 8 blocks with AVX-512,
-// so that 8 of 16 threads would idle. A map of 160 x 224 tokens with 16
-// channels, a single block, takes 1.7 ms on one thread and in stages 1.0 ms on
-// two (AMD EPYC, AVX-512).
+// so that 8 of 16 threads would idle.
 //
 // Only the second stage, Recur, depends on the order of tokens, and it is one
 // multiply-add for each of them. The other two, Prepare and Observe, divide
