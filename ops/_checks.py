@@ -7,21 +7,27 @@ import torch
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(op: str, name: str, x: torch.Tensor, shape: tuple[int, ...], like: str) -> None:
-    """Raise ``ValueError`` unless ``x`` is floating point and has ``shape``, in words ``like``."""
+def _check_floating_point(op: str, name: str, x: torch.Tensor) -> None:
     if x.dtype not in _FLOATS:
         raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
+
+
+def check_tensor(op: str, name: str, x: torch.Tensor, shape: tuple[int, ...], like: str) -> None:
+    """Raise ``ValueError`` unless ``x`` is floating point and has ``shape``.
+
+    ``like`` is the shape in symbols, for the message.
+    """
+    _check_floating_point(op, name, x)
     if tuple(x.shape) != shape:
         raise ValueError(f"{op}: {name} must be {like} = {list(shape)}, got {list(x.shape)}")
 
 
 def check_activation(op: str, name: str, x: torch.Tensor, dims: str) -> None:
-    """Raise ``ValueError`` unless ``x`` is floating point, with an axis per word of ``dims``."""
+    """Raise ``ValueError`` unless ``x`` is floating point, with one axis per word of ``dims``."""
     axes = dims.split()
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
+    _check_floating_point(op, name, x)
     if x.dim() != len(axes) or 0 in x.shape[1:]:
         raise ValueError(
-            f"{op}: {name} must be [{', '.join(axes)}] with no empty axis but the batch, "
+            f"{op}: {name} must be [{', '.join(axes)}] with no empty axis except the batch, "
             f"got {list(x.shape)}"
         )

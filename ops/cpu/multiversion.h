@@ -1,12 +1,13 @@
 // One binary for all machines: a kernel is compiled for AVX-512, for AVX2 and
-// for the baseline, and the processor decides at run time.
+// for the baseline, and the version for the processor is chosen at run time.
 //
-// A kernel is a struct with a static, always inlined
-//   template <int N> void run(const Args&),
-// N being the number of channels that it treats together. PerBlock makes one of
-// a kernel for the single block args.block of args.dim channels,
-//   template <int N, bool Full> void run(const Args&),
-// Full saying whether the block has N channels.
+// A kernel is a struct with a static, always inlined function
+//   template <int N> void run(const Args&)
+// that processes N channels together. A kernel for one block of channels,
+// args.block, has
+//   template <int N, bool Full> void run(const Args&)
+// instead, where Full says whether the block has N channels; PerBlock makes it
+// a kernel of the first form.
 #pragma once
 
 #include <cstdlib>
@@ -17,7 +18,7 @@
 
 namespace smd2 {
 
-// Channels in a block of each version: one register of floats.
+// Channels of a block in each version: as many floats as a vector register has.
 constexpr int kLanesAvx512 = 16;
 constexpr int kLanesAvx2 = 8;
 constexpr int kLanesBaseline = 4;
@@ -34,7 +35,7 @@ struct PerBlock {
   }
 };
 
-// Channels in a block, known to the compiler where it is full.
+// Number of channels in the block: a compile-time constant if it is full.
 template <int N, bool Full, typename Args>
 SMD2_INLINE int block_channels(const Args& args) {
   return Full ? N : static_cast<int>(args.dim - args.block * N);
@@ -52,7 +53,8 @@ __attribute__((target("avx2,fma"))) void run_avx2(const Args& args) {
 }
 #endif
 
-// Number of channels that the version for this processor treats together.
+// Number of channels that the version for this processor processes together.
+// SMD2_CPU_CAPABILITY=avx2 or =baseline chooses a version below that.
 inline int lanes() {
 #if defined(__x86_64__)
   static const int count = [] {

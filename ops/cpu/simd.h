@@ -1,6 +1,6 @@
 // Vectors over channels, in plain C++ with the vector extensions of GCC and
-// Clang. Every function here is inlined into kernels that are compiled once per
-// instruction set (see multiversion.h), so nothing needs intrinsics.
+// Clang. Every function here is inlined into kernels that are compiled once for
+// each instruction set (see multiversion.h), so no intrinsics are needed.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -11,22 +11,12 @@
 #include <type_traits>
 #include <utility>
 
+#include "../accumulate.h"
+
 #define SMD2_INLINE static inline __attribute__((always_inline))
 #define SMD2_LAMBDA __attribute__((always_inline))
 
 namespace smd2 {
-
-// The type that sums and states have: float, but double for double.
-template <typename T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <typename T>
-using acc_t = typename Accumulate<T>::type;
 
 // N values of type T, one per channel.
 template <typename T, int N>
@@ -46,7 +36,7 @@ SMD2_INLINE vec<T, N> splat(T x) {
   return v;
 }
 
-// Contiguous scratch memory, always whole vectors.
+// Contiguous scratch memory holds full vectors.
 template <typename T, int N>
 SMD2_INLINE vec<T, N> read(const T* p) {
   vec<T, N> v;
@@ -58,7 +48,8 @@ SMD2_INLINE void write(T* p, vec<T, N> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// Tensors: the first n of N channels; the others read as 0 and stay unwritten.
+// Tensors may end within a vector: only the first n of N channels are accessed;
+// the others read as 0.
 template <typename T, int N>
 SMD2_INLINE vec<acc_t<T>, N> load(const T* p, int n) {
   vec<T, N> v{};
@@ -70,7 +61,8 @@ SMD2_INLINE void store(T* p, vec<acc_t<T>, N> v, int n) {
   std::memcpy(p, &v, n == N ? sizeof(v) : n * sizeof(T));
 }
 
-// bfloat16 is the upper half of a float.
+// A bfloat16 is the upper half of a float. One shuffle converts a vector; GCC
+// before 12 has no __builtin_shufflevector.
 #if defined(__clang__) || __GNUC__ >= 12
 template <int N, size_t... I>
 SMD2_INLINE vec<uint16_t, 2 * N> zeros_between(
@@ -139,7 +131,8 @@ SMD2_INLINE void store_channels(T* p, vec<acc_t<T>, N> v, int n) {
   }
 }
 
-// Halves are added until one value is left.
+// Sum over the channels: the upper half is added to the lower half until one
+// value is left.
 template <typename T, int N>
 SMD2_INLINE T sum(vec<T, N> v) {
   if constexpr (N == 1) {
@@ -163,9 +156,11 @@ SMD2_INLINE vec<T, N> magnitude(vec<T, N> x) {
   return x;
 }
 
-// Calls body(s) for s = 0 .. S - 1. Functions of S vectors are written with it,
-// every operation for all of them before the next one: a single vector's wait
-// for one another, and the processor does not look ahead far enough to fill in.
+// Calls body(s) for s = 0 .. S - 1, unrolled. Functions of S vectors use it for
+// instruction-level parallelism: they do each operation for all S vectors
+// before the next operation. The operations on one vector form a chain, each
+// waiting for the latency of the one before, and the reorder buffer holds only
+// about three such chains; interleaved, S independent chains hide the latency.
 template <int S, typename Body>
 SMD2_INLINE void each(const Body& body) {
 #pragma GCC unroll 8
@@ -174,7 +169,10 @@ SMD2_INLINE void each(const Body& body) {
   }
 }
 
-// What exp_of_products counts exponents in, and the largest that it takes.
+// The base of exp_of_products: it computes exp(x * rate / kExpUnit). In float
+// that is exp2(x * rate), so callers multiply the rate by log2(e) beforehand,
+// once for many tokens; in double it is exp(x * rate). |x * rate| must not
+// exceed kExpLimit.
 template <typename T>
 constexpr T kExpUnit = 1;
 template <>
@@ -184,9 +182,10 @@ constexpr T kExpLimit = 700;
 template <>
 inline constexpr float kExpLimit<float> = 126;
 
-// x[s] = exp(x[s] * rate / kExpUnit), to 1 ulp and what rounding of kExpUnit
-// makes; |x[s] * rate| must not exceed kExpLimit. It is 2^n times a polynomial
-// in the rest, fitted to the smallest relative error.
+// x[s] = exp2(x[s] * rate), to 1 ulp; that the rate was multiplied by a rounded
+// log2(e) adds the rounding error of that product. With x * rate = n + f, n an
+// integer and |f| <= 1/2, it is 2^n times a polynomial in f, which was fitted
+// for the smallest relative error.
 template <int N, int S>
 SMD2_INLINE void exp_of_products(vec<float, N>* x, vec<float, N> rate) {
   using V = vec<float, N>;
@@ -211,8 +210,8 @@ SMD2_INLINE void exp_of_products(vec<float, N>* x, vec<float, N> rate) {
   });
 }
 
-// log(1 + e[s]) for e in [0, 1], to 2e-7 of itself: the second-order term times
-// a polynomial, fitted to the smallest relative error.
+// e[s] = log(1 + e[s]) for e in [0, 1], with a relative error of at most 2e-7:
+// e + e^2 times a polynomial, which was fitted for the smallest relative error.
 template <int N, int S>
 SMD2_INLINE void log1p(vec<float, N>* e) {
   vec<float, N> p[S];
@@ -253,8 +252,9 @@ SMD2_INLINE vec<T, N> at_least(vec<T, N> x, vec<T, N> limit) {
   return x < limit ? limit : x;
 }
 
-// The largest x that exp(x) is computed for, not known to the compiler, which
-// makes comparisons and blends of constants where one instruction would do.
+// The largest x that exp(x) is computed for. The value is hidden from the
+// compiler: a clamp to a constant compiles to a comparison and a blend, one to
+// an unknown value to a single min or max.
 template <typename T, int N>
 SMD2_INLINE vec<T, N> exp_limit() {
   T limit = kExpLimit<T> / kExpUnit<T>;
@@ -284,7 +284,8 @@ SMD2_INLINE void silu(vec<T, N>* x) {
   each<S>([&](int s) SMD2_LAMBDA { x[s] = x[s] / (1 + e[s]); });
 }
 
-// Calls body(c, n) for blocks of N channels; n is less in the last one.
+// Calls body(c, n) for each block of channels: its first channel, and their
+// number, which is N except in the last block.
 template <int N, typename Body>
 SMD2_INLINE void for_channels(int64_t dim, const Body& body) {
   int64_t c = 0;

@@ -1,4 +1,4 @@
-// What the library was compiled for, for the doctor to report.
+// The architectures that the library was compiled for; the doctor reports them.
 #include <torch/library.h>
 
 #include <string>

@@ -1,6 +1,6 @@
-// Arithmetic and memory access that all kernels share. A warp treats 32
-// channels of one token: a lane is a channel, and what a lane does never
-// depends on its values, so that all lanes of a warp stay together.
+// Arithmetic and memory access that all kernels share. A warp processes 32
+// channels of one token, one in each lane. Control flow never depends on a
+// lane's values, so the lanes of a warp never diverge.
 #pragma once
 
 #include "types.h"
@@ -8,8 +8,10 @@
 namespace smd2 {
 namespace cuda {
 
-// Blocks that a multiprocessor shall hold at least: it caps the registers,
-// which ptxas otherwise spends, or spills, as it likes.
+// The minimum of resident blocks per multiprocessor that __launch_bounds__ asks
+// for: it limits the registers of a thread. More blocks hide more latency,
+// until registers spill; tests/profiling/test_cuda_report.py reads the
+// compiler's report and allows no spills. The values were not tuned on a GPU.
 template <typename Acc>
 constexpr int min_blocks(int of_float, int of_double) {
   return sizeof(Acc) == sizeof(float) ? of_float : of_double;
@@ -35,7 +37,7 @@ SMD2_DEVICE Acc softplus(Acc x) {
   return x > Acc(20) ? x : y;
 }
 
-// The same, and its derivative.
+// The same, with its derivative.
 template <typename Acc>
 SMD2_DEVICE Acc softplus(Acc x, Acc* slope) {
   const Acc e = exp_(x > Acc(20) ? Acc(20) : x);
@@ -44,7 +46,7 @@ SMD2_DEVICE Acc softplus(Acc x, Acc* slope) {
   return x > Acc(20) ? x : y;
 }
 
-// Lanes beyond the last channel read 0 and write nothing.
+// Lanes beyond the last channel, which are not valid, read 0 and write nothing.
 template <typename T>
 SMD2_DEVICE acc_t<T> load(const T* p, bool valid) {
   return valid ? static_cast<acc_t<T>>(*p) : acc_t<T>(0);
@@ -56,7 +58,7 @@ SMD2_DEVICE void store(T* p, acc_t<T> value, bool valid) {
   }
 }
 
-// Sum over the lanes of a warp, in every lane.
+// The sum over the lanes of a warp, returned in every lane.
 template <typename Acc>
 SMD2_DEVICE Acc warp_sum(Acc value) {
 #pragma unroll
@@ -66,9 +68,9 @@ SMD2_DEVICE Acc warp_sum(Acc value) {
   return value;
 }
 
-// Sums `count` values of each lane over the warps of a block, into those of
-// warp 0. `scratch` has room for warps x count x 32 values and is free again
-// after the next __syncthreads.
+// Sums `count` values of each lane over the warps of a block; warp 0 gets the
+// sums. `scratch` has warps x count x 32 values, and can be used for something
+// else after the next __syncthreads.
 template <int count, typename Acc>
 SMD2_DEVICE void block_sum(Acc (&values)[count], Acc* scratch) {
   const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;

@@ -1,10 +1,10 @@
-// The one gate to CUDA of kernels and launchers: the real one under nvcc, the
-// emulator of tests/cuda_emulator where SMD2_EMULATED is defined. The glue,
-// compiled by neither, sees types only. Torch-free.
+// The only place where kernels and launchers touch CUDA: the real one under
+// nvcc, the emulator of tests/cuda_emulator if SMD2_EMULATED is defined. The
+// glue is compiled by a plain C++ compiler and sees types only. Torch-free.
 //
 // Kernels may use threadIdx, blockIdx, blockDim, __syncthreads, shuffles with
-// full masks outside divergent branches, and dynamic shared memory. No atomics:
-// results are the same run to run.
+// full masks outside divergent branches, and dynamic shared memory. Atomics are
+// excluded because results must be the same in every run.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,7 @@
 
 #define SMD2_DEVICE __device__ __forceinline__
 #define SMD2_HOST_DEVICE __host__ __device__ __forceinline__
-// The block's shared memory: all of it is dynamic, and sized by the launcher.
+// The block's shared memory, all of it dynamic; the launcher chooses its size.
 #define SMD2_SHARED(TYPE, NAME)                              \
   extern __shared__ __align__(16) unsigned char smd2_raw_[]; \
   TYPE* NAME = reinterpret_cast<TYPE*>(smd2_raw_)
@@ -35,17 +35,18 @@ inline void check_cuda(cudaError_t error, const char* what) {
   }
 }
 
-// Multiprocessors of the current device.
+// Number of multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
   check_cuda(cudaGetDevice(&device), "no current device");
   check_cuda(
       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-      "cannot ask the device for its multiprocessors");
+      "cannot query the device's number of multiprocessors");
   return count;
 }
 
-// Starts `blocks` blocks of 32 x `warps` threads; nothing waits for them.
+// Starts `blocks` blocks of 32 x `warps` threads, asynchronously. `name` is for
+// error messages.
 template <typename Args>
 void launch(
     const char* name,
@@ -55,14 +56,15 @@ void launch(
     size_t shared_bytes,
     cudaStream_t stream,
     const Args& args) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
+  constexpr size_t kWithoutOptIn = 48 * 1024;  // shared bytes of any launch
   constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
   if (blocks < 1 || blocks > kMaxBlocks) {
     throw std::runtime_error(
-        std::string("spatial_mamba: ") + name + ": between 1 and 2^31 - 1 " +
-        "blocks can be launched, got " + std::to_string(blocks));
+        std::string("spatial_mamba: ") + name +
+        ": the number of blocks must be 1 to 2^31 - 1, got " +
+        std::to_string(blocks));
   }
-  if (shared_bytes > kWithoutAsking) {
+  if (shared_bytes > kWithoutOptIn) {
     check_cuda(
         cudaFuncSetAttribute(
             reinterpret_cast<const void*>(kernel),

@@ -1,15 +1,14 @@
-// What the glue of all CUDA operators shares: checks, conversions, the stream.
+// What the glue of all CUDA operators shares: registration, dtypes, the stream.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <vector>
-
+#include "../arguments.h"
 #include "types.h"
 
 #if defined(SMD2_EMULATED)
-// Tests run the same launchers over CPU tensors, under a name of their own.
+// Tests run the same launchers on CPU tensors, in a namespace of their own.
 #define SMD2_CUDA_IMPL(M) TORCH_LIBRARY_IMPL(spatial_mamba_emulated, CPU, M)
 #else
 #include <c10/cuda/CUDAGuard.h>
@@ -17,7 +16,8 @@
 #define SMD2_CUDA_IMPL(M) TORCH_LIBRARY_IMPL(spatial_mamba, CUDA, M)
 #endif
 
-// Runs the code with `scalar_t` set to a dtype that kernels are compiled for.
+// Runs the code with `scalar_t` set to the C++ type of TYPE, one of the dtypes
+// of SMD2_FOR_EACH_DTYPE.
 #define SMD2_CUDA_DISPATCH(TYPE, NAME, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(          \
       at::kHalf, at::kBFloat16, TYPE, NAME, __VA_ARGS__)
@@ -25,7 +25,8 @@
 namespace smd2 {
 namespace cuda {
 
-// Makes the tensor's device the current one, and knows its current stream.
+// Makes the tensor's device the current one for its lifetime, and gives access
+// to the device's current stream.
 #if defined(SMD2_EMULATED)
 struct OnDeviceOf {
   explicit OnDeviceOf(const at::Tensor&) {}
@@ -41,7 +42,7 @@ struct OnDeviceOf {
   cudaStream_t stream() const {
     return c10::cuda::getCurrentCUDAStream();
   }
-  // The dispatcher comes here if any argument is on a CUDA device.
+  // The dispatcher calls a CUDA kernel if any argument is on a CUDA device.
   static c10::Device checked(const at::Tensor& x) {
     TORCH_CHECK_VALUE(
         x.is_cuda(),
@@ -51,46 +52,6 @@ struct OnDeviceOf {
   }
 };
 #endif
-
-struct Argument {
-  const char* name;
-  const at::Tensor& value;
-  at::IntArrayRef shape;
-};
-
-inline void check_arguments(
-    const char* op,
-    const at::Tensor& like,
-    const std::vector<Argument>& arguments) {
-  for (const auto& [name, value, shape] : arguments) {
-    TORCH_CHECK_VALUE(
-        value.sizes() == shape,
-        op,
-        ": ",
-        name,
-        " must be ",
-        shape,
-        ", got ",
-        value.sizes());
-    TORCH_CHECK_VALUE(
-        value.device() == like.device(),
-        op,
-        ": ",
-        name,
-        " must be on ",
-        like.device(),
-        ", got ",
-        value.device());
-  }
-}
-
-inline at::ScalarType accumulate_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-inline at::Tensor as(const at::Tensor& x, at::ScalarType type) {
-  return x.to(type).contiguous();
-}
 
 }  // namespace cuda
 }  // namespace smd2

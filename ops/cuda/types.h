@@ -4,25 +4,21 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include "../accumulate.h"
 #include "simt.h"
+
+// Runs a macro for each dtype that CUDA kernels are compiled for.
+#define SMD2_FOR_EACH_DTYPE(MACRO) \
+  MACRO(double);                   \
+  MACRO(float);                    \
+  MACRO(c10::Half);                \
+  MACRO(c10::BFloat16)
 
 namespace smd2 {
 namespace cuda {
 
-// Channels of a warp.
+// Channels that a warp processes, one for each of its threads.
 constexpr int kLanes = 32;
-
-// The type that sums and states have: float, but double for double.
-template <typename T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <typename T>
-using acc_t = typename Accumulate<T>::type;
 
 SMD2_HOST_DEVICE int64_t smaller(int64_t x, int64_t y) {
   return x < y ? x : y;

@@ -1,16 +1,16 @@
 // spatial_mamba::depthwise_conv3x3 on the CPU; op.py documents it.
 //
-// Rows are shared out to threads; within a row, strips of tokens run over all
-// channels, so that memory is read in order.
+// Threads process whole rows. Within a row, the outer loop goes over strips of
+// tokens and the inner one over channels, so that memory is read in order.
 #include "rows.h"
 
 namespace smd2 {
 namespace {
 
+constexpr const char* kOp = "depthwise_conv3x3";
+
 template <typename T>
-struct ForwardArgs : Geometry {
-  Map<T> x;
-  const acc_t<T>* weights;
+struct ForwardArgs : ConvArgs<T> {
   T* out;
 };
 
@@ -21,12 +21,7 @@ struct Forward {
     using V = vec<acc_t<T>, N>;
     for (int64_t r = a.first; r < a.last; r++) {
       convolve_row<T, N>(
-          a,
-          a.x,
-          a.weights,
-          r,
-          a.out,
-          [&](auto strip, V* conv, V* here) SMD2_LAMBDA {
+          a, r, a.out, [&](auto strip, V* conv, V* here) SMD2_LAMBDA {
             constexpr int S = decltype(strip)::value;
             if constexpr (Residual) {
               each<S>([&](int s) SMD2_LAMBDA { conv[s] += here[s]; });
@@ -38,11 +33,9 @@ struct Forward {
   }
 };
 
-// Gradient of the convolution from that of its SiLU.
+// From the gradient of SiLU(convolution) to that of the convolution.
 template <typename T>
-struct ConvGradientArgs : Geometry {
-  Map<T> x;
-  const acc_t<T>* weights;
+struct ConvGradientArgs : ConvArgs<T> {
   const T* grad;  // contiguous
   acc_t<T>* grad_conv;
 };
@@ -76,14 +69,14 @@ struct ConvGradient {
   }
 };
 
-// Gradients of input, weights and bias from that of the convolution, G values.
+// From the gradient of the convolution, in dtype G, to those of input, weights
+// and bias.
 template <typename T, typename G>
-struct BackwardArgs : Geometry {
-  Map<T> x;
+struct BackwardArgs : ConvArgs<T> {
   Map<G> grad_conv;
-  const acc_t<T>* weights;
   T* grad_x;
-  acc_t<T>* grad_weights;  // [parts, 10, dim], 0 at first; the last is the bias
+  // [parts, kPacked, dim], 0 at first: sums of weights, and last of the bias.
+  acc_t<T>* grad_weights;
   bool residual;
 };
 
@@ -93,7 +86,7 @@ struct Backward {
   SMD2_INLINE void run(const BackwardArgs<T, G>& a) {
     using Acc = acc_t<T>;
     using V = vec<Acc, N>;
-    Acc* sums = a.grad_weights + a.part * (kWeights + 1) * a.dim;
+    Acc* sums = a.grad_weights + a.part * kPacked * a.dim;
     for (int64_t r = a.first; r < a.last; r++) {
       const auto rows = Rows<G>::around(a.grad_conv, a, r);
       const T* input = a.x.data + r * a.width * a.x.stride;
@@ -117,8 +110,8 @@ struct Backward {
                   rows.row[i], rows.stride, x, a.width, c, n, grads);
 #pragma GCC unroll 3
               for (int j = 0; j < kKernel; j++) {
-                // The output at row r + i - 1, column + j - 1 saw this input
-                // through the opposite weight.
+                // The output at (r + i - 1, x + s + j - 1) read the input at
+                // (r, x + s) with the opposite weight.
                 const int64_t k = kWeights - 1 - (i * kKernel + j);
                 const V w = read<Acc, N>(a.weights + c * kPacked + k * N);
                 V total = load_channels<Acc, N>(sums + k * a.dim + c, n);
@@ -149,7 +142,7 @@ struct Backward {
   }
 };
 
-// The inputs as the kernels want them.
+// The inputs, checked, in the dtype and layout that kernels take.
 struct Inputs {
   at::Tensor x, weights;
 
@@ -157,17 +150,16 @@ struct Inputs {
       const at::Tensor& x_,
       const at::Tensor& weight,
       const at::Tensor& bias) {
-    const char* op = "depthwise_conv3x3";
-    check_map(op, x_);
-    const auto dim = x_.size(3);
-    check_shape(op, "weight", weight, {dim, 1, kKernel, kKernel});
-    check_shape(op, "bias", bias, {dim});
+    check_convolution(kOp, x_, weight, bias);
     x = even_tokens(x_.to(kernel_type(x_, x_)));
     weights = pack_weights(weight, bias, x);
   }
 
   int64_t rows() const {
     return x.size(0) * x.size(1);
+  }
+  int64_t parts() const {
+    return num_parts(rows(), kRowsPerPart);
   }
 };
 
@@ -178,12 +170,9 @@ at::Tensor depthwise_conv3x3(
     bool residual) {
   const Inputs in(x, weight, bias);
   at::Tensor out = at::empty(in.x.sizes(), in.x.options());
-  SMD2_DISPATCH(in.x.scalar_type(), "depthwise_conv3x3", [&] {
+  SMD2_DISPATCH(in.x.scalar_type(), kOp, [&] {
     const ForwardArgs<scalar_t> args{
-        Geometry(in.x),
-        Map<scalar_t>(in.x),
-        in.weights.const_data_ptr<acc_t<scalar_t>>(),
-        out.data_ptr<scalar_t>()};
+        {in.x, in.weights}, out.data_ptr<scalar_t>()};
     if (residual) {
       run_parts<Forward<scalar_t, true>>(args, in.rows(), kRowsPerPart);
     } else {
@@ -201,10 +190,8 @@ void backward(
     const at::Tensor& grad_weights,
     bool residual) {
   const BackwardArgs<T, G> args{
-      Geometry(in.x),
-      Map<T>(in.x),
+      {in.x, in.weights},
       Map<G>(grad_conv),
-      in.weights.const_data_ptr<acc_t<T>>(),
       grad_x.data_ptr<T>(),
       grad_weights.data_ptr<acc_t<T>>(),
       residual};
@@ -217,25 +204,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv3x3_backward(
     const at::Tensor& weight,
     const at::Tensor& bias,
     bool residual) {
+  constexpr const char* op = "depthwise_conv3x3_backward";
   const Inputs in(x, weight, bias);
-  check_shape(
-      "depthwise_conv3x3_backward", "grad_output", grad_output, x.sizes());
-  const auto grad = grad_output.to(in.x.scalar_type()).contiguous();
-  const auto dim = x.size(3);
-  const auto parts = (in.rows() + kRowsPerPart - 1) / kRowsPerPart;
+  check_arguments(op, x, {{"grad_output", grad_output, x.sizes()}});
+  const auto grad = contiguous_as(grad_output, in.x.scalar_type());
   at::Tensor grad_x = at::empty(in.x.sizes(), in.x.options());
   at::Tensor grad_weights =
-      at::zeros({parts, kWeights + 1, dim}, in.weights.options());
-  SMD2_DISPATCH(in.x.scalar_type(), "depthwise_conv3x3_backward", [&] {
+      at::zeros({in.parts(), kPacked, x.size(3)}, in.weights.options());
+  SMD2_DISPATCH(in.x.scalar_type(), op, [&] {
     using Acc = acc_t<scalar_t>;
     if (residual) {
       backward<scalar_t, scalar_t>(in, grad, grad_x, grad_weights, true);
     } else {
       at::Tensor grad_conv = at::empty(in.x.sizes(), in.weights.options());
       const ConvGradientArgs<scalar_t> args{
-          Geometry(in.x),
-          Map<scalar_t>(in.x),
-          in.weights.const_data_ptr<Acc>(),
+          {in.x, in.weights},
           grad.const_data_ptr<scalar_t>(),
           grad_conv.data_ptr<Acc>()};
       run_parts<ConvGradient<scalar_t>>(args, in.rows(), kRowsPerPart);

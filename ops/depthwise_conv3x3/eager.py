@@ -1,4 +1,7 @@
-"""The depthwise convolution by PyTorch's own, on a channels_last view; nothing else is kept."""
+"""The depthwise convolution by PyTorch's own, on a channels-last view.
+
+Nothing but the inputs is kept for the backward pass.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from spatial_mamba_d2.ops._precision import precise
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``Tensor[B, H, W, D]`` -> the same shape."""
+    """``Tensor[B, H, W, D]`` -> ``Tensor[B, H, W, D]``."""
     conv = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=x.shape[-1])
     return conv.permute(0, 2, 3, 1)
 

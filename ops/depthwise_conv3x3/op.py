@@ -1,4 +1,4 @@
-"""``spatial_mamba::depthwise_conv3x3``: schema, documentation, autograd."""
+"""``spatial_mamba::depthwise_conv3x3``: schema, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -7,76 +7,48 @@ from torch import Tensor
 
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
+from spatial_mamba_d2.ops._precision import empty_output
 from spatial_mamba_d2.ops.depthwise_conv3x3 import eager, reference
 
 _NAME = "depthwise_conv3x3"
-_INPUTS = "Tensor x, Tensor weight, Tensor bias, bool residual"
-_extension.define(f"{_NAME}({_INPUTS}) -> Tensor")
-_extension.define(f"{_NAME}_backward(Tensor grad_output, {_INPUTS}) -> (Tensor, Tensor, Tensor)")
-_extension.register_python(
-    _NAME,
+_extension.define(
+    f"{_NAME}(Tensor x, Tensor weight, Tensor bias, bool residual) -> Tensor",
+    fake=lambda x, *_: empty_output(x),
     eager=eager.depthwise_conv3x3,
     reference=reference.depthwise_conv3x3,
-    by_design=("cuda",),
-)
-_extension.register_python(
-    f"{_NAME}_backward",
-    eager=eager.depthwise_conv3x3_backward,
-    reference=_extension.gradients_of(reference.depthwise_conv3x3),
+    eager_backward=eager.depthwise_conv3x3_backward,
     by_design=("cuda",),
 )
 
 
-@torch.library.register_fake(f"spatial_mamba::{_NAME}", lib=_extension.LIBRARY)
-def _(x, weight, bias, residual):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake(f"spatial_mamba::{_NAME}_backward", lib=_extension.LIBRARY)
-def _(grad_output, x, weight, bias, residual):
-    inputs = (x, weight, bias)
-    return tuple(torch.empty_like(i, memory_format=torch.contiguous_format) for i in inputs)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.residual = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_output):
-    gradients = torch.ops.spatial_mamba.depthwise_conv3x3_backward(
-        grad_output, *ctx.saved_tensors, ctx.residual
-    )
-    return *gradients, None
-
-
-torch.library.register_autograd(
-    f"spatial_mamba::{_NAME}", _backward, setup_context=_setup_context, lib=_extension.LIBRARY
-)
+def check_convolution(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise ``ValueError`` unless these fit together as in :func:`depthwise_conv3x3`."""
+    check_activation(op, "x", x, "B H W D")
+    dim = x.shape[-1]
+    check_tensor(op, "weight", weight, (dim, 1, 3, 3), "[D, 1, 3, 3]")
+    check_tensor(op, "bias", bias, (dim,), "[D]")
 
 
 def depthwise_conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: bool) -> Tensor:
     """Depthwise 3x3 convolution with zero padding, and what follows it in Spatial-Mamba's block.
 
     ``conv = bias[d] + sum_ij weight[d, 0, i, j] x[y + i - 1, x + j - 1, d]``; then ``x + conv``
-    with ``residual`` (the block's position encodings), else ``SiLU(conv)`` (in front of the scan).
+    with ``residual`` (the block's position encodings), else ``SiLU(conv)`` (before the scan).
     ``SpatialMambaBlock.cpe1``, ``cpe2`` and ``StructureAwareSSM.conv2d`` of the authors' code.
 
     Args:
-        x: ``Tensor[B, H, W, D]``; only ``D`` must be dense for the fast kernels.
+        x: ``Tensor[B, H, W, D]``; the compiled kernels copy it unless its channels are dense and
+            its tokens evenly spaced, as in a slice of the channels of a contiguous map.
         weight: ``Tensor[D, 1, 3, 3]``.
         bias: ``Tensor[D]``.
         residual: see above.
 
     Returns:
-        ``Tensor[B, H, W, D]``, contiguous, in the dtype of ``x``; sums are float32 (float64 for
-        float64 ``x``) in the compiled kernels. Backward keeps only the inputs.
+        ``Tensor[B, H, W, D]``, contiguous, in the dtype of ``x``. Sums are float32 (float64 for
+        float64 ``x``). The backward pass keeps nothing but the inputs.
 
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    check_activation(_NAME, "x", x, "B H W D")
-    dim = x.shape[-1]
-    check_tensor(_NAME, "weight", weight, (dim, 1, 3, 3), "[D, 1, 3, 3]")
-    check_tensor(_NAME, "bias", bias, (dim,), "[D]")
+    check_convolution(_NAME, x, weight, bias)
     return torch.ops.spatial_mamba.depthwise_conv3x3(x, weight, bias, residual)

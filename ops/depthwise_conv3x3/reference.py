@@ -1,14 +1,16 @@
-"""The convolution as nine shifted multiply-adds: what every other kernel is tested against."""
+"""The convolution as nine shifted multiply-adds: the truth that kernels are tested against."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from spatial_mamba_d2.ops._precision import accumulation_dtype
+
 
 def depthwise_conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: bool) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.depthwise_conv3x3`."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulation_dtype(x)
     height, width = x.shape[1:3]
     padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 1, 1, 1, 1))
     conv = bias.to(dtype)

@@ -1,4 +1,5 @@
-// Depthwise 3x3 convolution of single rows, all channels.
+// Depthwise 3x3 convolution of single rows, all channels. "Row r" counts the
+// rows of all images together.
 #pragma once
 
 #include "../cpu/tensors.h"
@@ -7,11 +8,18 @@ namespace smd2 {
 
 constexpr int kKernel = 3;
 constexpr int kWeights = kKernel * kKernel;
-constexpr int kPacked = kWeights + 1;  // with the bias
-constexpr int kStrip = 6;              // tokens
+constexpr int kPacked = kWeights + 1;  // weights of a channel and its bias
+// Tokens whose sums are in registers at once. A strip loads kStrip + 2 tokens
+// of each of three rows, so longer ones load fewer values twice; but its sums,
+// the loaded values and a weight must fit into the vector registers. Tuned on
+// two cores of an AMD EPYC (AVX-512).
+constexpr int kStrip = 6;
+// Rows that a thread processes at a time. Fewer balance threads better; more
+// read fewer rows twice, above and below a part, and have fewer partial sums of
+// the weights' gradients.
 constexpr int kRowsPerPart = 4;
 
-// A map whose tokens lie `stride` elements apart.
+// A map whose tokens are `stride` elements apart.
 template <typename T>
 struct Map {
   const T* data;
@@ -23,10 +31,20 @@ struct Map {
 
 struct Geometry {
   int64_t height, width, dim;
-  int64_t part, first, last;  // rows of all images together
+  int64_t part, first, last;  // set by run_parts
 
   explicit Geometry(const at::Tensor& x)
       : height(x.size(1)), width(x.size(2)), dim(x.size(3)) {}
+};
+
+// What all convolutions of an input read.
+template <typename T>
+struct ConvArgs : Geometry {
+  Map<T> x;
+  const acc_t<T>* weights;  // from pack_weights
+
+  ConvArgs(const at::Tensor& x_, const at::Tensor& weights_)
+      : Geometry(x_), x(x_), weights(weights_.const_data_ptr<acc_t<T>>()) {}
 };
 
 // Rows r - 1, r, r + 1 of a map; null outside of the image.
@@ -47,8 +65,8 @@ struct Rows {
   }
 };
 
-// Tokens x - 1 .. x + S of a row, n channels from c on; 0 outside, if Edge says
-// that there may be some.
+// Tokens x - 1 .. x + S of a row, n channels from c on. Tokens outside the row
+// are 0; only an Edge strip can have some.
 template <typename T, int N, int S, bool Edge>
 SMD2_INLINE void load_tokens(
     const T* row,
@@ -73,7 +91,7 @@ SMD2_INLINE void convolve(
     const Rows<T>& rows,
     int64_t x,
     int64_t width,
-    const acc_t<T>* weights,  // as pack_weights makes them
+    const acc_t<T>* weights,  // from pack_weights
     int64_t c,
     int n,
     vec<acc_t<T>, N>* out) {
@@ -101,8 +119,9 @@ SMD2_INLINE void convolve(
   }
 }
 
-// Calls body(S, Edge, x, c, n) for strips of S tokens of a row and blocks of
-// channels, n being N but in the last one. Edge strips touch the image's sides.
+// Calls body(S, Edge, x, c, n) for each strip of S tokens from x on and each
+// block of n channels from c on. Edge strips touch the left or right side of
+// the image.
 template <int N, typename Body>
 SMD2_INLINE void for_strips(int64_t width, int64_t dim, const Body& body) {
   const auto strip = [&](auto size, auto edge, int64_t x) SMD2_LAMBDA {
@@ -123,18 +142,14 @@ SMD2_INLINE void for_strips(int64_t width, int64_t dim, const Body& body) {
   }
 }
 
-// Row r of all images together, into `out`, a contiguous map:
-// finish(S, convolution, input) makes the first of S tokens theirs.
+// Writes row r of the contiguous map `out`. finish(S, conv, here) turns the
+// convolution of S tokens, in place, into their output; `here` is their input.
 template <typename T, int N, typename Finish>
-SMD2_INLINE void convolve_row(
-    const Geometry& g,
-    const Map<T>& x,
-    const acc_t<T>* weights,
-    int64_t r,
-    T* out,
-    const Finish& finish) {
-  const auto rows = Rows<T>::around(x, g, r);
-  const int64_t width = g.width, dim = g.dim;
+SMD2_INLINE void
+convolve_row(const ConvArgs<T>& a, int64_t r, T* out, const Finish& finish) {
+  const auto rows = Rows<T>::around(a.x, a, r);
+  const int64_t width = a.width, dim = a.dim;
+  const acc_t<T>* weights = a.weights;
   T* row = out + r * width * dim;
   for_strips<N>(
       width,
@@ -156,24 +171,34 @@ SMD2_INLINE void convolve_row(
       });
 }
 
-inline void check_map(const char* op, const at::Tensor& x) {
+// Raises ValueError unless these fit together.
+inline void check_convolution(
+    const char* op,
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const at::Tensor& bias) {
   TORCH_CHECK_VALUE(
       x.dim() == 4 && x.size(1) && x.size(2),
       op,
       ": x must be [B, H, W, D] with H, W >= 1, got ",
       x.sizes());
+  const auto dim = x.size(3);
+  check_arguments(
+      op,
+      x,
+      {{"weight", weight, {dim, 1, kKernel, kKernel}}, {"bias", bias, {dim}}});
 }
 
-// Weights [dim, 1, 3, 3] and bias as `convolve` reads them, [blocks of
-// channels, kPacked, lanes()].
+// Weights [dim, 1, 3, 3] and bias in the layout that `convolve` reads, [blocks
+// of channels, kPacked, lanes()].
 inline at::Tensor pack_weights(
     const at::Tensor& weight_,
     const at::Tensor& bias_,
     const at::Tensor& like) {
   const auto weight = small(weight_, like), bias = small(bias_, like);
   const int64_t dim = bias.size(0), size = lanes();
-  const int64_t blocks = (dim + size - 1) / size;
-  at::Tensor packed = at::zeros({blocks, kPacked, size}, weight.options());
+  at::Tensor packed =
+      at::zeros({channel_blocks(dim), kPacked, size}, weight.options());
   AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "pack_weights", [&] {
     const auto* from = weight.const_data_ptr<scalar_t>();
     const auto* last = bias.const_data_ptr<scalar_t>();

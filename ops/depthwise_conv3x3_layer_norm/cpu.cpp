@@ -1,16 +1,16 @@
 // spatial_mamba::depthwise_conv3x3_layer_norm on the CPU; op.py documents it.
 //
-// A row is normalised while the cache still has it.
+// A row is normalized while it is still in cache.
 #include "../cpu/moments.h"
 #include "../depthwise_conv3x3/rows.h"
 
 namespace smd2 {
 namespace {
 
+constexpr const char* kOp = "depthwise_conv3x3_layer_norm";
+
 template <typename T>
-struct ForwardArgs : Geometry {
-  Map<T> x;
-  const acc_t<T>* weights;
+struct ForwardArgs : ConvArgs<T> {
   const acc_t<T>* norm_weight;
   const acc_t<T>* norm_bias;
   acc_t<T> eps;
@@ -27,12 +27,7 @@ struct Forward {
     const int64_t dim = a.dim;
     for (int64_t r = a.first; r < a.last; r++) {
       convolve_row<T, N>(
-          a,
-          a.x,
-          a.weights,
-          r,
-          a.y,
-          [](auto strip, V* conv, V* here) SMD2_LAMBDA {
+          a, r, a.y, [](auto strip, V* conv, V* here) SMD2_LAMBDA {
             each<decltype(strip)::value>(
                 [&](int s) SMD2_LAMBDA { conv[s] += here[s]; });
           });
@@ -61,24 +56,21 @@ std::tuple<at::Tensor, at::Tensor> depthwise_conv3x3_layer_norm(
     const at::Tensor& norm_weight,
     const at::Tensor& norm_bias,
     double eps) {
-  const char* op = "depthwise_conv3x3_layer_norm";
-  check_map(op, x_);
+  check_convolution(kOp, x_, weight, bias);
   const auto dim = x_.size(3);
-  check_shape(op, "weight", weight, {dim, 1, kKernel, kKernel});
-  check_shape(op, "bias", bias, {dim});
-  check_shape(op, "norm_weight", norm_weight, {dim});
-  check_shape(op, "norm_bias", norm_bias, {dim});
+  check_arguments(
+      kOp,
+      x_,
+      {{"norm_weight", norm_weight, {dim}}, {"norm_bias", norm_bias, {dim}}});
   const auto x = even_tokens(x_.to(kernel_type(x_, x_)));
   const auto weights = pack_weights(weight, bias, x);
   const auto gain = small(norm_weight, x), shift = small(norm_bias, x);
   at::Tensor y = at::empty(x.sizes(), x.options());
   at::Tensor norm = at::empty_like(y);
-  SMD2_DISPATCH(x.scalar_type(), "depthwise_conv3x3_layer_norm", [&] {
+  SMD2_DISPATCH(x.scalar_type(), kOp, [&] {
     using Acc = acc_t<scalar_t>;
     const ForwardArgs<scalar_t> args{
-        Geometry(x),
-        Map<scalar_t>(x),
-        weights.const_data_ptr<Acc>(),
+        {x, weights},
         gain.const_data_ptr<Acc>(),
         shift.const_data_ptr<Acc>(),
         static_cast<Acc>(eps),

@@ -1,4 +1,4 @@
-"""Convolution and norm by PyTorch's own, one after the other."""
+"""PyTorch's own convolution and norm, one after the other."""
 
 from __future__ import annotations
 

@@ -5,9 +5,13 @@
 namespace smd2 {
 namespace {
 
+constexpr const char* kOp = "gated_layer_norm";
+
+// Tokens that a thread processes at a time. Fewer balance threads better; more
+// have fewer partial sums of the weights' gradients.
 constexpr int64_t kTokensPerPart = 128;
 
-// Tokens of y lie dim elements apart, those of z z_stride.
+// Tokens are `dim` elements apart in y, and `z_stride` in z.
 template <typename T>
 struct NormArgs {
   const T* y;
@@ -77,7 +81,8 @@ struct Backward {
       const T* grad = a.grad + t * a.dim;
       Moments<T> m;
       moments_of<T, N, 1>(y, a.dim, a.eps, &m);
-      // Gradient of the normalised values: its mean, and that times the values.
+      // Sums over channels of the gradient of the normalized values, and of
+      // its product with the values.
       vec<Acc, N> total{}, product{};
       for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {
         const auto normal = (load_channels<T, N>(y + c, n) - m.mean) * m.scale;
@@ -101,7 +106,7 @@ struct Backward {
             grad_bias + c,
             load_channels<Acc, N>(grad_bias + c, n) + grad_norm,
             n);
-        total += grad_norm * weight;  // 0 beyond the last channel, as g is
+        total += grad_norm * weight;  // 0 after the last channel, because g is
         product += grad_norm * weight * normal;
       });
       const Acc mean = sum<Acc, N>(total) / a.dim;
@@ -122,7 +127,7 @@ struct Backward {
   }
 };
 
-// The inputs as the kernels want them.
+// The inputs, checked, in the dtype and layout that kernels take.
 struct Inputs {
   at::Tensor y, z, weight, bias;
 
@@ -131,17 +136,20 @@ struct Inputs {
       const at::Tensor& z_,
       const at::Tensor& weight_,
       const at::Tensor& bias_) {
-    const char* op = "gated_layer_norm";
     TORCH_CHECK_VALUE(
         y_.dim() == 4 && y_.size(3),
-        op,
+        kOp,
         ": y must be [B, H, W, D] with D >= 1, got ",
         y_.sizes());
-    check_shape(op, "z", z_, y_.sizes());
-    check_shape(op, "weight", weight_, {y_.size(3)});
-    check_shape(op, "bias", bias_, {y_.size(3)});
+    const auto dim = y_.size(3);
+    check_arguments(
+        kOp,
+        y_,
+        {{"z", z_, y_.sizes()},
+         {"weight", weight_, {dim}},
+         {"bias", bias_, {dim}}});
     const auto type = kernel_type(y_, z_);
-    y = y_.to(type).contiguous();
+    y = contiguous_as(y_, type);
     z = even_tokens(z_.to(type));
     weight = small(weight_, y);
     bias = small(bias_, y);
@@ -149,6 +157,9 @@ struct Inputs {
 
   int64_t tokens() const {
     return y.numel() / y.size(3);
+  }
+  int64_t parts() const {
+    return num_parts(tokens(), kTokensPerPart);
   }
 
   template <typename T>
@@ -171,8 +182,8 @@ at::Tensor gated_layer_norm(
     double eps) {
   const Inputs in(y, z, weight, bias);
   at::Tensor out = at::empty_like(in.y);
-  SMD2_DISPATCH(in.y.scalar_type(), "gated_layer_norm", [&] {
-    ForwardArgs<scalar_t> args;
+  SMD2_DISPATCH(in.y.scalar_type(), kOp, [&] {
+    ForwardArgs<scalar_t> args{};
     in.fill(&args, eps);
     args.out = out.data_ptr<scalar_t>();
     run_parts<Forward<scalar_t>>(args, in.tokens(), kTokensPerPart);
@@ -188,16 +199,15 @@ gated_layer_norm_backward(
     const at::Tensor& weight,
     const at::Tensor& bias,
     double eps) {
+  constexpr const char* op = "gated_layer_norm_backward";
   const Inputs in(y, z, weight, bias);
-  check_shape(
-      "gated_layer_norm_backward", "grad_output", grad_output, y.sizes());
-  const auto grad = grad_output.to(in.y.scalar_type()).contiguous();
+  check_arguments(op, y, {{"grad_output", grad_output, y.sizes()}});
+  const auto grad = contiguous_as(grad_output, in.y.scalar_type());
   at::Tensor grad_y = at::empty_like(in.y), grad_z = at::empty_like(in.y);
-  const auto parts = (in.tokens() + kTokensPerPart - 1) / kTokensPerPart;
   at::Tensor grad_weights =
-      at::zeros({parts, 2, in.y.size(3)}, in.weight.options());
-  SMD2_DISPATCH(in.y.scalar_type(), "gated_layer_norm_backward", [&] {
-    BackwardArgs<scalar_t> args;
+      at::zeros({in.parts(), 2, in.y.size(3)}, in.weight.options());
+  SMD2_DISPATCH(in.y.scalar_type(), op, [&] {
+    BackwardArgs<scalar_t> args{};
     in.fill(&args, eps);
     args.grad = grad.const_data_ptr<scalar_t>();
     args.grad_y = grad_y.data_ptr<scalar_t>();

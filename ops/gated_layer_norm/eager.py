@@ -1,4 +1,4 @@
-"""Norm and gate by PyTorch's own operators; backward computes the norm again."""
+"""Norm and gate by PyTorch's own operators; the backward pass recomputes the norm."""
 
 from __future__ import annotations
 

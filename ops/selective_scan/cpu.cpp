@@ -1,14 +1,21 @@
 // spatial_mamba::selective_scan on the CPU; op.py documents it.
 #include "../cpu/tensors.h"
 #include "rows.h"
+#include "tensors.h"
 
 namespace smd2 {
 namespace {
 
-// Tokens that are treated together; sums over tokens add up run by run.
+constexpr const char* kOp = "selective_scan";
+
+// Tokens of a run: their states, or in the backward pass their gradients, are
+// in scratch memory together. Few enough for the first-level cache (16 KiB with
+// AVX-512), many enough that the start of a run takes no noticeable time. The
+// gradients of A and of the bias are summed run by run, so their last bits
+// depend on the value.
 constexpr int64_t kRun = 256;
 
-// Pointers to whole contiguous tensors; a kernel does one image and one block.
+// Pointers to contiguous tensors; a kernel processes one block of one image.
 template <typename T>
 struct ScanArgs {
   const T* u;
@@ -95,17 +102,9 @@ struct Backward {
       }
       const auto before =
           first ? read<Acc, N>(states + (first - 1) * N) : vec<Acc, N>{};
-      scan_row_backward<T, N>(
-          block,
-          first,
-          count,
-          states + first * N,
-          before,
-          grads,
-          nullptr,
-          vec<Acc, N>{},
-          &carry,
-          &out);
+      const RowAdjoint<T, N> row{
+          states + first * N, before, grads, nullptr, {}};
+      scan_row_backward<T, N>(block, first, count, row, &carry, &out);
     }
     const int64_t channel = a.image * a.dim + c;
     store_channels<Acc, N>(a.grad_A + channel, out.A, block.channels);
@@ -113,56 +112,22 @@ struct Backward {
   }
 };
 
-// The inputs as the kernels want them.
-struct Inputs {
-  at::Tensor u, delta, A, B, bias;
+template <typename T>
+void fill(const ScanTensors& in, ScanArgs<T>* a) {
+  fill_scan<T>(in, a);
+  a->delta = in.delta.const_data_ptr<T>();
+  a->images = in.u.size(0);
+  a->length = in.u.size(1);
+  a->dim = in.u.size(2);
+}
 
-  Inputs(
-      const at::Tensor& u_,
-      const at::Tensor& delta_,
-      const at::Tensor& A_,
-      const at::Tensor& B_,
-      const at::Tensor& bias_) {
-    const char* op = "selective_scan";
-    TORCH_CHECK_VALUE(
-        u_.dim() == 3, op, ": u must be [B, L, D], got ", u_.sizes());
-    check_shape(op, "delta", delta_, u_.sizes());
-    check_shape(op, "A", A_, {u_.size(2)});
-    check_shape(op, "B", B_, {u_.size(0), u_.size(1)});
-    check_shape(op, "delta_bias", bias_, {u_.size(2)});
-    const auto type = kernel_type(u_, delta_);
-    u = u_.to(type).contiguous();
-    delta = delta_.to(type).contiguous();
-    A = small(A_, u);
-    B = small(B_, u);
-    bias = small(bias_, u);
-  }
-
-  template <typename T>
-  void fill(ScanArgs<T>* a) const {
-    using Acc = acc_t<T>;
-    a->u = u.const_data_ptr<T>();
-    a->delta = delta.const_data_ptr<T>();
-    a->A = A.const_data_ptr<Acc>();
-    a->B = B.const_data_ptr<Acc>();
-    a->bias = bias.const_data_ptr<Acc>();
-    a->images = u.size(0);
-    a->length = u.size(1);
-    a->dim = u.size(2);
-  }
-};
-
-at::Tensor selective_scan(
-    const at::Tensor& u,
-    const at::Tensor& delta,
-    const at::Tensor& A,
-    const at::Tensor& B,
-    const at::Tensor& delta_bias) {
-  const Inputs in(u, delta, A, B, delta_bias);
+at::Tensor selective_scan(const ScanTensors& inputs) {
+  inputs.check(kOp);
+  const auto in = inputs.as(kernel_type(inputs.u, inputs.delta));
   at::Tensor h = at::empty(in.u.sizes(), in.A.options());
-  SMD2_DISPATCH(in.u.scalar_type(), "selective_scan", [&] {
-    ForwardArgs<scalar_t> shared;
-    in.fill(&shared);
+  SMD2_DISPATCH(in.u.scalar_type(), kOp, [&] {
+    ForwardArgs<scalar_t> shared{};
+    fill(in, &shared);
     shared.h = h.data_ptr<acc_t<scalar_t>>();
     run_blocks<Forward<scalar_t>, acc_t<scalar_t>>(
         shared, shared.images, kRun * lanes());
@@ -170,27 +135,25 @@ at::Tensor selective_scan(
   return h;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-selective_scan_backward(
-    const at::Tensor& grad_h,
-    const at::Tensor& u,
-    const at::Tensor& delta,
-    const at::Tensor& A,
-    const at::Tensor& B,
-    const at::Tensor& delta_bias) {
-  const Inputs in(u, delta, A, B, delta_bias);
-  check_shape("selective_scan_backward", "grad_h", grad_h, u.sizes());
-  const auto grad = small(grad_h, in.u);
+ScanGradientTensors selective_scan_backward(
+    const at::Tensor& grad_output,
+    const ScanTensors& inputs) {
+  constexpr const char* op = "selective_scan_backward";
+  inputs.check(op);
+  check_arguments(
+      op, inputs.u, {{"grad_output", grad_output, inputs.u.sizes()}});
+  const auto in = inputs.as(kernel_type(inputs.u, inputs.delta));
+  const auto grad = small(grad_output, in.u);
   const auto images = in.u.size(0), length = in.u.size(1), dim = in.u.size(2);
-  const auto blocks = (dim + lanes() - 1) / lanes();
   at::Tensor grad_u = at::empty_like(in.u), grad_delta = at::empty_like(in.u);
   at::Tensor grad_A = at::empty({images, dim}, in.A.options());
   at::Tensor grad_bias = at::empty_like(grad_A);
-  at::Tensor grad_B = at::empty({blocks, images, length}, in.A.options());
-  SMD2_DISPATCH(in.u.scalar_type(), "selective_scan_backward", [&] {
+  at::Tensor grad_B =
+      at::empty({channel_blocks(dim), images, length}, in.A.options());
+  SMD2_DISPATCH(in.u.scalar_type(), op, [&] {
     using Acc = acc_t<scalar_t>;
-    BackwardArgs<scalar_t> shared;
-    in.fill(&shared);
+    BackwardArgs<scalar_t> shared{};
+    fill(in, &shared);
     shared.grad_h = grad.const_data_ptr<Acc>();
     shared.grad_u = grad_u.data_ptr<scalar_t>();
     shared.grad_delta = grad_delta.data_ptr<scalar_t>();
@@ -201,16 +164,17 @@ selective_scan_backward(
         shared, images, (length + kRun) * lanes());
   });
   return {
-      grad_u.to(u.scalar_type()),
-      grad_delta.to(delta.scalar_type()),
-      grad_A.sum(0).to(A.scalar_type()),
-      grad_B.sum(0).to(B.scalar_type()),
-      grad_bias.sum(0).to(delta_bias.scalar_type())};
+      grad_u.to(inputs.u.scalar_type()),
+      grad_delta.to(inputs.delta.scalar_type()),
+      grad_A.sum(0).to(inputs.A.scalar_type()),
+      grad_B.sum(0).to(inputs.B.scalar_type()),
+      grad_bias.sum(0).to(inputs.delta_bias.scalar_type())};
 }
 
 TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
-  m.impl("selective_scan", &selective_scan);
-  m.impl("selective_scan_backward", &selective_scan_backward);
+  m.impl("selective_scan", forward_kernel<selective_scan, 5>);
+  m.impl(
+      "selective_scan_backward", backward_kernel<selective_scan_backward, 5>);
 }
 
 }  // namespace

@@ -74,10 +74,7 @@ void scan_backward(const ScanBackwardArgs<T>& args, cudaStream_t stream) {
   template void scan_forward(const ScanForwardArgs<T>&, cudaStream_t); \
   template void scan_backward(const ScanBackwardArgs<T>&, cudaStream_t)
 
-SMD2_INSTANTIATE(double);
-SMD2_INSTANTIATE(float);
-SMD2_INSTANTIATE(c10::Half);
-SMD2_INSTANTIATE(c10::BFloat16);
+SMD2_FOR_EACH_DTYPE(SMD2_INSTANTIATE);
 
 }  // namespace cuda
 }  // namespace smd2

@@ -1,74 +1,47 @@
 // spatial_mamba::selective_scan on CUDA devices; op.py documents it.
 #include "../cuda/tensors.h"
 #include "cuda.h"
+#include "tensors.h"
 
 namespace smd2 {
 namespace cuda {
 namespace {
 
-// The inputs as the kernels want them.
-struct Inputs {
-  at::Tensor u, delta, A, B, bias, workspace;
+constexpr const char* kOp = "selective_scan";
+
+// The inputs, checked, in the dtype and layout that kernels take.
+struct Inputs : ScanTensors {
+  at::Tensor workspace;
   Segments segments;
 
-  Inputs(
-      const char* op,
-      const at::Tensor& u_,
-      const at::Tensor& delta_,
-      const at::Tensor& A_,
-      const at::Tensor& B_,
-      const at::Tensor& bias_) {
-    TORCH_CHECK_VALUE(
-        u_.dim() == 3 && u_.size(1) && u_.size(2),
-        op,
-        ": u must be [B, L, D] with L, D >= 1, got ",
-        u_.sizes());
-    const auto images = u_.size(0), length = u_.size(1), dim = u_.size(2);
-    check_arguments(
-        op,
-        u_,
-        {{"delta", delta_, u_.sizes()},
-         {"A", A_, {dim}},
-         {"B", B_, {images, length}},
-         {"delta_bias", bias_, {dim}}});
-    const auto type = at::promote_types(u_.scalar_type(), delta_.scalar_type());
-    u = as(u_, type);
-    delta = as(delta_, type);
-    A = as(A_, accumulate_type(type));
-    B = as(B_, accumulate_type(type));
-    bias = as(bias_, accumulate_type(type));
-    segments = sequence_segments(length);
-    workspace = at::empty({workspace_size(segments, images, dim)}, A.options());
+  Inputs(const char* op, const ScanTensors& inputs) {
+    inputs.check(op);
+    static_cast<ScanTensors&>(*this) = inputs.as(
+        at::promote_types(inputs.u.scalar_type(), inputs.delta.scalar_type()));
+    segments = sequence_segments(u.size(1));
+    workspace = at::empty(
+        {workspace_size(segments, u.size(0), u.size(2))}, A.options());
   }
 
   template <typename T>
   void fill(ScanArgs<T>* a) const {
-    using Acc = acc_t<T>;
-    a->u = u.const_data_ptr<T>();
+    fill_scan<T>(*this, a);
     a->delta = delta.const_data_ptr<T>();
-    a->A = A.const_data_ptr<Acc>();
-    a->B = B.const_data_ptr<Acc>();
-    a->bias = bias.const_data_ptr<Acc>();
-    a->workspace = workspace.data_ptr<Acc>();
+    a->workspace = workspace.data_ptr<acc_t<T>>();
     a->segments = segments;
     a->images = u.size(0);
     a->dim = u.size(2);
   }
 };
 
-at::Tensor selective_scan(
-    const at::Tensor& u,
-    const at::Tensor& delta,
-    const at::Tensor& A,
-    const at::Tensor& B,
-    const at::Tensor& delta_bias) {
-  const OnDeviceOf device(u);
-  const Inputs in("selective_scan", u, delta, A, B, delta_bias);
+at::Tensor selective_scan(const ScanTensors& inputs) {
+  const OnDeviceOf device(inputs.u);
+  const Inputs in(kOp, inputs);
   at::Tensor h = at::empty(in.u.sizes(), in.A.options());
   if (h.numel() == 0) {
     return h;
   }
-  SMD2_CUDA_DISPATCH(in.u.scalar_type(), "selective_scan", [&] {
+  SMD2_CUDA_DISPATCH(in.u.scalar_type(), kOp, [&] {
     ScanForwardArgs<scalar_t> args{};
     in.fill(&args);
     args.h = h.data_ptr<acc_t<scalar_t>>();
@@ -77,20 +50,16 @@ at::Tensor selective_scan(
   return h;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-selective_scan_backward(
-    const at::Tensor& grad_h,
-    const at::Tensor& u,
-    const at::Tensor& delta,
-    const at::Tensor& A,
-    const at::Tensor& B,
-    const at::Tensor& delta_bias) {
+ScanGradientTensors selective_scan_backward(
+    const at::Tensor& grad_output,
+    const ScanTensors& inputs) {
   static constexpr char op[] = "selective_scan_backward";
-  const OnDeviceOf device(u);
-  const Inputs in(op, u, delta, A, B, delta_bias);
-  check_arguments(op, u, {{"grad_h", grad_h, u.sizes()}});
+  const OnDeviceOf device(inputs.u);
+  const Inputs in(op, inputs);
+  check_arguments(
+      op, inputs.u, {{"grad_output", grad_output, inputs.u.sizes()}});
   const auto options = in.A.options();
-  const auto grad = as(grad_h, in.A.scalar_type());
+  const auto grad = contiguous_as(grad_output, in.A.scalar_type());
   const auto images = in.u.size(0), length = in.u.size(1), dim = in.u.size(2);
   at::Tensor workspace = at::empty_like(in.workspace);
   at::Tensor grad_u = at::empty_like(in.u), grad_delta = at::empty_like(in.u);
@@ -115,16 +84,17 @@ selective_scan_backward(
     });
   }
   return {
-      grad_u.to(u.scalar_type()),
-      grad_delta.to(delta.scalar_type()),
-      grad_A.sum({0, 1}).to(A.scalar_type()),
-      grad_B.sum(0).to(B.scalar_type()),
-      grad_bias.sum({0, 1}).to(delta_bias.scalar_type())};
+      grad_u.to(inputs.u.scalar_type()),
+      grad_delta.to(inputs.delta.scalar_type()),
+      grad_A.sum({0, 1}).to(inputs.A.scalar_type()),
+      grad_B.sum(0).to(inputs.B.scalar_type()),
+      grad_bias.sum({0, 1}).to(inputs.delta_bias.scalar_type())};
 }
 
 SMD2_CUDA_IMPL(m) {
-  m.impl("selective_scan", &selective_scan);
-  m.impl("selective_scan_backward", &selective_scan_backward);
+  m.impl("selective_scan", forward_kernel<selective_scan, 5>);
+  m.impl(
+      "selective_scan_backward", backward_kernel<selective_scan_backward, 5>);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""``spatial_mamba::selective_scan``: schema, documentation, autograd."""
+"""``spatial_mamba::selective_scan``: schema, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -7,53 +7,16 @@ from torch import Tensor
 
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
+from spatial_mamba_d2.ops._precision import accumulation_dtype, empty_output
 from spatial_mamba_d2.ops.selective_scan import eager, reference
 
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor delta_bias"
-_extension.define(f"selective_scan({_INPUTS}) -> Tensor")
+_NAME = "selective_scan"
 _extension.define(
-    f"selective_scan_backward(Tensor grad_h, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_extension.register_python(
-    "selective_scan", eager=eager.selective_scan, reference=reference.selective_scan
-)
-_extension.register_python(
-    "selective_scan_backward",
-    eager=eager.selective_scan_backward,
-    reference=_extension.gradients_of(reference.selective_scan),
-)
-
-
-@torch.library.register_fake("spatial_mamba::selective_scan", lib=_extension.LIBRARY)
-def _(u, delta, A, B, delta_bias):
-    return torch.empty_like(
-        u,
-        dtype=torch.promote_types(u.dtype, torch.float32),
-        memory_format=torch.contiguous_format,
-    )
-
-
-@torch.library.register_fake("spatial_mamba::selective_scan_backward", lib=_extension.LIBRARY)
-def _(grad_h, u, delta, A, B, delta_bias):
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (u, delta, A, B, delta_bias)
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_h):
-    return torch.ops.spatial_mamba.selective_scan_backward(grad_h, *ctx.saved_tensors)
-
-
-torch.library.register_autograd(
-    "spatial_mamba::selective_scan",
-    _backward,
-    setup_context=_setup_context,
-    lib=_extension.LIBRARY,
+    f"{_NAME}(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor delta_bias) -> Tensor",
+    fake=lambda u, *_: empty_output(u, accumulation_dtype(u)),
+    eager=eager.selective_scan,
+    reference=reference.selective_scan,
+    eager_backward=eager.selective_scan_backward,
 )
 
 
@@ -77,10 +40,10 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: T
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    check_activation("selective_scan", "u", u, "B L D")
+    check_activation(_NAME, "u", u, "B L D")
     batch, length, dim = u.shape
-    check_tensor("selective_scan", "delta", delta, (batch, length, dim), "[B, L, D]")
-    check_tensor("selective_scan", "A", A, (dim,), "[D]")
-    check_tensor("selective_scan", "B", B, (batch, length), "[B, L]")
-    check_tensor("selective_scan", "delta_bias", delta_bias, (dim,), "[D]")
+    check_tensor(_NAME, "delta", delta, (batch, length, dim), "[B, L, D]")
+    check_tensor(_NAME, "A", A, (dim,), "[D]")
+    check_tensor(_NAME, "B", B, (batch, length), "[B, L]")
+    check_tensor(_NAME, "delta_bias", delta_bias, (dim,), "[D]")
     return torch.ops.spatial_mamba.selective_scan(u, delta, A, B, delta_bias)

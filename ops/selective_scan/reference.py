@@ -1,4 +1,4 @@
-"""Selective scan, token by token: what every other kernel is tested against."""
+"""Selective scan, token by token: the truth that every other kernel is tested against."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from spatial_mamba_d2.ops._precision import precise
+
 
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.selective_scan`."""
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    u, delta, A, B, delta_bias = (x.to(dtype) for x in (u, delta, A, B, delta_bias))
+    u, delta, A, B, delta_bias = precise(u, delta, A, B, delta_bias)
     step = softplus(delta + delta_bias)  # [B, L, D], the identity above 20
     decay = torch.exp(step * A)
     drive = step * B.unsqueeze(-1) * u

@@ -8,11 +8,20 @@
 
 namespace smd2 {
 
-constexpr int kPrefetch = 16;  // tokens
-constexpr int kTogether = 8;   // tokens whose steps are computed together
+// Both constants were tuned on two cores of an AMD EPYC (AVX-512), for the
+// blocks of the tiny backbone on 640 x 896 pixels. Any value gives the same
+// results.
+//
+// Tokens between a prefetch and its use. Fewer, and memory is not there in
+// time; more, and the cache holds what is not needed yet.
+constexpr int kPrefetch = 16;
+// Tokens whose steps and decays are computed together. They are independent, so
+// that the operations on one hide the latency of those on the others; more
+// would spill vector registers.
+constexpr int kTogether = 8;
 
-// Where step sizes before bias and softplus come from: from `delta`, one value
-// for each of u, or, where there is a rank, from products dt W^T of that few
+// The source of step sizes, before bias and softplus: `delta`, with one value
+// for each of u, or, if rank > 0, the products dt W^T, each a sum of `rank`
 // terms.
 template <typename T>
 struct Steps {
@@ -21,7 +30,7 @@ struct Steps {
   const acc_t<T>* weight;  // [blocks, rank, lanes()]
   int64_t rank;
 
-  // Those of one block and the tokens from `token` on.
+  // The steps of one block, from token `token` on.
   template <int N>
   __attribute__((always_inline)) Steps
   of_block(int64_t token, int64_t dim, int64_t block) const {
@@ -32,17 +41,17 @@ struct Steps {
   }
 };
 
-// One image, one block of N channels: where its tokens are.
+// The inputs of the scan of one image and one block of N channels.
 template <typename T, int N>
 struct ScanBlock {
   const T* u;  // token 0, first channel of the block
   Steps<T> steps;
   const acc_t<T>* B;
   int64_t stride;  // elements from token to token in u and delta
-  int channels;    // of the block, at most N
+  int channels;    // number of channels in the block, at most N
   vec<acc_t<T>, N> A, bias;
 
-  // Of S tokens from t on, with the bias.
+  // Step sizes of S tokens from t on, with the bias.
   template <int S>
   __attribute__((always_inline)) void load_steps(
       int64_t t,
@@ -66,8 +75,9 @@ struct ScanBlock {
   }
 };
 
-// x[s] = softplus(x[s]), and what its derivative needs, e = exp(-|x|). Beyond
-// 20 it is the identity, as PyTorch defines it, which shows in double alone.
+// x[s] = softplus(x[s]), and e[s] = exp(-|x[s]|), which softplus_slope takes.
+// Above 20 it is the identity, as PyTorch defines it; in float the formula
+// gives that anyway.
 template <typename T, int N, int S>
 SMD2_INLINE void softplus(vec<T, N>* x, vec<T, N>* e) {
   using V = vec<T, N>;
@@ -92,7 +102,7 @@ SMD2_INLINE vec<T, N> softplus_slope(vec<T, N> x, vec<T, N> e) {
   return (x < vec<T, N>{} ? e : splat<T, N>(1)) / (e + 1);
 }
 
-// exp(step * A) of steps >= 0. Results are 2^-126 to 2^126 in float.
+// exp(step * A) for steps >= 0, clamped to 2^-126 .. 2^126 in float.
 template <typename T, int N>
 struct Decay {
   vec<T, N> rate, limit;
@@ -114,8 +124,8 @@ struct Decay {
   }
 };
 
-// The state after token t, given the one before. A function, for the compiler
-// to round alike wherever it is called.
+// The state after token t, given the one before. One function for all callers,
+// so that the compiler contracts, and rounds, the expression in the same way.
 template <typename T, int N>
 SMD2_INLINE vec<acc_t<T>, N> update(
     const ScanBlock<T, N>& block,
@@ -126,10 +136,11 @@ SMD2_INLINE vec<acc_t<T>, N> update(
   return decay * state + drive * block.B[t];
 }
 
-// Calls body(t, decay, drive) for S tokens from t on, with what `update` takes.
+// Calls body(t, decay, drive) for each of S tokens from t on, with the
+// arguments of `update`.
 //
-// Tokens lie apart, in strides that the processor does not foresee by itself
-// where they are pages.
+// Prefetches explicitly, because the hardware prefetchers do not cross pages
+// and successive tokens may be a page apart.
 template <typename T, int N, int S, typename Body>
 SMD2_INLINE void for_updates(
     const ScanBlock<T, N>& block,
@@ -166,8 +177,9 @@ SMD2_INLINE void for_updates(
   }
 }
 
-// States of tokens [first, first + count) into `out`, N values a token; `h` is
-// the state before and after.
+// Writes the states of tokens [first, first + count) to `out`, N values a
+// token. `h` is the state before the first token, and becomes that after the
+// last.
 template <typename T, int N>
 SMD2_INLINE void scan_row(
     const ScanBlock<T, N>& block,
@@ -185,8 +197,8 @@ SMD2_INLINE void scan_row(
   *h = state;
 }
 
-// scan_row in two parts, the first of which needs no state: what the updates
-// take, then the states in place of the drives.
+// scan_row in two parts. The first one needs no state: it writes the arguments
+// of the updates. The second one overwrites the drives with the states.
 template <typename T, int N>
 SMD2_INLINE void prepare_row(
     const ScanBlock<T, N>& block,
@@ -219,30 +231,35 @@ SMD2_INLINE void recur_row(
   *h = state;
 }
 
-// Where the adjoint puts its results.
+// Results of the adjoint.
 template <typename T, int N>
 struct ScanGradients {
   T* u;
   T* delta;
-  acc_t<T>* B;  // of this block alone
+  acc_t<T>* B;  // the sum over this block of channels alone
   vec<acc_t<T>, N> A, bias;
 };
 
-// Adjoint of scan_row, last token first. `h` and `grad_h` are the states and
-// their gradients at token `first`, N values a token; `h_before` is the state
-// in front of it. `carry` is decay * gradient of the token after, and becomes
-// that of token `first`. `skip_grad` (or null) is added to the gradient of u,
-// times `skip`: the observation's D u.
+// What the adjoint of scan_row takes for its tokens, N values each.
+template <typename T, int N>
+struct RowAdjoint {
+  const acc_t<T>* h;          // their states
+  vec<acc_t<T>, N> h_before;  // the state before the first token
+  const acc_t<T>* grad_h;     // gradients of their states
+  // Of an observation y = ... + skip * u, which adds skip * grad_y to the
+  // gradient of u: grad_y from token 0 on, or null without one.
+  const T* grad_y;
+  vec<acc_t<T>, N> skip;
+};
+
+// Adjoint of scan_row, last token first. `carry` is decay * gradient of the
+// state after the last token, and becomes that of the first token.
 template <typename T, int N>
 SMD2_INLINE void scan_row_backward(
     const ScanBlock<T, N>& block,
     int64_t first,
     int64_t count,
-    const acc_t<T>* h,
-    vec<acc_t<T>, N> h_before,
-    const acc_t<T>* grad_h,
-    const T* skip_grad,
-    vec<acc_t<T>, N> skip,
+    const RowAdjoint<T, N>& row,
     vec<acc_t<T>, N>* carry,
     ScanGradients<T, N>* out) {
   using V = vec<acc_t<T>, N>;
@@ -255,8 +272,9 @@ SMD2_INLINE void scan_row_backward(
     step = x;
     softplus<acc_t<T>, N, 1>(&step, &e);
     decay_of.template operator()<1>(&step, &decay);
-    const V g = read<acc_t<T>, N>(grad_h + i * N) + next;
-    const V previous = i ? read<acc_t<T>, N>(h + (i - 1) * N) : h_before;
+    const V g = read<acc_t<T>, N>(row.grad_h + i * N) + next;
+    const V previous =
+        i ? read<acc_t<T>, N>(row.h + (i - 1) * N) : row.h_before;
     next = decay * g;
     const V grad_exponent = next * previous;  // with respect to step * A
     grad_A += grad_exponent * step;
@@ -264,8 +282,8 @@ SMD2_INLINE void scan_row_backward(
     const V grad_delta = grad_step * softplus_slope<acc_t<T>, N>(x, e);
     grad_bias += grad_delta;
     V grad_u = g * step * block.B[t];
-    if (skip_grad) {
-      grad_u += skip * load_channels<T, N>(skip_grad + at, block.channels);
+    if (row.grad_y) {
+      grad_u += row.skip * load_channels<T, N>(row.grad_y + at, block.channels);
     }
     out->B[t] = sum<acc_t<T>, N>(g * step * u);
     store_channels<T, N>(out->u + at, grad_u, block.channels);

@@ -2,9 +2,14 @@
 //
 // The recursion h_t = decay_t h_{t-1} + drive_t is a chain of affine maps, and
 // so is its adjoint m_t = decay_t (grad_h_t + m_{t+1}), from the last token to
-// the first. Either runs in three launches: `reduce` composes the maps of each
-// segment, and of the segments in front of it within its row; `carry` passes
-// the state from row to row; then every segment starts at once.
+// the first. Each of them runs in three launches (for segments and rows see
+// cuda.h):
+//
+//   reduce                composes the maps of each segment; then, for each
+//                         segment, those of the segments before it in its row,
+//                         and those of the row
+//   carry                 passes the state from row to row
+//   apply, apply_adjoint  run the recursion in all segments at once
 #pragma once
 
 #include "../cuda/device.cuh"
@@ -13,30 +18,47 @@
 namespace smd2 {
 namespace cuda {
 
-constexpr int kScanWarps = 8;     // of a block that treats a row
-constexpr int kAdjointWarps = 4;  // the same, with states in shared memory
+// Warps of a block. `reduce`, `apply` and `apply_adjoint` have a block for each
+// row and 32 channels, whose warps take turns at the row's segments; the
+// adjoint also has 4 KiB of states per warp in shared memory. `carry` has a
+// block for each image, whose warps divide the rows. More warps shorten these
+// loops; the limits are registers, shared memory and the 1024 threads of a
+// block. Not tuned on a GPU.
+constexpr int kScanWarps = 8;
+constexpr int kAdjointWarps = 4;
 constexpr int kCarryWarps = 32;
 
-// The map h -> decay * h + state.
+// The affine map h -> decay * h + state.
 template <typename Acc>
 struct Affine {
   Acc decay, state;
 };
 
+// The composition: `first`, then `second`.
 template <typename Acc>
 SMD2_DEVICE Affine<Acc> then(Affine<Acc> first, Affine<Acc> second) {
   return {
       first.decay * second.decay, second.decay * first.state + second.state};
 }
 
-// The workspace of one pass. "Before" is in the order of the recursion: of the
-// adjoint, the first token is the sequence's last.
+// The workspace of one pass: what is known of the tokens before a segment. For
+// segment 2 of row 1 that is
+//
+//   row 0  | - - - - - - - - - - - - - - - - |  row_state[1]: state after row 0
+//   row 1  | - - before[1, 2] - | segment 2  |  before[1, 2]: map of the tokens
+//                                               before the segment in its row
+//
+//   and the state before the segment is before[1, 2] applied to row_state[1].
+//
+// "Before" and "after" are in the order of the recursion; the adjoint runs from
+// the last row to the first and from right to left.
 template <typename Acc>
 struct Carries {
-  Affine<Acc>* before;  // [images, rows, per_row, dim]: the row's segments
-                        // before this one
-  Affine<Acc>* rows;    // [images, rows, dim]: the whole row
-  Acc* row_state;       // [images, rows, dim]: the state before it
+  // [images, rows, per_row, dim]: map of the segments before this one in its
+  // row.
+  Affine<Acc>* before;
+  Affine<Acc>* rows;  // [images, rows, dim]: map of all segments of the row
+  Acc* row_state;     // [images, rows, dim]: state before the row
 
   SMD2_HOST_DEVICE Carries(
       Acc* workspace,
@@ -50,8 +72,9 @@ struct Carries {
   }
 };
 
-// The part of a tensor that a block of threads treats: a row of an image, 32
-// channels. Neighbouring blocks have neighbouring channels of the same tokens.
+// The part of a tensor that a block of threads processes: 32 channels of a row
+// of an image. Neighbouring blocks have neighbouring channels of the same
+// tokens.
 struct RowPlace {
   int64_t channel_block, row, image;
   int64_t channel;  // of this lane
@@ -102,7 +125,7 @@ struct Channel {
   }
 };
 
-// The state before a segment.
+// The state before segment s of a row: see Carries.
 template <typename T>
 SMD2_DEVICE acc_t<T> state_before(
     const ScanArgs<T>& a,
@@ -121,7 +144,7 @@ SMD2_DEVICE acc_t<T> state_before(
   return before.decay * carries.row_state[at * a.dim + channel] + before.state;
 }
 
-// What `reduce` composes: the recursion itself ...
+// The maps that `reduce` composes: those of the recursion ...
 template <typename T>
 struct ForwardPass : ScanArgs<T> {
   static constexpr bool kReverse = false;
@@ -136,7 +159,7 @@ struct ForwardPass : ScanArgs<T> {
   };
 };
 
-// ... or its adjoint.
+// ... or those of its adjoint.
 template <typename T>
 struct AdjointPass : ScanArgs<T> {
   static constexpr bool kReverse = true;
@@ -158,7 +181,8 @@ struct AdjointPass : ScanArgs<T> {
   };
 };
 
-// One block per row and 32 channels.
+// One block per row and 32 channels; in each step of the loop, its warps
+// compose `warps` segments, and pass the results on through shared memory.
 template <typename T, typename Pass>
 __global__ void __launch_bounds__(
     kScanWarps* kLanes,
@@ -213,8 +237,9 @@ struct CarryArgs {
   bool reverse;
 };
 
-// One block per image and 32 channels; a warp composes its share of the rows,
-// then passes the state through it.
+// One block per image and 32 channels. Each warp composes the maps of its share
+// of the rows, gets the state before them from those of the warps before it,
+// and passes it through its rows.
 template <typename Acc>
 __global__ void __launch_bounds__(kCarryWarps* kLanes, 1)
     carry(CarryArgs<Acc> a) {
@@ -252,7 +277,8 @@ __global__ void __launch_bounds__(kCarryWarps* kLanes, 1)
   }
 }
 
-// One block per row and 32 channels, a warp does every so many segments.
+// One block per row and 32 channels; warp w processes segments w, w + warps,
+// ...
 template <typename T>
 __global__ void __launch_bounds__(
     kScanWarps* kLanes,
@@ -276,8 +302,8 @@ __global__ void __launch_bounds__(
   }
 }
 
-// The same for the adjoint. A warp computes the states of its segment again,
-// and keeps them in shared memory.
+// The same for the adjoint. A warp recomputes the states of its segment and
+// keeps them in shared memory.
 template <typename T, bool kSkip>
 __global__ void __launch_bounds__(
     kAdjointWarps* kLanes,
@@ -295,7 +321,7 @@ __global__ void __launch_bounds__(
   Acc* states = shared + warp * kMaxSegment * kLanes + lane;
   Acc* grad_B = a.grad_B + (place.channel_block * a.images + place.image) *
                                segments.tokens;
-  Acc sums[3] = {0, 0, 0};  // of A, bias, D
+  Acc sums[3] = {0, 0, 0};  // gradients of A, bias, D
 
   for (int64_t s = warp; s < segments.per_row; s += blockDim.y) {
     const int64_t begin = segments.begin(place.row, s);
@@ -309,7 +335,7 @@ __global__ void __launch_bounds__(
       state = map.decay * state + map.state;
       states[i * kLanes] = state;
     }
-    // decay * gradient of the token after
+    // decay * gradient of the state after the segment
     Acc next = state_before(
         a, adjoint, place.image, place.row, s, place.channel, place.valid);
 #pragma unroll 2

@@ -5,7 +5,9 @@
 namespace smd2 {
 namespace {
 
-// Pointers to whole contiguous tensors; a kernel does one image and one block.
+constexpr const char* kOp = "state_fusion";
+
+// Pointers to contiguous tensors; a kernel processes one block of one image.
 template <typename T>
 struct FusionArgs {
   const T* h;
@@ -14,9 +16,10 @@ struct FusionArgs {
   int64_t image, block;
   acc_t<T>* scratch;
 
+  // First value of the block in row y of a tensor [images, height, width, dim].
   template <int N>
-  int64_t offset() const {
-    return image * height * width * dim + block * N;
+  int64_t offset(int64_t y) const {
+    return (image * height + y) * width * dim + block * N;
   }
 };
 
@@ -41,36 +44,23 @@ struct ForwardArgs : FusionArgs<T> {
 
 template <typename T>
 struct Forward {
-  // Keeps 11 padded rows in cache.
   template <int N, bool Full>
   SMD2_INLINE void run(const ForwardArgs<T>& a) {
     using Acc = acc_t<T>;
-    constexpr int kRows = 2 * kRadius + 1;
     const int n = block_channels<N, Full>(a);
-    const int64_t at = a.template offset<N>(), line = a.width * a.dim;
-    const int64_t row_size = (a.width + 2 * kRadius) * N;
     vec<Acc, N> taps[kTaps];
-    for (int k = 0; k < kTaps; k++) {
-      taps[k] = load_channels<Acc, N>(a.taps + k * a.dim + a.block * N, n);
-    }
-    for (int64_t r = 0; r < a.height + kRadius; r++) {
-      if (r < a.height) {
-        Acc* row = a.scratch + r % kRows * row_size + kRadius * N;
-        gather_row<T, N>(a.h + at + r * line, a.width, a.dim, n, row);
-        replicate_row<Acc, N>(row, a.width);
-      }
-      const int64_t y = r - kRadius;
-      if (y < 0) {
-        continue;
-      }
-      const auto window =
-          window_around<Acc, N>(a.scratch, kRows, y, a.height, a.width);
-      Acc* out = a.out + at + y * line;
+    load_taps<Acc, N>(a.taps, a.dim, a.block * N, n, taps);
+    const auto produce = [&](int64_t y, Acc* row) SMD2_LAMBDA {
+      gather_row<T, N>(a.h + a.template offset<N>(y), a.width, a.dim, n, row);
+    };
+    const auto use = [&](int64_t y, const Window<Acc>& window) SMD2_LAMBDA {
+      Acc* out = a.out + a.template offset<N>(y);
       fuse_row<Acc, N>(
           window, taps, a.width, [&](int64_t x, auto fused) SMD2_LAMBDA {
             store_channels<Acc, N>(out + x * a.dim, fused, n);
           });
-    }
+    };
+    sweep_rows<Acc, N>(a.scratch, a.height, a.width, produce, use);
   }
 };
 
@@ -83,87 +73,72 @@ struct BackwardArgs : FusionArgs<T> {
 
 template <typename T>
 struct Backward {
-  // Scratch: the padded map, the gradients with margins, one row of zeros, two
-  // rows more.
   template <int N, bool Full>
   SMD2_INLINE void run(const BackwardArgs<T>& a) {
     using Acc = acc_t<T>;
     const int n = block_channels<N, Full>(a);
-    const int64_t at = a.template offset<N>(), line = a.width * a.dim;
-    const int64_t row_size = (a.width + 2 * kRadius) * N;
-    const int64_t grad_size = (a.width + 2 * kMargin) * N;
-    Acc* map = a.scratch;
-    Acc* grads = map + a.height * row_size;
-    Acc* zeros = grads + a.height * grad_size;
-    Acc* row = zeros + grad_size;
-    Acc* out = row + row_size;
-    std::fill(grads, row, Acc(0));
+    const FusionTape<Acc, N> tape(a.scratch, a.height, a.width);
     vec<Acc, N> taps[kTaps], grad_taps[kTaps]{};
-    for (int k = 0; k < kTaps; k++) {
-      taps[k] = load_channels<Acc, N>(a.taps + k * a.dim + a.block * N, n);
+    load_taps<Acc, N>(a.taps, a.dim, a.block * N, n, taps);
+    for (int64_t y = 0; y < a.height; y++) {
+      const int64_t at = a.template offset<N>(y);
+      gather_row<T, N>(a.h + at, a.width, a.dim, n, tape.map.row(y));
+      replicate_row<Acc, N>(tape.map.row(y), a.width);
+      gather_row<Acc, N>(a.grad_out + at, a.width, a.dim, n, tape.grad_row(y));
     }
     for (int64_t y = 0; y < a.height; y++) {
-      Acc* padded = map + y * row_size + kRadius * N;
-      gather_row<T, N>(a.h + at + y * line, a.width, a.dim, n, padded);
-      replicate_row<Acc, N>(padded, a.width);
-      gather_row<Acc, N>(
-          a.grad_out + at + y * line,
-          a.width,
-          a.dim,
-          n,
-          grads + y * grad_size + kMargin * N);
-    }
-    for (int64_t y = 0; y < a.height; y++) {
-      const auto window =
-          window_around<Acc, N>(map, a.height, y, a.height, a.width);
       fuse_row_grad_taps<Acc, N>(
-          window, grads + y * grad_size + kMargin * N, a.width, grad_taps);
-      fuse_row_grad_input<Acc, N>(
-          grads, zeros, taps, y, a.height, a.width, row, out);
-      T* grad_h = a.grad_h + at + y * line;
+          window_around<Acc, N>(tape.map, y, a.height),
+          tape.grad_row(y),
+          a.width,
+          grad_taps);
+      fuse_row_grad_input<Acc, N>(tape, taps, y);
+      T* grad_h = a.grad_h + a.template offset<N>(y);
       for (int64_t x = 0; x < a.width; x++) {
-        store_channels<T, N>(grad_h + x * a.dim, read<Acc, N>(out + x * N), n);
+        store_channels<T, N>(
+            grad_h + x * a.dim, read<Acc, N>(tape.out + x * N), n);
       }
     }
-    for (int k = 0; k < kTaps; k++) {
-      store_channels<Acc, N>(
-          a.grad_taps + (a.image * kTaps + k) * a.dim + a.block * N,
-          grad_taps[k],
-          n);
-    }
+    Acc* sums = a.grad_taps + a.image * kTaps * a.dim;
+    store_taps<Acc, N>(grad_taps, a.dim, a.block * N, n, sums);
   }
 };
 
-void check(const at::Tensor& h, const at::Tensor& taps) {
-  TORCH_CHECK_VALUE(
-      h.dim() == 4 && h.size(1) && h.size(2),
-      "state_fusion: h must be [B, H, W, D] with H, W >= 1, got ",
-      h.sizes());
-  check_shape("state_fusion", "taps", taps, {kTaps, h.size(3)});
-}
+// The inputs, checked, in the dtype and layout that kernels take.
+struct Inputs {
+  at::Tensor h, taps;
 
-template <typename T>
-void fill(const at::Tensor& h, const at::Tensor& taps, FusionArgs<T>* a) {
-  a->h = h.const_data_ptr<T>();
-  a->taps = taps.const_data_ptr<acc_t<T>>();
-  a->height = h.size(1);
-  a->width = h.size(2);
-  a->dim = h.size(3);
-}
+  Inputs(const at::Tensor& h_, const at::Tensor& taps_) {
+    TORCH_CHECK_VALUE(
+        h_.dim() == 4 && h_.size(1) && h_.size(2),
+        kOp,
+        ": h must be [B, H, W, D] with H, W >= 1, got ",
+        h_.sizes());
+    check_arguments(kOp, h_, {{"taps", taps_, {kTaps, h_.size(3)}}});
+    h = contiguous_as(h_, kernel_type(h_, h_));
+    taps = small(taps_, h);
+  }
+
+  template <typename T>
+  void fill(FusionArgs<T>* a) const {
+    a->h = h.const_data_ptr<T>();
+    a->taps = taps.const_data_ptr<acc_t<T>>();
+    a->height = h.size(1);
+    a->width = h.size(2);
+    a->dim = h.size(3);
+  }
+};
 
 at::Tensor state_fusion(const at::Tensor& h, const at::Tensor& taps) {
-  check(h, taps);
-  const auto states = h.to(kernel_type(h, h)).contiguous();
-  const auto weights = small(taps, states);
-  at::Tensor out = at::empty(h.sizes(), weights.options());
-  SMD2_DISPATCH(states.scalar_type(), "state_fusion", [&] {
+  const Inputs in(h, taps);
+  at::Tensor out = at::empty(h.sizes(), in.taps.options());
+  SMD2_DISPATCH(in.h.scalar_type(), kOp, [&] {
     using Acc = acc_t<scalar_t>;
-    ForwardArgs<scalar_t> shared;
-    fill(states, weights, &shared);
+    ForwardArgs<scalar_t> shared{};
+    in.fill(&shared);
     shared.out = out.data_ptr<Acc>();
-    const int64_t scratch_size =
-        (2 * kRadius + 1) * (shared.width + 2 * kRadius) * lanes();
-    run_blocks<Forward<scalar_t>, Acc>(shared, h.size(0), scratch_size);
+    run_blocks<Forward<scalar_t>, Acc>(
+        shared, h.size(0), sweep_size(shared.width, lanes()));
   });
   return out;
 }
@@ -172,26 +147,22 @@ std::tuple<at::Tensor, at::Tensor> state_fusion_backward(
     const at::Tensor& grad_output,
     const at::Tensor& h,
     const at::Tensor& taps) {
-  check(h, taps);
-  check_shape("state_fusion_backward", "grad_output", grad_output, h.sizes());
-  const auto states = h.to(kernel_type(h, h)).contiguous();
-  const auto weights = small(taps, states);
-  const auto grad = small(grad_output, states);
-  at::Tensor grad_h = at::empty_like(states);
+  constexpr const char* op = "state_fusion_backward";
+  const Inputs in(h, taps);
+  check_arguments(op, h, {{"grad_output", grad_output, h.sizes()}});
+  const auto grad = small(grad_output, in.h);
+  at::Tensor grad_h = at::empty_like(in.h);
   at::Tensor grad_taps =
-      at::empty({h.size(0), kTaps, h.size(3)}, weights.options());
-  SMD2_DISPATCH(states.scalar_type(), "state_fusion_backward", [&] {
+      at::empty({h.size(0), kTaps, h.size(3)}, in.taps.options());
+  SMD2_DISPATCH(in.h.scalar_type(), op, [&] {
     using Acc = acc_t<scalar_t>;
-    BackwardArgs<scalar_t> shared;
-    fill(states, weights, &shared);
+    BackwardArgs<scalar_t> shared{};
+    in.fill(&shared);
     shared.grad_out = grad.const_data_ptr<Acc>();
     shared.grad_h = grad_h.data_ptr<scalar_t>();
     shared.grad_taps = grad_taps.data_ptr<Acc>();
-    const int64_t padded = shared.width + 2 * kRadius;
-    const int64_t margins = shared.width + 2 * kMargin;
-    const int64_t scratch_size = lanes() * ((shared.height + 2) * padded +
-                                            (shared.height + 1) * margins);
-    run_blocks<Backward<scalar_t>, Acc>(shared, h.size(0), scratch_size);
+    run_blocks<Backward<scalar_t>, Acc>(
+        shared, h.size(0), tape_size(shared.height, shared.width, lanes()));
   });
   return {grad_h.to(h.scalar_type()), grad_taps.sum(0).to(taps.scalar_type())};
 }

@@ -42,10 +42,7 @@ void fusion_backward(const FusionBackwardArgs<T>& args, cudaStream_t stream) {
   template void fusion_forward(const FusionForwardArgs<T>&, cudaStream_t); \
   template void fusion_backward(const FusionBackwardArgs<T>&, cudaStream_t)
 
-SMD2_INSTANTIATE(double);
-SMD2_INSTANTIATE(float);
-SMD2_INSTANTIATE(c10::Half);
-SMD2_INSTANTIATE(c10::BFloat16);
+SMD2_FOR_EACH_DTYPE(SMD2_INSTANTIATE);
 
 }  // namespace cuda
 }  // namespace smd2

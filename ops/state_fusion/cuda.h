@@ -1,21 +1,20 @@
-// What the glue and other operators know of the fusion's CUDA kernels.
-// Torch-free.
+// The fusion's CUDA launchers and their arguments, for the glue and for other
+// operators. Torch-free.
 #pragma once
 
 #include "../cuda/types.h"
+#include "taps.h"
 
 namespace smd2 {
 namespace cuda {
 
-constexpr int kRadius = 5;
-constexpr int kTaps = 25;
-
-// What a block of threads keeps in shared memory: a ring of rows of 32
-// channels, with a halo on all sides. 63 KiB, so that it fits every
-// architecture since 7.5.
+// The tile of a block of threads, in rows and columns of 32 channels. With a
+// halo of kRadius on all sides it takes 63 KiB of shared memory, which is what
+// fits on every architecture since 7.5. A wider tile recomputes or rereads less
+// halo; a lower one has fewer warps that share it. Not tuned on a GPU.
 template <typename Acc>
 struct TileShape {
-  static constexpr int kRows = 8;    // that are fused at once, a warp each
+  static constexpr int kRows = 8;    // rows fused at once, one for each warp
   static constexpr int kWidth = 18;  // columns, at most
 };
 template <>
@@ -24,6 +23,7 @@ struct TileShape<double> {
   static constexpr int kWidth = 8;
 };
 
+// The ring buffer of rows in shared memory.
 template <typename Acc>
 struct Ring {
   static constexpr int kRows = TileShape<Acc>::kRows + 2 * kRadius;
@@ -32,17 +32,17 @@ struct Ring {
   static constexpr size_t kBytes = sizeof(Acc) * kRows * kRowSize;
 };
 
-// How a map is cut: a block of threads treats one image, 32 channels, a tile of
-// columns, and goes down a band of rows.
+// How a map is cut: a block of threads processes 32 channels of one image, in a
+// tile of columns, and goes down a band of rows.
 struct Tiles {
   int64_t images, height, width, dim;
-  int64_t tile_width, tiles;
-  int64_t band_height, bands;
+  int64_t tile_width, tiles;   // columns of a tile, number of tiles
+  int64_t band_height, bands;  // rows of a band, number of bands
 
   SMD2_HOST_DEVICE int64_t channel_blocks() const {
     return blocks_of(dim, kLanes);
   }
-  // Blocks of threads per 32 channels; each has partial sums of its own.
+  // Number of blocks of threads per 32 channels; each writes partial sums.
   SMD2_HOST_DEVICE int64_t parts() const {
     return images * bands * tiles;
   }
@@ -51,8 +51,8 @@ struct Tiles {
   }
 };
 
-// Bands are as high as the device allows while it has blocks enough: a band
-// computes the rows of its halo anew.
+// Bands are as high as possible while there are enough blocks for the device:
+// every band computes the rows of its halo again.
 template <typename Acc>
 Tiles cut(
     int64_t images,
@@ -74,8 +74,7 @@ Tiles cut(
   return t;
 }
 
-// The same for the current device, of a map whose accumulation type is double
-// or float.
+// The same for the current device, with double or float as accumulation type.
 Tiles cut_for_device(
     bool is_double,
     int64_t images,
@@ -83,7 +82,7 @@ Tiles cut_for_device(
     int64_t width,
     int64_t dim);
 
-// Pointers to whole contiguous tensors.
+// Pointers to contiguous tensors.
 template <typename T>
 struct FusionArgs {
   const T* h;            // [images, height, width, dim]

@@ -6,7 +6,9 @@ namespace smd2 {
 namespace cuda {
 namespace {
 
-// The inputs as the kernels want them.
+constexpr const char* kOp = "state_fusion";
+
+// The inputs, checked, in the dtype and layout that kernels take.
 struct Inputs {
   at::Tensor h, taps;
   Tiles tiles;
@@ -19,7 +21,7 @@ struct Inputs {
         h_.sizes());
     check_arguments(op, h_, {{"taps", taps_, {kTaps, h_.size(3)}}});
     h = h_.contiguous();
-    taps = as(taps_, accumulate_type(h.scalar_type()));
+    taps = contiguous_as(taps_, accumulate_type(h.scalar_type()));
     tiles = cut_for_device(
         h.scalar_type() == at::kDouble,
         h.size(0),
@@ -38,12 +40,12 @@ struct Inputs {
 
 at::Tensor state_fusion(const at::Tensor& h, const at::Tensor& taps) {
   const OnDeviceOf device(h);
-  const Inputs in("state_fusion", h, taps);
+  const Inputs in(kOp, h, taps);
   at::Tensor out = at::empty(h.sizes(), in.taps.options());
   if (out.numel() == 0) {
     return out;
   }
-  SMD2_CUDA_DISPATCH(h.scalar_type(), "state_fusion", [&] {
+  SMD2_CUDA_DISPATCH(h.scalar_type(), kOp, [&] {
     FusionForwardArgs<scalar_t> args{};
     in.fill(&args);
     args.out = out.data_ptr<acc_t<scalar_t>>();
@@ -60,7 +62,7 @@ std::tuple<at::Tensor, at::Tensor> state_fusion_backward(
   const OnDeviceOf device(h);
   const Inputs in(op, h, taps);
   check_arguments(op, h, {{"grad_output", grad_output, h.sizes()}});
-  const auto grad = as(grad_output, in.taps.scalar_type());
+  const auto grad = contiguous_as(grad_output, in.taps.scalar_type());
   at::Tensor grad_h = at::empty_like(in.h);
   at::Tensor grad_taps =
       at::empty({in.tiles.parts(), kTaps, h.size(3)}, in.taps.options());

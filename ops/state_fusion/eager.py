@@ -1,8 +1,8 @@
 """State fusion in plain PyTorch: three dilated depthwise convolutions on one padded copy.
 
-Channels-last tensors reach oneDNN's and cuDNN's depthwise kernels as they are. The libraries have
-no fast weight gradient for dilated depthwise convolutions; splitting the map into its ``d x d``
-phases (space to batch) turns it into an undilated one.
+oneDNN's and cuDNN's depthwise kernels take channels-last tensors without a copy. Neither library
+has a fast weight gradient for dilated depthwise convolutions; splitting the map into its ``d x d``
+phases (space to batch) makes the convolution an undilated one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from spatial_mamba_d2.ops._precision import accumulation_dtype
 from spatial_mamba_d2.ops.state_fusion.taps import DILATIONS, RADIUS, join_taps, split_taps
 
 
@@ -37,21 +38,21 @@ def _phases(x: Tensor, dilation: int) -> Tensor:
 
 def state_fusion(h: Tensor, taps: Tensor) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.state_fusion`."""
-    dtype = torch.promote_types(h.dtype, torch.float32)
+    dtype = accumulation_dtype(h)
     height, width, dim = h.shape[1:]
     padded = _nchw(_replicate(h.to(dtype)))
     kernels = split_taps(taps.to(dtype))
     out = conv2d(padded, kernels[-1], dilation=RADIUS, groups=dim)
     for d, kernel in zip(DILATIONS[:-1], kernels[:-1], strict=True):
-        part = conv2d(padded, kernel, dilation=d, groups=dim)  # larger than the map by 5 - d
-        crop = RADIUS - d
+        part = conv2d(padded, kernel, dilation=d, groups=dim)
+        crop = RADIUS - d  # `part` exceeds the map by this much on each side
         out += part[:, :, crop : crop + height, crop : crop + width]
     return out.permute(0, 2, 3, 1).contiguous()
 
 
 def state_fusion_backward(grad_output: Tensor, h: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``h`` and ``taps``."""
-    dtype = torch.promote_types(h.dtype, torch.float32)
+    dtype = accumulation_dtype(h)
     grad_output = grad_output.to(dtype).contiguous()
     padded = _replicate(h.to(dtype))
     kernels = split_taps(taps.to(dtype))
@@ -64,29 +65,40 @@ def state_fusion_backward(grad_output: Tensor, h: Tensor, taps: Tensor) -> tuple
 
 
 def _grad_input(grad_output: Tensor, kernels: list[Tensor]) -> Tensor:
-    """The transposed convolutions, and the gradient of the replicated border folded back."""
+    """The adjoint of convolution and padding: transposed convolutions, then the border folded back.
+
+    Replicate padding reads ``padded[i] = h[clamp(i - R, 0, n - 1)]``, along each axis of size n,
+    with ``R = RADIUS``. Its adjoint adds up what was read from each position:
+    ``grad_h[j] = sum over i with clamp(i - R, 0, n - 1) = j of grad_padded[i]``. So the R positions
+    beyond either end add their gradients to the outermost position inside.
+    """
     height, width, dim = grad_output.shape[1:]
-    total = None
+    grad_padded = None
     for d, kernel in reversed(list(zip(DILATIONS, kernels, strict=True))):
         part = conv2d(
             _nchw(grad_output), kernel.flip(2, 3), padding=2 * d, dilation=d, groups=dim
         ).permute(0, 2, 3, 1)  # [B, H + 2d, W + 2d, D]
-        if total is None:
-            total = part
+        if grad_padded is None:  # the largest dilation, RADIUS, comes first
+            grad_padded = part
         else:
             crop = RADIUS - d
-            total[:, crop : crop + part.shape[1], crop : crop + part.shape[2]] += part
-    assert total is not None
-    for dim_, size in ((1, height), (2, width)):
-        total.select(dim_, RADIUS).add_(total.narrow(dim_, 0, RADIUS).sum(dim_))
-        total.select(dim_, RADIUS + size - 1).add_(
-            total.narrow(dim_, RADIUS + size, RADIUS).sum(dim_)
-        )
-        total = total.narrow(dim_, RADIUS, size)
-    return total.contiguous()
+            grad_padded[:, crop : crop + part.shape[1], crop : crop + part.shape[2]] += part
+    assert grad_padded is not None
+    for axis, size in ((1, height), (2, width)):
+        first, last, end = RADIUS, RADIUS + size - 1, RADIUS + size
+        before = grad_padded.narrow(axis, 0, RADIUS)
+        grad_padded.select(axis, first).add_(before.sum(axis))
+        after = grad_padded.narrow(axis, end, RADIUS)
+        grad_padded.select(axis, last).add_(after.sum(axis))
+        grad_padded = grad_padded.narrow(axis, first, size)
+    return grad_padded.contiguous()
 
 
 def _grad_kernel(grad_output: Tensor, padded: Tensor, kernel: Tensor, dilation: int) -> Tensor:
+    """Gradient of one dilated kernel, by the undilated convolution of the phases.
+
+    Padding with zeros makes the map's height and width multiples of the dilation.
+    """
     height, width, dim = grad_output.shape[1:]
     fill_h, fill_w = -height % dilation, -width % dilation
     crop = RADIUS - dilation

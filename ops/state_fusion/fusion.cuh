@@ -1,9 +1,25 @@
-// Kernels of the state fusion, and what the fused operator shares with them.
+// Kernels of the state fusion, and what structure_aware_ssm shares with them.
 //
-// A block of threads goes down its tile of columns with a ring of rows in
-// shared memory: it fills the next rows (a warp each), fuses as many, and so
-// on. Where the rows come from and what becomes of the results are parameters:
-// see `fuse_tiles` and `grad_input_tiles`.
+// A block of threads goes down its tile of columns with a ring buffer of rows
+// in shared memory: it fills the next rows (one for each warp), fuses as many,
+// and so on. Where rows come from and what becomes of the results are template
+// parameters:
+//
+// A Source writes one row of the map into the ring, columns x0 - 5 to x1 + 4 of
+// the tile, for this lane's channel:
+//
+//   void fill(const TilePlace& place, int64_t y, Acc* row) const;
+//
+// A Sink takes the states at the taps of each token. It has a struct Token that
+// each thread constructs once, calls for each of its tokens, and finishes once,
+// when the tile is done and the ring can be used as scratch memory:
+//
+//   Token(const Sink& sink, const Acc* taps, const TilePlace& place);
+//   void operator()(const Sink& sink, const TilePlace& place, int64_t at,
+//                   const Acc (&h)[kTaps]);  // `at`: the token's number
+//   void finish(const Sink& sink, const TilePlace& place, Acc* ring);
+//
+// A Source or Sink itself is a kernel argument: pointers to tensors.
 #pragma once
 
 #include "../cuda/device.cuh"
@@ -12,28 +28,17 @@
 namespace smd2 {
 namespace cuda {
 
-// (dy, dx) of a tap, in the order of taps.py: the 3x3 kernel of dilation 1 row
-// by row, then those of dilation 3 and 5 without their centres.
-struct Offset {
-  int dy, dx;
-};
-SMD2_HOST_DEVICE constexpr Offset tap_offset(int tap) {
-  const int dilation = tap < 9 ? 1 : (tap < 17 ? 3 : 5);
-  const int ring = tap < 17 ? tap - 9 : tap - 17;
-  const int i = tap < 9 ? tap : (ring < 4 ? ring : ring + 1);
-  return {dilation * (i / 3 - 1), dilation * (i % 3 - 1)};
-}
-
-// The part of a map that a block of threads treats; neighbouring blocks have
+// The part of a map that a block of threads processes; neighbouring blocks have
 // neighbouring channels of the same tokens.
 struct TilePlace {
+  const Tiles& map;
   int64_t channel_block, image, part;
-  int64_t tile;            // column of tiles
-  int64_t x0, x1, y0, y1;  // first and after the last
-  int64_t channel;         // of this lane
+  int64_t tile;            // number of the tile, from left to right
+  int64_t x0, x1, y0, y1;  // columns x0 .. x1 - 1, rows y0 .. y1 - 1
+  int64_t channel;         // channel of this lane
   bool valid;              // whether there is such a channel
 
-  explicit SMD2_DEVICE TilePlace(const Tiles& t) {
+  explicit SMD2_DEVICE TilePlace(const Tiles& t) : map(t) {
     const int64_t block = blockIdx.x;
     channel_block = block % t.channel_blocks();
     part = block / t.channel_blocks();
@@ -47,6 +52,14 @@ struct TilePlace {
     channel = channel_block * kLanes + threadIdx.x;
     valid = channel < t.dim;
   }
+  // Number of the token (x, y) of this image among those of all images.
+  SMD2_DEVICE int64_t token(int64_t y, int64_t x) const {
+    return (image * map.height + y) * map.width + x;
+  }
+  // The value of token `at` in a tensor [tokens of all images, dim].
+  SMD2_DEVICE int64_t value(int64_t at) const {
+    return at * map.dim + channel;
+  }
 };
 
 template <typename Acc>
@@ -55,33 +68,25 @@ SMD2_DEVICE int ring_row(int64_t y) {
 }
 
 template <typename Acc>
-SMD2_DEVICE void load_taps(
-    const Acc* taps,
-    const Tiles& tiles,
-    const TilePlace& place,
-    Acc (&out)[kTaps]) {
+SMD2_DEVICE void
+load_taps(const Acc* taps, const TilePlace& place, Acc (&out)[kTaps]) {
 #pragma unroll
   for (int k = 0; k < kTaps; k++) {
-    out[k] = load(taps + k * tiles.dim + place.channel, place.valid);
+    out[k] = load(taps + place.value(k), place.valid);
   }
 }
 
-// Goes down a band: `fill(y, row)` writes row y of the map, columns x0 - 5 to
-// x1 + 5, for this lane's channel; `use(y)` may read rows y - 5 to y + 5, as
-// far as the map has them.
+// Goes down a band: fill(y, row) writes row y of the map for this lane's
+// channel; use(y) may read rows y - 5 to y + 5, as far as the map has them.
 template <typename Acc, typename Fill, typename Use>
-SMD2_DEVICE void sweep(
-    const TilePlace& place,
-    int64_t height,
-    Acc* ring,
-    const Fill& fill,
-    const Use& use) {
+SMD2_DEVICE void
+sweep(const TilePlace& place, Acc* ring, const Fill& fill, const Use& use) {
   constexpr int kRows = TileShape<Acc>::kRows;
   const int warp = threadIdx.y;
   int64_t filled = larger(place.y0 - kRadius, 0);
   for (int64_t y = place.y0; y < place.y1; y += kRows) {
     const int64_t until =
-        smaller(smaller(y + kRows, place.y1) + kRadius, height);
+        smaller(smaller(y + kRows, place.y1) + kRadius, place.map.height);
     for (int64_t row = filled + warp; row < until; row += kRows) {
       fill(row, ring + ring_row<Acc>(row));
     }
@@ -94,46 +99,37 @@ SMD2_DEVICE void sweep(
   }
 }
 
-// Rows of a map in memory, the outermost columns replicated.
+// Source: rows of a map in memory, the outermost columns replicated.
 template <typename T>
 struct LoadRows {
   const T* h;
 
-  SMD2_DEVICE void fill(
-      const Tiles& tiles,
-      const TilePlace& place,
-      int64_t y,
-      acc_t<T>* row) const {
-    const T* from = h +
-                    (place.image * tiles.height + y) * tiles.width * tiles.dim +
-                    place.channel;
+  SMD2_DEVICE void fill(const TilePlace& place, int64_t y, acc_t<T>* row)
+      const {
+    const T* from = h + place.value(place.token(y, 0));
 #pragma unroll 4
     for (int64_t x = place.x0 - kRadius; x < place.x1 + kRadius; x++) {
-      const int64_t inside = smaller(larger(x, 0), tiles.width - 1);
+      const int64_t inside = smaller(larger(x, 0), place.map.width - 1);
       row[(x - place.x0 + kRadius) * kLanes] =
-          load(from + inside * tiles.dim, place.valid);
+          load(from + inside * place.map.dim, place.valid);
     }
   }
 };
 
-// Rows of a gradient, zero outside the map.
+// Source: rows of a gradient, zero outside the map.
 template <typename T>
 struct LoadGradient {
   const T* grad;
-  const acc_t<T>* scale;  // of each token, or null
+  const acc_t<T>* scale;  // factor of each token, or null
 
-  SMD2_DEVICE void fill(
-      const Tiles& tiles,
-      const TilePlace& place,
-      int64_t y,
-      acc_t<T>* row) const {
-    const int64_t first = (place.image * tiles.height + y) * tiles.width;
+  SMD2_DEVICE void fill(const TilePlace& place, int64_t y, acc_t<T>* row)
+      const {
+    const int64_t first = place.token(y, 0);
 #pragma unroll 4
     for (int64_t x = place.x0 - kRadius; x < place.x1 + kRadius; x++) {
-      const bool inside = x >= 0 && x < tiles.width;
-      acc_t<T> value = load(
-          grad + (first + x) * tiles.dim + place.channel,
-          inside && place.valid);
+      const bool inside = x >= 0 && x < place.map.width;
+      acc_t<T> value =
+          load(grad + place.value(first + x), inside && place.valid);
       if (scale) {
         value *= load(scale + first + x, inside);
       }
@@ -142,43 +138,49 @@ struct LoadGradient {
   }
 };
 
-// What becomes of a fused token: it is written.
+// The taps of this lane's channel, and the weighted sum of states at them. Two
+// sums of every other tap halve the chain of dependent additions.
+template <typename Acc>
+struct WeightedSum {
+  Acc taps[kTaps];
+
+  SMD2_DEVICE WeightedSum(const Acc* weights, const TilePlace& place) {
+    load_taps(weights, place, taps);
+  }
+  SMD2_DEVICE Acc operator()(const Acc (&h)[kTaps]) const {
+    Acc even = 0, odd = 0;
+#pragma unroll
+    for (int k = 0; k < kTaps; k++) {
+      (k % 2 ? odd : even) += taps[k] * h[k];
+    }
+    return even + odd;
+  }
+};
+
+// Sink: writes the fused states.
 template <typename T>
 struct StoreFused {
   using Acc = acc_t<T>;
-  static constexpr int kSums = 0;
   Acc* out;
 
   struct Token {
-    Acc taps[kTaps];
+    WeightedSum<Acc> fused;
 
-    SMD2_DEVICE Token(
-        const StoreFused&,
-        const Acc* weights,
-        const Tiles& tiles,
-        const TilePlace& place) {
-      load_taps(weights, tiles, place, taps);
-    }
-    // `h` are the states at the taps of token `at`.
+    SMD2_DEVICE
+    Token(const StoreFused&, const Acc* weights, const TilePlace& place)
+        : fused(weights, place) {}
     SMD2_DEVICE void operator()(
         const StoreFused& sink,
-        const Tiles& tiles,
         const TilePlace& place,
         int64_t at,
         const Acc (&h)[kTaps]) {
-      Acc even = 0, odd = 0;
-#pragma unroll
-      for (int k = 0; k < kTaps; k++) {
-        (k % 2 ? odd : even) += taps[k] * h[k];
-      }
-      store(sink.out + at * tiles.dim + place.channel, even + odd, place.valid);
+      store(sink.out + place.value(at), fused(h), place.valid);
     }
-    SMD2_DEVICE void
-    finish(const StoreFused&, const Tiles&, const TilePlace&, Acc*) {}
+    SMD2_DEVICE void finish(const StoreFused&, const TilePlace&, Acc*) {}
   };
 };
 
-// Adds `grad` times the states at the taps to sums that `finish` writes.
+// Sums of grad * h at each tap, over the tokens of a thread.
 template <typename Acc>
 struct TapSums {
   Acc sums[kTaps];
@@ -195,25 +197,20 @@ struct TapSums {
       sums[k] += grad * h[k];
     }
   }
-  // Into grad_taps [parts, 25, dim]; `ring` is scratch.
-  SMD2_DEVICE void finish(
-      Acc* grad_taps,
-      const Tiles& tiles,
-      const TilePlace& place,
-      Acc* ring) {
+  // Writes the sums over the block's threads to grad_taps, [parts, 25, dim].
+  SMD2_DEVICE void finish(Acc* grad_taps, const TilePlace& place, Acc* ring) {
     block_sum(sums, ring);
     if (threadIdx.y == 0) {
 #pragma unroll
       for (int k = 0; k < kTaps; k++) {
         const int64_t row = place.part * kTaps + k;
-        store(
-            grad_taps + row * tiles.dim + place.channel, sums[k], place.valid);
+        store(grad_taps + place.value(row), sums[k], place.valid);
       }
     }
   }
 };
 
-// What becomes of the states at a token's taps: the gradient of the taps.
+// Sink: sums the gradient of the taps.
 template <typename T>
 struct GradTaps {
   using Acc = acc_t<T>;
@@ -223,23 +220,17 @@ struct GradTaps {
   struct Token {
     TapSums<Acc> sums;
 
-    SMD2_DEVICE
-    Token(const GradTaps&, const Acc*, const Tiles&, const TilePlace&) {}
+    SMD2_DEVICE Token(const GradTaps&, const Acc*, const TilePlace&) {}
     SMD2_DEVICE void operator()(
         const GradTaps& sink,
-        const Tiles& tiles,
         const TilePlace& place,
         int64_t at,
         const Acc (&h)[kTaps]) {
-      const Acc* grad = sink.grad_out + at * tiles.dim + place.channel;
-      sums.add(load(grad, place.valid), h);
+      sums.add(load(sink.grad_out + place.value(at), place.valid), h);
     }
-    SMD2_DEVICE void finish(
-        const GradTaps& sink,
-        const Tiles& tiles,
-        const TilePlace& place,
-        Acc* ring) {
-      sums.finish(sink.grad_taps, tiles, place, ring);
+    SMD2_DEVICE void
+    finish(const GradTaps& sink, const TilePlace& place, Acc* ring) {
+      sums.finish(sink.grad_taps, place, ring);
     }
   };
 };
@@ -252,7 +243,7 @@ struct FuseArgs {
   Sink sink;
 };
 
-// Hands the states at the taps of every token to the sink.
+// Passes the states at the taps of every token to the sink.
 template <typename Acc, typename Source, typename Sink>
 __global__ void __launch_bounds__(
     TileShape<Acc>::kRows* kLanes,
@@ -260,10 +251,8 @@ __global__ void __launch_bounds__(
   SMD2_SHARED(Acc, shared);
   Acc* ring = shared + threadIdx.x;
   const TilePlace place(a.tiles);
-  typename Sink::Token token(a.sink, a.taps, a.tiles, place);
-  const auto fill = [&](int64_t y, Acc* row) {
-    a.source.fill(a.tiles, place, y, row);
-  };
+  typename Sink::Token token(a.sink, a.taps, place);
+  const auto fill = [&](int64_t y, Acc* row) { a.source.fill(place, y, row); };
   const auto use = [&](int64_t y) {
     int rows[2 * kRadius + 1];
 #pragma unroll
@@ -272,7 +261,7 @@ __global__ void __launch_bounds__(
           smaller(larger(y + dy, 0), a.tiles.height - 1);  // replicated
       rows[dy + kRadius] = ring_row<Acc>(inside) + kRadius * kLanes;
     }
-    const int64_t at = (place.image * a.tiles.height + y) * a.tiles.width;
+    const int64_t first = place.token(y, 0);
     for (int64_t x = place.x0; x < place.x1; x++) {
       const Acc* column = ring + (x - place.x0) * kLanes;
       Acc h[kTaps];
@@ -281,15 +270,16 @@ __global__ void __launch_bounds__(
         const Offset offset = tap_offset(k);
         h[k] = column[rows[offset.dy + kRadius] + offset.dx * kLanes];
       }
-      token(a.sink, a.tiles, place, at + x, h);
+      token(a.sink, place, first + x, h);
     }
   };
-  sweep<Acc>(place, a.tiles.height, ring, fill, use);
-  token.finish(a.sink, a.tiles, place, shared);
+  sweep<Acc>(place, ring, fill, use);
+  token.finish(a.sink, place, shared);
 }
 
-// Positions of fused tokens, along one axis, whose tap at `offset` reads
-// position `at`. The border's replicas belong to it as well.
+// Positions first .. last of the fused tokens, along one axis, whose tap at
+// `offset` reads position `at` of the map. The outermost positions are also
+// read through their replicas in the border.
 struct Readers {
   int64_t first, last;
 
@@ -303,11 +293,13 @@ template <typename Acc, typename Source, typename Out>
 struct GradInputArgs {
   Tiles tiles;
   const Acc* taps;
-  Source source;  // of the gradient of the fused map
+  Source source;  // rows of the gradient of the fused map
   Out* grad_h;
 };
 
-// The transposed fusion.
+// The gradient of the map, by the transposed fusion: grad_h[y, x] is the sum
+// over taps of tap * gradient[y - dy, x - dx]. At the border of the map, a tap
+// may read a token several times, by replicas: see Readers.
 template <typename Acc, typename Source, typename Out>
 __global__ void __launch_bounds__(
     TileShape<Acc>::kRows* kLanes,
@@ -317,12 +309,10 @@ __global__ void __launch_bounds__(
   const TilePlace place(a.tiles);
   const int64_t height = a.tiles.height, width = a.tiles.width;
   Acc taps[kTaps];
-  load_taps(a.taps, a.tiles, place, taps);
-  const auto fill = [&](int64_t y, Acc* row) {
-    a.source.fill(a.tiles, place, y, row);
-  };
+  load_taps(a.taps, place, taps);
+  const auto fill = [&](int64_t y, Acc* row) { a.source.fill(place, y, row); };
   const auto use = [&](int64_t y) {
-    int rows[2 * kRadius + 1];  // negative: outside, where the gradient is 0
+    int rows[2 * kRadius + 1];  // -1: outside the map, where gradients are 0
 #pragma unroll
     for (int dy = -kRadius; dy <= kRadius; dy++) {
       const bool inside = y - dy >= 0 && y - dy < height;
@@ -354,15 +344,14 @@ __global__ void __launch_bounds__(
               grads += row[(rx - place.x0 + kRadius) * kLanes];
             }
           }
-          const Acc* tap = a.taps + k * a.tiles.dim + place.channel;
-          sum += load(tap, place.valid) * grads;
+          sum += load(a.taps + place.value(k), place.valid) * grads;
         }
       }
-      const int64_t at = (place.image * height + y) * width + x;
-      store(a.grad_h + at * a.tiles.dim + place.channel, sum, place.valid);
+      const int64_t at = place.token(y, x);
+      store(a.grad_h + place.value(at), sum, place.valid);
     }
   };
-  sweep<Acc>(place, height, ring, fill, use);
+  sweep<Acc>(place, ring, fill, use);
 }
 
 template <typename Acc, typename Args>

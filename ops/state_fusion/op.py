@@ -1,4 +1,4 @@
-"""``spatial_mamba::state_fusion``: schema, documentation, autograd."""
+"""``spatial_mamba::state_fusion``: schema, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -7,47 +7,17 @@ from torch import Tensor
 
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
+from spatial_mamba_d2.ops._precision import accumulation_dtype, empty_output
 from spatial_mamba_d2.ops.state_fusion import eager, reference
 from spatial_mamba_d2.ops.state_fusion.taps import TAPS
 
-_extension.define("state_fusion(Tensor h, Tensor taps) -> Tensor")
+_NAME = "state_fusion"
 _extension.define(
-    "state_fusion_backward(Tensor grad_output, Tensor h, Tensor taps) -> (Tensor, Tensor)"
-)
-_extension.register_python(
-    "state_fusion", eager=eager.state_fusion, reference=reference.state_fusion
-)
-_extension.register_python(
-    "state_fusion_backward",
-    eager=eager.state_fusion_backward,
-    reference=_extension.gradients_of(reference.state_fusion),
-)
-
-
-@torch.library.register_fake("spatial_mamba::state_fusion", lib=_extension.LIBRARY)
-def _(h, taps):
-    return torch.empty_like(
-        h,
-        dtype=torch.promote_types(h.dtype, torch.float32),
-        memory_format=torch.contiguous_format,
-    )
-
-
-@torch.library.register_fake("spatial_mamba::state_fusion_backward", lib=_extension.LIBRARY)
-def _(grad_output, h, taps):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (h, taps))
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_output):
-    return torch.ops.spatial_mamba.state_fusion_backward(grad_output, *ctx.saved_tensors)
-
-
-torch.library.register_autograd(
-    "spatial_mamba::state_fusion", _backward, setup_context=_setup_context, lib=_extension.LIBRARY
+    f"{_NAME}(Tensor h, Tensor taps) -> Tensor",
+    fake=lambda h, _: empty_output(h, accumulation_dtype(h)),
+    eager=eager.state_fusion,
+    reference=reference.state_fusion,
+    eager_backward=eager.state_fusion_backward,
 )
 
 
@@ -68,6 +38,6 @@ def state_fusion(h: Tensor, taps: Tensor) -> Tensor:
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    check_activation("state_fusion", "h", h, "B H W D")
-    check_tensor("state_fusion", "taps", taps, (TAPS, h.shape[-1]), "[25, D]")
+    check_activation(_NAME, "h", h, "B H W D")
+    check_tensor(_NAME, "taps", taps, (TAPS, h.shape[-1]), "[25, D]")
     return torch.ops.spatial_mamba.state_fusion(h, taps)

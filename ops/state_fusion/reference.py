@@ -1,17 +1,17 @@
-"""State fusion as 25 shifted multiply-adds: what every other kernel is tested against."""
+"""State fusion as 25 shifted multiply-adds: the truth that every other kernel is tested against."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from spatial_mamba_d2.ops._precision import precise
 from spatial_mamba_d2.ops.state_fusion.taps import OFFSETS
 
 
 def state_fusion(h: Tensor, taps: Tensor) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.state_fusion`."""
-    dtype = torch.promote_types(h.dtype, torch.float32)
-    h, taps = h.to(dtype), taps.to(dtype)
+    h, taps = precise(h, taps)
     height, width = h.shape[1:3]
     rows = torch.arange(height, device=h.device)
     cols = torch.arange(width, device=h.device)

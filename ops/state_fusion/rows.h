@@ -2,22 +2,45 @@
 // Torch-free.
 #pragma once
 
+#include <algorithm>
+
 #include "../cpu/simd.h"
+#include "taps.h"
 
 namespace smd2 {
 
-constexpr int kRadius = 5;
-constexpr int kTaps = 25;
+constexpr int kWindow = 2 * kRadius + 1;  // rows that a row's taps reach
 
-// (dy, dx) of each tap, in the order of taps.py.
-constexpr int kOffsets[kTaps][2] = {
-    {-1, -1}, {-1, 0}, {-1, 1},  {0, -1},  {0, 0},  {0, 1},  {1, -1},
-    {1, 0},   {1, 1},  {-3, -3}, {-3, 0},  {-3, 3}, {0, -3}, {0, 3},
-    {3, -3},  {3, 0},  {3, 3},   {-5, -5}, {-5, 0}, {-5, 5}, {0, -5},
-    {0, 5},   {5, -5}, {5, 0},   {5, 5}};
+// Offsets of all taps as a table, for loops over taps.
+struct TapOffsets {
+  Offset of[kTaps]{};
+  constexpr TapOffsets() {
+    for (int k = 0; k < kTaps; k++) {
+      of[k] = tap_offset(k);
+    }
+  }
+};
+constexpr TapOffsets kOffsets{};
 
-// Repeats the first and the last of `width` tokens kRadius times on either
-// side; `row` points to the first one, N values a token.
+// The taps [25, dim] of n channels from c on.
+template <typename T, int N>
+SMD2_INLINE void
+load_taps(const T* taps, int64_t dim, int64_t c, int n, vec<T, N>* out) {
+  for (int k = 0; k < kTaps; k++) {
+    out[k] = load_channels<T, N>(taps + k * dim + c, n);
+  }
+}
+template <typename T, int N>
+SMD2_INLINE void
+store_taps(const vec<T, N>* taps, int64_t dim, int64_t c, int n, T* out) {
+  for (int k = 0; k < kTaps; k++) {
+    store_channels<T, N>(out + k * dim + c, taps[k], n);
+  }
+}
+
+// Replicate padding of a row: writes kRadius copies of its first token in front
+// of it and of its last token behind it. `row` points to the first of `width`
+// tokens of N values.
 template <typename T, int N>
 SMD2_INLINE void replicate_row(T* row, int64_t width) {
   const auto first = read<T, N>(row), last = read<T, N>(row + (width - 1) * N);
@@ -27,34 +50,74 @@ SMD2_INLINE void replicate_row(T* row, int64_t width) {
   }
 }
 
-// Rows y + dy for dy = -5 .. 5, each pointing to its token 0. They must be
-// readable kRadius tokens beyond either end.
-template <typename T>
-struct Window {
-  const T* rows[2 * kRadius + 1];
+// Padded rows in memory, W + 2 kRadius tokens of N values each: a ring buffer
+// of the last `kept` rows of the map. Row y is in slot y % kept, so with
+// `kept` = height it is the map itself.
+template <typename T, int N>
+struct PaddedRows {
+  T* memory;
+  int64_t kept, width;
+
+  // The row's first token inside the map.
+  __attribute__((always_inline)) T* row(int64_t y) const {
+    return memory + (y % kept * (width + 2 * kRadius) + kRadius) * N;
+  }
 };
 
-// The window around row y of H rows of W + 2 kRadius tokens, of which memory
-// has the last `kept`, each in place of the one `kept` rows above.
+// Rows y + dy for dy = -5 .. 5, each pointing to its token 0. They are readable
+// kRadius tokens beyond either end.
+template <typename T>
+struct Window {
+  const T* rows[kWindow];
+};
+
+// The window around row y of a map of `height` rows. Above the first row and
+// below the last one are their replicas.
 template <typename T, int N>
-SMD2_INLINE Window<T> window_around(
-    const T* memory,
-    int64_t kept,
-    int64_t y,
-    int64_t height,
-    int64_t width) {
+SMD2_INLINE Window<T>
+window_around(const PaddedRows<T, N>& rows, int64_t y, int64_t height) {
   Window<T> window;
   for (int dy = -kRadius; dy <= kRadius; dy++) {
     int64_t source = y + dy;
     source = source < 0 ? 0 : source;
     source = source < height ? source : height - 1;
-    window.rows[dy + kRadius] =
-        memory + (source % kept * (width + 2 * kRadius) + kRadius) * N;
+    window.rows[dy + kRadius] = rows.row(source);
   }
   return window;
 }
 
-constexpr int kFusedTogether = 8;  // tokens
+// Goes down a map of which memory holds kWindow rows: produce(y, row) writes a
+// row, use(y, window) is called for each row once its window is complete.
+template <typename T, int N, typename Produce, typename Use>
+SMD2_INLINE void sweep_rows(
+    T* memory,
+    int64_t height,
+    int64_t width,
+    const Produce& produce,
+    const Use& use) {
+  const PaddedRows<T, N> ring{memory, kWindow, width};
+  for (int64_t r = 0; r < height + kRadius; r++) {
+    if (r < height) {
+      T* row = ring.row(r);
+      produce(r, row);
+      replicate_row<T, N>(row, width);
+    }
+    const int64_t y = r - kRadius;
+    if (y >= 0) {
+      use(y, window_around<T, N>(ring, y, height));
+    }
+  }
+}
+
+// Values of the accumulation type that sweep_rows needs for a block.
+inline int64_t sweep_size(int64_t width, int lanes) {
+  return kWindow * (width + 2 * kRadius) * lanes;
+}
+
+// Tokens that are fused together: a tap is loaded once for all of them, and
+// their sums are independent chains of additions. More of them would spill
+// vector registers. Tuned on two cores of an AMD EPYC (AVX-512).
+constexpr int kFusedTogether = 8;
 
 // The weighted sums over the taps at S tokens from x on.
 template <typename T, int N, int S>
@@ -67,7 +130,7 @@ SMD2_INLINE void fuse(
 #pragma GCC unroll 25
   for (int k = 0; k < kTaps; k++) {
     const T* row =
-        window.rows[kOffsets[k][0] + kRadius] + (x + kOffsets[k][1]) * N;
+        window.rows[kOffsets.of[k].dy + kRadius] + (x + kOffsets.of[k].dx) * N;
     each<S>([&](int s)
                 SMD2_LAMBDA { out[s] += taps[k] * read<T, N>(row + s * N); });
   }
@@ -92,55 +155,93 @@ SMD2_INLINE void fuse_row(
   }
 }
 
-// Gradients of the fused map with margins: kMargin zero tokens on either side.
+// Gradients of the fused map have margins of zeros, so that the transposed
+// fusion onto the padded map can read kRadius tokens beyond the padding.
 constexpr int kMargin = 2 * kRadius;
 
-// Gradient with respect to the H x W map, row y, from the gradients of the
-// fused map. `grads` holds H rows of W + 2 kMargin tokens, `zeros` one row of
-// zeros like them; `scratch` has room for W + 2 kRadius tokens and `out` for W.
+// What the backward pass keeps of one block of a map, in scratch memory.
+template <typename T, int N>
+struct FusionTape {
+  int64_t height, width;
+  PaddedRows<T, N> map;  // all rows
+  T* grads;              // gradients of the fused map, rows with margins
+  T* zeros;              // one row like them
+  T* padded;             // one padded row
+  T* out;                // one row
+
+  __attribute__((always_inline))
+  FusionTape(T* memory, int64_t height_, int64_t width_)
+      : height(height_), width(width_), map{memory, height_, width_} {
+    grads = memory + height * padded_size();
+    zeros = grads + height * margins_size();
+    padded = zeros + margins_size();
+    out = padded + padded_size();
+    std::fill(grads, padded, T(0));
+  }
+  int64_t padded_size() const {
+    return (width + 2 * kRadius) * N;
+  }
+  int64_t margins_size() const {
+    return (width + 2 * kMargin) * N;
+  }
+  // Its first token inside the map.
+  __attribute__((always_inline)) T* grad_row(int64_t y) const {
+    return grads + y * margins_size() + kMargin * N;
+  }
+};
+
+// Values of the accumulation type that FusionTape needs for a block.
+inline int64_t tape_size(int64_t height, int64_t width, int lanes) {
+  return lanes * ((height + 2) * (width + 2 * kRadius) +
+                  (height + 1) * (width + 2 * kMargin));
+}
+
+// Writes row y of the gradient of the map to tape.out, given the gradients of
+// the fused map.
 //
-// It is the transposed fusion onto the padded map, whose border rows and
-// columns are copies of the outermost ones and so add their gradients to them.
+// Fusion reads the padded map p at p[y + dy, x + dx] for every tap, so the
+// gradient of p is the transposed fusion, grad_p[y, x] = sum over taps of
+// tap * grad[y - dy, x - dx], with gradients of 0 outside of the map. Replicate
+// padding copied the outermost rows and columns of the map to the border of p;
+// so the gradients of the border are added to those of the outermost rows and
+// columns. An inner row has one row of p, the first and the last one have
+// kRadius more (a map of one row has both).
 template <typename T, int N>
 SMD2_INLINE void fuse_row_grad_input(
-    const T* grads,
-    const T* zeros,
+    const FusionTape<T, N>& tape,
     const vec<T, N>* taps,
-    int64_t y,
-    int64_t height,
-    int64_t width,
-    T* scratch,
-    T* out) {
-  const int64_t row_size = (width + 2 * kMargin) * N;
-  const int64_t padded = width + 2 * kRadius;
+    int64_t y) {
+  const int64_t height = tape.height, width = tape.width;
+  T* out = tape.out;
   for (int64_t i = 0; i < width * N; i++) {
     out[i] = 0;
   }
   const int64_t top = y == 0 ? -kRadius : y;
   const int64_t bottom = y == height - 1 ? height - 1 + kRadius : y;
   for (int64_t p = top; p <= bottom; p++) {
-    const T* rows[2 * kRadius + 1];
+    const T* rows[kWindow];
     for (int dy = -kRadius; dy <= kRadius; dy++) {
       const int64_t source = p - dy;
       const bool inside = source >= 0 && source < height;
-      rows[dy + kRadius] = inside ? grads + source * row_size : zeros;
+      rows[dy + kRadius] =
+          inside ? tape.grads + source * tape.margins_size() : tape.zeros;
     }
-    for (int64_t x = 0; x < padded; x++) {
+    for (int64_t x = 0; x < width + 2 * kRadius; x++) {
       vec<T, N> even{}, odd{};
 #pragma GCC unroll 25
       for (int k = 0; k < kTaps; k++) {
         const auto g = read<T, N>(
-            rows[kOffsets[k][0] + kRadius] +
-            (x + kRadius - kOffsets[k][1]) * N);
+            rows[kOffsets.of[k].dy + kRadius] +
+            (x + kRadius - kOffsets.of[k].dx) * N);
         if (k % 2) {
           odd += taps[k] * g;
         } else {
           even += taps[k] * g;
         }
       }
-      write<T, N>(scratch + x * N, even + odd);
+      write<T, N>(tape.padded + x * N, even + odd);
     }
-    T* first = scratch + kRadius * N;
+    T* first = tape.padded + kRadius * N;
     T* last = first + (width - 1) * N;
     for (int k = 1; k <= kRadius; k++) {
       write<T, N>(first, read<T, N>(first) + read<T, N>(first - k * N));
@@ -161,7 +262,8 @@ SMD2_INLINE void fuse_row_grad_taps(
     vec<T, N>* grad_taps) {
 #pragma GCC unroll 25
   for (int k = 0; k < kTaps; k++) {
-    const T* row = window.rows[kOffsets[k][0] + kRadius] + kOffsets[k][1] * N;
+    const T* row =
+        window.rows[kOffsets.of[k].dy + kRadius] + kOffsets.of[k].dx * N;
     vec<T, N> even{}, odd{};
     int64_t x = 0;
     for (; x + 1 < width; x += 2) {

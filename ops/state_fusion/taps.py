@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 DILATIONS = (1, 3, 5)
-RADIUS = 5  # of the widest kernel
-_CENTRE = 4  # of a row-major 3x3 kernel
+RADIUS = 5  # reach of the most dilated kernel, in tokens
+_CENTRE = 4  # index of the centre in a row-major 3x3 kernel
 _RING = [i for i in range(9) if i != _CENTRE]
 
 #: (dy, dx) of each tap: the 3x3 of dilation 1 row by row, then the rings of dilations 3 and 5.
@@ -22,7 +22,7 @@ def merge_taps(kernel_d1: Tensor, kernel_d3: Tensor, kernel_d5: Tensor, alpha: T
 
     Args:
         kernel_d1, kernel_d3, kernel_d5: depthwise kernels, ``Tensor[D, 1, 3, 3]``.
-        alpha: their weights, ``Tensor[3]``.
+        alpha: weights of the kernels, ``Tensor[3]``.
 
     Returns:
         ``Tensor[25, D]`` in the order of :data:`OFFSETS`.
@@ -51,7 +51,7 @@ def merge_taps(kernel_d1: Tensor, kernel_d3: Tensor, kernel_d5: Tensor, alpha: T
 def split_taps(taps: Tensor) -> list[Tensor]:
     """Depthwise kernels ``Tensor[D, 1, 3, 3]`` per dilation that sum to ``taps``.
 
-    The shared centre goes to dilation 1; the others have a zero there.
+    The shared centre goes to dilation 1; the other two kernels have a zero there.
     """
     dim = taps.shape[1]
     kernels = []
@@ -63,7 +63,7 @@ def split_taps(taps: Tensor) -> list[Tensor]:
 
 
 def join_taps(kernels: list[Tensor]) -> Tensor:
-    """The inverse of :func:`split_taps`: ``Tensor[25, D]``; centres of the rings are dropped."""
+    """The inverse of :func:`split_taps`, ``Tensor[25, D]``; ignores the rings' centres."""
     inner, ring3, ring5 = (k.flatten(1).t() for k in kernels)
     rings = [torch.cat((r[:_CENTRE], r[_CENTRE + 1 :])) for r in (ring3, ring5)]
     return torch.cat((inner, *rings))

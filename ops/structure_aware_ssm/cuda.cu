@@ -1,4 +1,4 @@
-// The fused operator's launchers, for all dtypes.
+// The launchers of structure_aware_ssm, for all dtypes.
 #include "ssm.cuh"
 
 namespace smd2 {
@@ -40,10 +40,7 @@ void ssm_backward(const SsmBackwardArgs<T>& args, cudaStream_t stream) {
   template void ssm_forward(const SsmForwardArgs<T>&, cudaStream_t); \
   template void ssm_backward(const SsmBackwardArgs<T>&, cudaStream_t)
 
-SMD2_INSTANTIATE(double);
-SMD2_INSTANTIATE(float);
-SMD2_INSTANTIATE(c10::Half);
-SMD2_INSTANTIATE(c10::BFloat16);
+SMD2_FOR_EACH_DTYPE(SMD2_INSTANTIATE);
 
 }  // namespace cuda
 }  // namespace smd2

@@ -1,4 +1,5 @@
-// What the glue knows of the fused operator's CUDA kernels. Torch-free.
+// The CUDA launchers of structure_aware_ssm and their arguments, for the glue.
+// Torch-free.
 #pragma once
 
 #include "../selective_scan/cuda.h"
@@ -7,8 +8,8 @@
 namespace smd2 {
 namespace cuda {
 
-// Segments of an image: a row of the map is a row, and a segment begins where
-// a tile with its halo does.
+// Segments of an image: the rows are those of the map, and each tile of the
+// fusion has a segment, which begins at the tile's left halo.
 inline Segments image_segments(const Tiles& tiles) {
   return {
       tiles.height * tiles.width,
@@ -18,7 +19,7 @@ inline Segments image_segments(const Tiles& tiles) {
       kRadius};
 }
 
-// Pointers to whole contiguous tensors.
+// Pointers to contiguous tensors.
 template <typename T>
 struct SsmForwardArgs {
   ScanArgs<T> scan;  // with image_segments()
@@ -31,12 +32,12 @@ struct SsmForwardArgs {
 
 template <typename T>
 struct SsmBackwardArgs {
-  // Its grad_h is scratch, which the fusion's backward pass writes.
+  // scan.grad_h is scratch memory, which the fusion's backward pass writes.
   ScanBackwardArgs<T> scan;
   Tiles tiles;
   const acc_t<T>* C;     // [images, height, width]
   const acc_t<T>* taps;  // [25, dim]
-  acc_t<T>* grad_h;      // the same scratch as scan.grad_h
+  acc_t<T>* grad_h;      // the same memory as scan.grad_h
   acc_t<T>* grad_C;      // [channel blocks, images, height, width]
   acc_t<T>* grad_taps;   // [parts, 25, dim]
 };

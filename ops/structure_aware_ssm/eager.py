@@ -1,6 +1,6 @@
 """The structure-aware SSM in plain PyTorch, from the eager scan and fusion.
 
-Only the inputs are kept for the backward pass; the states are computed again there.
+Nothing but the inputs is kept for the backward pass, which recomputes the states.
 """
 
 from __future__ import annotations
@@ -11,35 +11,18 @@ from spatial_mamba_d2.ops.selective_scan.eager import selective_scan, selective_
 from spatial_mamba_d2.ops.state_fusion.eager import state_fusion, state_fusion_backward
 
 
-def structure_aware_ssm(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    taps: Tensor,
-) -> Tensor:
+def structure_aware_ssm(*inputs: Tensor) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.structure_aware_ssm`."""
+    u, delta, A, B, C, D, delta_bias, taps = inputs
     h = selective_scan(u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1), delta_bias)
     y = state_fusion(h.view(u.shape), taps)
     y.mul_(C.to(y.dtype).unsqueeze(-1)).addcmul_(u.to(y.dtype), D.to(y.dtype))
     return y.to(u.dtype)
 
 
-def structure_aware_ssm_backward(
-    grad_y: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    taps: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def structure_aware_ssm_backward(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Gradients of all inputs, in order."""
+    u, delta, A, B, C, D, delta_bias, taps = inputs
     sequence = (u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1), delta_bias)
     h = selective_scan(*sequence)
     states = h.view(u.shape)

@@ -1,4 +1,4 @@
-"""``spatial_mamba::structure_aware_ssm``: schema, documentation, autograd."""
+"""``spatial_mamba::structure_aware_ssm``: schema, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -7,68 +7,38 @@ from torch import Tensor
 
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
+from spatial_mamba_d2.ops._precision import empty_output
 from spatial_mamba_d2.ops.state_fusion.taps import TAPS
 from spatial_mamba_d2.ops.structure_aware_ssm import eager, reference
 
 _NAME = "structure_aware_ssm"
-_INPUTS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps"
-)
-_extension.define(f"{_NAME}({_INPUTS}) -> Tensor")
 _extension.define(
-    f"{_NAME}_backward(Tensor grad_y, {_INPUTS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_extension.register_python(
-    _NAME, eager=eager.structure_aware_ssm, reference=reference.structure_aware_ssm
-)
-_extension.register_python(
-    f"{_NAME}_backward",
-    eager=eager.structure_aware_ssm_backward,
-    reference=_extension.gradients_of(reference.structure_aware_ssm),
+    f"{_NAME}(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, "
+    "Tensor taps) -> Tensor",
+    fake=lambda u, *_: empty_output(u),
+    eager=eager.structure_aware_ssm,
+    reference=reference.structure_aware_ssm,
+    eager_backward=eager.structure_aware_ssm_backward,
 )
 
 
-@torch.library.register_fake(f"spatial_mamba::{_NAME}", lib=_extension.LIBRARY)
-def _(u, *args):
-    return torch.empty_like(u, memory_format=torch.contiguous_format)
+def check_ssm(op: str, u: Tensor, *others: Tensor) -> None:
+    """Raise ``ValueError`` unless ``others`` fit ``u``, ``Tensor[B, H, W, D]``.
 
-
-@torch.library.register_fake(f"spatial_mamba::{_NAME}_backward", lib=_extension.LIBRARY)
-def _(grad_y, *inputs):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_y):
-    return torch.ops.spatial_mamba.structure_aware_ssm_backward(grad_y, *ctx.saved_tensors)
-
-
-torch.library.register_autograd(
-    f"spatial_mamba::{_NAME}", _backward, setup_context=_setup_context, lib=_extension.LIBRARY
-)
-
-
-def check_inputs(
-    op: str,
-    u: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    taps: Tensor,
-) -> None:
-    """Raise ``ValueError`` unless all of them but the step sizes fit ``u``, ``[B, H, W, D]``."""
+    They are ``A, B, C, D, delta_bias, taps``: all inputs of the SSM except the step sizes.
+    """
     *tokens, dim = u.shape
-    for name, x in (("B", B), ("C", C)):
-        check_tensor(op, name, x, tuple(tokens), "[B, H, W]")
-    for name, x in (("A", A), ("D", D), ("delta_bias", delta_bias)):
-        check_tensor(op, name, x, (dim,), "[D]")
-    check_tensor(op, "taps", taps, (TAPS, dim), "[25, D]")
+    channels, map_ = ((dim,), "[D]"), (tuple(tokens), "[B, H, W]")
+    expected = {
+        "A": channels,
+        "B": map_,
+        "C": map_,
+        "D": channels,
+        "delta_bias": channels,
+        "taps": ((TAPS, dim), "[25, D]"),
+    }
+    for (name, (shape, like)), x in zip(expected.items(), others, strict=True):
+        check_tensor(op, name, x, shape, like)
 
 
 def structure_aware_ssm(
@@ -106,5 +76,5 @@ def structure_aware_ssm(
     """
     check_activation(_NAME, "u", u, "B H W D")
     check_tensor(_NAME, "delta", delta, tuple(u.shape), "[B, H, W, D]")
-    check_inputs(_NAME, u, A, B, C, D, delta_bias, taps)
+    check_ssm(_NAME, u, A, B, C, D, delta_bias, taps)
     return torch.ops.spatial_mamba.structure_aware_ssm(u, delta, A, B, C, D, delta_bias, taps)

@@ -1,17 +1,19 @@
-// Scan, fusion and observation of an image and one block of channels, and what
-// the operators made of them share.
+// Scan, fusion and observation of an image and one block of channels: the
+// forward pass, which structure_aware_ssm and structure_aware_ssm_from_dt
+// share, and what the backward pass has in common with it.
 //
-// In the forward pass 11 rows of states stay in cache and h never reaches
+// The forward pass keeps 11 rows of states in cache; h is never written to
 // memory.
 #pragma once
 
 #include "../cpu/tensors.h"
 #include "../selective_scan/rows.h"
 #include "../state_fusion/rows.h"
+#include "tensors.h"
 
 namespace smd2 {
 
-// Pointers to whole contiguous tensors; a kernel does one image and one block.
+// Pointers to contiguous tensors; a kernel processes one block of one image.
 template <typename T>
 struct SsmArgs {
   const T* u;
@@ -31,7 +33,7 @@ struct SsmArgs {
   }
 };
 
-// What both directions need of their block.
+// One block of one image, as both the forward and the backward pass need it.
 template <typename T, int N, bool Full>
 struct SsmBlock {
   ScanBlock<T, N> scan;
@@ -54,9 +56,7 @@ struct SsmBlock {
         load_channels<Acc, N>(a.bias + c, n)};
     C = a.C + a.image * a.tokens();
     D = load_channels<Acc, N>(a.D + c, n);
-    for (int k = 0; k < kTaps; k++) {
-      taps[k] = load_channels<Acc, N>(a.taps + k * a.dim + c, n);
-    }
+    load_taps<Acc, N>(a.taps, a.dim, c, n, taps);
   }
 };
 
@@ -65,7 +65,7 @@ struct ForwardArgs : SsmArgs<T> {
   T* y;
 };
 
-// Row y of the output, from the states around it.
+// Row y of the output, y = C h' + D u, from the states around it.
 template <typename T, int N, bool Full>
 SMD2_INLINE void observe_row(
     const ForwardArgs<T>& a,
@@ -87,43 +87,43 @@ struct Forward {
   template <int N, bool Full>
   SMD2_INLINE void run(const ForwardArgs<T>& a) {
     using Acc = acc_t<T>;
-    constexpr int kRows = 2 * kRadius + 1;
     const SsmBlock<T, N, Full> block(a);
-    const int64_t row_size = (a.width + 2 * kRadius) * N;
     vec<Acc, N> h{};
-    for (int64_t r = 0; r < a.height + kRadius; r++) {
-      if (r < a.height) {
-        Acc* row = a.scratch + r % kRows * row_size + kRadius * N;
-        scan_row<T, N>(block.scan, r * a.width, a.width, &h, row);
-        replicate_row<Acc, N>(row, a.width);
-      }
-      const int64_t y = r - kRadius;
-      if (y < 0) {
-        continue;
-      }
-      const auto window =
-          window_around<Acc, N>(a.scratch, kRows, y, a.height, a.width);
+    const auto produce = [&](int64_t y, Acc* row) SMD2_LAMBDA {
+      scan_row<T, N>(block.scan, y * a.width, a.width, &h, row);
+    };
+    const auto use = [&](int64_t y, const Window<Acc>& window) SMD2_LAMBDA {
       observe_row<T, N, Full>(a, block, window, y);
-    }
+    };
+    sweep_rows<Acc, N>(a.scratch, a.height, a.width, produce, use);
   }
 };
 
-// The same in three stages, where there are fewer blocks than threads: only the
-// second one, a single operation for each token, goes from token to token; rows
-// of the others are shared out. Both ways give the same bits.
+// The forward pass in three stages, for more threads than there are blocks of
+// channels in all images: one image of 128 channels has 8 blocks with AVX-512,
+// so that 8 of 16 threads would idle.
+//
+// Only the second stage, Recur, depends on the order of tokens, and it is one
+// multiply-add for each of them. The other two, Prepare and Observe, divide
+// each block by rows among the threads. The price is that decays and states of
+// whole maps are in memory. Both ways give the same bits, which
+// test_more_threads_than_blocks and test_number_of_threads_changes_nothing
+// check.
 template <typename T>
 struct StagedArgs : ForwardArgs<T> {
-  // For each block of each image: rows with room for kRadius tokens around.
+  // For each block of each image, `height` padded rows.
   acc_t<T>* decays;
   acc_t<T>* states;
-  int64_t blocks, row;
+  int64_t blocks;  // of an image
+  int64_t row;     // the row that a kernel processes, in Prepare and Observe
 
+  // The rows of this kernel's block in `maps`, which is decays or states.
   template <int N>
-  __attribute__((always_inline)) acc_t<T>* row_of(acc_t<T>* maps, int64_t y)
-      const {
-    const int64_t rows = (this->image * blocks + this->block) * this->height;
-    const int64_t row_size = (this->width + 2 * kRadius) * N;
-    return maps + (rows + y) * row_size + kRadius * N;
+  __attribute__((always_inline)) PaddedRows<acc_t<T>, N> rows_of(
+      acc_t<T>* maps) const {
+    const int64_t map = this->image * blocks + this->block;
+    const int64_t size = this->height * (this->width + 2 * kRadius) * N;
+    return {maps + map * size, this->height, this->width};
   }
 };
 
@@ -136,8 +136,8 @@ struct Prepare {
         block.scan,
         a.row * a.width,
         a.width,
-        a.template row_of<N>(a.decays, a.row),
-        a.template row_of<N>(a.states, a.row));
+        a.template rows_of<N>(a.decays).row(a.row),
+        a.template rows_of<N>(a.states).row(a.row));
   }
 };
 
@@ -146,17 +146,13 @@ struct Recur {
   template <int N, bool Full>
   SMD2_INLINE void run(const StagedArgs<T>& a) {
     const SsmBlock<T, N, Full> block(a);
+    const auto decays = a.template rows_of<N>(a.decays);
+    const auto states = a.template rows_of<N>(a.states);
     vec<acc_t<T>, N> h{};
     for (int64_t y = 0; y < a.height; y++) {
-      acc_t<T>* row = a.template row_of<N>(a.states, y);
       recur_row<T, N>(
-          block.scan,
-          y * a.width,
-          a.width,
-          &h,
-          a.template row_of<N>(a.decays, y),
-          row);
-      replicate_row<acc_t<T>, N>(row, a.width);
+          block.scan, y * a.width, a.width, &h, decays.row(y), states.row(y));
+      replicate_row<acc_t<T>, N>(states.row(y), a.width);
     }
   }
 };
@@ -166,24 +162,23 @@ struct Observe {
   template <int N, bool Full>
   SMD2_INLINE void run(const StagedArgs<T>& a) {
     const SsmBlock<T, N, Full> block(a);
-    const acc_t<T>* map = a.template row_of<N>(a.states, 0) - kRadius * N;
-    const auto window =
-        window_around<acc_t<T>, N>(map, a.height, a.row, a.height, a.width);
+    const auto states = a.template rows_of<N>(a.states);
+    const auto window = window_around<acc_t<T>, N>(states, a.row, a.height);
     observe_row<T, N, Full>(a, block, window, a.row);
   }
 };
 
 template <typename T>
 void run_staged(const ForwardArgs<T>& shared, int64_t blocks) {
-  StagedArgs<T> all{shared};
-  all.blocks = blocks;
+  StagedArgs<T> all{shared, nullptr, nullptr, blocks, 0};
   const int64_t maps = shared.images * blocks;
   const int64_t size = maps * shared.height * (shared.width + 2 * kRadius);
   const auto decays = cache_lines<acc_t<T>>(size * lanes());
   const auto states = cache_lines<acc_t<T>>(size * lanes());
   all.decays = decays.get();
   all.states = states.get();
-  const auto share_out = [&](int64_t count, auto kernel) {
+  // Runs a kernel `count` times for each block, with args.row = 0 .. count - 1.
+  const auto run_stage = [&](int64_t count, auto kernel) {
     at::parallel_for(0, maps * count, 1, [&](int64_t begin, int64_t end) {
       StagedArgs<T> args = all;
       for (int64_t i = begin; i < end; i++) {
@@ -194,74 +189,38 @@ void run_staged(const ForwardArgs<T>& shared, int64_t blocks) {
       }
     });
   };
-  share_out(shared.height, Prepare<T>{});
-  share_out(1, Recur<T>{});
-  share_out(shared.height, Observe<T>{});
+  run_stage(shared.height, Prepare<T>{});
+  run_stage(1, Recur<T>{});
+  run_stage(shared.height, Observe<T>{});
 }
 
 template <typename T>
 void run_forward(const ForwardArgs<T>& shared) {
-  const int64_t blocks = (shared.dim + lanes() - 1) / lanes();
+  const int64_t blocks = channel_blocks(shared.dim);
   if (shared.images * blocks < at::get_num_threads() && shared.height > 1) {
     run_staged(shared, blocks);
     return;
   }
-  const int64_t scratch_size =
-      (2 * kRadius + 1) * (shared.width + 2 * kRadius) * lanes();
-  run_blocks<Forward<T>, acc_t<T>>(shared, shared.images, scratch_size);
+  run_blocks<Forward<T>, acc_t<T>>(
+      shared, shared.images, sweep_size(shared.width, lanes()));
 }
 
-// The inputs but for the step sizes, as the kernels want them; their dtype is
-// `type`.
-struct SsmInputs {
-  at::Tensor u, A, B, C, D, bias, taps;
-
-  SsmInputs(
-      const char* op,
-      at::ScalarType type,
-      const at::Tensor& u_,
-      const at::Tensor& A_,
-      const at::Tensor& B_,
-      const at::Tensor& C_,
-      const at::Tensor& D_,
-      const at::Tensor& bias_,
-      const at::Tensor& taps_) {
-    TORCH_CHECK_VALUE(
-        u_.dim() == 4 && u_.size(1) && u_.size(2),
-        op,
-        ": u must be [B, H, W, D] with H, W >= 1, got ",
-        u_.sizes());
-    const auto dim = u_.size(3);
-    check_shape(op, "B", B_, u_.sizes().slice(0, 3));
-    check_shape(op, "C", C_, u_.sizes().slice(0, 3));
-    check_shape(op, "A", A_, {dim});
-    check_shape(op, "D", D_, {dim});
-    check_shape(op, "delta_bias", bias_, {dim});
-    check_shape(op, "taps", taps_, {kTaps, dim});
-    u = u_.to(type).contiguous();
-    A = small(A_, u);
-    B = small(B_, u);
-    C = small(C_, u);
-    D = small(D_, u);
-    bias = small(bias_, u);
-    taps = small(taps_, u);
+// Sets all that SsmArgs has of the inputs; without a delta, the caller sets
+// what the steps are computed from.
+template <typename T>
+void fill(const SsmTensors& in, SsmArgs<T>* a) {
+  using Acc = acc_t<T>;
+  fill_scan<T>(in, a);
+  if (in.delta.defined()) {
+    a->steps.delta = in.delta.const_data_ptr<T>();
   }
-
-  template <typename T>
-  void fill(SsmArgs<T>* a) const {
-    using Acc = acc_t<T>;
-    a->u = u.const_data_ptr<T>();
-    a->A = A.const_data_ptr<Acc>();
-    a->B = B.const_data_ptr<Acc>();
-    a->C = C.const_data_ptr<Acc>();
-    a->D = D.const_data_ptr<Acc>();
-    a->bias = bias.const_data_ptr<Acc>();
-    a->taps = taps.const_data_ptr<Acc>();
-    a->images = u.size(0);
-    a->height = u.size(1);
-    a->width = u.size(2);
-    a->dim = u.size(3);
-  }
-};
+  a->C = in.C.const_data_ptr<Acc>();
+  a->D = in.D.const_data_ptr<Acc>();
+  a->taps = in.taps.const_data_ptr<Acc>();
+  a->images = in.u.size(0);
+  a->height = in.u.size(1);
+  a->width = in.u.size(2);
+  a->dim = in.u.size(3);
+}
 
 }  // namespace smd2

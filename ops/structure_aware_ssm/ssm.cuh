@@ -1,8 +1,9 @@
-// Kernels of the fused operator: the fusion's, fed by the scan.
+// Kernels of structure_aware_ssm: those of the fusion, with states from the
+// scan.
 //
-// Each block of threads computes the states of its tile and halo from the
-// state at the tile's left edge, which the scan's first two launches leave
-// behind. So h never reaches memory, forward or backward.
+// Each block of threads computes the states of its tile and halo from the state
+// at the tile's left edge, which the scan's first two launches leave in the
+// workspace. So h is never written to memory, forward or backward.
 #pragma once
 
 #include "../selective_scan/scan.cuh"
@@ -12,17 +13,14 @@
 namespace smd2 {
 namespace cuda {
 
-// Rows of states, the outermost columns replicated. kUnroll tokens are in
-// flight at once; each takes registers.
+// Source: rows of states, the outermost columns replicated. The loop over
+// tokens is unrolled kUnroll times; more loads in flight take more registers.
 template <typename T, int kUnroll>
 struct ScanRows {
   ScanArgs<T> scan;
 
-  SMD2_DEVICE void fill(
-      const Tiles& tiles,
-      const TilePlace& place,
-      int64_t y,
-      acc_t<T>* row) const {
+  SMD2_DEVICE void fill(const TilePlace& place, int64_t y, acc_t<T>* row)
+      const {
     using Acc = acc_t<T>;
     const Channel<T> channel(scan, place.image, place.channel, place.valid);
     const Carries<Acc> carries(
@@ -30,9 +28,9 @@ struct ScanRows {
     Acc state = state_before(
         scan, carries, place.image, y, place.tile, place.channel, place.valid);
     const int64_t begin = larger(place.x0 - kRadius, 0);
-    const int64_t end = smaller(place.x1 + kRadius, tiles.width);
+    const int64_t end = smaller(place.x1 + kRadius, place.map.width);
     Acc* out = row + (begin - place.x0 + kRadius) * kLanes;
-    const int64_t at = y * tiles.width;
+    const int64_t at = y * place.map.width;
 #pragma unroll kUnroll
     for (int64_t x = begin; x < end; x++) {
       const auto map = channel.map(at + x);
@@ -52,7 +50,7 @@ struct ScanRows {
   }
 };
 
-// What becomes of a fused token: y = C h' + D u.
+// Sink: writes the observation y = C h' + D u.
 template <typename T>
 struct Observe {
   using Acc = acc_t<T>;
@@ -62,37 +60,27 @@ struct Observe {
   T* y;
 
   struct Token {
-    Acc taps[kTaps], D;
+    WeightedSum<Acc> fused;
+    Acc D;
 
-    SMD2_DEVICE Token(
-        const Observe& sink,
-        const Acc* weights,
-        const Tiles& tiles,
-        const TilePlace& place) {
-      load_taps(weights, tiles, place, taps);
-      D = load(sink.D + place.channel, place.valid);
-    }
+    SMD2_DEVICE
+    Token(const Observe& sink, const Acc* weights, const TilePlace& place)
+        : fused(weights, place), D(load(sink.D + place.channel, place.valid)) {}
     SMD2_DEVICE void operator()(
         const Observe& sink,
-        const Tiles& tiles,
         const TilePlace& place,
         int64_t at,
         const Acc (&h)[kTaps]) {
-      Acc even = 0, odd = 0;
-#pragma unroll
-      for (int k = 0; k < kTaps; k++) {
-        (k % 2 ? odd : even) += taps[k] * h[k];
-      }
-      const int64_t i = at * tiles.dim + place.channel;
+      const Acc state = fused(h);
+      const int64_t i = place.value(at);
       const Acc u = load(sink.u + i, place.valid);
-      store(sink.y + i, sink.C[at] * (even + odd) + D * u, place.valid);
+      store(sink.y + i, sink.C[at] * state + D * u, place.valid);
     }
-    SMD2_DEVICE void
-    finish(const Observe&, const Tiles&, const TilePlace&, Acc*) {}
+    SMD2_DEVICE void finish(const Observe&, const TilePlace&, Acc*) {}
   };
 };
 
-// The gradients that need the states around a token: those of taps and C.
+// Sink: the gradients that need the states around a token, those of taps and C.
 template <typename T>
 struct GradObserved {
   using Acc = acc_t<T>;
@@ -105,21 +93,16 @@ struct GradObserved {
     TapSums<Acc> sums;
     Acc taps[kTaps];
 
-    SMD2_DEVICE Token(
-        const GradObserved&,
-        const Acc* weights,
-        const Tiles& tiles,
-        const TilePlace& place) {
-      load_taps(weights, tiles, place, taps);
+    SMD2_DEVICE
+    Token(const GradObserved&, const Acc* weights, const TilePlace& place) {
+      load_taps(weights, place, taps);
     }
     SMD2_DEVICE void operator()(
         const GradObserved& sink,
-        const Tiles& tiles,
         const TilePlace& place,
         int64_t at,
         const Acc (&h)[kTaps]) {
-      const Acc grad_y =
-          load(sink.grad_y + at * tiles.dim + place.channel, place.valid);
+      const Acc grad_y = load(sink.grad_y + place.value(at), place.valid);
       sums.add(grad_y * sink.C[at], h);
       Acc fused = 0;
 #pragma unroll
@@ -128,16 +111,14 @@ struct GradObserved {
       }
       const Acc grad_C = warp_sum(grad_y * fused);
       if (threadIdx.x == 0) {
-        const int64_t tokens = tiles.images * tiles.height * tiles.width;
+        const Tiles& map = place.map;
+        const int64_t tokens = map.images * map.height * map.width;
         sink.grad_C[place.channel_block * tokens + at] = grad_C;
       }
     }
-    SMD2_DEVICE void finish(
-        const GradObserved& sink,
-        const Tiles& tiles,
-        const TilePlace& place,
-        Acc* ring) {
-      sums.finish(sink.grad_taps, tiles, place, ring);
+    SMD2_DEVICE void
+    finish(const GradObserved& sink, const TilePlace& place, Acc* ring) {
+      sums.finish(sink.grad_taps, place, ring);
     }
   };
 };

@@ -1,6 +1,6 @@
-// Runs every launcher over small maps, for sanitizers to watch. With the
-// argument "orders", results must be the same to the bit in the three orders of
-// threads. Without it there is less to do, for ThreadSanitizer is slow.
+// Runs every launcher on small maps, under sanitizers. With the argument
+// "orders", it also checks that results are bitwise equal in the three orders
+// of threads; without it there is less to run, because ThreadSanitizer is slow.
 #include <cstdio>
 #include <exception>
 #include <string>

@@ -1,7 +1,6 @@
-// All launchers, forward and backward, over one map of random values. Buffers
-// are exactly as large as they have to be, and what is to be written starts as
-// NaN; results must be finite. Whether they are right is the conformance tests'
-// job.
+// Runs all launchers, forward and backward, on one map of random values.
+// Buffers are exactly as large as they have to be, and outputs start as NaN;
+// results must be finite. The conformance tests check whether they are correct.
 #pragma once
 
 #include <cmath>
@@ -23,10 +22,10 @@ class Case {
   Case(int64_t images, int64_t height, int64_t width, int64_t dim)
       : images_(images), height_(height), width_(width), dim_(dim) {}
 
-  // Told of every buffer, where somebody wants to know.
+  // Called with every buffer, if it is set.
   std::function<void(const void*, size_t)> on_allocation;
 
-  // The bytes of all results.
+  // Returns the bytes of all results.
   template <typename T>
   std::vector<unsigned char> run() {
     using Acc = acc_t<T>;

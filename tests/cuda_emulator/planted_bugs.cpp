@@ -1,4 +1,5 @@
-// One wrong kernel per name: the emulator, or a sanitizer, must report each.
+// Kernels with one bug each, chosen by name. The emulator or a sanitizer must
+// report every one of them.
 #include <cmath>
 #include <cstdio>
 #include <exception>
@@ -137,7 +138,7 @@ int main(int, char** argv) {
       order == "forward"   ? Order::forward
       : order == "reverse" ? Order::reverse
                            : Order::random);
-  // Sized for threads that write their own element alone.
+  // Room for threads that write nothing but their own element.
   std::vector<float> out(argv[1] == std::string("out_of_bounds") ? 32 : 64);
   try {
     smd2::launch(

@@ -1,5 +1,5 @@
 // The emulator's runtime. It is compiled without sanitizers' instrumentation;
-// SMD2_TSAN says that the kernels have ThreadSanitizer's.
+// SMD2_TSAN is defined if the kernels are instrumented by ThreadSanitizer.
 #include "simt_emulator.h"
 
 #include <sys/mman.h>
@@ -32,7 +32,7 @@ namespace {
 
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kMaxShared = 64 * 1024;  // what 7.5 has, the least of all
+constexpr size_t kMaxShared = 64 * 1024;  // the limit of capability 7.5
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 constexpr size_t kStackBytes = 64 * 1024;
 
@@ -43,7 +43,7 @@ struct Fiber {
   unsigned number = 0;
   dim3 index{};
   State state = State::ready;
-  int line = 0;  // of the barrier or shuffle it waits at
+  int line = 0;  // source line of the barrier or shuffle where it waits
   unsigned mask = 0, source = 0;
   uint64_t value = 0, result = 0;
 #if defined(__x86_64__)
@@ -61,26 +61,29 @@ struct Fiber {
   }
 };
 
-// What a block runs in. Blocks of a launch share one, but not under
-// ThreadSanitizer: there, each block has its own stacks and its own barrier, so
-// that nothing orders the accesses of different blocks, as on a device.
-struct Room {
+// The memory that a block runs in. The blocks of a launch use the same, except
+// under ThreadSanitizer: there, each block has its own stacks and its own
+// barrier, so that nothing orders the accesses of different blocks, as on a
+// device.
+struct BlockMemory {
   std::unique_ptr<char[]> shared;
   std::vector<char*> stacks;
   std::vector<void*> sanitizers;
-  // Of barriers in turn: who waits at one must not learn what others did since.
+  // What ThreadSanitizer synchronizes on at barriers, alternately: a thread
+  // that leaves a barrier must not see what others did after it as ordered.
   char barrier_tags[2] = {0, 0};
 
-  Room() = default;
-  Room(const Room&) = delete;
-  Room& operator=(const Room&) = delete;
-  ~Room() {
+  BlockMemory() = default;
+  BlockMemory(const BlockMemory&) = delete;
+  BlockMemory& operator=(const BlockMemory&) = delete;
+  ~BlockMemory() {
     for (char* stack : stacks) {
       munmap(stack, kStackBytes);
     }
   }
 
-  // Shared memory is of the exact size, for AddressSanitizer to see its end.
+  // Allocates shared memory of exactly this size, so that AddressSanitizer
+  // knows its end.
   void prepare(unsigned threads, size_t shared_bytes) {
     shared.reset(new char[std::max<size_t>(shared_bytes, 1)]);
     std::fill_n(shared.get(), shared_bytes, char(0xff));  // NaN
@@ -108,7 +111,7 @@ struct Room {
 struct Block {
   dim3 index{}, size{};
   unsigned threads = 0, running = 0, waiting = 0, barriers = 0;
-  Room* room = nullptr;
+  BlockMemory* memory = nullptr;
   std::vector<Fiber> fibers;
   Fiber* current = nullptr;
   const std::function<void()>* body = nullptr;
@@ -127,7 +130,8 @@ Order order = Order::forward;
 void (*observer)(const char*) = nullptr;
 
 #if defined(__x86_64__)
-// Saves what a callee must on the old stack, and goes on on the new one.
+// Saves the callee-saved registers on the old stack and continues on the new
+// one.
 __attribute__((naked, noinline)) void switch_stack(void**, void*) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n"
@@ -161,7 +165,7 @@ void to_fiber(Fiber* fiber) {
 #endif
 }
 
-// The thread never gets another turn: its launch fails.
+// Makes the launch fail; the thread is never resumed.
 void fail(const std::string& what) {
   if (block.error.empty()) {
     block.error = what;
@@ -203,7 +207,7 @@ void thread_main() {
   to_scheduler();
 }
 
-// Whether all lanes of the mask wait in this shuffle.
+// Whether all lanes of the mask have reached this shuffle.
 bool complete(const Fiber& caller) {
   const std::string where = "shuffle at line " + std::to_string(caller.line);
   for (unsigned lane = 0; lane < kWarpSize; lane++) {
@@ -248,10 +252,11 @@ void start(Fiber* fiber, unsigned number, char* stack) {
   fiber->context.uc_link = nullptr;
   makecontext(&fiber->context, thread_main, 0);
 #endif
-  fiber->sanitizer = block.room->sanitizers[number];
+  fiber->sanitizer = block.memory->sanitizers[number];
 }
 
-// Lets a warp run until all its threads wait for others or have ended.
+// Runs a warp until all its threads wait for others or have ended; returns
+// whether any of them ran.
 bool run_warp(unsigned warp, const std::vector<unsigned>& lanes) {
   bool moved = false;
   for (bool again = true; again;) {
@@ -271,8 +276,8 @@ bool run_warp(unsigned warp, const std::vector<unsigned>& lanes) {
   return moved;
 }
 
-void run_block(Room* room, std::mt19937* random) {
-  block.room = room;
+void run_block(BlockMemory* memory, std::mt19937* random) {
+  block.memory = memory;
   block.fibers.resize(block.threads);
   block.running = block.threads;
   block.waiting = 0;
@@ -288,7 +293,7 @@ void run_block(Room* room, std::mt19937* random) {
     std::shuffle(lanes.begin(), lanes.end(), *random);
   }
   for (unsigned i = 0; i < block.threads; i++) {
-    start(&block.fibers[i], i, room->stacks[i]);
+    start(&block.fibers[i], i, memory->stacks[i]);
   }
 #if defined(SMD2_TSAN)
   __tsan_release(&block.start_tag);
@@ -299,7 +304,7 @@ void run_block(Room* room, std::mt19937* random) {
       moved |= run_warp(warp, lanes);
     }
     if (!moved && block.error.empty()) {
-      block.error = "deadlock, the first of those that wait:";
+      block.error = "deadlock, the first waiting thread:";
       for (const Fiber& fiber : block.fibers) {
         if (fiber.state != State::done) {
           block.error +=
@@ -332,7 +337,7 @@ const dim3& block_size() {
   return block.size;
 }
 void* shared_memory() {
-  return block.room->shared.get();
+  return block.memory->shared.get();
 }
 unsigned lane() {
   return block.current->lane();
@@ -351,7 +356,7 @@ void synchronize_block(int line) {
   self->line = line;
   self->state = State::at_barrier;
 #if defined(SMD2_TSAN)
-  char* tag = &block.room->barrier_tags[block.barriers % 2];
+  char* tag = &block.memory->barrier_tags[block.barriers % 2];
   __tsan_release(tag);
 #endif
   block.waiting++;
@@ -422,22 +427,22 @@ void run(
   block.body = &thread;
   block.error.clear();
   std::mt19937 random(static_cast<unsigned>(blocks));
-  static std::vector<std::unique_ptr<Room>> rooms;
+  static std::vector<std::unique_ptr<BlockMemory>> memories;
 #if defined(SMD2_TSAN)
   block.sanitizer = __tsan_get_current_fiber();
-  constexpr bool kShareRoom = false;
+  constexpr bool kShareMemory = false;
 #else
-  constexpr bool kShareRoom = true;
+  constexpr bool kShareMemory = true;
 #endif
   for (int64_t i = 0; i < blocks && block.error.empty(); i++) {
-    const size_t number = kShareRoom ? 0 : static_cast<size_t>(i);
-    if (rooms.size() <= number) {
-      rooms.emplace_back(new Room);
+    const size_t number = kShareMemory ? 0 : static_cast<size_t>(i);
+    if (memories.size() <= number) {
+      memories.emplace_back(new BlockMemory);
     }
-    Room* room = rooms[number].get();
-    room->prepare(block.threads, shared_bytes);
+    BlockMemory* memory = memories[number].get();
+    memory->prepare(block.threads, shared_bytes);
     block.index = {static_cast<unsigned>(i), 0, 0};
-    run_block(room, &random);
+    run_block(memory, &random);
   }
 #if defined(SMD2_TSAN)
   __tsan_acquire(&block.end_tag);  // as the next launch does

@@ -1,17 +1,18 @@
-// Runs CUDA kernels on the CPU: stands in for cuda_runtime.h, see
+// Runs CUDA kernels on the CPU, in place of cuda_runtime.h: see
 // ops/cuda/simt.h. Every CUDA thread is a fiber; blocks run one after the
 // other, on the calling thread.
 //
-// Reported as an exception of `launch`: a barrier or a shuffle that not all
-// threads reach (or reach at different lines), a shuffle with a lane that has
-// exited or is not in its mask, a deadlock, a launch that no device since 7.5
-// can run. Shared memory starts as NaN. Sanitizers find the rest: compiled with
-// -fsanitize=thread, two accesses that no barrier orders are a race, be it in
-// one block or between blocks; with -fsanitize=address,undefined, accesses out
-// of bounds and misaligned ones are errors.
+// `launch` throws an exception for: a barrier or a shuffle that not all threads
+// reach (or that they reach at different lines), a shuffle with a lane that has
+// exited or is not in its mask, a deadlock, and a launch that a device of
+// compute capability 7.5 cannot run. Shared memory starts as NaN. Sanitizers
+// find the rest: with -fsanitize=thread, two accesses that no barrier orders
+// are reported as a race, within a block and between blocks; with
+// -fsanitize=address,undefined, accesses out of bounds and misaligned ones are
+// errors.
 //
 // Not modelled: time, the order of memory accesses of different warps beyond
-// the three orders of threads, the rounding of the device's exp and log.
+// the three orders of threads, and the rounding of the device's exp and log.
 #pragma once
 
 #include <cstdint>
@@ -29,22 +30,23 @@ using cudaStream_t = void*;
 namespace smd2 {
 namespace emulator {
 
-// In which order the warps of a block, and the lanes of a warp, get their turn.
-// A warp runs up to its next barrier before another one starts, so that what a
-// missing barrier allows does happen in one order or the other.
+// The order in which the warps of a block, and the lanes of a warp, run. A warp
+// runs up to its next barrier before another one starts, so that the effect of
+// a missing barrier shows in one of the orders.
 enum class Order { forward, reverse, random };
 void set_order(Order order);
 
-// Called with the name of every launch, when it is over.
+// Sets a function that is called with the name of every launch when it has
+// ended.
 void set_observer(void (*observer)(const char* launch));
 
-// Of the running CUDA thread.
+// Properties and operations of the running CUDA thread.
 const dim3& thread_index();
 const dim3& block_index();
 const dim3& block_size();
 void* shared_memory();
 void synchronize_block(int line);
-// The 64 bits that lane `source` of the warp hands in.
+// Returns the value that lane `source` of the warp passed.
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned source, int line);
 unsigned lane();
 

@@ -1,6 +1,6 @@
 // Counts the bytes of tensors that each launch reads and writes, every byte
 // once. The kernels are compiled with ThreadSanitizer's instrumentation, which
-// calls a function at every access; here these functions count.
+// calls a function at every access; the functions defined here count.
 //
 //     trace <images> <height> <width> <dim> <dtype>
 //
@@ -22,7 +22,8 @@ struct Buffer {
   std::vector<unsigned char> touched;  // per byte
 };
 
-// By address. Accesses elsewhere, to the stack or to shared memory, count not.
+// Tensors by address. Other accesses, to the stack or to shared memory, do not
+// count.
 std::map<uintptr_t, Buffer> buffers;
 
 void touch(const void* address, size_t size, Access access) {

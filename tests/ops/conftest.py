@@ -1,4 +1,4 @@
-"""Random inputs of the operators, and how far kernels may be from the float64 reference."""
+"""Random inputs of the operators, and how far kernels may deviate from the float64 reference."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ import pytest
 import torch
 from torch import Tensor
 
-#: largest error over largest reference value, for inputs rounded to the dtype
+#: largest error divided by the largest reference value, for inputs rounded to the dtype
 TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
     torch.bfloat16: 8e-3,
     torch.float16: 1e-3,
 }
-#: gradients sum over many tokens, so that rounding adds up
+#: gradients are sums over many tokens, in which rounding errors accumulate
 GRADIENT_TOLERANCE = {**TOLERANCE, torch.float64: 1e-11, torch.float32: 1e-5}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected value; NaN where ``actual`` has one."""
+    """Largest difference divided by the largest expected value; NaN if ``actual`` has one."""
     actual, expected = actual.cpu().double(), expected.cpu().double()
     difference = (actual - expected).abs().max()
     return (difference / expected.abs().max().clamp(min=1e-30)).item()
 
 
+pytest.register_assert_rewrite("tests.ops.inference_suite")
+
+
 @pytest.fixture
 def device() -> torch.device:
-    """Where the inputs are; a test module may choose another one."""
+    """The device of the inputs; a test module may choose another one."""
     return torch.device("cpu")
 
 
@@ -67,7 +70,7 @@ def ssm_inputs(device) -> Callable[..., list[Tensor]]:
 
 @pytest.fixture
 def strided() -> Callable[[Tensor], Tensor]:
-    """The same values in memory that is not contiguous in any axis, NaN in between."""
+    """The same values in memory that is not contiguous along any axis, with NaN in between."""
 
     def make(x: Tensor) -> Tensor:
         storage = x.new_full([2 * n + 1 for n in x.shape], float("nan"))

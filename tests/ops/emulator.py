@@ -1,7 +1,7 @@
 """The CUDA kernels, their launchers and their glue, built for the CPU by a plain C++ compiler.
 
-Object files and programs are kept in ``build/cuda_emulator`` under a hash of all that went into
-them, so that a second run of the tests builds nothing.
+Object files and programs are cached in ``build/cuda_emulator`` under a hash of all their inputs, so
+a second run of the tests builds nothing.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _DEFINITIONS = torch.library.Library("spatial_mamba_emulated", "FRAGMENT")
 
 @cache
 def compiler() -> str:
-    """The C++ compiler, or a skip that says that there is none."""
+    """The C++ compiler; skips the test if it is missing."""
     name = os.environ.get("CXX", "c++")
     if sys.platform == "win32" or not shutil.which(name.split()[0]):
-        pytest.skip(f"the emulator needs GCC or Clang, and there is no {name}")
+        pytest.skip(f"the emulator needs GCC or Clang; {name} was not found")
     return name
 
 
@@ -65,7 +65,7 @@ def _folder() -> Path:
 
 
 def _make(command: Sequence[str], inputs: Sequence[Path], suffix: str) -> Path:
-    """Run a command with ``-o <file>`` appended, unless the same was run before."""
+    """Run a command with ``-o <file>`` appended, unless its result is cached."""
     digest = hashlib.sha256("\0".join([*command, torch.__version__]).encode())
     for path in inputs:
         digest.update(path.read_bytes())
@@ -92,14 +92,14 @@ def compile_object(source: Path, *flags: str) -> Path:
 
 
 def compile_all(sources: Sequence[Path], *flags: str) -> list[Path]:
-    """:func:`compile_object` of each, a few at a time."""
+    """:func:`compile_object` of each, in parallel."""
     compiler()  # skips in this thread
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda source: compile_object(source, *flags), sources))
 
 
 def link(objects: Sequence[Path], *flags: str, suffix: str = "") -> Path:
-    """A program, or with ``-shared`` among the flags a library, of these objects."""
+    """A program linked from these objects, or a library if ``-shared`` is among the flags."""
     command = [*compiler().split(), *map(str, objects), *flags]
     return _make(command, objects, suffix)
 
@@ -120,7 +120,7 @@ def load() -> None:
 
 @contextmanager
 def emulated_cuda() -> Iterator[None]:
-    """Within it, the emulated CUDA kernels serve the operators on the CPU."""
+    """Run the operators on the CPU by the emulated CUDA kernels within the context."""
     load()
     override = torch.library.Library("spatial_mamba", "IMPL")
     for name in OPERATORS:

@@ -55,43 +55,44 @@ def test_unknown_backend_is_refused():
 
 
 def test_native_never_falls_back():
-    """Told of a library that is not there, it does not use another kernel."""
+    """Without a compiled library, importing fails."""
     program = PROGRAM.replace("import torch\n", NO_LIBRARY, 1)
     done = run("native", program=program)
     assert done.returncode != 0
-    assert "SMD2_BACKEND is native, but there are no compiled kernels" in done.stderr
+    assert "SMD2_BACKEND is native, but CPU kernels are missing: no compiled" in done.stderr
     assert "pip install --no-build-isolation" in done.stderr
 
 
-def test_without_a_library_it_runs_and_says_so_once():
+def test_without_a_library_it_runs_and_warns_once():
     program = PROGRAM.replace("import torch\n", NO_LIBRARY, 1)
     done = run("", program=program)
     assert done.returncode == 0
-    assert done.stdout.startswith("eager on every device: they were not compiled")
-    assert done.stderr.count("operators run in plain PyTorch, which is slower") == 1
+    assert done.stdout.startswith("eager on every device: no compiled kernels were built")
+    assert done.stderr.count("falling back to plain PyTorch operators (slower): no compiled") == 1
+    assert "Install a C++ compiler and run: pip install" in done.stderr
 
 
 def test_native_never_falls_back_on_other_devices(monkeypatch):
     monkeypatch.setattr(_extension, "FORCED_BACKEND", "native")
-    monkeypatch.setattr(_extension, "WHY_NO_CUDA", "they were not compiled")
-    message = "SMD2_BACKEND is native, but there are no compiled kernels for cuda: they were not"
+    monkeypatch.setattr(_extension, "WHY_NO_CUDA", "they were not built")
+    message = "SMD2_BACKEND is native, but cuda kernels are missing: they were not built"
     with pytest.raises(RuntimeError, match=message):
         _extension._on_fallback("cuda")
 
 
-def test_plain_pytorch_on_another_device_is_told_once(monkeypatch, caplog):
+def test_plain_pytorch_on_another_device_warns_once(monkeypatch, caplog):
     monkeypatch.setattr(_extension, "FORCED_BACKEND", None)
-    _extension._tell_slow.cache_clear()
+    _extension._warn_slow.cache_clear()
     for _ in range(2):
         _extension._on_fallback("xpu")
     (record,) = caplog.records
-    assert "in plain PyTorch on xpu, which is slower, for there are no" in record.getMessage()
+    assert "plain PyTorch operators on xpu (slower): compiled kernels exist" in record.getMessage()
 
 
 @pytest.mark.skipif(bool(_extension.WHY_NOT_COMPILED), reason="no compiled kernels")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="versions are x86-64's")
 def test_versions_for_other_processors_agree():
-    """The baseline and AVX2 versions that are in every x86-64 build, on this machine."""
+    """The baseline and AVX2 versions, which are in every x86-64 build, on this machine."""
     sums = []
     for capability in ("baseline", "avx2", "avx512"):
         done = run("native", SMD2_CPU_CAPABILITY=capability)

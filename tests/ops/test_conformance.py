@@ -20,7 +20,7 @@ from spatial_mamba_d2.ops.structure_aware_ssm import reference as ssm_reference
 from . import emulator
 from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
 
-# (batch, height, width, channels): tiny, odd, one chunk and a bit, several levels of chunks
+# (batch, height, width, channels): tiny, odd, slightly more than a chunk, several levels of chunks
 SHAPES = [
     (1, 1, 1, 1),
     (2, 1, 7, 3),
@@ -40,7 +40,7 @@ REFERENCES = {
     "depthwise_conv3x3": conv_reference,
     "gated_layer_norm": norm_reference,
 }
-# name of a case -> operator, and the arguments behind its tensors
+# name of a case -> operator, and the arguments after its tensors
 CASES: dict[str, tuple[str, tuple]] = {
     "selective_scan": ("selective_scan", ()),
     "state_fusion": ("state_fusion", ()),
@@ -54,27 +54,27 @@ KEEPS_DTYPE = ("structure_aware_ssm", "depthwise_conv3x3", "gated_layer_norm")
 
 @pytest.fixture(params=["eager", "native", "emulated CUDA", "CUDA"], autouse=True)
 def kernels(request):
-    """Who serves the operators: plain PyTorch, then compiled kernels of each kind."""
+    """The kernels that run: plain PyTorch, then compiled kernels of each kind."""
     if request.param == "native" and _extension.WHY_NOT_COMPILED:
         pytest.skip(f"no compiled kernels: {_extension.WHY_NOT_COMPILED}")
     case = request.node.callspec.params.get("case")
     if "CUDA" in request.param and case and CASES[case][0] not in emulator.OPERATORS:
-        pytest.skip("it has no CUDA kernels: PyTorch's own serve it on GPUs")
+        pytest.skip("no CUDA kernels by design: PyTorch's own run on GPUs")
     if request.param == "CUDA" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     if request.param == "CUDA" and _extension.WHY_NO_CUDA:
         pytest.skip(f"no compiled CUDA kernels: {_extension.WHY_NO_CUDA}")
-    serving = {
+    contexts = {
         "eager": _extension.without_compiled_kernels,
         "emulated CUDA": emulator.emulated_cuda,
     }
-    with serving.get(request.param, nullcontext)():
+    with contexts.get(request.param, nullcontext)():
         yield request.param
 
 
 @pytest.fixture
 def device(kernels):
-    """Where the inputs are."""
+    """The device of the inputs."""
     return torch.device("cuda" if kernels == "CUDA" else "cpu")
 
 
@@ -103,7 +103,7 @@ def truth(case, args):
     output = call(case, leaves, REFERENCES[CASES[case][0]])
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    cotangent = cotangent.to(args[0].dtype).double()  # so that kernels get it exactly
+    cotangent = cotangent.to(args[0].dtype).double()  # rounded as for the kernels
     return output.detach(), cotangent, torch.autograd.grad(output, leaves, cotangent)
 
 
@@ -125,7 +125,7 @@ def test_more_threads_than_blocks(shape, dtype, ssm_inputs, kernels):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_backward(case, shape, dtype, ssm_inputs):
-    if case == "gated_layer_norm":  # of one or two channels it is constant
+    if case == "gated_layer_norm":  # the norm of one or two channels is constant
         shape = (*shape[:3], shape[3] + 3)
     args = arguments(case, ssm_inputs(*shape, dtype))
     output, cotangent, gradients = truth(case, args)
@@ -229,7 +229,7 @@ def test_reference_gradients(case, ssm_inputs):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_value_is_written(case, ssm_inputs, monkeypatch):
-    """Outputs start as NaN here, so that what a kernel leaves out shows."""
+    """Outputs start as NaN here, so that a value that no kernel writes is found."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     try:
@@ -244,9 +244,9 @@ def test_every_value_is_written(case, ssm_inputs, monkeypatch):
 @pytest.mark.parametrize("shape", [(2, 9, 14, 40), (1, 9, 14, 7), (1, 2, 33, 20)], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_number_of_threads_changes_nothing(case, shape, ssm_inputs, kernels):
-    """Not a bit in compiled kernels, which divide a map otherwise where threads would idle.
+    """Compiled kernels give the same bits, although they divide a map if threads would idle.
 
-    Rounding in the libraries' convolutions.
+    In plain PyTorch, the libraries' convolutions round differently.
     """
     args = [x.requires_grad_() for x in arguments(case, ssm_inputs(*shape))]
     before, results = torch.get_num_threads(), []
@@ -265,13 +265,13 @@ def test_number_of_threads_changes_nothing(case, shape, ssm_inputs, kernels):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_cuda_graph_replays(case, ssm_inputs, kernels):
-    """Nothing in a call waits for the device, or depends on values."""
+    """No call waits for the device or depends on values."""
     if kernels != "CUDA":
         pytest.skip("CUDA graphs are for GPUs")
     args = arguments(case, ssm_inputs(1, 20, 31, 40))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # warms up, and runs on a stream that is not the default one
+    with torch.cuda.stream(side):  # warm-up, and a test of a stream other than the default
         expected = call(case, args, torch.ops.spatial_mamba)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -290,13 +290,13 @@ def test_softplus_is_as_accurate_as_pytorchs():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_extreme_values(dtype, kernels):
-    """Steps and rates of any size, a state that is held and one that grows."""
+    """Steps and rates of any size; a state that is constant and one that grows."""
     values = [-1e30, -200, -87.5, -20, -1e-3, 0, 1, 19.9, 20.1, 87.5, 126, 200, 1e4, 1e30]
     rates = [-1e30, -2e38, -200, -1, -1e-6, -1e-30, 0, 0.1]
     delta = torch.tensor(values, dtype=torch.float64)[None, :, None].expand(1, -1, len(rates))
     u, B, bias = torch.ones_like(delta), torch.ones_like(delta[..., 0]), torch.zeros(len(rates))
     args = [u, delta, torch.tensor(rates, dtype=torch.float64), B, bias]
-    # But for the last steps, which make the growing state infinite.
+    # Without the last steps, which make the growing state infinite.
     h = ops.selective_scan(*(x.to(dtype) for x in args))[:, :-2]
     expected = scan_reference.selective_scan(*(x.double() for x in args))[:, :-2]
     torch.testing.assert_close(h.double(), expected, rtol=2e-5, atol=1e-30)

@@ -1,4 +1,4 @@
-"""The CUDA kernels under sanitizers, and whether the emulator would notice a wrong one."""
+"""The CUDA kernels under sanitizers, and a check that the emulator finds bugs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SANITIZERS = {
 
 
 def build_program(main: Path, kernels: tuple[Path, ...], sanitizer: str) -> Path:
-    """``main``, the kernels and the emulator's runtime, linked; skips where that cannot be."""
+    """``main``, the kernels and the emulator's runtime, linked; skips without a compiler."""
     of_kernels, of_runtime, of_linker = SANITIZERS[sanitizer]
     objects = emulator.compile_all((main, *kernels), "-O1", "-g1", *of_kernels)
     objects += emulator.compile_all(
@@ -91,7 +91,7 @@ def test_a_correct_kernel_is_not(sanitizer, order):
 @pytest.mark.parametrize("element", [4, 2])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 25, 40, 64), (2, 37, 33, 35)])
 def test_the_model_of_dram_bytes_is_what_kernels_touch(shape, element):
-    """Byte by byte, of every launch; the model is spatial_mamba_d2.profiling.dram_model."""
+    """Byte by byte, for every launch of the model in spatial_mamba_d2.profiling.dram_model."""
     sources = (emulator.EMULATOR / "trace.cpp", emulator.EMULATOR / "simt_emulator.cpp")
     objects = emulator.compile_all(sources, "-O1")
     objects += emulator.compile_all(emulator.KERNELS, "-O1", "-fsanitize=thread")
@@ -123,7 +123,7 @@ BARRIERS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("header", "number"), BARRIERS)
 def test_every_barrier_is_missed(header, number, tmp_path):
-    """Without any one of the kernels' barriers, ThreadSanitizer sees a race."""
+    """If any one of the kernels' barriers is removed, ThreadSanitizer reports a race."""
     of_kernels, of_runtime, of_linker = SANITIZERS["thread"]
     flags = ("-O1", "-g1", *of_kernels)
     sources = (emulator.EMULATOR / "exercise.cpp", *emulator.KERNELS)
@@ -147,7 +147,7 @@ def test_every_barrier_is_missed(header, number, tmp_path):
 @pytest.mark.parametrize("name", emulator.OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_order_of_threads_changes_nothing(name, dtype, ssm_inputs):
-    """Not a bit, in whole operators: their launches as well as their sums of partial results."""
+    """Operators give the same bits: their launches as well as their sums of partial results."""
     emulator.load()
     u, delta, A, B, C, D, bias, taps = ssm_inputs(2, 40, 33, 35, dtype)
     arguments = {

@@ -17,7 +17,7 @@ from spatial_mamba_d2.ops import _extension
 
 OPS = Path(_extension.__file__).parent
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-# Tiny, odd and narrow maps; several images, rows and blocks of channels, whole and partial.
+# Tiny, odd and narrow maps; several images and rows; full and partial blocks of channels.
 PROGRAM = """
 import sys, torch
 from spatial_mamba_d2 import ops
@@ -46,17 +46,17 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
             with torch.no_grad():
                 ops.depthwise_conv3x3_layer_norm(u, weight, bias, A, D)
                 steps = (torch.randn(*shape[:3], 3), taps[:3].T)
-                ops.low_rank_structure_aware_ssm_(u.clone(), *steps, A, B, C, D, bias, taps)
+                ops.structure_aware_ssm_from_dt_(u.clone(), *steps, A, B, C, D, bias, taps)
 print("clean")
 """
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """The CPU kernels as ``setup.py`` has them, with sanitizers in."""
+    """The CPU kernels, compiled as by ``setup.py``, but with sanitizers."""
     compiler = shutil.which("g++")
     if sys.platform != "linux" or not compiler:
-        pytest.skip("the sanitizers are those of g++ on Linux")
+        pytest.skip("needs the sanitizers of g++ on Linux")
     folder = tmp_path_factory.mktemp("sanitized")
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
@@ -83,7 +83,7 @@ def library(tmp_path_factory):
 
 
 def runtime(name):
-    """The sanitizer's library, which a program without it has to load first."""
+    """The sanitizer's library, which a program compiled without it has to load first."""
     path = subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
     if not os.path.isabs(path):
         pytest.skip(f"{name} is not installed")

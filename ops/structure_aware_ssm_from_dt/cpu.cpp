@@ -1,19 +1,19 @@
-// spatial_mamba::low_rank_structure_aware_ssm_ on the CPU; op.py documents it.
+// spatial_mamba::structure_aware_ssm_from_dt_ on the CPU; op.py documents it.
 //
-// A row of the output takes the place of one whose step has been made: the scan
-// is kRadius rows ahead.
+// The forward pass of structure_aware_ssm with the output in place of u: a row
+// of the output is written kRadius rows after the scan has read that row of u.
 #include "../structure_aware_ssm/rows.h"
 
 namespace smd2 {
 namespace {
 
-constexpr const char* kOp = "low_rank_structure_aware_ssm_";
+constexpr const char* kOp = "structure_aware_ssm_from_dt_";
 
-// Weights [dim, rank] as the kernels read them, [blocks of channels, rank,
-// lanes()].
+// Weights [dim, rank] in the layout that kernels read, [blocks of channels,
+// rank, lanes()].
 at::Tensor pack_weight(const at::Tensor& weight) {
   const int64_t dim = weight.size(0), size = lanes();
-  const int64_t blocks = (dim + size - 1) / size;
+  const int64_t blocks = channel_blocks(dim);
   const bool even = dim % size == 0;
   const auto padded =
       even ? weight
@@ -23,9 +23,9 @@ at::Tensor pack_weight(const at::Tensor& weight) {
       .contiguous();
 }
 
-void low_rank_structure_aware_ssm_(
+void structure_aware_ssm_from_dt_(
     const at::Tensor& u,
-    const at::Tensor& dt_,
+    const at::Tensor& dt,
     const at::Tensor& dt_weight,
     const at::Tensor& A,
     const at::Tensor& B,
@@ -33,22 +33,27 @@ void low_rank_structure_aware_ssm_(
     const at::Tensor& D,
     const at::Tensor& delta_bias,
     const at::Tensor& taps) {
-  const SsmInputs in(kOp, kernel_type(u, u), u, A, B, C, D, delta_bias, taps);
-  const auto dim = u.size(3), rank = dt_.size(-1);
+  const SsmTensors inputs{u, {}, A, B, C, D, delta_bias, taps};
+  inputs.check(kOp);
+  const auto dim = u.size(3), rank = dt.size(-1);
   TORCH_CHECK_VALUE(
       rank >= 1,
       kOp,
       ": dt must be [B, H, W, R] with R >= 1, got ",
-      dt_.sizes());
-  check_shape(kOp, "dt", dt_, {u.size(0), u.size(1), u.size(2), rank});
-  check_shape(kOp, "dt_weight", dt_weight, {dim, rank});
-  const auto dt = small(dt_, in.u);
+      dt.sizes());
+  check_arguments(
+      kOp,
+      u,
+      {{"dt", dt, {u.size(0), u.size(1), u.size(2), rank}},
+       {"dt_weight", dt_weight, {dim, rank}}});
+  const auto in = inputs.as(kernel_type(u, u));
+  const auto steps = small(dt, in.u);
   const auto weight = pack_weight(small(dt_weight, in.u));
   SMD2_DISPATCH(in.u.scalar_type(), kOp, [&] {
     using Acc = acc_t<scalar_t>;
     ForwardArgs<scalar_t> args{};
-    in.fill(&args);
-    args.steps.dt = dt.const_data_ptr<Acc>();
+    fill(in, &args);
+    args.steps.dt = steps.const_data_ptr<Acc>();
     args.steps.weight = weight.const_data_ptr<Acc>();
     args.steps.rank = rank;
     args.y = in.u.data_ptr<scalar_t>();
@@ -60,7 +65,7 @@ void low_rank_structure_aware_ssm_(
 }
 
 TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
-  m.impl(kOp, &low_rank_structure_aware_ssm_);
+  m.impl(kOp, &structure_aware_ssm_from_dt_);
 }
 
 }  // namespace

@@ -1,0 +1,19 @@
+"""The projection of the step sizes by PyTorch, then the operator that takes them as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spatial_mamba_d2.ops._precision import precise
+
+
+def structure_aware_ssm_from_dt_(u: Tensor, dt: Tensor, dt_weight: Tensor, *others: Tensor) -> None:
+    """See :func:`spatial_mamba_d2.ops.structure_aware_ssm_from_dt_`.
+
+    ``others`` are ``A, B, C, D, delta_bias, taps``.
+    """
+    _, dt, dt_weight = precise(u, dt, dt_weight)
+    delta = F.linear(dt, dt_weight)
+    u.copy_(torch.ops.spatial_mamba.structure_aware_ssm(u, delta, *others))

@@ -1,0 +1,67 @@
+"""``spatial_mamba::structure_aware_ssm_from_dt_``: schema, documentation, argument checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spatial_mamba_d2.ops import _extension
+from spatial_mamba_d2.ops._checks import check_activation, check_tensor
+from spatial_mamba_d2.ops.structure_aware_ssm.op import check_ssm
+from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import eager, reference
+
+_NAME = "structure_aware_ssm_from_dt_"
+_extension.define(
+    f"{_NAME}(Tensor(a!) u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, "
+    "Tensor delta_bias, Tensor taps) -> ()",
+    fake=lambda *_: None,
+    eager=eager.structure_aware_ssm_from_dt_,
+    reference=reference.structure_aware_ssm_from_dt_,
+    by_design=("cuda",),
+)
+_extension.forbid_gradients(_NAME, "torch.nn.functional.linear and structure_aware_ssm")
+
+
+def structure_aware_ssm_from_dt_(
+    u: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    taps: Tensor,
+) -> Tensor:
+    """:func:`structure_aware_ssm` with ``delta = dt dt_weight^T``, in place; for inference only.
+
+    The step sizes are products of low rank R. They are computed where they are needed and never
+    stored; the output overwrites ``u``, which is still in cache. In the authors' code ``dt_projs``
+    and ``StructureAwareSSM.forward_core``.
+
+    Args:
+        u: input, ``Tensor[B, H, W, D]``; afterwards the output. If it is contiguous, no other map
+            of its size is allocated.
+        dt: step sizes before their projection, ``Tensor[B, H, W, R]`` with R >= 1.
+        dt_weight: their projection, ``Tensor[D, R]``.
+        A, B, C, D, delta_bias, taps: see :func:`structure_aware_ssm`.
+
+    Returns:
+        ``u``. Step sizes, states, softplus and sums are float32 (float64 for float64 ``u``)
+        whatever the dtype of the inputs.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+        RuntimeError: gradients are enabled and an input requires them.
+    """
+    check_activation(_NAME, "u", u, "B H W D")
+    batch, height, width, dim = u.shape
+    check_activation(_NAME, "dt", dt, "B H W R")
+    rank = dt.shape[-1]
+    check_tensor(_NAME, "dt", dt, (batch, height, width, rank), "[B, H, W, R]")
+    check_tensor(_NAME, "dt_weight", dt_weight, (dim, rank), "[D, R]")
+    check_ssm(_NAME, u, A, B, C, D, delta_bias, taps)
+    torch.ops.spatial_mamba.structure_aware_ssm_from_dt_(
+        u, dt, dt_weight, A, B, C, D, delta_bias, taps
+    )
+    return u

@@ -1,0 +1,129 @@
+"""What holds for every operator for inference, which the conformance suite's gradients do not fit.
+
+A test module subclasses :class:`InferenceSuite`, whose tests then run for its operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from spatial_mamba_d2 import ops
+from spatial_mamba_d2.ops import _extension
+
+from .conftest import TOLERANCE, relative_error
+
+SHAPES = [(1, 1, 1, 3), (2, 1, 7, 5), (1, 9, 1, 16), (2, 5, 6, 17), (3, 4, 13, 64), (1, 11, 3, 131)]
+
+
+class InferenceSuite:
+    """Against the reference, in all dtypes, with odd, tiny, strided and empty inputs."""
+
+    name: str  # of the function and the schema
+    reference: ModuleType
+    others: tuple = ()  # the arguments after the tensors
+
+    @pytest.fixture(params=["eager", "native"], autouse=True)
+    def kernels(self, request):
+        """The kernels that run: plain PyTorch, then the compiled ones."""
+        if request.param == "native" and _extension.WHY_NOT_COMPILED:
+            pytest.skip(f"no compiled kernels: {_extension.WHY_NOT_COMPILED}")
+        eager = _extension.without_compiled_kernels()
+        with eager if request.param == "eager" else nullcontext():
+            yield request.param
+
+    @staticmethod
+    def arguments(*ssm_inputs: Tensor) -> list[Tensor]:
+        """The operator's tensors, from those of ``structure_aware_ssm``."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def inputs(self, ssm_inputs) -> Callable[..., list[Tensor]]:
+        """``inputs(B, H, W, D, dtype)``: the operator's tensors."""
+
+        def make(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+            return [x.to(dtype) for x in self.arguments(*ssm_inputs(*shape, torch.float64))]
+
+        return make
+
+    def call(self, tensors, of=ops) -> tuple[Tensor, ...]:
+        """The outputs; of an operator in place, its result on a copy with the same strides."""
+        first, *rest = tensors
+        if self.name.endswith("_"):
+            result = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype)
+            getattr(of, self.name)(result.copy_(first), *rest)
+            return (result,)
+        return getattr(of, self.name)(first, *rest, *self.others)
+
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_against_the_reference(self, shape, dtype, inputs):
+        tensors = inputs(*shape, dtype=dtype)
+        outputs = self.call(tensors)
+        expected = self.call([x.double() for x in tensors], self.reference)
+        assert relative_error(outputs[0], expected[0]) <= TOLERANCE[dtype]
+        for output in outputs:
+            assert output.shape == shape and output.dtype == dtype and output.is_contiguous()
+
+    def test_strided_inputs(self, inputs, strided):
+        tensors = inputs(2, 6, 9, 5)
+        for actual, expected in zip(
+            self.call(map(strided, tensors)), self.call(tensors), strict=True
+        ):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+    def test_every_value_is_written(self, inputs, monkeypatch):
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        torch.use_deterministic_algorithms(True)
+        try:
+            outputs = self.call(inputs(2, 7, 13, 21))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(x.isfinite().all() for x in outputs)
+
+    @pytest.mark.parametrize("shape", [(2, 9, 14, 40), (1, 9, 14, 16)], ids=str)
+    def test_number_of_threads_changes_nothing(self, shape, inputs, kernels):
+        before, results = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(self.call(inputs(*shape)))
+        finally:
+            torch.set_num_threads(before)
+        tolerance = 0 if kernels == "native" else 1e-5
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+    def test_opcheck(self, inputs):
+        op = getattr(torch.ops.spatial_mamba, self.name).default
+        torch.library.opcheck(
+            op, (*inputs(2, 4, 5, 3), *self.others), test_utils=("test_schema", "test_faketensor")
+        )
+
+    def test_empty_batch(self, inputs):
+        tensors = [x[:0] if x.dim() > 2 and len(x) == 1 else x for x in inputs(1, 3, 4, 2)]
+        assert all(output.shape == (0, 3, 4, 2) for output in self.call(tensors))
+
+    @pytest.mark.parametrize("of", [ops, torch.ops.spatial_mamba], ids=["function", "operator"])
+    def test_gradients_are_refused(self, of, inputs):
+        """By the schema's operator as well, which the function's checks do not protect."""
+        tensors = inputs(1, 3, 4, 5)
+        tensors[1].requires_grad_()
+        with pytest.raises(
+            RuntimeError, match=f"{self.name} is for inference and has no gradients"
+        ):
+            self.call(tensors, of)[-1].sum().backward()
+        with torch.no_grad():
+            assert not any(output.requires_grad for output in self.call(tensors, of))
+
+    def refuses(self, tensors, index, shape, message):
+        """Assert that the tensor at ``index`` is named if it has another shape."""
+        tensors[index] = torch.ones(shape)
+        with pytest.raises(ValueError, match=message):
+            self.call(tensors)
