@@ -37,8 +37,8 @@ from spatial_mamba_d2.models.spatial_mamba import (
     Stage,
     Stem,
     StructureAwareSSM,
-    _nchw,
-    _nhwc,
+    nchw,
+    nhwc,
 )
 from spatial_mamba_d2.models.upernet import ConvBNReLU, FCNHead, UPerHead
 from spatial_mamba_d2.ops import (
@@ -306,9 +306,9 @@ class OptimizedStem(_Part):
     def forward(self, x: Tensor) -> Tensor:
         # Both in one step would take twice as long.
         x = self.conv1(x.contiguous(memory_format=torch.channels_last).to(self.conv1.dtype))
-        x = _nhwc(self.conv2(x).add_(x))
+        x = nhwc(self.conv2(x).add_(x))
         row_bytes = len(x) * -(-x.shape[2] // 2) * self.widen.out_dim * x.element_size() // 2
-        return _halve_in_tiles(lambda x: self.narrow(_nhwc(self.widen(_nchw(x)))), x, row_bytes)
+        return _halve_in_tiles(lambda x: self.narrow(nhwc(self.widen(nchw(x)))), x, row_bytes)
 
 
 class OptimizedDownsample(_Part):
@@ -324,7 +324,7 @@ class OptimizedDownsample(_Part):
         x = x.to(self.expand.dtype)
         row_bytes = len(x) * x.shape[2] * self.expand.out_dim * x.element_size()
         return _halve_in_tiles(
-            lambda x: self.project(_nhwc(self.reduce(_nchw(self.expand(x))))), x, row_bytes
+            lambda x: self.project(nhwc(self.reduce(nchw(self.expand(x))))), x, row_bytes
         )
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from spatial_mamba_d2.models.pointwise import Mlp, Pointwise, pointwise
-from spatial_mamba_d2.models.recompute import recompute
+from spatial_mamba_d2.models.pointwise import Mlp, Pointwise
+from spatial_mamba_d2.models.recompute import cast_for_autocast, recompute, recomputes
 from spatial_mamba_d2.models.variants import variant_kwargs
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3,
@@ -34,17 +35,55 @@ STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 BN_POLICIES = ("train", "frozen", "sync")
 
 
-def _nchw(x: Tensor) -> Tensor:
+def nchw(x: Tensor) -> Tensor:
     """``[B, H, W, C]`` -> ``[B, C, H, W]``, a view in PyTorch's channels_last memory format."""
     return x.permute(0, 3, 1, 2)
 
 
-def _nhwc(x: Tensor) -> Tensor:
+def nhwc(x: Tensor) -> Tensor:
+    """``[B, C, H, W]`` -> ``[B, H, W, C]``, a view."""
     return x.permute(0, 2, 3, 1)
 
 
+_nchw = nchw  # to be removed with the last import of it
+
+
+class Conv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` whose output training computes again rather than keeps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight, bias = (cast_for_autocast(operand) for operand in (x, self.weight, self.bias))
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return recompute(F.conv2d, x, weight, bias, *geometry)
+
+
+class ReLU(nn.ReLU):
+    """``torch.nn.ReLU``, in place in inference; training computes its output again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recompute(F.relu, x) if torch.is_grad_enabled() else F.relu_(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` whose output training computes again rather than keeps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recompute(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class GatedLayerNorm(nn.LayerNorm):
+    """``LayerNorm(y) * SiLU(z)``, of two ``Tensor[B, H, W, D]``."""
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return recompute(gated_layer_norm, y, z, self.weight, self.bias, self.eps)
+
+
 class ConvLayer(nn.Module):
-    """Convolution without or with batch norm, then ReLU or nothing; ``Tensor[B, C, H, W]``."""
+    """Convolution without or with batch norm, then ReLU or nothing; ``Tensor[B, C, H, W]``.
+
+    Args:
+        recompute: the convolution is cheap: training computes its output again in backward.
+    """
 
     def __init__(
         self,
@@ -56,13 +95,14 @@ class ConvLayer(nn.Module):
         norm: bool = True,
         bias: bool = False,
         act: bool = True,
+        recompute: bool = False,
     ):
         super().__init__()
-        self.conv = nn.Conv2d(
+        self.conv = (Conv2d if recompute else nn.Conv2d)(
             in_dim, out_dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
         )
         self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
-        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
+        self.act = ReLU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -84,7 +124,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
-        return _nhwc(self.conv3(x + self.conv2(x)))
+        return nhwc(self.conv3(x + self.conv2(x)))
 
 
 class Downsample(nn.Module):
@@ -93,15 +133,14 @@ class Downsample(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hidden = 8 * dim
-        self.expand = ConvLayer(dim, hidden, 1, norm=False, bias=True)
-        self.reduce = ConvLayer(hidden, hidden, 3, stride=2, groups=hidden, norm=False, bias=True)
+        cheap: dict[str, Any] = {"norm": False, "bias": True, "recompute": True}
+        self.expand = ConvLayer(dim, hidden, 1, **cheap)
+        self.reduce = ConvLayer(hidden, hidden, 3, stride=2, groups=hidden, **cheap)
         self.project = ConvLayer(hidden, 2 * dim, 1, bias=True, act=False)
 
+    @recomputes
     def forward(self, x: Tensor) -> Tensor:
-        return _nhwc(self.project(recompute(self._widen, _nchw(x))))
-
-    def _widen(self, x: Tensor) -> Tensor:
-        return self.reduce(self.expand(x))
+        return nhwc(self.project(self.reduce(self.expand(nchw(x)))))
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -117,7 +156,7 @@ class DepthwiseConv(nn.Conv2d):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv3x3(x, self.weight, self.bias, self.residual)
+        return recompute(depthwise_conv3x3, x, self.weight, self.bias, self.residual)
 
 
 class StateFusion(nn.Module):
@@ -156,12 +195,12 @@ class StructureAwareSSM(nn.Module):
         self.in_proj = Pointwise(dim, 2 * inner, bias=False)
         self.conv = DepthwiseConv(inner, residual=False)
         self.x_proj = Pointwise(inner, sum(self.split_sizes), bias=False)
-        self.dt_proj = Pointwise(rank, inner, bias=False)
+        self.dt_proj = Pointwise(rank, inner, bias=False, recompute=True)
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.zeros(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         self.fusion = StateFusion(inner)
-        self.out_norm = nn.LayerNorm(inner)
+        self.out_norm = GatedLayerNorm(inner)
         self.out_proj = Pointwise(inner, dim, bias=False)
         self.dt_range = (dt_min, dt_max, dt_floor)
         self.reset_steps()
@@ -178,18 +217,11 @@ class StructureAwareSSM(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mix(*self.project(x))
-
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``Tensor[B, H, W, C]`` -> u, before its convolution, and z, ``Tensor[B, H, W, D]``."""
-        # Two products rather than two halves of one, so that both are contiguous.
-        return tuple(pointwise(x, weight) for weight in self.in_proj.weight.chunk(2))
-
-    def mix(self, u: Tensor, z: Tensor) -> Tensor:
-        """All that follows: two ``Tensor[B, H, W, D]`` -> ``Tensor[B, H, W, C]``."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, D] each
         u = self.conv(u)
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
-        y = structure_aware_ssm(
+        y = recompute(
+            structure_aware_ssm,
             u,
             self.dt_proj(dt),
             -torch.exp(self.A_log.float().flatten()),
@@ -199,8 +231,7 @@ class StructureAwareSSM(nn.Module):
             self.dt_bias,
             self.fusion(),
         )
-        norm = self.out_norm
-        return self.out_proj(gated_layer_norm(y, z, norm.weight, norm.bias, norm.eps))
+        return self.out_proj(self.out_norm(y, z))
 
 
 class Block(nn.Module):
@@ -209,26 +240,19 @@ class Block(nn.Module):
     def __init__(self, dim: int, ssm_ratio: float, mlp_ratio: float, drop_path: float):
         super().__init__()
         self.cpe1 = DepthwiseConv(dim, residual=True)
-        self.ln1 = nn.LayerNorm(dim)
+        self.ln1 = LayerNorm(dim)
         self.ssm = StructureAwareSSM(dim, ssm_ratio)
         self.cpe2 = DepthwiseConv(dim, residual=True)
-        self.ln2 = nn.LayerNorm(dim)
+        self.ln2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
+    @recomputes
     def forward(self, x: Tensor) -> Tensor:
-        x, u, z = recompute(self._enter_ssm, x)
-        x = x + self.drop_path(recompute(self.ssm.mix, u, z))
-        x, hidden = recompute(self._enter_mlp, x)
-        return x + self.drop_path(recompute(self.mlp.leave, hidden))
-
-    def _enter_ssm(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.cpe1(x)
-        return x, *self.ssm.project(self.ln1(x))
-
-    def _enter_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.drop_path(self.ssm(self.ln1(x)))
         x = self.cpe2(x)
-        return x, self.mlp.fc1(self.ln2(x))
+        return x + self.drop_path(self.mlp(self.ln2(x)))
 
 
 class Stage(nn.Module):
@@ -397,7 +421,7 @@ class SpatialMambaBackbone(SpatialMamba):
         The outputs are in PyTorch's channels_last memory format.
         """
         stages = self.forward_stages(x, last=self.out_features[-1])
-        return {name: _nchw(self.output_norms[name](stages[name])) for name in self.out_features}
+        return {name: nchw(self.output_norms[name](stages[name])) for name in self.out_features}
 
 
 def build_backbone(variant: str, **overrides: Any) -> SpatialMambaBackbone:

@@ -12,9 +12,9 @@ from spatial_mamba_d2.models import (
     build_backbone,
     build_classifier,
     build_upernet,
-    inference,
     optimize_for_inference,
 )
+from spatial_mamba_d2.models import optimized as optimized_module
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 2, 1)}
 BUILDERS = {
@@ -71,14 +71,14 @@ def error(actual, expected):
     )
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 40_000, inference.TILE_BYTES], ids=str)
+@pytest.mark.parametrize("tile_bytes", [1, 40_000, optimized_module.TILE_BYTES], ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 3, 1, 1), (1, 3, 1, 37), (2, 3, 33, 64), (2, 3, 61, 95)], ids=str
 )
 def test_equal_outputs(shape, tile_bytes, model, monkeypatch):
     x = torch.randn(shape)
     expected = run(model, x)
-    monkeypatch.setattr(inference, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(optimized_module, "TILE_BYTES", tile_bytes)
     outputs = run(optimize_for_inference(model), x)
     assert error(outputs, expected) < 1e-4
     for output, other in zip(outputs, expected, strict=True):
@@ -176,7 +176,7 @@ def test_what_is_refused(model):
         ("keeps its dtype and device", lambda: optimized.double()),
         ("keeps its dtype and device", lambda: optimized.to("meta")),
     ]
-    for part in (m for m in optimized.modules() if isinstance(m, inference.OptimizedStage)):
+    for part in (m for m in optimized.modules() if isinstance(m, optimized_module.OptimizedStage)):
         refused.append(("has no train mode", part.train))
     for message, call in refused:
         with pytest.raises(RuntimeError, match=f"{message}: its weights are folded"):
@@ -195,7 +195,7 @@ def test_a_gradient_that_starts_inside_is_refused(backbone):
 
 
 def packed_parts(model):
-    return [m for m in model.modules() if isinstance(m, inference._Packed)]
+    return [m for m in model.modules() if isinstance(m, optimized_module._Packed)]
 
 
 def test_float64_is_folded_and_not_packed(model):
