@@ -1,9 +1,9 @@
-"""Linear layers over the channels of a map, by the fastest way that PyTorch has for the device.
+"""Linear layers over the channels of a map, in the way that is fastest on the device.
 
-On CPUs PyTorch hands linear layers to MKL and convolutions to oneDNN, which is twice as fast on
-processors with AVX-512 that are not Intel's, and as fast on Intel's (``tools/benchmark.py`` prints
-both rates). A linear layer over ``Tensor[B, H, W, C]`` is a 1x1 convolution of the same memory,
-so that is how it is computed there.
+On CPUs PyTorch uses MKL for linear layers and oneDNN for convolutions. oneDNN is twice as fast on
+processors with AVX-512 that are not Intel's, and equally fast on Intel's (``tools/benchmark.py``
+prints both rates). A linear layer over ``Tensor[B, H, W, C]`` is a 1x1 convolution of the same
+memory, so CPUs compute it as one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Pointwise(nn.Linear):
     """``torch.nn.Linear`` for maps: ``Tensor[B, H, W, I]`` -> ``Tensor[B, H, W, O]``.
 
     Args:
-        recompute: the product is cheap: training computes its output again in backward where it
-            would be kept otherwise.
+        recompute: compute the output again in backward instead of keeping it, for an output that is
+            much wider than the input.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Pointwise(nn.Linear):
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
-        operands = [cast_for_autocast(operand) for operand in (x, self.weight, self.bias)]
+        operands = cast_for_autocast(x, self.weight, self.bias)
         return recompute(pointwise, *operands) if self.recompute else pointwise(*operands)
 
 

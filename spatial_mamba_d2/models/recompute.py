@@ -1,17 +1,17 @@
 """Less memory in training for little time: backward computes cheap activations again.
 
 A layer whose output is cheap calls its function through :func:`recompute`. Inside a forward method
-decorated with :func:`recomputes`, autograd then keeps a recipe instead of the output: the function
-and its inputs, each of which is kept for other reasons or has a recipe itself. Forward computes
-everything once, by calling modules; backward follows the recipes and calls no module, so that
-forward hooks fire once, and weights that were replaced for the forward pass alone, as
-``torch.func.functional_call`` does, are the ones that backward uses.
+decorated with :func:`keeps_recipes`, autograd then keeps a recipe instead of the output: the
+function and its inputs, which are kept for other reasons or have recipes themselves. Forward calls
+every module and computes everything once. Backward follows the recipes and calls no module, so that
+forward hooks fire once, and it uses the weights of the forward pass even if they were replaced for
+that pass alone, as by ``torch.func.functional_call``.
 
-The mechanism is a pair of saved-tensor hooks. PyTorch applies the innermost pair only, so whatever
-is really kept passes through the hooks around ours as well: ``save_on_cpu`` and
-``torch.utils.checkpoint`` work. Plain computation takes over where such hooks are unavailable: when
-compiling or tracing, under ``torch.func``, and before PyTorch 2.8, where the hooks around ours
-cannot be found.
+The mechanism is a pair of saved-tensor hooks. PyTorch applies only the innermost pair, so ours pass
+what is really kept to the pair around them; this makes ``save_on_cpu`` and
+``torch.utils.checkpoint`` work as usual. Everything is computed plainly where such hooks are
+unavailable: when compiling or tracing, under ``torch.func``, and before PyTorch 2.8, which cannot
+tell what the surrounding hooks are.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ _state = _State()
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """``function(*inputs)``; inside :func:`recomputes`, backward computes it again when needed.
+    """``function(*inputs)``, which backward computes again if this is inside :func:`keeps_recipes`.
 
     Args:
-        function: without side effects or random numbers. Tensors that it reads, weights included,
-            are among ``inputs``.
+        function: a function without side effects and random numbers. All tensors that it reads,
+            including weights, are among ``inputs``.
     """
     if torch.compiler.is_compiling() or _state.recorder is None:
         return function(*inputs)
     return _state.recorder.call(function, inputs)
 
 
-def recomputes(forward: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Decorator: autograd keeps no output of :func:`recompute` that is saved within ``forward``."""
+def keeps_recipes(forward: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorator: autograd keeps recipes for what ``forward`` computes through :func:`recompute`."""
 
     @wraps(forward)
     def recorded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -78,13 +78,17 @@ def recomputation(enabled: bool) -> Iterator[None]:
         _state.enabled = previous
 
 
-def cast_for_autocast(x: Tensor | None) -> Tensor | None:
-    """An operand of a matrix product in the dtype that autocast would convert it to.
+def cast_for_autocast(*operands: Tensor | None) -> tuple[Any, ...]:
+    """Convert the operands of a matrix product as autocast would, but through :func:`recompute`.
 
-    Autocast's own conversion is saved by the product, while backward computes this one again.
+    Autograd would keep what autocast itself converts.
     """
-    if torch.compiler.is_compiling() or _state.recorder is None or x is None:
-        return x
+    if torch.compiler.is_compiling() or _state.recorder is None:
+        return operands
+    return tuple(None if x is None else _cast_for_autocast(x) for x in operands)
+
+
+def _cast_for_autocast(x: Tensor) -> Tensor:
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x
@@ -92,7 +96,7 @@ def cast_for_autocast(x: Tensor | None) -> Tensor | None:
     return x if x.dtype in (dtype, torch.float64) else recompute(Tensor.to, x, dtype)
 
 
-# All that the mechanism needs of PyTorch beyond its public interface.
+# The next three functions are all that use private parts of PyTorch.
 
 
 def _can_record() -> bool:
@@ -111,12 +115,12 @@ def _current_hooks() -> Hooks | None:
 
 
 def _backward_pass() -> int:
-    """A number for each backward pass; -1 outside of them."""
+    """Number of the backward pass that is running; -1 if none is."""
     return torch._C._current_graph_task_id()
 
 
 class _Value:
-    """A tensor that backward gets at most once per use; held from the first to the last of them."""
+    """Tensor that a backward pass gets once per use, and that is held until the last of them."""
 
     def __init__(self) -> None:
         self._num_uses = self._num_left = 0
@@ -142,12 +146,13 @@ class _Value:
 
 
 class _Kept(_Value):
-    """A tensor itself, or what the surrounding hooks make of it."""
+    """Tensor that is kept as it is, or as the surrounding hooks pack it."""
 
     def __init__(self, tensor: Tensor, hooks: Hooks | None):
         super().__init__()
         self._version = tensor._version
-        self._pack, self._unpack = hooks or (None, None)
+        self._pack: Callable[[Tensor], Any] | None = hooks and hooks[0]
+        self._unpack: Callable[[Any], Tensor] | None = hooks and hooks[1]
         self._kept: Any = tensor if hooks else tensor.detach()
 
     def use(self) -> None:
@@ -169,7 +174,7 @@ class _Kept(_Value):
 
 
 class _Recomputed(_Value):
-    """The output of a function, as a recipe."""
+    """Output of a function, kept as a recipe."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: list[Any], output: Tensor):
         super().__init__()
@@ -189,7 +194,7 @@ class _Recomputed(_Value):
         with torch.no_grad(), self._autocast():
             inputs = (x.get() if isinstance(x, _Reference) else x for x in self._inputs)
             output = self._function(*inputs)
-            if output.stride() != self.layout[1]:  # surrounding hooks may give dense inputs
+            if output.stride() != self.layout[1]:  # hooks may return inputs of other strides
                 output = output.new_empty_strided(*self.layout).copy_(output)
         return output
 
@@ -202,7 +207,7 @@ def _autocast_state(device: str) -> Callable[[], AbstractContextManager]:
 
 
 class _Reference:
-    """What autograd or a recipe has instead of a tensor: a value, or a view of its memory."""
+    """What autograd or a recipe keeps instead of a tensor: a value, or a view of its memory."""
 
     __slots__ = ("_value", "_view")
     _value: _Value
@@ -223,7 +228,7 @@ class _Reference:
 
 
 class _Recorder:
-    """Knows, while a forward method runs, which tensors have a recipe."""
+    """Saved-tensor hooks for one call of a forward method, and the recipes of its tensors."""
 
     def __init__(self) -> None:
         self._hooks = _current_hooks()
@@ -239,11 +244,11 @@ class _Recorder:
     def __exit__(self, *error: Any) -> None:
         self._context.__exit__(*error)
         _state.recorder = self._previous
-        # The graph holds on to this object, by the method that is its hook.
+        # The graph holds a reference to this object, through the method that is its hook.
         self.__dict__.clear()
 
     def call(self, function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> Tensor:
-        if self._saved is not None:  # within another call, whose output is all that counts
+        if self._saved is not None:  # nested: the recipe of the outer call covers this one
             return function(*inputs)
         self._saved = []
         try:
@@ -252,7 +257,7 @@ class _Recorder:
             saved, self._saved = self._saved, None
         if _is_plain(output) and output.requires_grad:
             self._remember(function, inputs, output)
-        # Only now, because a function may save its own output.
+        # Not before the output has its recipe, because functions such as ReLU save their output.
         for reference, tensor in saved:
             self._refer(tensor, reference).use()
         return output
@@ -275,7 +280,7 @@ class _Recorder:
         return reference
 
     def _refer(self, tensor: Tensor, reference: _Reference) -> _Reference:
-        """Make ``reference`` stand for ``tensor``."""
+        """Let ``reference`` point to the recipe of ``tensor`` or, if it has none, to itself."""
         if not _is_plain(tensor):
             return reference.set(_Kept(tensor, self._hooks), None)
         storage, version = tensor.untyped_storage(), tensor._version
@@ -293,5 +298,5 @@ class _Recorder:
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether ``x`` is a tensor that has memory of its own kind: strided, and of no subclass."""
+    """Whether ``x`` is a strided tensor, and of no subclass that may lay out memory otherwise."""
     return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided

@@ -1,7 +1,7 @@
 """Spatial-Mamba: one raster scan per block, then fusion of each state with its neighbours.
 
 Xiao et al., "Spatial-Mamba: Effective Visual State Space Models via Structure-aware State Fusion",
-arXiv 2410.15091. Equal in function to ``classification/models/spatialmamba.py`` of the authors'
+arXiv 2410.15091. Computes the same as ``classification/models/spatialmamba.py`` of the authors'
 repository (EdwardChasel/Spatial-Mamba), whose parameter names :mod:`.checkpoints.names` translates.
 
 Activations are channels-last ``[B, H, W, C]`` from the stem to the outputs. Symbols as in the
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from spatial_mamba_d2.models.pointwise import Mlp, Pointwise
-from spatial_mamba_d2.models.recompute import cast_for_autocast, recompute, recomputes
+from spatial_mamba_d2.models.recompute import cast_for_autocast, keeps_recipes, recompute
 from spatial_mamba_d2.models.variants import variant_kwargs
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3,
@@ -45,16 +45,13 @@ def nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-_nchw = nchw  # to be removed with the last import of it
-
-
 class Conv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` whose output training computes again rather than keeps."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight, bias = (cast_for_autocast(operand) for operand in (x, self.weight, self.bias))
+        operands = cast_for_autocast(x, self.weight, self.bias)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return recompute(F.conv2d, x, weight, bias, *geometry)
+        return recompute(F.conv2d, *operands, *geometry)
 
 
 class ReLU(nn.ReLU):
@@ -74,15 +71,15 @@ class LayerNorm(nn.LayerNorm):
 class GatedLayerNorm(nn.LayerNorm):
     """``LayerNorm(y) * SiLU(z)``, of two ``Tensor[B, H, W, D]``."""
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]  # two inputs
         return recompute(gated_layer_norm, y, z, self.weight, self.bias, self.eps)
 
 
 class ConvLayer(nn.Module):
-    """Convolution without or with batch norm, then ReLU or nothing; ``Tensor[B, C, H, W]``.
+    """Convolution, optionally followed by batch norm and ReLU; ``Tensor[B, C, H, W]``.
 
     Args:
-        recompute: the convolution is cheap: training computes its output again in backward.
+        recompute: compute the output of the convolution again in backward instead of keeping it.
     """
 
     def __init__(
@@ -138,15 +135,16 @@ class Downsample(nn.Module):
         self.reduce = ConvLayer(hidden, hidden, 3, stride=2, groups=hidden, **cheap)
         self.project = ConvLayer(hidden, 2 * dim, 1, bias=True, act=False)
 
-    @recomputes
+    @keeps_recipes
     def forward(self, x: Tensor) -> Tensor:
         return nhwc(self.project(self.reduce(self.expand(nchw(x)))))
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise 3x3 convolution of ``Tensor[B, H, W, C]``, zero padding.
+    """Depthwise 3x3 convolution of ``Tensor[B, H, W, C]`` with zero padding.
 
-    The input is added to it with ``residual``, else SiLU follows.
+    Args:
+        residual: add the input to the convolution; otherwise apply SiLU to it.
     """
 
     bias: Tensor
@@ -160,7 +158,7 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class StateFusion(nn.Module):
-    """Weights of structure-aware state fusion; ``forward()`` gives them as ``Tensor[25, D]``."""
+    """Weights of structure-aware state fusion; ``forward()`` returns them as ``Tensor[25, D]``."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -177,7 +175,13 @@ class StructureAwareSSM(nn.Module):
     """Gated structure-aware state space model, ``Tensor[B, H, W, C]`` -> the same shape.
 
     Paper, section 3.3 and figure 4; ``StructureAwareSSM`` in the authors' code, with one state per
-    channel. A, the step bias and D stay float32 under autocast.
+    channel. A, D and the bias of delta stay float32 under autocast.
+
+    Args:
+        dim: C.
+        ssm_ratio: D / C.
+        dt_min, dt_max: range of the initial values of delta.
+        dt_floor: lower bound of the initial values of delta.
     """
 
     def __init__(
@@ -203,11 +207,11 @@ class StructureAwareSSM(nn.Module):
         self.out_norm = GatedLayerNorm(inner)
         self.out_proj = Pointwise(inner, dim, bias=False)
         self.dt_range = (dt_min, dt_max, dt_floor)
-        self.reset_steps()
+        self.reset_dt_parameters()
 
     @torch.no_grad()
-    def reset_steps(self) -> None:
-        """Initial values of the step projection: steps log-uniform in ``[dt_min, dt_max]``."""
+    def reset_dt_parameters(self) -> None:
+        """Initialise ``x_proj``, ``dt_proj`` and ``dt_bias``: delta log-uniform in its range."""
         dt_min, dt_max, dt_floor = self.dt_range
         nn.init.kaiming_uniform_(self.x_proj.weight, a=math.sqrt(5))
         bound = self.dt_proj.in_features**-0.5
@@ -235,7 +239,11 @@ class StructureAwareSSM(nn.Module):
 
 
 class Block(nn.Module):
-    """Position encoding, SSM, position encoding, MLP, each residual; ``Tensor[B, H, W, C]``."""
+    """Position encoding, SSM, position encoding, MLP, each with a residual connection.
+
+    ``Tensor[B, H, W, C]`` -> the same shape. Training keeps the inputs and outputs of the large
+    matrix products and the middle of the residual stream, 10 C values per token.
+    """
 
     def __init__(self, dim: int, ssm_ratio: float, mlp_ratio: float, drop_path: float):
         super().__init__()
@@ -247,7 +255,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    @recomputes
+    @keeps_recipes
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
         x = x + self.drop_path(self.ssm(self.ln1(x)))
@@ -256,7 +264,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width; ``downsample`` leads to the next stage, where there is one."""
+    """Blocks of one width; ``downsample`` leads to the next stage and is None in the last one."""
 
     def __init__(self, blocks: list[Block], downsample: Downsample | None):
         super().__init__()
@@ -274,24 +282,24 @@ class Stage(nn.Module):
 
 
 class SpatialMamba(nn.Module):
-    """Stem and four stages: what the backbone and the classifier share.
+    """Stem and four stages, which the backbone and the classifier have in common.
 
     Args:
-        embed_dim: width of the first stage, doubled by each following one.
-        depths: blocks per stage.
-        drop_path_rate: stochastic depth of the last block, linear from 0 over all blocks.
-        in_chans: channels of the image.
+        embed_dim: width of the first stage; each following stage doubles it.
+        depths: number of blocks in each stage.
+        drop_path_rate: drop rate of the last block; rates grow linearly from 0 over all blocks.
+        in_chans: number of channels of the image.
         ssm_ratio: width inside the SSM over the width of the stage.
         mlp_ratio: width inside the MLP over the width of the stage.
         bn_policy: ``"train"``: batch norm as usual; ``"frozen"``: running statistics and no
             gradients for its weights, also in ``train()``; ``"sync"``: statistics of all processes.
         grad_checkpointing: recompute each block in the backward pass instead of keeping its
-            activations.
-        freeze_at: 0 nothing, 1 the stem, 2..5 also the stages up to ``res{freeze_at}`` get no
-            gradients and run with fixed batch-norm statistics.
+            activations. Its forward hooks then fire again in backward.
+        freeze_at: what gets no gradients and runs with fixed batch-norm statistics: 0 nothing,
+            1 the stem, 2..5 the stem and the stages up to ``res{freeze_at}``.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -333,7 +341,7 @@ class SpatialMamba(nn.Module):
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, StructureAwareSSM):
-            module.reset_steps()
+            module.reset_dt_parameters()
         elif isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -359,10 +367,10 @@ class SpatialMamba(nn.Module):
         return self
 
     def forward_stages(self, x: Tensor, last: str = STAGES[-1]) -> dict[str, Tensor]:
-        """Output of each stage up to ``last``, before downsampling.
+        """Outputs of the stages up to ``last``, before downsampling.
 
         Args:
-            x: image, ``Tensor[B, in_chans, H, W]`` with any H, W >= 1.
+            x: images, ``Tensor[B, in_chans, H, W]`` with any H, W >= 1.
 
         Returns:
             ``{"res2": Tensor[B, ceil(H/4), ceil(W/4), C], ..., last: ...}``.
@@ -387,11 +395,11 @@ class SpatialMambaBackbone(SpatialMamba):
     """Feature pyramid for detection and segmentation; ``Backbone_SpatialMamba`` of the authors.
 
     Args:
-        out_features: which of ``res2 .. res5`` to return; each has a layer norm of its own.
+        out_features: which of ``res2 .. res5`` to return; each has its own layer norm.
         **kwargs: see :class:`SpatialMamba`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, out_features: Sequence[str] = STAGES, **kwargs: Any):
@@ -425,12 +433,13 @@ class SpatialMambaBackbone(SpatialMamba):
 
 
 def build_backbone(variant: str, **overrides: Any) -> SpatialMambaBackbone:
-    """The backbone ``"tiny"``, ``"small"`` or ``"base"``.
+    """Build a backbone.
 
     Args:
+        variant: ``"tiny"``, ``"small"`` or ``"base"``.
         overrides: arguments of :class:`SpatialMambaBackbone` that replace the variant's.
 
     Raises:
-        ValueError: no such variant, or an argument out of its range.
+        ValueError: the variant is unknown or an argument is out of range.
     """
     return SpatialMambaBackbone(**variant_kwargs(variant, overrides))

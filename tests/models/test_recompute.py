@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, prune
 
 from spatial_mamba_d2.models import build_backbone
 from spatial_mamba_d2.models.pointwise import Mlp, Pointwise
-from spatial_mamba_d2.models.recompute import recomputation, recompute, recomputes
+from spatial_mamba_d2.models.recompute import keeps_recipes, recomputation, recompute
 from spatial_mamba_d2.models.spatial_mamba import Block, Downsample, LayerNorm, ReLU
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 2, 1), "drop_path_rate": 0.5}
@@ -328,7 +328,7 @@ def test_a_retained_graph_holds_no_activations():
 
     weights = [nn.Parameter(torch.randn(8, 8)) for _ in range(3)]
 
-    @recomputes
+    @keeps_recipes
     def forward(x):
         x = recompute(gelu, x)
         return sum(F.linear(x, weight) for weight in weights)
@@ -349,7 +349,7 @@ def test_weights_modified_before_backward_are_noticed(backbone):
 
 
 def test_an_output_that_is_modified_is_kept():
-    @recomputes
+    @keeps_recipes
     def forward(x, weight, scale):
         return F.linear(recompute(F.gelu, x).mul_(scale), weight)
 
@@ -371,7 +371,7 @@ def test_views_of_an_output():
     x = torch.randn(10, 8, requires_grad=True)
     weights = [torch.randn(3, 4, requires_grad=True) for _ in range(3)]
     expected = torch.autograd.grad(forward(x, weights), [x, *weights])
-    gradients = torch.autograd.grad(recomputes(forward)(x, weights), [x, *weights])
+    gradients = torch.autograd.grad(keeps_recipes(forward)(x, weights), [x, *weights])
     for actual, value in zip(gradients, expected, strict=True):
         torch.testing.assert_close(actual, value, rtol=0, atol=0)
 
@@ -380,7 +380,7 @@ def test_a_function_may_save_its_own_output():
     x = torch.randn(2, 8, 5, 5, requires_grad=True)
     layer, act = Pointwise(5, 5), ReLU()
 
-    @recomputes
+    @keeps_recipes
     def forward(x):
         return layer(act(recompute(torch.sigmoid, x) - 0.5))
 
@@ -399,7 +399,7 @@ def test_second_derivatives():
     norm, mlp = LayerNorm(8).double(), Mlp(8, 16).double()
 
     def penalty(x):
-        output = recomputes(lambda x: mlp(norm(x)))(x).square().sum()
+        output = keeps_recipes(lambda x: mlp(norm(x)))(x).square().sum()
         (gradient,) = torch.autograd.grad(output, x, create_graph=True)
         return gradient.square().sum()
 
@@ -414,7 +414,7 @@ def test_second_derivatives():
 def test_functional_gradients_are_computed_plainly():
     """``torch.func`` allows no saved-tensor hooks."""
     mlp = Mlp(8, 16)
-    forward = recomputes(lambda weights, x: functional_call(mlp, weights, (x,)).square().sum())
+    forward = keeps_recipes(lambda weights, x: functional_call(mlp, weights, (x,)).square().sum())
     weights, x = dict(mlp.named_parameters()), torch.randn(1, 4, 4, 8)
     expected = torch.autograd.grad(forward(weights, x), list(weights.values()))
     given = {name: p.detach() for name, p in weights.items()}
@@ -470,7 +470,7 @@ def test_threads_do_not_see_each_other():
         recompute(lambda y: calls.append(y) or y.exp(), y).sum().backward()
         outcomes.append(len(calls))
 
-    @recomputes
+    @keeps_recipes
     def forward(x):
         thread = threading.Thread(target=run)
         thread.start()
@@ -485,7 +485,7 @@ def test_the_switch_is_scoped():
     x = torch.randn(3, requires_grad=True)
     calls = []
 
-    @recomputes
+    @keeps_recipes
     def forward():
         return recompute(lambda x: calls.append(x) or x.exp(), x).square().sum()
 
