@@ -150,6 +150,9 @@ class _Kept(_Value):
 
     def __init__(self, tensor: Tensor, hooks: Hooks | None):
         super().__init__()
+        owner = tensor if tensor._base is None else tensor._base
+        if isinstance(owner, nn.Parameter):  # in memory anyway; checkpoint would compute up to it
+            hooks = None
         self._version = tensor._version
         self._pack: Callable[[Tensor], Any] | None = hooks and hooks[0]
         self._unpack: Callable[[Any], Tensor] | None = hooks and hooks[1]

@@ -304,6 +304,17 @@ def test_gradient_checkpointing(backbone):
         assert_equal(dict(zip(expected, gradients, strict=True)), expected)
 
 
+def test_gradient_checkpointing_stops_early():
+    """A block's second forward pass ends with the last tensor that backward cannot recompute."""
+    backbone = build_backbone("tiny", **{**SMALL, "drop_path_rate": 0.0}, grad_checkpointing=True)
+    calls = Counter()
+    mlp = backbone.stages[1].blocks[0].mlp
+    for name, layer in mlp.named_children():
+        layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    loss_of(backbone, torch.randn(2, 3, 64, 64)).backward()
+    assert calls == {"fc1": 2, "act": 1, "fc2": 1}
+
+
 def test_a_retained_graph_gives_the_same_gradients_again(backbone):
     x = torch.randn(2, 3, 64, 64)
     expected = gradients_of(backbone, x)
