@@ -9,9 +9,9 @@ that pass alone, as by ``torch.func.functional_call``.
 
 The mechanism is a pair of saved-tensor hooks. PyTorch applies only the innermost pair, so ours pass
 what is really kept to the pair around them; this makes ``save_on_cpu`` and
-``torch.utils.checkpoint`` work as usual. Everything is computed plainly where such hooks are
-unavailable: when compiling or tracing, under ``torch.func``, and before PyTorch 2.8, which cannot
-tell what the surrounding hooks are.
+``torch.utils.checkpoint`` work as usual. ``torch.compile`` traces no such hooks: there the forward
+method is a selective checkpoint. Everything is computed plainly in exported and traced graphs,
+under ``torch.func``, and before PyTorch 2.8, which cannot tell what the surrounding hooks are.
 """
 
 from __future__ import annotations
@@ -25,11 +25,22 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]  # pack, unpack
+# products -> position of the weight among their arguments
+_PRODUCTS = {
+    torch.ops.aten.convolution.default: 1,  # weight is [O, I / groups, h, w]
+    torch.ops.aten.mm.default: 1,  # weight is [I, O]
+    torch.ops.aten.addmm.default: 2,
+}
 
 
 class _State(threading.local):
@@ -57,7 +68,9 @@ def keeps_recipes(forward: Callable[Parameters, Result]) -> Callable[Parameters,
 
     @wraps(forward)
     def recorded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        if torch.compiler.is_compiling() or not _can_record():
+        if torch.compiler.is_compiling():
+            return _compiled(forward, args, kwargs)
+        if not _can_record():
             return forward(*args, **kwargs)
         with _Recorder():
             return forward(*args, **kwargs)
@@ -94,6 +107,41 @@ def _cast_for_autocast(x: Tensor) -> Tensor:
         return x
     dtype = torch.get_autocast_dtype(device)
     return x if x.dtype in (dtype, torch.float64) else recompute(Tensor.to, x, dtype)
+
+
+def _compiled(forward: Callable[..., Result], args: Any, kwargs: Any) -> Result:
+    """``forward`` in a graph that is being compiled, which keeps about what eager mode keeps."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return forward(*args, **kwargs)
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=_selective_checkpoint_contexts,
+        **kwargs,
+    )
+
+
+def _selective_checkpoint_contexts() -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(_checkpoint_policy)
+
+
+def _checkpoint_policy(
+    context: Any, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    """Keep random numbers and products, except products that are cheap for the size of the output.
+
+    These are depthwise convolutions and products whose output is at least 8 times as wide as the
+    input: ``dt_proj`` and the expansion in front of a downsampling.
+    """
+    if operator in _PRODUCTS:
+        weight = args[_PRODUCTS[operator]]
+        outputs, inputs = weight.shape[:2] if weight.dim() == 4 else weight.shape[::-1]
+        keep = outputs < 8 * inputs
+    else:
+        keep = torch.Tag.nondeterministic_seeded in operator.tags
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # The next three functions are all that use private parts of PyTorch.
