@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from spatial_mamba_d2.models.checkpoints.names import is_official, to_ours, translate
 from spatial_mamba_d2.models.checkpoints.reading import stand_in
-from spatial_mamba_d2.models.spatial_mamba import STAGES, STRIDES, SpatialMamba, _nchw
+from spatial_mamba_d2.models.spatial_mamba import STAGES, STRIDES, SpatialMamba, nchw
 from spatial_mamba_d2.models.variants import VARIANTS, variant_kwargs
 
 _OUTPUT_FORMATS = ("NCHW", "NHWC")
@@ -139,7 +139,7 @@ class SpatialMambaClassifier(SpatialMamba):
             outputs[-1] = final
         chosen = [outputs[index] for index in sorted(taken)]
         if output_fmt == "NCHW":
-            chosen = [_nchw(output) for output in chosen]
+            chosen = [nchw(output) for output in chosen]
         return chosen if intermediates_only else (final, chosen)
 
     def prune_intermediate_layers(

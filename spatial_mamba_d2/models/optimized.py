@@ -1,17 +1,17 @@
-"""A copy of a model that is faster on CPUs and good for inference only.
+"""A copy of a model that is faster on CPUs and can only be used for inference.
 
-:func:`optimize_for_inference` is an explicit step, for what it derives from the weights would be
-stale after the next update of them. It
+:func:`optimize_for_inference` is an explicit step, because what it derives from the weights is
+stale after their next update. It
 
-* folds batch norms into the convolutions in front of them;
+* folds batch norms into the convolutions that precede them;
 * merges the three kernels of each state fusion into their 25 taps, and computes ``A``;
 * packs the weights of matrix products and convolutions for oneDNN, which then applies the GELU or
-  ReLU behind them while results are in registers;
-* computes position encodings together with the norms behind them, step sizes where the SSM needs
-  them, and its outputs and residual sums in place;
-* sends activations that are several times as wide as the stage (of the MLP, between the
-  convolutions of stem and downsampling) through in tiles, so that they stay in the cache. Larger
-  ones would moreover be fetched from the operating system, page by page, in every call.
+  ReLU that follows while results are in registers;
+* fuses position encodings with the norms that follow, computes delta inside the SSM, and computes
+  the SSM's output and the residual sums in place;
+* processes activations that are several times as wide as the stage (inside the MLP, between the
+  convolutions of stem and downsampling) in tiles, so that they stay in the cache. The operating
+  system would also have to provide larger ones page by page in every call.
 
 The authors' code caches merged kernels in eval mode instead, which went stale (their issue #27).
 """
@@ -37,17 +37,18 @@ from spatial_mamba_d2.models.spatial_mamba import (
     Stage,
     Stem,
     StructureAwareSSM,
-    _nchw,
-    _nhwc,
+    nchw,
+    nhwc,
 )
 from spatial_mamba_d2.models.upernet import ConvBNReLU, FCNHead, UPerHead
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3_layer_norm,
     gated_layer_norm,
-    low_rank_structure_aware_ssm_,
+    structure_aware_ssm_from_dt_,
 )
 
-#: of the widest activation of a tile; 8 MiB beat 2 and 4 MiB where cores share 32 MiB of cache
+#: Size of the widest activation of a tile. Tuned on two cores of an AMD EPYC that share 32 MiB of
+#: cache, for the tiny backbone: 8 MiB is faster than 2 or 4.
 TILE_BYTES = 8 * 2**20
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -59,21 +60,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of ``model`` for inference in eval mode; ``model`` stays as it is.
 
-    The copy takes the same inputs and returns the same outputs, to 1e-4 of the largest value in
-    float32. It refuses, with a ``RuntimeError``: train mode, gradients, to load or give a state
-    dict, another dtype or device. Its matrix products and convolutions ignore autocast. Where
-    oneDNN does not serve (another device than a CPU, float64, PyTorch built without it), weights
-    are folded and not packed.
+    The copy takes the same inputs and returns the same outputs, within 1e-4 of the largest value in
+    float32. It raises ``RuntimeError`` on ``train()``, on gradients, on ``state_dict()`` and
+    ``load_state_dict()``, and on ``.to()`` with another dtype or device. Its matrix products and
+    convolutions ignore autocast. Where oneDNN is unavailable (on devices other than CPUs, in
+    float64, in a PyTorch built without it), weights are folded but not packed.
 
     Args:
-        model: a backbone, a classifier, a UPerNet, or any module that holds some of them, such as
-            a detector; its other parts are copied. An optimised model is returned as it is.
-        dtype: of activations between the layers and of the large weights; by default the model's.
-            ``torch.bfloat16`` computes about as autocast does: states and all statistics are
+        model: a backbone, a classifier, a UPerNet, or any module that contains them, such as a
+            detector; its other parts are copied. An optimised model is returned as it is.
+        dtype: dtype of the activations between layers and of the large weights, by default the
+            model's. ``torch.bfloat16`` is as precise as autocast: states and all statistics are
             float32, and so are the outputs.
 
     Raises:
-        ValueError: ``model`` has no part to optimise, or ``dtype`` is not floating point.
+        ValueError: ``model`` has no part to optimise, or one that contains foreign layers, such as
+            adapters; or ``dtype`` is not floating point.
     """
     if isinstance(model, InferenceOnly):
         return model
@@ -81,60 +83,60 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
         raise ValueError(f"dtype must be a floating point type, got {dtype}")
     if not any(type(part) in _OPTIMIZED for part in model.modules()):
         raise ValueError(
-            "model must be or hold a Spatial-Mamba backbone, a classifier or a UPerNet, "
+            "model must be or contain a Spatial-Mamba backbone, a classifier or a UPerNet, "
             f"got {type(model).__name__}"
         )
     optimized = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
         _replace_children(optimized, dtype)
-    # A subclass of the model's own class, so that its methods and isinstance() go on to work.
+    # A subclass of the model's own class, so that its methods and isinstance() still work.
     bases = (InferenceOnly, type(optimized))
     optimized.__class__ = type(f"Optimized{type(model).__name__}", bases, {})
     optimized.register_forward_pre_hook(_refuse_gradients)
     return optimized.eval()
 
 
-def _refuse(module: nn.Module, wish: str) -> RuntimeError:
+def _refusal(module: nn.Module, reason: str) -> RuntimeError:
     return RuntimeError(
-        f"{type(module).__name__} {wish}: its weights are folded and packed for inference; use "
+        f"{type(module).__name__} {reason}: its weights are folded and packed for inference; use "
         "the model that it was made from, then call optimize_for_inference again"
     )
 
 
 def _refuse_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        raise _refuse(module, "has no gradients")
+        raise _refusal(module, "has no gradients")
 
 
 class InferenceOnly(nn.Module):
-    """What an optimised model and its parts refuse."""
+    """Methods that raise ``RuntimeError`` on an optimised model and its parts."""
 
     def train(self, mode: bool = True) -> InferenceOnly:
         if mode:
-            raise _refuse(self, "has no train mode")
+            raise _refusal(self, "has no train mode")
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> InferenceOnly:
         if requires_grad:
-            raise _refuse(self, "has no gradients")
+            raise _refusal(self, "has no gradients")
         return super().requires_grad_(False)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        raise _refuse(self, "loads no state dict")
+        raise _refusal(self, "cannot load a state dict")
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        raise _refuse(self, "has no state dict")
+        raise _refusal(self, "has no state dict")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceOnly:
         for tensor in [*self.parameters(), *self.buffers()]:
             probe = fn(tensor.new_empty(0))
             if (probe.dtype, probe.device) != (tensor.dtype, tensor.device):
-                raise _refuse(self, "keeps its dtype and device")
+                raise _refusal(self, "cannot change its dtype or device")
         return super()._apply(fn, recurse)
 
 
 class _Part(InferenceOnly):
-    """A layer or group of layers in optimised form."""
+    """Layer or group of layers in optimised form."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +144,7 @@ class _Part(InferenceOnly):
 
 
 class _Packed(_Part):
-    """A weight in oneDNN's own layout where oneDNN serves its dtype and device, else as it is."""
+    """Layer whose weight is in oneDNN's own layout if oneDNN supports its dtype and device."""
 
     weight: Tensor
     bias: Tensor | None
@@ -152,15 +154,15 @@ class _Packed(_Part):
         self.dtype = dtype or weight.dtype
         self.out_dim = len(weight)
         self.act = act
-        self.packed = _onednn_serves(weight.device, self.dtype)
+        self.packed = _onednn_supports(weight.device, self.dtype)
         self.register_buffer("bias", None if bias is None else bias.to(self.dtype))
-        self._hold(weight.to(self.dtype))
+        self._set_weight(weight.to(self.dtype))
 
     def _pack(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _hold(self, weight: Tensor) -> None:
-        if self.packed:  # then it is opaque to whatever walks over buffers
+    def _set_weight(self, weight: Tensor) -> None:
+        if self.packed:  # not a buffer: code that iterates over buffers cannot read its layout
             self.weight = self._pack(weight)
         else:
             self.register_buffer("weight", weight)
@@ -172,10 +174,10 @@ class _Packed(_Part):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.packed:
-            self._hold(self.weight)
+            self._set_weight(self.weight)
 
 
-def _onednn_serves(device: torch.device, dtype: torch.dtype) -> bool:
+def _onednn_supports(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -184,7 +186,7 @@ def _onednn_serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class PackedLinear(_Packed):
-    """``act(x W^T + b)``; ``Tensor[..., I]`` -> ``Tensor[..., O]``, both in the weight's dtype."""
+    """``act(x W^T + b)``: ``Tensor[..., I]`` -> ``Tensor[..., O]``, both in the weight's dtype."""
 
     def __init__(
         self,
@@ -200,17 +202,17 @@ class PackedLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
-            exact = "none"  # of the ways to compute a GELU
+            gelu = "none"  # no approximation
             linear = torch.ops.mkldnn._linear_pointwise
-            return linear(x, self.weight, self.bias, self.act, [], exact)
+            return linear(x, self.weight, self.bias, self.act, [], gelu)
         return ACTIVATIONS[self.act](F.linear(x, self.weight, self.bias))
 
 
 class PackedConv(_Packed):
-    """``act(convolution)``, ``Tensor[B, C, H, W]`` of any dtype -> one in ``out_dtype``.
+    """``act(convolution)``: ``Tensor[B, C, H, W]`` of any dtype -> ``out_dtype``.
 
     Args:
-        out_dtype: by default the weight's.
+        out_dtype: dtype of the output, by default the weight's.
     """
 
     def __init__(
@@ -252,23 +254,24 @@ def _packed_conv(layer: Any, dtype: torch.dtype | None) -> PackedConv:
 
 
 def _packed_pointwise(layer: Any, dtype: torch.dtype | None) -> PackedLinear:
-    """A 1x1 convolution as a matrix product of channels-last tokens."""
+    """1x1 convolution as a matrix product over channels-last tokens."""
     conv = _fold(layer.conv, layer.norm)
     return PackedLinear(conv.weight.flatten(1), conv.bias, dtype, _act_name(layer))
 
 
 def _halve_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, row_bytes: int) -> Tensor:
-    """``function(x)`` by groups of rows, for a 3x3 convolution of stride 2 with pointwise layers.
+    """``function(x)``, a 3x3 convolution of stride 2 and pointwise layers, in tiles of rows.
 
     Args:
         function: ``Tensor[B, h, W, C]`` -> ``Tensor[B, ceil(h/2), ceil(W/2), C']``.
         x: ``Tensor[B, H, W, C]``.
-        row_bytes: of the widest activation inside of ``function``, for each row of ``x``.
+        row_bytes: size of the widest activation inside ``function`` per row of ``x``.
     """
     rows = max(TILE_BYTES // row_bytes // 2 * 2, 4)
     tiles = [function(x[:, :rows])]
     for top in range(rows, x.shape[1], rows):
-        # A tile needs one more row above; two keep the stride in step, and cost one row of output.
+        # The convolution needs one more row above the tile. Two keep the stride aligned, and the
+        # row of output that they add is dropped.
         tiles.append(function(x[:, top - 2 : top + rows])[:, 1:])
     return torch.cat(tiles, dim=1) if len(tiles) > 1 else tiles[0]
 
@@ -276,17 +279,18 @@ def _halve_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, row_bytes: 
 def _add_in_tiles(
     function: Callable[..., Tensor], token_bytes: int, x: Tensor, *maps: Tensor
 ) -> Tensor:
-    """``x += function(*maps)`` by groups of tokens.
+    """``x += function(*maps)``, in tiles of tokens.
 
     Args:
         function: ``Tensor[tokens, C_i], ...`` -> ``Tensor[tokens, C]``.
-        token_bytes: of the widest activation inside of ``function``, for each token.
+        token_bytes: size of the widest activation inside ``function`` per token.
         x: ``Tensor[B, H, W, C]``, contiguous.
         maps: ``Tensor[B, H, W, C_i]``, contiguous.
     """
-    count = math.ceil(x.shape[:3].numel() * token_bytes / TILE_BYTES)
-    tokens = math.ceil(x.shape[:3].numel() / count)  # alike in all tiles: small ones are slow
-    for out, *tiles in zip(*(t.flatten(0, 2).split(tokens) for t in (x, *maps)), strict=True):
+    num_tokens = x.shape[:3].numel()
+    num_tiles = math.ceil(num_tokens * token_bytes / TILE_BYTES)
+    tile_tokens = math.ceil(num_tokens / num_tiles)  # of one size, because small tiles are slow
+    for out, *tiles in zip(*(t.flatten(0, 2).split(tile_tokens) for t in (x, *maps)), strict=True):
         out.add_(function(*tiles))
     return x
 
@@ -304,11 +308,18 @@ class OptimizedStem(_Part):
         self.narrow = _packed_pointwise(narrow, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Both in one step would take twice as long.
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last).to(self.conv1.dtype))
-        x = _nhwc(self.conv2(x).add_(x))
-        row_bytes = len(x) * -(-x.shape[2] // 2) * self.widen.out_dim * x.element_size() // 2
-        return _halve_in_tiles(lambda x: self.narrow(_nhwc(self.widen(_nchw(x)))), x, row_bytes)
+        # Two steps, because to(dtype, memory_format=...) takes twice as long.
+        x = x.contiguous(memory_format=torch.channels_last).to(self.conv1.dtype)
+        x = self.conv1(x)
+        x = nhwc(self.conv2(x).add_(x))
+        batch, _, width, _ = x.shape
+        widened_row_bytes = batch * ((width + 1) // 2) * self.widen.out_dim * x.element_size()
+        # The widened map has half as many rows as x.
+        return _halve_in_tiles(self.widen_and_narrow, x, widened_row_bytes // 2)
+
+    def widen_and_narrow(self, x: Tensor) -> Tensor:
+        """``Tensor[B, h, W, C/2]`` -> ``Tensor[B, ceil(h/2), ceil(W/2), C]``."""
+        return self.narrow(nhwc(self.widen(nchw(x))))
 
 
 class OptimizedDownsample(_Part):
@@ -324,7 +335,7 @@ class OptimizedDownsample(_Part):
         x = x.to(self.expand.dtype)
         row_bytes = len(x) * x.shape[2] * self.expand.out_dim * x.element_size()
         return _halve_in_tiles(
-            lambda x: self.project(_nhwc(self.reduce(_nchw(self.expand(x))))), x, row_bytes
+            lambda x: self.project(nhwc(self.reduce(nchw(self.expand(x))))), x, row_bytes
         )
 
 
@@ -336,7 +347,7 @@ class OptimizedSSM(_Part):
 
     def __init__(self, ssm: StructureAwareSSM, dtype: torch.dtype | None):
         super().__init__()
-        # Two products, for the convolution and the gate to read dense maps.
+        # Two products, because the gate computes z in tiles.
         self.in_u, self.in_z = (
             PackedLinear(weight, dtype=dtype) for weight in ssm.in_proj.weight.chunk(2)
         )
@@ -354,7 +365,7 @@ class OptimizedSSM(_Part):
         u = self.conv(self.in_u(x))  # [B, H, W, D]
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
         B, C = B.squeeze(-1), C.squeeze(-1)
-        y = low_rank_structure_aware_ssm_(
+        y = structure_aware_ssm_from_dt_(
             u, dt, self.dt_proj.weight, self.A, B, C, self.D, self.dt_bias, self.taps
         )
         return _add_in_tiles(self.gate, self.in_z.out_dim * y.element_size(), residual, x, y)
@@ -367,7 +378,7 @@ class OptimizedSSM(_Part):
         return self.out_proj(y[0, 0])
 
 
-class PositionEncoding(_Part):
+class PositionEncodingNorm(_Part):
     """``x + conv(x)`` and its layer norm: ``Tensor[B, H, W, C]`` -> two of the same shape."""
 
     def __init__(self, conv: DepthwiseConv, norm: nn.LayerNorm):
@@ -386,17 +397,18 @@ class OptimizedBlock(_Part):
 
     def __init__(self, block: Block, dtype: torch.dtype | None):
         super().__init__()
-        self.enter_ssm = PositionEncoding(block.cpe1, block.ln1)
+        self.cpe1_ln1 = PositionEncodingNorm(block.cpe1, block.ln1)
         self.ssm = OptimizedSSM(block.ssm, dtype)
-        self.enter_mlp = PositionEncoding(block.cpe2, block.ln2)
+        self.cpe2_ln2 = PositionEncodingNorm(block.cpe2, block.ln2)
         fc1, fc2 = block.mlp.fc1, block.mlp.fc2
         self.fc1 = PackedLinear(fc1.weight, fc1.bias, dtype, act="gelu")
         self.fc2 = PackedLinear(fc2.weight, fc2.bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, norm = self.enter_ssm(x)
-        x, norm = self.enter_mlp(self.ssm(norm, residual=x))
-        return _add_in_tiles(self.mlp, self.fc1.out_dim * x.element_size(), x, norm)
+        x, normalized = self.cpe1_ln1(x)
+        x = self.ssm(normalized, residual=x)
+        x, normalized = self.cpe2_ln2(x)
+        return _add_in_tiles(self.mlp, self.fc1.out_dim * x.element_size(), x, normalized)
 
     def mlp(self, x: Tensor) -> Tensor:
         """``Tensor[tokens, C]`` -> the same shape."""
@@ -428,6 +440,8 @@ def _optimized_head(head: Any, dtype: torch.dtype | None) -> nn.Module:
     return head
 
 
+#: where the layers that the optimised parts compute are defined
+_KNOWN_PACKAGES = ("torch.nn.", "timm.layers.", "spatial_mamba_d2.models.")
 _OPTIMIZED: dict[type[nn.Module], Callable[..., nn.Module]] = {
     Stem: OptimizedStem,
     Stage: OptimizedStage,
@@ -437,9 +451,20 @@ _OPTIMIZED: dict[type[nn.Module], Callable[..., nn.Module]] = {
 }
 
 
+def _check_layers(part: nn.Module) -> None:
+    """Raise ``ValueError`` if a layer was replaced by another, whose forward would be ignored."""
+    for name, layer in part.named_modules():
+        if not type(layer).forward.__module__.startswith(_KNOWN_PACKAGES):
+            raise ValueError(
+                f"model must consist of its own layers, got {type(layer).__name__} as {name} of a "
+                f"{type(part).__name__}; merge adapters into the layers first"
+            )
+
+
 def _replace_children(module: nn.Module, dtype: torch.dtype | None) -> None:
     for name, child in module.named_children():
         if type(child) in _OPTIMIZED:
+            _check_layers(child)
             setattr(module, name, _OPTIMIZED[type(child)](child, dtype))
         else:
             _replace_children(child, dtype)

@@ -1,9 +1,9 @@
-"""Linear layers over the channels of a map, by the fastest way that PyTorch has for the device.
+"""Linear layers over the channels of a map, in the way that is fastest on the device.
 
-On CPUs PyTorch hands linear layers to MKL and convolutions to oneDNN, which is twice as fast on
-processors with AVX-512 that are not Intel's, and as fast on Intel's (``tools/benchmark.py`` prints
-both rates). A linear layer over ``Tensor[B, H, W, C]`` is a 1x1 convolution of the same memory,
-so that is how it is computed there.
+On CPUs PyTorch uses MKL for linear layers and oneDNN for convolutions. oneDNN is twice as fast on
+processors with AVX-512 that are not Intel's, and equally fast on Intel's (``tools/benchmark.py``
+prints both rates). A linear layer over ``Tensor[B, H, W, C]`` is a 1x1 convolution of the same
+memory, so CPUs compute it as one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from spatial_mamba_d2.models.recompute import cast_for_autocast, recompute
 
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if torch.backends.mkldnn.is_available() else ()
 
@@ -29,10 +31,29 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Pointwise(nn.Linear):
-    """``torch.nn.Linear`` for maps: ``Tensor[B, H, W, I]`` -> ``Tensor[B, H, W, O]``."""
+    """``torch.nn.Linear`` for maps: ``Tensor[B, H, W, I]`` -> ``Tensor[B, H, W, O]``.
+
+    Args:
+        recompute: compute the output again in backward instead of keeping it, for an output that is
+            much wider than the input.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, recompute: bool = False
+    ):
+        super().__init__(in_features, out_features, bias)
+        self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
-        return pointwise(x, self.weight, self.bias)
+        operands = cast_for_autocast(x, self.weight, self.bias)
+        return recompute(pointwise, *operands) if self.recompute else pointwise(*operands)
+
+
+class GELU(nn.GELU):
+    """``torch.nn.GELU`` whose output training computes again rather than keeps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recompute(F.gelu, x)
 
 
 class Mlp(nn.Module):
@@ -41,11 +62,8 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = Pointwise(dim, hidden)
+        self.act = GELU()
         self.fc2 = Pointwise(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(self.fc1(x))
-
-    def leave(self, hidden: Tensor) -> Tensor:
-        """What follows the first layer."""
-        return self.fc2(F.gelu(hidden))
+        return self.fc2(self.act(self.fc1(x)))

@@ -1,7 +1,7 @@
 """Spatial-Mamba: one raster scan per block, then fusion of each state with its neighbours.
 
 Xiao et al., "Spatial-Mamba: Effective Visual State Space Models via Structure-aware State Fusion",
-arXiv 2410.15091. Equal in function to ``classification/models/spatialmamba.py`` of the authors'
+arXiv 2410.15091. Computes the same as ``classification/models/spatialmamba.py`` of the authors'
 repository (EdwardChasel/Spatial-Mamba), whose parameter names :mod:`.checkpoints.names` translates.
 
 Activations are channels-last ``[B, H, W, C]`` from the stem to the outputs. Symbols as in the
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from spatial_mamba_d2.models.pointwise import Mlp, Pointwise, pointwise
-from spatial_mamba_d2.models.recompute import recompute
+from spatial_mamba_d2.models.pointwise import Mlp, Pointwise
+from spatial_mamba_d2.models.recompute import cast_for_autocast, keeps_recipes, recompute
 from spatial_mamba_d2.models.variants import variant_kwargs
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3,
@@ -34,17 +35,52 @@ STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 BN_POLICIES = ("train", "frozen", "sync")
 
 
-def _nchw(x: Tensor) -> Tensor:
+def nchw(x: Tensor) -> Tensor:
     """``[B, H, W, C]`` -> ``[B, C, H, W]``, a view in PyTorch's channels_last memory format."""
     return x.permute(0, 3, 1, 2)
 
 
-def _nhwc(x: Tensor) -> Tensor:
+def nhwc(x: Tensor) -> Tensor:
+    """``[B, C, H, W]`` -> ``[B, H, W, C]``, a view."""
     return x.permute(0, 2, 3, 1)
 
 
+class Conv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` whose output training computes again rather than keeps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands = cast_for_autocast(x, self.weight, self.bias)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return recompute(F.conv2d, *operands, *geometry)
+
+
+class ReLU(nn.ReLU):
+    """``torch.nn.ReLU``, in place in inference; training computes its output again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recompute(F.relu, x) if torch.is_grad_enabled() else F.relu_(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` whose output training computes again rather than keeps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recompute(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class GatedLayerNorm(nn.LayerNorm):
+    """``LayerNorm(y) * SiLU(z)``, of two ``Tensor[B, H, W, D]``."""
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]  # two inputs
+        return recompute(gated_layer_norm, y, z, self.weight, self.bias, self.eps)
+
+
 class ConvLayer(nn.Module):
-    """Convolution without or with batch norm, then ReLU or nothing; ``Tensor[B, C, H, W]``."""
+    """Convolution, optionally followed by batch norm and ReLU; ``Tensor[B, C, H, W]``.
+
+    Args:
+        recompute: compute the output of the convolution again in backward instead of keeping it.
+    """
 
     def __init__(
         self,
@@ -56,13 +92,14 @@ class ConvLayer(nn.Module):
         norm: bool = True,
         bias: bool = False,
         act: bool = True,
+        recompute: bool = False,
     ):
         super().__init__()
-        self.conv = nn.Conv2d(
+        self.conv = (Conv2d if recompute else nn.Conv2d)(
             in_dim, out_dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
         )
         self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
-        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
+        self.act = ReLU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -84,7 +121,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
-        return _nhwc(self.conv3(x + self.conv2(x)))
+        return nhwc(self.conv3(x + self.conv2(x)))
 
 
 class Downsample(nn.Module):
@@ -93,21 +130,21 @@ class Downsample(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hidden = 8 * dim
-        self.expand = ConvLayer(dim, hidden, 1, norm=False, bias=True)
-        self.reduce = ConvLayer(hidden, hidden, 3, stride=2, groups=hidden, norm=False, bias=True)
+        cheap: dict[str, Any] = {"norm": False, "bias": True, "recompute": True}
+        self.expand = ConvLayer(dim, hidden, 1, **cheap)
+        self.reduce = ConvLayer(hidden, hidden, 3, stride=2, groups=hidden, **cheap)
         self.project = ConvLayer(hidden, 2 * dim, 1, bias=True, act=False)
 
+    @keeps_recipes
     def forward(self, x: Tensor) -> Tensor:
-        return _nhwc(self.project(recompute(self._widen, _nchw(x))))
-
-    def _widen(self, x: Tensor) -> Tensor:
-        return self.reduce(self.expand(x))
+        return nhwc(self.project(self.reduce(self.expand(nchw(x)))))
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise 3x3 convolution of ``Tensor[B, H, W, C]``, zero padding.
+    """Depthwise 3x3 convolution of ``Tensor[B, H, W, C]`` with zero padding.
 
-    The input is added to it with ``residual``, else SiLU follows.
+    Args:
+        residual: add the input to the convolution; otherwise apply SiLU to it.
     """
 
     bias: Tensor
@@ -117,11 +154,11 @@ class DepthwiseConv(nn.Conv2d):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv3x3(x, self.weight, self.bias, self.residual)
+        return recompute(depthwise_conv3x3, x, self.weight, self.bias, self.residual)
 
 
 class StateFusion(nn.Module):
-    """Weights of structure-aware state fusion; ``forward()`` gives them as ``Tensor[25, D]``."""
+    """Weights of structure-aware state fusion; ``forward()`` returns them as ``Tensor[25, D]``."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -138,7 +175,13 @@ class StructureAwareSSM(nn.Module):
     """Gated structure-aware state space model, ``Tensor[B, H, W, C]`` -> the same shape.
 
     Paper, section 3.3 and figure 4; ``StructureAwareSSM`` in the authors' code, with one state per
-    channel. A, the step bias and D stay float32 under autocast.
+    channel. A, D and the bias of delta stay float32 under autocast.
+
+    Args:
+        dim: C.
+        ssm_ratio: D / C.
+        dt_min, dt_max: range of the initial values of delta.
+        dt_floor: lower bound of the initial values of delta.
     """
 
     def __init__(
@@ -156,19 +199,19 @@ class StructureAwareSSM(nn.Module):
         self.in_proj = Pointwise(dim, 2 * inner, bias=False)
         self.conv = DepthwiseConv(inner, residual=False)
         self.x_proj = Pointwise(inner, sum(self.split_sizes), bias=False)
-        self.dt_proj = Pointwise(rank, inner, bias=False)
+        self.dt_proj = Pointwise(rank, inner, bias=False, recompute=True)
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.zeros(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         self.fusion = StateFusion(inner)
-        self.out_norm = nn.LayerNorm(inner)
+        self.out_norm = GatedLayerNorm(inner)
         self.out_proj = Pointwise(inner, dim, bias=False)
         self.dt_range = (dt_min, dt_max, dt_floor)
-        self.reset_steps()
+        self.reset_dt_parameters()
 
     @torch.no_grad()
-    def reset_steps(self) -> None:
-        """Initial values of the step projection: steps log-uniform in ``[dt_min, dt_max]``."""
+    def reset_dt_parameters(self) -> None:
+        """Initialise ``x_proj``, ``dt_proj`` and ``dt_bias``: delta log-uniform in its range."""
         dt_min, dt_max, dt_floor = self.dt_range
         nn.init.kaiming_uniform_(self.x_proj.weight, a=math.sqrt(5))
         bound = self.dt_proj.in_features**-0.5
@@ -178,18 +221,11 @@ class StructureAwareSSM(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mix(*self.project(x))
-
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``Tensor[B, H, W, C]`` -> u, before its convolution, and z, ``Tensor[B, H, W, D]``."""
-        # Two products rather than two halves of one, so that both are contiguous.
-        return tuple(pointwise(x, weight) for weight in self.in_proj.weight.chunk(2))
-
-    def mix(self, u: Tensor, z: Tensor) -> Tensor:
-        """All that follows: two ``Tensor[B, H, W, D]`` -> ``Tensor[B, H, W, C]``."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, D] each
         u = self.conv(u)
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
-        y = structure_aware_ssm(
+        y = recompute(
+            structure_aware_ssm,
             u,
             self.dt_proj(dt),
             -torch.exp(self.A_log.float().flatten()),
@@ -199,40 +235,37 @@ class StructureAwareSSM(nn.Module):
             self.dt_bias,
             self.fusion(),
         )
-        norm = self.out_norm
-        return self.out_proj(gated_layer_norm(y, z, norm.weight, norm.bias, norm.eps))
+        return self.out_proj(self.out_norm(y, z))
 
 
 class Block(nn.Module):
-    """Position encoding, SSM, position encoding, MLP, each residual; ``Tensor[B, H, W, C]``."""
+    """Position encoding, SSM, position encoding, MLP, each with a residual connection.
+
+    ``Tensor[B, H, W, C]`` -> the same shape. Training keeps the inputs and outputs of the large
+    matrix products and the middle of the residual stream, 10 C values per token.
+    """
 
     def __init__(self, dim: int, ssm_ratio: float, mlp_ratio: float, drop_path: float):
         super().__init__()
         self.cpe1 = DepthwiseConv(dim, residual=True)
-        self.ln1 = nn.LayerNorm(dim)
+        self.ln1 = LayerNorm(dim)
         self.ssm = StructureAwareSSM(dim, ssm_ratio)
         self.cpe2 = DepthwiseConv(dim, residual=True)
-        self.ln2 = nn.LayerNorm(dim)
+        self.ln2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path1 = DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
 
+    @keeps_recipes
     def forward(self, x: Tensor) -> Tensor:
-        x, u, z = recompute(self._enter_ssm, x)
-        x = x + self.drop_path(recompute(self.ssm.mix, u, z))
-        x, hidden = recompute(self._enter_mlp, x)
-        return x + self.drop_path(recompute(self.mlp.leave, hidden))
-
-    def _enter_ssm(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.cpe1(x)
-        return x, *self.ssm.project(self.ln1(x))
-
-    def _enter_mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.drop_path1(self.ssm(self.ln1(x)))
         x = self.cpe2(x)
-        return x, self.mlp.fc1(self.ln2(x))
+        return x + self.drop_path2(self.mlp(self.ln2(x)))
 
 
 class Stage(nn.Module):
-    """Blocks of one width; ``downsample`` leads to the next stage, where there is one."""
+    """Blocks of one width; ``downsample`` leads to the next stage and is None in the last one."""
 
     def __init__(self, blocks: list[Block], downsample: Downsample | None):
         super().__init__()
@@ -250,24 +283,24 @@ class Stage(nn.Module):
 
 
 class SpatialMamba(nn.Module):
-    """Stem and four stages: what the backbone and the classifier share.
+    """Stem and four stages, which the backbone and the classifier have in common.
 
     Args:
-        embed_dim: width of the first stage, doubled by each following one.
-        depths: blocks per stage.
-        drop_path_rate: stochastic depth of the last block, linear from 0 over all blocks.
-        in_chans: channels of the image.
+        embed_dim: width of the first stage; each following stage doubles it.
+        depths: number of blocks in each stage.
+        drop_path_rate: drop rate of the last block; rates grow linearly from 0 over all blocks.
+        in_chans: number of channels of the image.
         ssm_ratio: width inside the SSM over the width of the stage.
         mlp_ratio: width inside the MLP over the width of the stage.
         bn_policy: ``"train"``: batch norm as usual; ``"frozen"``: running statistics and no
             gradients for its weights, also in ``train()``; ``"sync"``: statistics of all processes.
         grad_checkpointing: recompute each block in the backward pass instead of keeping its
-            activations.
-        freeze_at: 0 nothing, 1 the stem, 2..5 also the stages up to ``res{freeze_at}`` get no
-            gradients and run with fixed batch-norm statistics.
+            activations. Its forward hooks then fire again in backward.
+        freeze_at: what gets no gradients and runs with fixed batch-norm statistics: 0 nothing,
+            1 the stem, 2..5 the stem and the stages up to ``res{freeze_at}``.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -309,7 +342,7 @@ class SpatialMamba(nn.Module):
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, StructureAwareSSM):
-            module.reset_steps()
+            module.reset_dt_parameters()
         elif isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -335,10 +368,10 @@ class SpatialMamba(nn.Module):
         return self
 
     def forward_stages(self, x: Tensor, last: str = STAGES[-1]) -> dict[str, Tensor]:
-        """Output of each stage up to ``last``, before downsampling.
+        """Outputs of the stages up to ``last``, before downsampling.
 
         Args:
-            x: image, ``Tensor[B, in_chans, H, W]`` with any H, W >= 1.
+            x: images, ``Tensor[B, in_chans, H, W]`` with any H, W >= 1.
 
         Returns:
             ``{"res2": Tensor[B, ceil(H/4), ceil(W/4), C], ..., last: ...}``.
@@ -363,11 +396,11 @@ class SpatialMambaBackbone(SpatialMamba):
     """Feature pyramid for detection and segmentation; ``Backbone_SpatialMamba`` of the authors.
 
     Args:
-        out_features: which of ``res2 .. res5`` to return; each has a layer norm of its own.
+        out_features: which of ``res2 .. res5`` to return; each has its own layer norm.
         **kwargs: see :class:`SpatialMamba`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, out_features: Sequence[str] = STAGES, **kwargs: Any):
@@ -397,16 +430,17 @@ class SpatialMambaBackbone(SpatialMamba):
         The outputs are in PyTorch's channels_last memory format.
         """
         stages = self.forward_stages(x, last=self.out_features[-1])
-        return {name: _nchw(self.output_norms[name](stages[name])) for name in self.out_features}
+        return {name: nchw(self.output_norms[name](stages[name])) for name in self.out_features}
 
 
 def build_backbone(variant: str, **overrides: Any) -> SpatialMambaBackbone:
-    """The backbone ``"tiny"``, ``"small"`` or ``"base"``.
+    """Build a backbone.
 
     Args:
+        variant: ``"tiny"``, ``"small"`` or ``"base"``.
         overrides: arguments of :class:`SpatialMambaBackbone` that replace the variant's.
 
     Raises:
-        ValueError: no such variant, or an argument out of its range.
+        ValueError: the variant is unknown or an argument is out of range.
     """
     return SpatialMambaBackbone(**variant_kwargs(variant, overrides))

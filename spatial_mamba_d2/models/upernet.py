@@ -1,9 +1,9 @@
 """UPerNet on a Spatial-Mamba backbone, with the auxiliary FCN head of the training recipe.
 
-Xiao et al., "Unified Perceptual Parsing for Scene Understanding", arXiv 1807.10221. Equal in
-function to ``UPerHead`` and ``FCNHead`` of mmsegmentation 1.2 as the Spatial-Mamba authors
-configure them; :mod:`.checkpoints.names` translates the parameter names. The batch norms of the heads are
-called ``bn`` there and here: the recipe's weight decay rule goes by that.
+Xiao et al., "Unified Perceptual Parsing for Scene Understanding", arXiv 1807.10221. Computes the
+same as ``UPerHead`` and ``FCNHead`` of mmsegmentation 1.2 as the Spatial-Mamba authors configure
+them; :mod:`.checkpoints.names` translates the parameter names. The batch norms of the heads are
+called ``bn`` there and here, because the recipe's weight decay rule depends on that name.
 
 Symbols: K classes, F channels of the decode head. All resizing is bilinear without
 ``align_corners``.
@@ -25,14 +25,14 @@ POOL_SIZES = (1, 2, 3, 6)
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, ``Tensor[B, C, H, W]`` -> ``Tensor[B, C, *size]``."""
+    """Bilinear interpolation, ``Tensor[B, C, H, W]`` -> ``Tensor[B, C, *size]``."""
     if x.shape[-2:] == torch.Size(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 class ConvBNReLU(nn.Module):
-    """Convolution without bias that keeps H and W, batch norm, ReLU; ``Tensor[B, C, H, W]``."""
+    """Convolution without bias, batch norm, ReLU; ``Tensor[B, C, H, W]``, H and W unchanged."""
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int):
         super().__init__()
@@ -52,7 +52,7 @@ def _classify(dim: int, num_classes: int) -> nn.Conv2d:
 
 
 class UPerHead(nn.Module):
-    """Pyramid pooling of the coarsest level, a feature pyramid, a classifier of their fusion."""
+    """Pyramid pooling of the coarsest level, a feature pyramid, and a classifier on both, fused."""
 
     def __init__(self, in_dims: Sequence[int], channels: int, num_classes: int, dropout: float):
         super().__init__()
@@ -66,7 +66,7 @@ class UPerHead(nn.Module):
         self.classify = _classify(channels, num_classes)
 
     def pool_pyramid(self, x: Tensor) -> Tensor:
-        """``Tensor[B, C, H, W]`` -> ``Tensor[B, F, H, W]`` that has seen the whole image."""
+        """``Tensor[B, C, H, W]`` -> ``Tensor[B, F, H, W]`` with context from the entire image."""
         pooled = [
             resize(conv(F.adaptive_avg_pool2d(x, size)), x.shape[-2:])
             for conv, size in zip(self.pool_convs, POOL_SIZES, strict=True)
@@ -104,16 +104,16 @@ class UPerNet(nn.Module):
     """Semantic segmentation.
 
     Args:
-        num_classes: K.
+        num_classes: K, the number of classes.
         channels: F, the width of the decode head.
-        aux_channels: width of the auxiliary head, which sees ``res4`` and serves training only.
-        dropout: of whole channels in front of each classifier.
-        bn_policy: of the backbone, see :class:`~.spatial_mamba.SpatialMamba`; ``"sync"`` is for
-            the heads too, which train their batch norms in any case.
+        aux_channels: width of the auxiliary head, which is applied to ``res4``, only in training.
+        dropout: probability with which each classifier's input channels are dropped.
+        bn_policy: policy of the backbone, see :class:`~.spatial_mamba.SpatialMamba`. ``"sync"``
+            applies to the heads too; they train their batch norms under every policy.
         **kwargs: other arguments of the backbone.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -144,11 +144,11 @@ class UPerNet(nn.Module):
         """Segment images of any size.
 
         Args:
-            x: normalised image, ``Tensor[B, 3, H, W]`` with any H, W >= 1.
+            x: normalised images, ``Tensor[B, 3, H, W]`` with any H, W >= 1.
 
         Returns:
-            logits, ``Tensor[B, K, ceil(H/4), ceil(W/4)]``; in train mode the pair of these and the
-            auxiliary head's, ``Tensor[B, K, ceil(H/16), ceil(W/16)]``.
+            logits, ``Tensor[B, K, ceil(H/4), ceil(W/4)]``; in train mode a pair of these and the
+            auxiliary head's logits, ``Tensor[B, K, ceil(H/16), ceil(W/16)]``.
 
         Raises:
             ValueError: ``x`` is not such a tensor.
@@ -159,12 +159,13 @@ class UPerNet(nn.Module):
 
 
 def build_upernet(variant: str, num_classes: int = 150, **overrides: Any) -> UPerNet:
-    """UPerNet on the backbone ``"tiny"``, ``"small"`` or ``"base"``.
+    """Build a UPerNet.
 
     Args:
+        variant: backbone, ``"tiny"``, ``"small"`` or ``"base"``.
         overrides: arguments of :class:`UPerNet` and its backbone that replace the variant's.
 
     Raises:
-        ValueError: no such variant, or an argument out of its range.
+        ValueError: the variant is unknown or an argument is out of range.
     """
     return UPerNet(num_classes=num_classes, **variant_kwargs(variant, overrides))

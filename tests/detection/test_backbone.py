@@ -53,7 +53,7 @@ def test_options_reach_the_model(root):
     )  # fmt: skip
     backbone = build_model(cfg).backbone.bottom_up
     assert not backbone.stem.conv1.norm.weight.requires_grad
-    assert backbone.stages[-1].blocks[-1].drop_path.drop_prob == pytest.approx(0.4)
+    assert backbone.stages[-1].blocks[-1].drop_path2.drop_prob == pytest.approx(0.4)
     assert backbone.grad_checkpointing
 
 

@@ -40,15 +40,14 @@ def test_it_is_the_block_that_was_asked_for(model):
     image = torch.randn(1, 3, 64, 64)
     ssm = model.stages[1].blocks[1].ssm
     seen = {}
-    before = model.stages[1].blocks[1].ln1
     hooks = [
-        before.register_forward_hook(lambda m, x, y: seen.update(z=ssm.project(y)[1])),
+        ssm.in_proj.register_forward_hook(lambda m, x, y: seen.update(z=y.chunk(2, dim=-1)[1])),
         ssm.out_proj.register_forward_hook(lambda m, x, y: seen.update(gated=x[0])),
     ]
     states = record_states(model, image, 2, 2)
     for hook in hooks:
         hook.remove()
-    gated = ssm.out_norm(states.observed) * torch.nn.functional.silu(seen["z"])
+    gated = ssm.out_norm(states.observed, seen["z"])
     torch.testing.assert_close(gated, seen["gated"], rtol=1e-4, atol=1e-5)
 
 

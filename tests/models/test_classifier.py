@@ -213,7 +213,7 @@ def test_other_image_channels(image):
 
 def test_drop_rates_reach_the_model():
     model = create(drop_path_rate=0.4, drop_rate=0.25)
-    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
+    rates = [block.drop_path1.drop_prob for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     assert model.head_drop.p == 0.25
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spatial_mamba_d2.models import build_backbone
+from spatial_mamba_d2.models.spatial_mamba import Block, Downsample
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.0}
 
@@ -35,17 +36,46 @@ def test_one_graph_for_inference(backbone):
 
 @pytest.mark.slow
 def test_one_graph_for_training(backbone):
-    """Backward included; what is computed twice is so in the compiled graph too."""
+    """Backward included."""
     backbone.train()
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 64, 96)
     gradients = []
     for model in (backbone, compiled):
         backbone.zero_grad()
-        sum(output.square().mean() for output in model(x).values()).backward()
+        sum(output.pow(3).mean() for output in model(x).values()).backward()
         gradients.append([p.grad.clone() for p in backbone.parameters()])
     for plain, traced in zip(*gradients, strict=True):
         torch.testing.assert_close(traced, plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [Block(32, 2.0, 4.0, 0.3), Downsample(32)], ids=["block", "down"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_compiled_training_keeps_what_eager_training_keeps(layer, dtype):
+    """Products are convolutions in float32 on CPUs, otherwise ``mm`` and ``addmm``."""
+    x = torch.randn(2, 24, 24, 32, dtype=dtype, requires_grad=True)
+    layer.to(dtype)
+    kept, gradients = [], []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[id(tensor.untyped_storage())] = tensor.untyped_storage()
+            return tensor
+
+        torch.manual_seed(0)  # of stochastic depth
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = function(x)
+        output.pow(3).mean().backward()
+        own = {id(p.untyped_storage()) for p in layer.parameters()}
+        kept.append(sum(s.nbytes() for key, s in storages.items() if key not in own))
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+    assert kept[1] < 1.05 * kept[0]
+    torch.compiler.reset()
 
 
 @pytest.mark.slow

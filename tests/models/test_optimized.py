@@ -1,4 +1,4 @@
-"""The optimised copy: the same outputs, an untouched original, and what it refuses."""
+"""The optimised copy: the same outputs, an unchanged original, and clear errors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from spatial_mamba_d2.models import (
     build_backbone,
     build_classifier,
     build_upernet,
-    inference,
     optimize_for_inference,
 )
+from spatial_mamba_d2.models import optimized as optimized_module
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 2, 1)}
 BUILDERS = {
@@ -71,14 +71,14 @@ def error(actual, expected):
     )
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 40_000, inference.TILE_BYTES], ids=str)
+@pytest.mark.parametrize("tile_bytes", [1, 40_000, optimized_module.TILE_BYTES], ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 3, 1, 1), (1, 3, 1, 37), (2, 3, 33, 64), (2, 3, 61, 95)], ids=str
 )
 def test_equal_outputs(shape, tile_bytes, model, monkeypatch):
     x = torch.randn(shape)
     expected = run(model, x)
-    monkeypatch.setattr(inference, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(optimized_module, "TILE_BYTES", tile_bytes)
     outputs = run(optimize_for_inference(model), x)
     assert error(outputs, expected) < 1e-4
     for output, other in zip(outputs, expected, strict=True):
@@ -170,13 +170,13 @@ def test_what_is_refused(model):
         ("has no train mode", lambda: optimized.train()),
         ("has no gradients", lambda: optimized.requires_grad_()),
         ("has no gradients", lambda: optimized(x.clone().requires_grad_())),
-        ("loads no state dict", lambda: optimized.load_state_dict(state)),
-        ("loads no state dict", lambda: optimized.load_state_dict({}, strict=False)),
+        ("cannot load a state dict", lambda: optimized.load_state_dict(state)),
+        ("cannot load a state dict", lambda: optimized.load_state_dict({}, strict=False)),
         ("has no state dict", lambda: optimized.state_dict()),
-        ("keeps its dtype and device", lambda: optimized.double()),
-        ("keeps its dtype and device", lambda: optimized.to("meta")),
+        ("cannot change its dtype or device", lambda: optimized.double()),
+        ("cannot change its dtype or device", lambda: optimized.to("meta")),
     ]
-    for part in (m for m in optimized.modules() if isinstance(m, inference.OptimizedStage)):
+    for part in (m for m in optimized.modules() if isinstance(m, optimized_module.OptimizedStage)):
         refused.append(("has no train mode", part.train))
     for message, call in refused:
         with pytest.raises(RuntimeError, match=f"{message}: its weights are folded"):
@@ -189,13 +189,13 @@ def test_what_is_refused(model):
 def test_a_gradient_that_starts_inside_is_refused(backbone):
     optimized = optimize_for_inference(backbone)
     assert not any(p.requires_grad for p in optimized.parameters())
-    optimized.stages[0].blocks[0].enter_ssm.norm.weight.requires_grad = True
+    optimized.stages[0].blocks[0].cpe1_ln1.norm.weight.requires_grad = True
     with pytest.raises(RuntimeError, match="OptimizedSSM has no gradients"):
         optimized(torch.randn(1, 3, 32, 32))
 
 
 def packed_parts(model):
-    return [m for m in model.modules() if isinstance(m, inference._Packed)]
+    return [m for m in model.modules() if isinstance(m, optimized_module._Packed)]
 
 
 def test_float64_is_folded_and_not_packed(model):
@@ -236,7 +236,28 @@ def test_float32_stays_float32_under_autocast(backbone):
 
 
 def test_bad_arguments_are_named(backbone):
-    with pytest.raises(ValueError, match="model must be or hold a Spatial-Mamba .* got Linear"):
+    with pytest.raises(ValueError, match="model must be or contain a Spatial-Mamba .* got Linear"):
         optimize_for_inference(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"dtype must be a floating point type, got torch\.int8"):
         optimize_for_inference(backbone, torch.int8)
+
+
+def test_foreign_layers_are_not_ignored(backbone):
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    ssm = backbone.stages[1].blocks[0].ssm
+    ssm.in_proj = Adapted(ssm.in_proj.in_features, ssm.in_proj.out_features)
+    message = r"got Adapted as blocks\.0\.ssm\.in_proj of a Stage; merge adapters"
+    with pytest.raises(ValueError, match=message):
+        optimize_for_inference(backbone)
+
+
+def test_parametrisations_are_computed(backbone):
+    x = torch.randn(1, 3, 40, 56)
+    ssm = backbone.stages[1].blocks[0].ssm
+    nn.utils.parametrizations.weight_norm(ssm.in_proj)
+    with torch.no_grad():
+        ssm.in_proj.parametrizations.weight.original0.mul_(2)
+    assert error(run(optimize_for_inference(backbone), x), run(backbone, x)) < 1e-4

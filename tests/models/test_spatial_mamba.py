@@ -174,7 +174,7 @@ def test_gradient_checkpointing_changes_memory_only(small_backbone):
 
 def test_drop_path_is_linear_and_off_in_eval():
     model = build_backbone("tiny", embed_dim=16)
-    rates = [b.drop_path.drop_prob for stage in model.stages for b in stage.blocks]
+    rates = [b.drop_path1.drop_prob for stage in model.stages for b in stage.blocks]
     assert rates[0] == 0 and rates[-1] == pytest.approx(0.2)
     assert rates == sorted(rates)
     x = torch.randn(1, 3, 32, 32)
