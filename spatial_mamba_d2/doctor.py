@@ -84,7 +84,7 @@ def required() -> tuple[str, list[str]]:
 
 
 def with_version(*names: str) -> list[str]:
-    """Each package with the versions that are required of it, such as "torch>=2.6"."""
+    """Each package with the versions that are required of it, such as "torch>=2.8"."""
     _, packages = required()
     return [
         next(line for line in packages if re.match(rf"{name}\b", line)).partition(";")[0].strip()
@@ -182,7 +182,7 @@ def check_cuda_kernels() -> Finding:
         return Finding("ok", f"compiled for {torch.ops.spatial_mamba.cuda_architectures()}")
     if torch.version.cuda is None:
         return Finding("ok", "none needed: PyTorch is built without CUDA")
-    text = f"none: {_extension.WHY_NO_CUDA}"
+    text = f"{_extension.WHY_NO_CUDA}"
     try:
         toolkit = cuda_toolkit.find_toolkit(torch.version.cuda)
     except cuda_toolkit.NoToolkitError as error:

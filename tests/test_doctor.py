@@ -25,7 +25,7 @@ def test_it_works_where_nothing_is_installed():
     assert run.returncode == 1
     assert run.stderr == ""
     assert "missing  torch" in run.stdout
-    assert "pip install 'torch>=2.6' 'torchvision>=0.21'\n" in run.stdout
+    assert "pip install 'torch>=2.8' 'torchvision>=0.23'\n" in run.stdout
     assert "ok       python" in run.stdout
     assert run.stdout.endswith("Detection needs the fixes above.\n")
 
@@ -69,12 +69,12 @@ def test_a_checkout_that_is_not_installed_knows_its_requirements(monkeypatch, tm
     monkeypatch.setattr(doctor.metadata, "metadata", no_metadata)
     python, packages = doctor.required()
     assert f'requires-python = "{python}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert {"torch>=2.6", "torchvision>=0.21", "lightning>=2.4"} <= set(packages)
+    assert {"torch>=2.8", "torchvision>=0.23", "lightning>=2.4"} <= set(packages)
     assert doctor.check_python().status == "ok"
 
 
 REQUIREMENTS = [
-    "torch>=2.6",
+    "torch>=2.8",
     "no-such-package>=2",
     "pytest>=8; extra == 'detection'",
     "no_such.package<3,>=2; extra == 'detection'",

@@ -21,7 +21,7 @@ from spatial_mamba_d2.data.images import read_image
 HEIGHT, WIDTH = 6, 8
 
 
-def sound_content():
+def valid_content():
     box = {"category_id": 3, "bbox": [1, 1, 4, 3], "area": 12, "iscrowd": 0}
     rle = {"size": [HEIGHT, WIDTH], "counts": [7, 5, 36]}
     return {
@@ -45,7 +45,7 @@ class Folder:
     def __init__(self, root: Path):
         self.images = root / "images"
         self.json_file = root / "instances.json"
-        self.content = sound_content()
+        self.content = valid_content()
         self.image, self.annotation = self.content["images"][0], self.content["annotations"][0]
         (self.images / "sub").mkdir(parents=True)
         noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -82,10 +82,10 @@ def folder(tmp_path):
     return Folder(tmp_path)
 
 
-# --- sound data ------------------------------------------------------------------------------
+# --- valid data ------------------------------------------------------------------------------
 
 
-def test_sound_data_come_through_unchanged(folder, caplog):
+def test_valid_data_come_through_unchanged(folder, caplog):
     original = copy.deepcopy(folder.content)
     dataset = folder.load(check_decode=True)
     assert dataset.categories == [(1, "dog"), (3, "cat")]
@@ -113,7 +113,7 @@ def test_relative_folders_give_absolute_file_names(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("split", "images", "annotations"), [("train", 130, 1217), ("val", 80, 815)]
 )
-def test_real_coco_is_sound(coco_mini, split, images, annotations):
+def test_real_coco_is_valid(coco_mini, split, images, annotations):
     dataset = load_coco(
         coco_mini / f"instances_{split}.json", coco_mini / "images", check_decode=True
     )

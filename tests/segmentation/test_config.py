@@ -1,4 +1,4 @@
-"""The recipe, and what a wrong key or value is told."""
+"""The recipe, and the errors for wrong keys and values."""
 
 from __future__ import annotations
 
