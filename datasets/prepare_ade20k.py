@@ -11,18 +11,16 @@ The archive is from http://sceneparsing.csail.mit.edu. To check other data with 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from spatial_mamba_d2.data.ade20k import load_split, unpack
 from spatial_mamba_d2.data.label_maps import LabelFormat
+from spatial_mamba_d2.system.cli import build_parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     default = Path(__file__).resolve().parent / "ADEChallengeData2016"
     parser.add_argument("--zip", type=Path, help="unpack this into --root, unless that exists")
     parser.add_argument("--root", type=Path, default=default)

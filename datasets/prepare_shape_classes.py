@@ -7,17 +7,15 @@ python datasets/prepare_shape_classes.py --root /data/shape_classes --num-train 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from spatial_mamba_d2.data.shape_classes import generate_shape_classes
+from spatial_mamba_d2.system.cli import build_parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     default = Path(__file__).resolve().parent / "shape_classes"
     parser.add_argument("--root", type=Path, default=default)
     parser.add_argument(

@@ -7,17 +7,15 @@ python datasets/prepare_shapes.py --root /data/shapes --num-train 5000 --image-p
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from spatial_mamba_d2.data.shapes import generate_shapes
+from spatial_mamba_d2.system.cli import build_parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent / "shapes")
     parser.add_argument("--num-train", type=int, default=1000, metavar="N")
     parser.add_argument("--num-val", type=int, default=100, metavar="N")

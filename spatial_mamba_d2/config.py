@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
 
+from spatial_mamba_d2.data.faults import OnError
 from spatial_mamba_d2.models.spatial_mamba import BN_POLICIES
 from spatial_mamba_d2.models.variants import VARIANTS
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 _SHARED_CHOICES: dict[str, Collection[Any]] = {
     "MODEL.SPATIAL_MAMBA.VARIANT": VARIANTS,
     "MODEL.SPATIAL_MAMBA.BN": BN_POLICIES,
-    "DATASETS.ON_ERROR": ("raise", "skip"),
+    "DATASETS.ON_ERROR": get_args(OnError),
     "SOLVER.AMP.PRECISION": ("bfloat16", "float16"),
 }
 _SHARED_MINIMA = {
@@ -196,6 +197,20 @@ def resolve_device(cfg: Any) -> None:
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "float16":
         logger.info("float16 is slow on a CPU: SOLVER.AMP.ENABLED is False")
         cfg.SOLVER.AMP.ENABLED = False
+
+
+def check_processes(cfg: Any, num_processes: int) -> None:
+    """Raises ValueError if ``MODEL.DEVICE`` cannot have that many processes on this machine."""
+    num_gpus = torch.cuda.device_count()
+    if cfg.MODEL.DEVICE.startswith("cuda") and num_processes > num_gpus:
+        raise ValueError(
+            f"--num-gpus must be at most {num_gpus}, the GPUs here, got {num_processes}"
+        )
+    if ":" in cfg.MODEL.DEVICE and num_processes > 1:
+        raise ValueError(
+            f"MODEL.DEVICE must be cuda or cpu for {num_processes} processes, "
+            f"got {cfg.MODEL.DEVICE!r}"
+        )
 
 
 def require_one_of(cfg: Any, choices: Mapping[str, Collection[Any]]) -> None:

@@ -9,7 +9,6 @@ otherwise 1. Each check imports what it needs, so the doctor works even where no
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from spatial_mamba_d2.system import install_detectron2
+from spatial_mamba_d2.system.cli import build_parser
 
 DISTRIBUTION = "spatial-mamba-d2"
 CHECKOUT = Path(__file__).parents[1]
@@ -157,7 +157,7 @@ def check_gpu() -> Finding:
         )
         return Finding("ok", f"CUDA {torch.version.cuda}: {', '.join(devices)}")
     if torch.backends.mps.is_available():
-        return Finding("ok", "MPS")
+        return Finding("note", "MPS, which is not used: everything runs on the CPU")
     built = f"PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     reasons = [built, *(str(warning.message).splitlines()[0] for warning in caught)]
     return Finding("note", f"none, so everything runs on the CPU ({'; '.join(reasons)})")
@@ -182,7 +182,7 @@ def check_cuda_kernels() -> Finding:
         return Finding("ok", f"compiled for {torch.ops.spatial_mamba.cuda_architectures()}")
     if torch.version.cuda is None:
         return Finding("ok", "none needed: PyTorch is built without CUDA")
-    text = f"{_extension.WHY_NO_CUDA}"
+    text = str(_extension.WHY_NO_CUDA)
     try:
         toolkit = cuda_toolkit.find_toolkit(torch.version.cuda)
     except cuda_toolkit.NoToolkitError as error:
@@ -306,9 +306,7 @@ def report(checks: dict[str, Check]) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument(
         "--coco",
         nargs=2,

@@ -171,7 +171,7 @@ def build(name: str) -> Any:
 
     entry = get_entry(name)
     if entry.task == "detection":
-        from spatial_mamba_d2.detection.model import build_model
+        from spatial_mamba_d2.detection import build_model
 
         return build_model(get_config(name, ["MODEL.DEVICE", "cpu"])).eval()
     builders = {"classification": models.build_classifier, "segmentation": models.build_upernet}

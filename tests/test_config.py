@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from spatial_mamba_d2.config import check_processes
 
 NEEDS = {"detection": "detectron2", "segmentation": "lightning", "classification": "lightning"}
 
@@ -120,6 +123,20 @@ def test_gpus_keep_their_settings(load_config, monkeypatch):
     assert (cfg.MODEL.DEVICE, cfg.MODEL.SPATIAL_MAMBA.BN) == ("cuda:1", "sync")
     with pytest.raises(ValueError, match="MODEL.DEVICE must name one of the 2 GPUs, got 'cuda:2'"):
         load_config(None, ["MODEL.DEVICE", "cuda:2"])
+
+
+def test_processes_and_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cfg = SimpleNamespace(MODEL=SimpleNamespace(DEVICE="cuda"))
+    check_processes(cfg, 2)
+    with pytest.raises(ValueError, match="--num-gpus must be at most 2, the GPUs here, got 3"):
+        check_processes(cfg, 3)
+    cfg.MODEL.DEVICE = "cuda:1"
+    check_processes(cfg, 1)
+    with pytest.raises(ValueError, match="MODEL.DEVICE must be cuda or cpu for 2 processes, got"):
+        check_processes(cfg, 2)
+    cfg.MODEL.DEVICE = "cpu"
+    check_processes(cfg, 3)
 
 
 def test_bfloat16_stays_on_a_cpu(load_config):

@@ -7,17 +7,15 @@
 Detectors need Detectron2; without it, name the other models.
 """
 
-import argparse
 from pathlib import Path
 
 from spatial_mamba_d2.model_zoo import list_models
 from spatial_mamba_d2.profiling.model_report import report
+from spatial_mamba_d2.system.cli import build_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(list_models()))
     parser.add_argument(
         "--input-px", nargs=2, type=int, metavar=("H", "W"), help="default: as published"

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from spatial_mamba_d2.profiling.benchmark import DEVICES, TASKS
 from spatial_mamba_d2.profiling.benchmark_report import report
+from spatial_mamba_d2.system.cli import build_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument("--task", choices=TASKS, default="backbone")
     parser.add_argument("--size", type=int, nargs=2, default=(640, 896), metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=1)

@@ -4,21 +4,18 @@
     python tools/convert_weights.py IN OUT --to official|ours|detectron2|safetensors
 
 OUT is for the authors' code, for ours, for Detectron2's own DetectionCheckpointer, or safetensors.
-Only whole models are converted; for the backbone of one:
+Only complete models are converted; for the backbone of one:
 
     python tools/convert_weights.py spatialmamba_tiny.pth backbone.pth --to detectron2 \
         --only backbone
 """
 
-import argparse
-
 from spatial_mamba_d2.models.checkpoints.convert import FORMATS, PARTS, convert_weights
+from spatial_mamba_d2.system.cli import build_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument("source", metavar="IN")
     parser.add_argument("target", metavar="OUT")
     parser.add_argument("--to", required=True, choices=FORMATS)

@@ -4,17 +4,15 @@
 python tools/cuda_report.py --output output/cuda_report
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from spatial_mamba_d2.profiling.cuda_report import report
+from spatial_mamba_d2.system.cli import build_parser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/cuda_report"))
     return report(parser.parse_args().output)
 

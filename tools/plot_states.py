@@ -7,18 +7,16 @@
 Without --weights the weights are random, without --input the images are generated.
 """
 
-import argparse
 import logging
 from pathlib import Path
 
 from spatial_mamba_d2.explain.cli import add_image_arguments
 from spatial_mamba_d2.explain.states import plot_states
+from spatial_mamba_d2.system.cli import build_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__)
     parser.add_argument("--model", default="spatial_mamba_tiny", metavar="NAME")
     parser.add_argument("--weights", type=Path, metavar="FILE")
     parser.add_argument("--stage", type=int, default=1, help="1..4 (%(default)s)")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from spatial_mamba_d2.classification.config import load_config
 from spatial_mamba_d2.classification.data import pixel_statistics
@@ -53,17 +54,18 @@ class Predictor:
 def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw:
     """Draws the most probable classes for :func:`~.images.visualize_images`.
 
+    WordNet ids are drawn as words. Unlike in evaluation, images are upright.
+
     Raises:
         FileNotFoundError, ValueError: configuration or weights are unusable.
     """
     predictor = Predictor(load_config(config_file, overrides))
+    words = ImageNetInfo().label_descriptions(as_dict=True)
+    names = [words.get(name, name) for name in predictor.classes]
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         probabilities = predictor(image)
-        lines = [
-            f"{predictor.classes[i]} {probabilities[i]:.1%}"
-            for i in probabilities.argsort()[::-1][:TOP]
-        ]
+        lines = [f"{names[i]} {probabilities[i]:.1%}" for i in probabilities.argsort()[::-1][:TOP]]
         return draw_classes(image, lines), lines[0]
 
     return draw

@@ -5,8 +5,8 @@
     ROOT/images/SPLIT/NAME.jpg          any format that Pillow reads
     ROOT/annotations/SPLIT/NAME.png     one channel of integers, as large as the image
 
-What the integers mean is the data set's own affair: see :class:`LabelFormat`. ADE20K's are 0 for
-unlabelled pixels, to be ignored, and 1..150 for the classes.
+What the integers mean depends on the data set: see :class:`~.label_maps.LabelFormat`. ADE20K's are
+0 for unlabelled pixels, to be ignored, and 1..150 for the classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spatial_mamba_d2.data import ade20k_classes
-from spatial_mamba_d2.data.faults import Fault, OnError, check_on_error, settle_faults
+from spatial_mamba_d2.data.faults import Fault, OnError, check_on_error, check_once, settle_faults
 from spatial_mamba_d2.data.images import SUFFIXES
 from spatial_mamba_d2.data.label_maps import (
     Classes,
@@ -28,7 +28,6 @@ from spatial_mamba_d2.data.label_maps import (
     distinct_colors,
     find_fault,
 )
-from spatial_mamba_d2.system.once import once_per_machine
 
 
 def load_classes(source: str, root: str | Path, num_classes: int) -> Classes:
@@ -116,14 +115,15 @@ def load_split(
     check_on_error(on_error)
     pairs, faults = find_pairs(root, split)
 
-    def find_faults() -> list[Fault | None]:
+    def find_faults() -> list[tuple[int, Fault]]:
         with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
-            return list(pool.map(lambda pair: find_fault(pair, labels, check_decode), pairs))
+            found = pool.map(lambda pair: find_fault(pair, labels, check_decode), pairs)
+            return [(index, fault) for index, fault in enumerate(found) if fault]
 
     files = [file for pair in pairs for file in pair]
-    found = once_per_machine("ade20k", files, [asdict(labels), check_decode], find_faults)
-    usable = [pair for pair, fault in zip(pairs, found, strict=True) if fault is None]
-    faults += [Fault(*fault) for fault in found if fault]
+    found = dict(check_once("ade20k", files, [asdict(labels), check_decode], find_faults))
+    usable = [pair for index, pair in enumerate(pairs) if index not in found]
+    faults += found.values()
     settle_faults(faults, on_error, where=Path(root) / "*" / split, num_usable=len(usable))
     return usable
 
@@ -131,7 +131,7 @@ def load_split(
 def unpack(archive: str | Path, root: str | Path) -> None:
     """Unpack a zip of one data set folder to ``root``, which appears when it is complete.
 
-    Nothing happens where ``root`` is there already.
+    Does nothing if ``root`` exists.
 
     Raises:
         FileNotFoundError: no such archive.

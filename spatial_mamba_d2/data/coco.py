@@ -13,11 +13,18 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
-from spatial_mamba_d2.data.faults import Fault, OnError, check_on_error, settle_faults
+from spatial_mamba_d2.data.faults import (
+    INACCESSIBLE,
+    Fault,
+    InaccessibleFileError,
+    OnError,
+    check_on_error,
+    check_once,
+    settle_faults,
+)
 from spatial_mamba_d2.data.images import read_image
-from spatial_mamba_d2.system.once import once_per_machine
 
-# Of the file, and what an entry of each is called.
+# Sections of the file -> what an entry of each is called.
 SECTIONS = {"images": "image", "annotations": "annotation", "categories": "category"}
 # Skipped with a warning, but no reason to refuse a data set: COCO train2017 itself has two.
 HARMLESS = ("box without area",)
@@ -71,17 +78,17 @@ def load_coco(
     paths = [_path(image, image_root) for image in content["images"]]
     folders = _Folders()
     there = [path for path in paths if path and path in folders]
-    checked = once_per_machine(
+    missing = sorted({*filter(None, paths)} - {*there})
+    checked = check_once(
         "coco",
         [json_file, *(there if check_decode else [])],
-        [os.path.abspath(image_root), check_decode, sorted({*filter(None, paths)} - {*there})],
+        [os.path.abspath(image_root), check_decode, missing],
         lambda: _find_faults(content, paths, folders, check_decode),
     )
+    faults = [fault for _, fault in checked]
     rejected: dict[str, set[int]] = {section: set() for section in SECTIONS}
-    faults = []
-    for section, position, kind, reason in checked:
+    for (section, position), _ in checked:
         rejected[section].add(position)
-        faults.append(Fault(kind, reason))
 
     def usable(section: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for position, entry in enumerate(content[section]):
@@ -120,18 +127,18 @@ def _find_faults(
     paths: Sequence[str | None],
     folders: _Folders,
     check_decode: bool,
-) -> list[tuple[str, int, str, str]]:
-    """Section, position in it, kind and reason of everything that is not usable.
+) -> list[tuple[tuple[str, int], Fault]]:
+    """Everything that is not usable: its section and position there, and the fault.
 
     Args:
         paths: the file of each image.
         folders: the files that exist.
     """
-    found: list[tuple[str, int, str, str]] = []
+    found: list[tuple[tuple[str, int], Fault]] = []
 
     def reject(section: str, position: int, fault: Fault) -> None:
         name = _called(SECTIONS[section], content[section][position])
-        found.append((section, position, fault.kind, f"{name}: {fault.reason}"))
+        found.append(((section, position), fault._replace(reason=f"{name}: {fault.reason}")))
 
     category_ids: set[int] = set()
     for position, category in enumerate(content["categories"]):
@@ -244,6 +251,8 @@ class _Folders:
 def _decoding_fault(path: str, image: dict[str, Any]) -> Fault | None:
     try:
         height, width, _ = read_image(path).shape
+    except InaccessibleFileError as error:
+        return Fault(INACCESSIBLE, str(error))
     except (OSError, ValueError) as error:
         return Fault("damaged image file", str(error))
     if (height, width) != (image["height"], image["width"]):

@@ -11,13 +11,18 @@ FONT = cv2.FONT_HERSHEY_SIMPLEX
 FONT_SCALE = 0.45
 
 
+def enlargement(image: np.ndarray, shortest_px: int = SHORTEST_PX) -> float:
+    """Factor that makes the short side of ``[H, W, ...]`` at least ``shortest_px``; 1 or more."""
+    return max(1.0, shortest_px / min(image.shape[:2]))
+
+
 def enlarge(image: np.ndarray, *, nearest: bool = False) -> np.ndarray:
     """``uint8[H, W, ...]``, enlarged if its short side is below :data:`SHORTEST_PX`.
 
     Args:
         nearest: repeat pixels, as label maps need it, instead of interpolating.
     """
-    scale = max(1.0, SHORTEST_PX / min(image.shape[:2]))
+    scale = enlargement(image)
     size = round(image.shape[1] * scale), round(image.shape[0] * scale)
     interpolation = cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR
     return cv2.resize(image, size, interpolation=interpolation)
@@ -35,7 +40,7 @@ def write_text(canvas: np.ndarray, text: str, x: int, line: int = 0) -> None:
 
 
 def text_width(text: str) -> int:
-    """In pixels."""
+    """Width of ``text`` in pixels."""
     return cv2.getTextSize(text, FONT, FONT_SCALE, 1)[0][0]
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
+
+import PIL
+
+from spatial_mamba_d2.system.once import once_per_machine
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 Item = TypeVar("Item")  # what names a sample: a record, a pair of files, a file and its class
 MAX_SHOWN = 10  # faults of each kind that a message lists
+CHECKS_VERSION = 1  # increase it when a check finds other faults than before
 
 
 class Fault(NamedTuple):
@@ -18,6 +24,37 @@ class Fault(NamedTuple):
 
     kind: str
     reason: str
+
+
+INACCESSIBLE = "inaccessible file"  # kind of faults that may pass without a change of any file
+
+
+class InaccessibleFileError(ValueError):
+    """The system cannot open or read a file, whatever its content: permissions, limits, disks."""
+
+
+def check_once(
+    name: str,
+    files: Iterable[str | Path],
+    parameters: Any,
+    find_faults: Callable[[], Sequence[tuple[Any, Fault]]],
+) -> list[tuple[Any, Fault]]:
+    """What ``find_faults()`` returns: (what is at fault, fault), once per machine and files.
+
+    That is remembered for unchanged files, unless a file could not be accessed.
+
+    Args:
+        name, files, parameters: see :func:`~spatial_mamba_d2.system.once.once_per_machine`.
+        find_faults: what is at fault must be JSON.
+    """
+    found = once_per_machine(
+        name,
+        files,
+        [CHECKS_VERSION, PIL.__version__, parameters],
+        lambda: [[what, *fault] for what, fault in find_faults()],
+        keep=lambda found: all(kind != INACCESSIBLE for _, kind, _ in found),
+    )
+    return [(what, Fault(kind, reason)) for what, kind, reason in found]
 
 
 def settle_faults(
@@ -44,7 +81,7 @@ def settle_faults(
         raise ValueError(f"{where}: nothing is usable{_listing(problems)}")
     if problems and on_error == "raise":
         raise ValueError(
-            f"{where}: problems found: {len(problems)}. Fix them, or skip what they concern with "
+            f"{where}: problems found: {len(problems)}. Fix them, or skip what they affect with "
             f"DATASETS.ON_ERROR skip{_listing(problems)}"
         )
     for kind, reasons in _by_kind(faults).items():
@@ -73,7 +110,7 @@ def _listing(faults: Sequence[Fault]) -> str:
 
 def check_on_error(on_error: str) -> None:
     """Raises ValueError for anything but ``"raise"`` and ``"skip"``."""
-    if on_error not in ("raise", "skip"):
+    if on_error not in get_args(OnError):
         raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
 
 

@@ -24,14 +24,15 @@ from torch import Tensor
 from torchvision import transforms
 
 from spatial_mamba_d2.data.faults import (
+    INACCESSIBLE,
     Fault,
+    InaccessibleFileError,
     OnError,
     check_on_error,
-    read_or_skip,
+    check_once,
     settle_faults,
 )
 from spatial_mamba_d2.data.images import SUFFIXES, open_image
-from spatial_mamba_d2.system.once import once_per_machine
 from spatial_mamba_d2.system.seeding import seeded
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,8 @@ def load_split(
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no image is usable; with ``"raise"``, any fault: a folder that is no class or
-            has no image, an image that is empty or (if checked) cannot be decoded.
+        ValueError: no image is usable; with ``"raise"``, any fault: a folder that is not a class or
+            has no image, an image that (if checked) cannot be decoded.
     """
     check_on_error(on_error)
     where = Path(root, split)
@@ -120,31 +121,36 @@ def load_split(
     for folder in _folders(where):
         if folder.name not in index:
             reason = f"folder {folder} is none of the {len(classes)} classes"
-            faults.append(Fault("folder that is no class", reason))
+            faults.append(Fault("folder that is not a class", reason))
             continue
         files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
         if not files:
             faults.append(Fault("empty class", f"folder {folder} holds no image"))
         samples += [ClassifiedImage(file, index[folder.name]) for file in files]
     if check_decode:
-        found = once_per_machine(
-            "imagenet", [s.path for s in samples], [], lambda: _decoding_faults(samples)
-        )
-        faults += [Fault(*fault) for fault in found if fault]
-        samples = [s for s, fault in zip(samples, found, strict=True) if fault is None]
+        files = [sample.path for sample in samples]
+        found = dict(check_once("imagenet", files, [], lambda: _decoding_faults(samples)))
+        faults += found.values()
+        samples = [sample for index, sample in enumerate(samples) if index not in found]
     settle_faults(faults, on_error, where=where, num_usable=len(samples))
     if absent := len(classes) - len({sample.target for sample in samples}):
         logger.warning("%s: %d of %d classes have no image", where, absent, len(classes))
     return samples
 
 
-def _decoding_faults(samples: Sequence[ClassifiedImage]) -> list[Fault | None]:
+def _decoding_faults(samples: Sequence[ClassifiedImage]) -> list[tuple[int, Fault]]:
     def find_fault(sample: ClassifiedImage) -> Fault | None:
-        _, error = read_or_skip(read_sample, sample, "skip")
-        return Fault("damaged image file", error) if error else None
+        try:
+            read_sample(sample)
+        except InaccessibleFileError as error:
+            return Fault(INACCESSIBLE, str(error))
+        except (OSError, ValueError) as error:
+            return Fault("damaged image file", str(error))
+        return None
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
-        return list(pool.map(find_fault, samples))
+        found = pool.map(find_fault, samples)
+        return [(index, fault) for index, fault in enumerate(found) if fault]
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from spatial_mamba_d2.data.faults import InaccessibleFileError
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
 
@@ -24,13 +26,17 @@ def naming_file(kind: str, path: str | Path) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be decoded.
+        ValueError: it cannot be decoded; :class:`~.faults.InaccessibleFileError`: or not be read.
     """
     try:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"no {kind} file {path}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except OSError as error:
+        # Only the system's errors have a number; those of Pillow are about the content.
+        kind_of_error = ValueError if error.errno is None else InaccessibleFileError
+        raise kind_of_error(f"{kind} file {path} cannot be decoded: {error}") from error
+    except (SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{kind} file {path} cannot be decoded: {error}") from error
 
 
@@ -99,8 +105,8 @@ def write_image(path: Path, image: np.ndarray) -> None:
         raise OSError(f"cannot write image {path}")
 
 
-# RGB uint8[H, W, 3] and OUTPUT/NAME, for further files -> the drawing, RGB uint8[H', W', 3], and a
-# summary in a few words.
+# RGB uint8[H, W, 3] and OUTPUT/NAME, a path without suffix for additional files -> the drawing, RGB
+# uint8[H', W', 3], and a summary in a few words.
 Draw = Callable[[np.ndarray, Path], tuple[np.ndarray, str]]
 
 

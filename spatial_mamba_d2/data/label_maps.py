@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from spatial_mamba_d2.data.faults import Fault
+from spatial_mamba_d2.data.faults import INACCESSIBLE, Fault, InaccessibleFileError
 from spatial_mamba_d2.data.images import naming_file, read_image, read_size
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 
@@ -144,10 +144,14 @@ def find_fault(pair: Pair, labels: LabelFormat, check_decode: bool) -> Fault | N
     """
     try:
         stored = read_label(pair.label)
-    except ValueError as error:
+    except InaccessibleFileError as error:
+        return Fault(INACCESSIBLE, str(error))
+    except (OSError, ValueError) as error:
         return Fault("unreadable label file", str(error))
     try:
         size = read_image(pair.image).shape[:2] if check_decode else read_size(pair.image)
+    except InaccessibleFileError as error:
+        return Fault(INACCESSIBLE, str(error))
     except (OSError, ValueError) as error:
         return Fault("unreadable image file", str(error))
     if stored.shape != size:

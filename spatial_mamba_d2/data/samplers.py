@@ -26,7 +26,7 @@ class SampleIndex(NamedTuple):
 class ResumableBatchSampler(Sampler[list[SampleIndex]]):
     """A stream of batches that starts at any iteration and divides among any processes.
 
-    The items are shuffled anew for each pass. A batch holds items of one group, so that padding is
+    The items are shuffled again for each pass. A batch holds items of one group, so that padding is
     small if wide and tall images are different groups. Each process takes its share of every
     batch, in as many micro-batches as there are accumulation steps.
 
@@ -34,14 +34,14 @@ class ResumableBatchSampler(Sampler[list[SampleIndex]]):
         num_items: size of the data set.
         batch_size: items of an iteration, over all processes and accumulation steps.
         groups: for each item, the group it may share a batch with; ``None``: all are one.
-        num_iterations: of the whole run; ``None``: endless.
+        num_iterations: length of the run; ``None``: endless.
         accumulation_steps: micro-batches of an iteration.
-        seed: of the order.
+        seed: determines the order.
         start: iterations that are done already; may be set until iteration begins.
         rank, world_size: this process, and how many there are.
 
     Raises:
-        ValueError: the batch cannot be divided so.
+        ValueError: there is no item, or the batch cannot be divided so.
     """
 
     def __init__(
@@ -57,6 +57,8 @@ class ResumableBatchSampler(Sampler[list[SampleIndex]]):
         rank: int = 0,
         world_size: int = 1,
     ):
+        if num_items < 1:
+            raise ValueError(f"num_items must be at least 1, got {num_items}")
         if batch_size < 1 or batch_size % (world_size * accumulation_steps):
             raise ValueError(
                 f"SOLVER.IMS_PER_BATCH must be a multiple of {world_size} processes x "
@@ -76,7 +78,9 @@ class ResumableBatchSampler(Sampler[list[SampleIndex]]):
         per_rank = self.batch_size // self.world_size
         first = self.rank * per_rank
         micro_batch = per_rank // self.accumulation_steps
-        remaining = None if self.num_iterations is None else self.num_iterations - self.start
+        remaining = None
+        if self.num_iterations is not None:
+            remaining = max(0, self.num_iterations - self.start)
         for batch in itertools.islice(self._batches(), remaining):
             for begin in range(first, first + per_rank, micro_batch):
                 yield batch[begin : begin + micro_batch]
@@ -101,7 +105,8 @@ class ResumableBatchSampler(Sampler[list[SampleIndex]]):
         waiting = {group: [unknown] * (entry * n % size) for group, n in sizes.items()}
         complete = sum(entry * n // size for n in sizes.values())
         for epoch in itertools.count(entry):
-            order = np.random.default_rng([self.seed, epoch]).permutation(num_items)
+            shuffle = np.random.default_rng(derive_seed(self.seed, "shuffle", epoch))
+            order = shuffle.permutation(num_items)
             for place, index in enumerate(order.tolist()):
                 batch = waiting[self.groups[index]]
                 batch.append(SampleIndex(index, epoch * num_items + place))
@@ -120,7 +125,7 @@ class SkippingDataset(Dataset[Any], Generic[Item]):
         read: item -> arguments of ``transform`` before the generator; raises ``OSError`` or
             ``ValueError`` if a file is broken.
         transform: those and a ``numpy.random.Generator`` -> sample.
-        seed: of the augmentations.
+        seed: determines the augmentations.
         on_error: about broken items, ``"raise"`` or ``"skip"``.
     """
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = 255  # of pixels that neither train nor count
+IGNORE = 255  # label of pixels that are ignored in training and scores
 
 BRIGHTNESS = 32
 CONTRAST = SATURATION = (0.5, 1.5)

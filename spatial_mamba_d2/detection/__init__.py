@@ -7,6 +7,8 @@
 >>> cfg.MODEL.BACKBONE.NAME = "build_spatial_mamba_fpn_backbone"
 """
 
+from detectron2.modeling import build_model
+
 from spatial_mamba_d2.detection.backbone import (
     SpatialMambaBottomUp,
     build_spatial_mamba_backbone,
@@ -17,6 +19,7 @@ from spatial_mamba_d2.detection.config import add_spatial_mamba_config
 __all__ = [
     "SpatialMambaBottomUp",
     "add_spatial_mamba_config",
+    "build_model",
     "build_spatial_mamba_backbone",
     "build_spatial_mamba_fpn_backbone",
 ]

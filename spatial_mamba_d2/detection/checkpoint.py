@@ -58,7 +58,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             temporary.write_text(last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load weights to start from, or without ``checkpointables=[]`` the whole training state.
+        """Load weights to start from, or without ``checkpointables=[]`` all training state.
 
         Returns:
             what else the file holds.

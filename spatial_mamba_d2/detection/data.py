@@ -45,7 +45,7 @@ class DetectionDataset:
     """A data set as the trainer and the evaluator need it.
 
     Attributes:
-        name: in Detectron2's catalogue.
+        name: key in Detectron2's catalogue.
         records: images and annotations, in Detectron2's format.
         classes: names by index; None if the data set has none.
         category_ids: of the classes, in the file; empty if it is not in COCO format.
@@ -165,21 +165,21 @@ def register_for_evaluation(cfg: CfgNode, dataset: DetectionDataset) -> Metadata
     """Detectron2's metadata by which predictions for ``dataset`` are evaluated; in all processes.
 
     What ``DATASETS.ON_ERROR skip`` skipped is not evaluated either: what is left is written to
-    ``OUTPUT_DIR``, by one process, for pycocotools to read.
+    ``OUTPUT_DIR``, by one process per machine, for pycocotools to read.
     """
     if dataset.json_file is None:
         return MetadataCatalog.get(dataset.name)
     json_file = dataset.json_file
     if dataset.coco:
         path = Path(cfg.OUTPUT_DIR, f"cleaned_{Path(json_file).name}")
-        if comm.is_main_process():
+        if comm.get_local_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps(_to_coco(dataset.coco)), encoding="utf-8")
-        comm.synchronize()
         json_file = str(path)
+    comm.synchronize()  # in all processes, even if only one machine's copy has faults
     name = f"{dataset.name} (evaluation)"
-    if name in MetadataCatalog.list():  # of an evaluation before, whose file may differ
+    if name in MetadataCatalog.list():  # entry of the previous evaluation, whose file may differ
         MetadataCatalog.pop(name)
     return MetadataCatalog.get(name).set(
         json_file=json_file,
@@ -231,6 +231,9 @@ class Mapper(DatasetMapper):
             d2_utils.check_image_size(record, image)
         except d2_utils.SizeMismatchError as error:
             raise ValueError(f"image file {record['file_name']}: {error}") from None
+        if "sem_seg_file_name" in record:  # of data sets in Detectron2's catalogue
+            label = d2_utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
+            record["sem_seg"] = label
         return record, image[..., ::-1] if self.image_format == "BGR" else image
 
     def transform(
@@ -244,13 +247,17 @@ class Mapper(DatasetMapper):
         Raises:
             ValueError: the annotations do not fit ``INPUT.MASK_FORMAT``.
         """
-        aug_input = T.AugInput(image)
+        aug_input = T.AugInput(image, sem_seg=record.get("sem_seg"))
         with seeded(int(rng.integers(2**32))) if rng else contextlib.nullcontext():
             transforms = self.augmentations(aug_input)
         image = aug_input.image
+        if aug_input.sem_seg is not None:
+            record["sem_seg"] = torch.as_tensor(aug_input.sem_seg.astype("long"))
         record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         if not self.is_train:
             record.pop("annotations", None)
+            return record
+        if "annotations" not in record:
             return record
         try:
             self._transform_annotations(record, transforms, image.shape[:2])

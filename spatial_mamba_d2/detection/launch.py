@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
+from spatial_mamba_d2.system.cli import parse_address
+
 
 def launch(
     main: Callable[..., Any],
@@ -34,20 +36,20 @@ def launch(
         the result of ``main`` if it runs in this process, else ``None``.
 
     Raises:
-        ValueError: more processes than GPUs, or ``auto`` for several machines.
+        ValueError: more processes than GPUs, or no address of machine 0 for several machines.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _join("env://", -1, -1, int(os.environ["LOCAL_WORLD_SIZE"]))
         return _run(main, args)
     gpus = torch.cuda.device_count()
-    if gpus and num_processes > gpus:
+    if gpus and num_processes > gpus:  # each process joins with a GPU, whatever MODEL.DEVICE is
         raise ValueError(f"--num-gpus must be at most {gpus}, the GPUs here, got {num_processes}")
     world_size = num_machines * num_processes
     if world_size == 1:
         return main(*args)
-    if dist_url == "auto":
-        if num_machines > 1:
-            raise ValueError("--dist-url must be tcp://HOST:PORT for several machines, got 'auto'")
+    if num_machines > 1:
+        parse_address(dist_url)
+    elif dist_url == "auto":
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             dist_url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"

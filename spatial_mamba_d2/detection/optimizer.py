@@ -8,20 +8,16 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from spatial_mamba_d2.models.param_groups import parameter_groups
+from spatial_mamba_d2.models.param_groups import build_adamw
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
     """AdamW from ``cfg.SOLVER``."""
-    return torch.optim.AdamW(
-        parameter_groups(model, cfg.SOLVER.WEIGHT_DECAY),
-        lr=cfg.SOLVER.BASE_LR,
-        betas=tuple(cfg.SOLVER.BETAS),
-    )
+    return build_adamw(model, cfg.SOLVER)
 
 
 def clip_gradients(cfg: CfgNode, parameters: Iterable[torch.Tensor]) -> None:
-    """Clip gradients in place as ``cfg.SOLVER.CLIP_GRADIENTS`` says; nothing where not enabled."""
+    """Clip gradients in place as ``cfg.SOLVER.CLIP_GRADIENTS`` says; does nothing if disabled."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not clip.ENABLED:
         return

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
+from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from spatial_mamba_d2.data.images import Draw
 from spatial_mamba_d2.detection.augmentation import build_augmentation
 from spatial_mamba_d2.detection.config import load_config
-from spatial_mamba_d2.detection.model import build_model
 from spatial_mamba_d2.detection.visualize import draw_instances
 from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
 

@@ -10,6 +10,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from spatial_mamba_d2.config import check_processes
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.trainer import Trainer
@@ -20,9 +21,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Configuration, loggers, seeds and output folder from Detectron2's command line.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`~.config.load_config`.
+        FileNotFoundError, ValueError: configuration or number of processes are not usable.
     """
     cfg = load_config(args.config_file, args.opts)
+    check_processes(cfg, comm.get_local_size())
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="spatial_mamba_d2")
     return cfg

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from pycocotools.coco import COCO
 
+from spatial_mamba_d2.data.drawing import enlargement
 from spatial_mamba_d2.data.images import read_image, write_image
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def draw_instances(
     Returns:
         RGB, ``uint8[H', W', 3]``, enlarged if the image is small.
     """
-    visualizer = Visualizer(image, metadata, _scale(image), ColorMode.IMAGE)
+    visualizer = Visualizer(image, metadata, enlargement(image, _SHORTEST_PX), ColorMode.IMAGE)
     kept = instances[instances.scores >= score_thresh].to("cpu")
     return visualizer.draw_instance_predictions(kept).get_image()
 
@@ -47,7 +48,7 @@ def draw_ground_truth(
     """Draw COCO annotations of ``image`` (RGB, ``uint8[H, W, 3]``); see :func:`draw_instances`."""
     classes = metadata.thing_dataset_id_to_contiguous_id
     names = metadata.thing_classes
-    visualizer = Visualizer(image, metadata, _scale(image), ColorMode.IMAGE)
+    visualizer = Visualizer(image, metadata, enlargement(image, _SHORTEST_PX), ColorMode.IMAGE)
     x, y, w, h = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4).T
     output = visualizer.overlay_instances(
         boxes=np.stack((x, y, x + w, y + h), axis=1),
@@ -58,10 +59,6 @@ def draw_ground_truth(
         ],
     )
     return output.get_image()
-
-
-def _scale(image: np.ndarray) -> float:
-    return max(1.0, _SHORTEST_PX / min(image.shape[:2]))
 
 
 class VisualizationWriter(DatasetEvaluator):

@@ -51,7 +51,7 @@ def build_model(name: str, weights: Path | None = None, size_px: int = 224) -> A
     if weights is None:
         logger.warning("%s has RANDOM weights: its figures show the architecture only", name)
     elif isinstance(model, SpatialMambaClassifier):
-        logger.info("%s", load_weights(model, weights))
+        logger.info("%s", load_weights(model, weights, partial=False))
     else:
         timm.models.load_checkpoint(model, str(weights))
     return model.eval()

@@ -49,7 +49,7 @@ class SpatialMambaClassifier(SpatialMamba):
         ValueError: an argument is out of its range.
     """
 
-    output_fmt = "NHWC"  # of forward_features, as timm calls it
+    output_fmt = "NHWC"  # layout of forward_features, in timm's terms
     global_pool: nn.Module
     head: nn.Module
 

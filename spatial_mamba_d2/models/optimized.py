@@ -63,7 +63,7 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     The copy takes the same inputs and returns the same outputs, within 1e-4 of the largest value in
     float32. It raises ``RuntimeError`` on ``train()``, on gradients, on ``state_dict()`` and
     ``load_state_dict()``, and on ``.to()`` with another dtype or device. Its matrix products and
-    convolutions ignore autocast. Where oneDNN is unavailable (on devices other than CPUs, in
+    convolutions ignore autocast. If oneDNN is unavailable (on devices other than CPUs, in
     float64, in a PyTorch built without it), weights are folded but not packed.
 
     Args:

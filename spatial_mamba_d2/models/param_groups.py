@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -20,3 +21,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
          "weight_decay": weight_decay},
         {"params": [p for name, p in trainable if "norm" in name], "weight_decay": 0.0},
     ]  # fmt: skip
+
+
+def build_adamw(model: nn.Module, solver: Any) -> torch.optim.AdamW:
+    """AdamW with :func:`parameter_groups`, from a configuration's ``SOLVER``."""
+    return torch.optim.AdamW(
+        parameter_groups(model, solver.WEIGHT_DECAY),
+        lr=solver.BASE_LR,
+        betas=tuple(solver.BETAS),
+    )

@@ -34,19 +34,19 @@ class Pointwise(nn.Linear):
     """``torch.nn.Linear`` for maps: ``Tensor[B, H, W, I]`` -> ``Tensor[B, H, W, O]``.
 
     Args:
-        recompute: compute the output again in backward instead of keeping it, for an output that is
-            much wider than the input.
+        recompute_output: compute the output again in backward instead of keeping it, for an output
+            that is much wider than the input.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, recompute: bool = False
+        self, in_features: int, out_features: int, bias: bool = True, recompute_output: bool = False
     ):
         super().__init__(in_features, out_features, bias)
-        self.recompute = recompute
+        self.recompute_output = recompute_output
 
     def forward(self, x: Tensor) -> Tensor:
         operands = cast_for_autocast(x, self.weight, self.bias)
-        return recompute(pointwise, *operands) if self.recompute else pointwise(*operands)
+        return recompute(pointwise, *operands) if self.recompute_output else pointwise(*operands)
 
 
 class GELU(nn.GELU):

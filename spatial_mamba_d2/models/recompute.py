@@ -10,8 +10,8 @@ that pass alone, as by ``torch.func.functional_call``.
 The mechanism is a pair of saved-tensor hooks. PyTorch applies only the innermost pair, so ours pass
 what is really kept to the pair around them; this makes ``save_on_cpu`` and
 ``torch.utils.checkpoint`` work as usual. ``torch.compile`` traces no such hooks: there the forward
-method is a selective checkpoint. Everything is computed plainly in exported and traced graphs,
-under ``torch.func``, and before PyTorch 2.8, which cannot tell what the surrounding hooks are.
+method is a selective checkpoint. Everything is computed plainly in exported and traced graphs and
+under ``torch.func``.
 """
 
 from __future__ import annotations
@@ -151,7 +151,6 @@ def _can_record() -> bool:
     return (
         _state.enabled
         and torch.is_grad_enabled()
-        and hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
         and torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()

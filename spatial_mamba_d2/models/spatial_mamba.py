@@ -79,7 +79,8 @@ class ConvLayer(nn.Module):
     """Convolution, optionally followed by batch norm and ReLU; ``Tensor[B, C, H, W]``.
 
     Args:
-        recompute: compute the output of the convolution again in backward instead of keeping it.
+        recompute_output: compute the output of the convolution again in backward instead of
+            keeping it.
     """
 
     def __init__(
@@ -92,10 +93,10 @@ class ConvLayer(nn.Module):
         norm: bool = True,
         bias: bool = False,
         act: bool = True,
-        recompute: bool = False,
+        recompute_output: bool = False,
     ):
         super().__init__()
-        self.conv = (Conv2d if recompute else nn.Conv2d)(
+        self.conv = (Conv2d if recompute_output else nn.Conv2d)(
             in_dim, out_dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
         )
         self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
@@ -130,7 +131,7 @@ class Downsample(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hidden = 8 * dim
-        cheap: dict[str, Any] = {"norm": False, "bias": True, "recompute": True}
+        cheap: dict[str, Any] = {"norm": False, "bias": True, "recompute_output": True}
         self.expand = ConvLayer(dim, hidden, 1, **cheap)
         self.reduce = ConvLayer(hidden, hidden, 3, stride=2, groups=hidden, **cheap)
         self.project = ConvLayer(hidden, 2 * dim, 1, bias=True, act=False)
@@ -199,7 +200,7 @@ class StructureAwareSSM(nn.Module):
         self.in_proj = Pointwise(dim, 2 * inner, bias=False)
         self.conv = DepthwiseConv(inner, residual=False)
         self.x_proj = Pointwise(inner, sum(self.split_sizes), bias=False)
-        self.dt_proj = Pointwise(rank, inner, bias=False, recompute=True)
+        self.dt_proj = Pointwise(rank, inner, bias=False, recompute_output=True)
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.zeros(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))

@@ -217,7 +217,7 @@ def training_candidates(batch: int, height: int, width: int) -> tuple[Candidates
 
 def detector_candidates(batch: int, height: int, width: int) -> Candidates:
     """All layers of Mask R-CNN, ours and Detectron2's with a ResNet-50; needs Detectron2."""
-    from spatial_mamba_d2.detection.model import build_model
+    from spatial_mamba_d2.detection import build_model
 
     zoo_name = "mask_rcnn_spatial_mamba_t"
     device = ["MODEL.DEVICE", torch.get_default_device().type]

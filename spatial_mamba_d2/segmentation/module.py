@@ -17,7 +17,7 @@ from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.data.images import read_image, write_image
 from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
-from spatial_mamba_d2.models.param_groups import parameter_groups
+from spatial_mamba_d2.models.param_groups import build_adamw
 from spatial_mamba_d2.models.upernet import UPerNet, build_upernet, resize
 from spatial_mamba_d2.segmentation.inference import build_protocol, segment
 from spatial_mamba_d2.segmentation.metrics import Confusion, format_table
@@ -102,11 +102,7 @@ class Segmentor(TrainingModule):
 
     def configure_optimizers(self) -> Any:
         solver = self.cfg.SOLVER
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, solver.WEIGHT_DECAY),
-            lr=solver.BASE_LR,
-            betas=tuple(solver.BETAS),
-        )
+        optimizer = build_adamw(self.model, solver)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda iteration: learning_rate_factor(

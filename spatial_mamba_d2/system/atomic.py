@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file to write, which replaces ``path`` at the end, once it is on disk."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
+    # The machine's name, because several may share the folder. What a killed process leaves is
+    # written over by the next one.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.part")
     yield temporary
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -18,7 +19,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 def build_training_parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments of Detectron2's ``train_net.py``, for the tools of all tasks."""
     parser = build_parser(description)
-    parser.add_argument("--config-file", metavar="FILE")
+    parser.add_argument("--config-file", default="", metavar="FILE")
     parser.add_argument("--resume", action="store_true", help="continue the training in OUTPUT_DIR")
     parser.add_argument(
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS (or what OUTPUT_DIR has)"
@@ -36,11 +37,23 @@ def build_training_parser(description: str | None) -> argparse.ArgumentParser:
 def build_visualization_parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments of tools that draw predictions for images."""
     parser = build_parser(description)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", default="", metavar="FILE")
     parser.add_argument("--input", required=True, nargs="+", type=Path, help="images and folders")
     parser.add_argument("--output", required=True, type=Path, help="folder for the drawings")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     return parser
+
+
+def parse_address(url: str) -> tuple[str, int]:
+    """Host and port of ``--dist-url``.
+
+    Raises:
+        ValueError: it is not ``tcp://HOST:PORT``.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "tcp" or not parts.hostname or not parts.port:
+        raise ValueError(f"--dist-url must be tcp://HOST:PORT for several machines, got {url!r}")
+    return parts.hostname, parts.port
 
 
 def log_to_stdout(level: int = logging.INFO) -> None:

@@ -50,7 +50,7 @@ def can_build() -> bool:
     compiler = os.environ.get("CXX") or ("cl" if os.name == "nt" else "c++")
     return bool(
         shutil.which("git")
-        and shutil.which(compiler)
+        and shutil.which(compiler.split()[0])
         and succeeds("git", "ls-remote", GIT_URL, "HEAD", timeout=10)
     )
 

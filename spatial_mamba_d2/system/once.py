@@ -32,49 +32,58 @@ def cache_folder() -> Path:
 
 
 def once_per_machine(
-    name: str, files: Iterable[str | Path], parameters: Any, compute: Callable[[], Any]
+    name: str,
+    files: Iterable[str | Path],
+    parameters: Any,
+    compute: Callable[[], Any],
+    *,
+    keep: Callable[[Any], bool],
 ) -> Any:
     """What ``compute()`` returns, from the cache if nothing that it depends on has changed.
 
-    Of several processes that ask at once, one computes and the others wait for its result. Without
-    a writable cache folder, or for files of the last two seconds, every process computes.
+    Of several processes that ask at once, one computes and the others wait for its result. If the
+    cache folder is not writable, or a file is missing or was changed in the last two seconds, every
+    process computes.
 
     Args:
-        name: of the computation, for the file in the cache.
-        files: what the result depends on; each is identified by path, size and time of change.
-        parameters: what else it depends on, as JSON.
+        name: of the computation; part of the file name in the cache.
+        files: what the result depends on; each is identified by path, size and times of change.
+        parameters: what else it depends on, including a version of the computation, as JSON.
         compute: its result must be JSON.
+        keep: whether a result is to be remembered.
     """
     digest = hashlib.sha256(json.dumps([__version__, parameters]).encode())
     newest_ns = 0
-    for file in files:
-        status = os.stat(file)
-        newest_ns = max(newest_ns, status.st_mtime_ns)
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    if newest_ns > time.time_ns() - RACY_NS:
-        return compute()
-    path = cache_folder() / f"{name}-{digest.hexdigest()[:32]}.json"
-    lock = FileLock(f"{path}.lock")
     try:
+        for file in files:
+            status = os.stat(file)
+            newest_ns = max(newest_ns, status.st_mtime_ns)
+            times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
+            digest.update(f"{file}\0{status.st_size}\0{times}\0".encode())
+        if newest_ns > time.time_ns() - RACY_NS:
+            return compute()
+        path = cache_folder() / f"{name}-{digest.hexdigest()[:32]}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
         lock.acquire()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         logger.debug("%s is not remembered: %s", name, error)
         return compute()
     try:
-        return _remembered(path, compute)
+        return _remembered(path, compute, keep)
     finally:
         lock.release()
 
 
-def _remembered(path: Path, compute: Callable[[], Any]) -> Any:
+def _remembered(path: Path, compute: Callable[[], Any], keep: Callable[[Any], bool]) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or damaged
         result = compute()
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(result), encoding="utf-8")
-    except OSError as error:
-        logger.debug("%s cannot be written: %s", path, error)
+    if keep(result):
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(result), encoding="utf-8")
+        except OSError as error:
+            logger.debug("%s cannot be written: %s", path, error)
     return result

@@ -19,12 +19,18 @@ REMOVED_IN = "0.2"
 #: old name -> new name, without the package; several where a module was divided
 NEW_NAMES: dict[str, str | tuple[str, ...]] = {
     "allocator": "system.allocator",
-    "analysis": "profiling.model_size",
+    "analysis": ("profiling.model_size", "profiling.model_report"),
     "atomic": "system.atomic",
-    "benchmark": "profiling.benchmark",
+    "benchmark": tuple(
+        f"profiling.{n}"
+        for n in ("benchmark", "benchmark_report", "candidates", "gemm_peak", "memory")
+    ),
     "classification.run": "classification.train",
     "conversion": "models.checkpoints.convert",
-    "cuda_report": "profiling.cuda_report",
+    "cuda_report": tuple(
+        f"profiling.{n}"
+        for n in ("cuda_report", "dram_model", "kernel_resources", "kernel_constants")
+    ),
     "cuda_toolkit": "system.cuda_toolkit",
     "data.stream": "data.samplers",
     "data.workers": "system.workers",
@@ -35,10 +41,11 @@ NEW_NAMES: dict[str, str | tuple[str, ...]] = {
     "models.inference": "models.optimized",
     "models.reading": "models.checkpoints.reading",
     "models.weights": tuple(f"models.checkpoints.{n}" for n in ("loading", "names", "reading")),
+    "ops.low_rank_structure_aware_ssm": "ops.structure_aware_ssm_from_dt",
     "optimization": "models.param_groups",
     "segmentation.pictures": "segmentation.visualize",
     "segmentation.run": "segmentation.train",
-    "training.launch": ("training.fit", "system.cli"),
+    "training.launch": "training.fit",
 }
 
 

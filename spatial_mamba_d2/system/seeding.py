@@ -36,12 +36,15 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Global generators that start at ``seed``, and are restored at the end.
+    """Global generators of the CPU that start at ``seed``, and are restored at the end.
 
-    For augmentations of libraries, which draw from Python's, NumPy's or PyTorch's.
+    For augmentations of libraries, which draw from Python's, NumPy's or PyTorch's. Generators of
+    GPUs are left alone.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:

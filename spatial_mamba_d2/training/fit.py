@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import lightning
 import torch
@@ -20,9 +19,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
+from spatial_mamba_d2.config import check_processes
 from spatial_mamba_d2.models import load_weights
 from spatial_mamba_d2.system.atomic import replacing
-from spatial_mamba_d2.system.cli import log_to_stdout
+from spatial_mamba_d2.system.cli import log_to_stdout, parse_address
 from spatial_mamba_d2.training.checkpoint import BEST, LAST, SafeCheckpointIO, build_checkpointing
 from spatial_mamba_d2.training.metrics_file import MetricsFile
 from spatial_mamba_d2.training.module import TrainingModule
@@ -69,18 +69,11 @@ def build_trainer(cfg: CfgNode, args: argparse.Namespace, **kwargs: Any) -> ligh
         num_processes = int(os.environ["LOCAL_WORLD_SIZE"])
         num_machines = int(os.environ["WORLD_SIZE"]) // num_processes
     elif num_machines > 1:
-        _set_address(args.dist_url, args.machine_rank)
+        host, port = parse_address(args.dist_url)
+        os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port), NODE_RANK=str(args.machine_rank))
     device_type, _, gpu = cfg.MODEL.DEVICE.partition(":")
     on_gpu = device_type == "cuda"
-    if on_gpu and num_processes > torch.cuda.device_count():
-        raise ValueError(
-            f"--num-gpus must be at most {torch.cuda.device_count()}, the GPUs here, "
-            f"got {num_processes}"
-        )
-    if gpu and num_processes > 1:
-        raise ValueError(
-            f"MODEL.DEVICE must be cuda for {num_processes} processes, got {cfg.MODEL.DEVICE!r}"
-        )
+    check_processes(cfg, num_processes)
     plugins: list[Any] = [SafeCheckpointIO()]
     if cfg.SOLVER.AMP.ENABLED:
         half = cfg.SOLVER.AMP.PRECISION == "float16"
@@ -96,15 +89,6 @@ def build_trainer(cfg: CfgNode, args: argparse.Namespace, **kwargs: Any) -> ligh
         enable_model_summary=False,
         num_sanity_val_steps=0,
         **kwargs,
-    )
-
-
-def _set_address(url: str, machine_rank: int) -> None:
-    parts = urlsplit(url)
-    if parts.scheme != "tcp" or not parts.hostname or not parts.port:
-        raise ValueError(f"--dist-url must be tcp://HOST:PORT for several machines, got {url!r}")
-    os.environ.update(
-        MASTER_ADDR=parts.hostname, MASTER_PORT=str(parts.port), NODE_RANK=str(machine_rank)
     )
 
 

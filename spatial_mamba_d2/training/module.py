@@ -23,7 +23,7 @@ class Schedule:
     """When a training ends, evaluates and saves; all in iterations.
 
     Attributes:
-        iterations: of the whole training.
+        iterations: length of the training.
         eval_period: from one evaluation to the next; 0: only at the end.
         checkpoint_period: from one ``last.ckpt`` to the next.
     """

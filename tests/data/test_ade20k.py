@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import zipfile
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spatial_mamba_d2.data import ade20k_classes, label_maps
 from spatial_mamba_d2.data.ade20k import find_pairs, load_classes, load_split, unpack
@@ -319,6 +321,28 @@ def test_a_bad_archive_leaves_nothing(tree, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(FileNotFoundError):
         unpack(tmp_path / "absent.zip", tmp_path / "out/ade")
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(tree, monkeypatch):
+    """A limit or a permission may change without a change of the file."""
+    for path in tree.rglob("*.*"):
+        os.utime(path, (1e9, 1e9))
+
+    def refuse(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", refuse)
+        with pytest.raises(ValueError, match="(?s)inaccessible file: 2.*Too many open files"):
+            load_split(tree, "training", LABELS)
+    assert len(load_split(tree, "training", LABELS)) == 2
+
+
+def test_a_broken_link_is_a_fault(tree):
+    (tree / "images/training/bb.jpg").unlink()
+    (tree / "images/training/bb.jpg").symlink_to(tree / "absent.jpg")
+    pairs = load_split(tree, "training", LABELS, on_error="skip", check_decode=True)
+    assert [pair.image.stem for pair in pairs] == ["a"]
 
 
 def test_unchanged_files_are_not_checked_again(tree, monkeypatch):

@@ -81,6 +81,15 @@ def test_the_length():
         len(ResumableBatchSampler(7, 12))
 
 
+def test_nothing_is_left_after_the_end():
+    assert list(ResumableBatchSampler(7, 12, num_iterations=10, start=11)) == []
+
+
+def test_an_empty_data_set_is_an_error():
+    with pytest.raises(ValueError, match="num_items must be at least 1, got 0"):
+        ResumableBatchSampler(0, 2)
+
+
 def test_a_batch_must_divide():
     with pytest.raises(ValueError, match="IMS_PER_BATCH must be a multiple of 2 processes x 3"):
         ResumableBatchSampler(7, 8, world_size=2, accumulation_steps=3)

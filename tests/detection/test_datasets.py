@@ -97,13 +97,13 @@ def test_what_is_skipped_does_not_count_as_missed(make_cfg, damaged):
     assert metadata.thing_classes == dataset.classes
 
 
-def test_one_process_writes_what_is_left(make_cfg, damaged, monkeypatch):
+def test_one_process_per_machine_writes_what_is_left(make_cfg, damaged, monkeypatch):
     path, folder, _ = damaged
     cfg = make_cfg(
         "DATASETS.TEST_JSON", path, "DATASETS.TEST_IMAGES", folder, "DATASETS.ON_ERROR", "skip"
     )
     dataset = load_dataset(cfg, cfg.DATASETS.TEST[0], is_train=False)
-    monkeypatch.setattr(comm, "get_rank", lambda: 1)
+    monkeypatch.setattr(comm, "get_local_rank", lambda: 1)
     monkeypatch.setattr(comm, "synchronize", lambda: None)
     metadata = register_for_evaluation(cfg, dataset)
     assert not Path(metadata.json_file).exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from spatial_mamba_d2.detection.model import build_model
+from spatial_mamba_d2.detection import build_model
 from spatial_mamba_d2.models import optimize_for_inference
 
 

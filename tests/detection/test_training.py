@@ -16,9 +16,10 @@ import torch
 from spatial_mamba_d2 import config
 from spatial_mamba_d2.data.shapes import generate_shapes
 from spatial_mamba_d2.detection.launch import launch
-from spatial_mamba_d2.detection.train import run
+from spatial_mamba_d2.detection.train import run, setup
 from spatial_mamba_d2.detection.trainer import Trainer
 from spatial_mamba_d2.models.checkpoints.reading import read_checkpoint
+from spatial_mamba_d2.system.cli import build_training_parser
 from spatial_mamba_d2.system.seeding import seed_all
 
 CONFIG = "configs/demo_mask_rcnn_spatial_mamba_t.yaml"
@@ -207,6 +208,13 @@ def test_launch_refuses_what_it_cannot_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="--num-gpus must be at most 1, the GPUs here, got 2"):
         launch(print, 2)
+
+
+def test_command_line_without_a_file(tmp_path):
+    """Detectron2 writes the contents of a file into its log, and takes "" for none."""
+    parser = build_training_parser(None)
+    args = parser.parse_args(["OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"])
+    assert setup(args).OUTPUT_DIR == str(tmp_path)
 
 
 def test_command_line_explains_itself(root):

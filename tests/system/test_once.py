@@ -32,7 +32,11 @@ def count(monkeypatch, tmp_path):
     calls = []
 
     def ask(files, parameters=None):
-        return once_per_machine("test", files, parameters, lambda: calls.append(1) or len(calls))
+        def compute():
+            calls.append(1)
+            return len(calls)
+
+        return once_per_machine("test", files, parameters, compute, keep=lambda _: True)
 
     return ask
 
@@ -41,7 +45,7 @@ def test_it_is_computed_once(count, file):
     assert [count([file]) for _ in range(3)] == [1, 1, 1]
 
 
-def test_a_change_of_anything_computes_anew(count, file, tmp_path):
+def test_a_change_of_anything_computes_again(count, file, tmp_path):
     assert count([file]) == 1
     assert count([file], ["other"]) == 2
     write(file, "abcd", LONG_AGO_NS)
@@ -72,12 +76,26 @@ def test_without_a_folder_to_write_to_it_still_computes(count, file, tmp_path, m
     assert [count([file]) for _ in range(2)] == [1, 2]
 
 
+def test_what_is_not_to_be_kept_is_computed_again(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("SMD2_CACHE", str(tmp_path / "cache"))
+    results = iter("abc")
+    for expected in "abb":
+        result = once_per_machine(
+            "test", [file], None, lambda: next(results), keep=lambda result: result == "b"
+        )
+        assert result == expected
+
+
+def test_a_missing_file_is_a_matter_of_the_computation(count, tmp_path):
+    assert [count([tmp_path / "absent.txt"]) for _ in range(2)] == [1, 2]
+
+
 def test_an_error_is_not_remembered(count, file, tmp_path):
     def fail():
         raise FileNotFoundError("no such label")
 
     with pytest.raises(FileNotFoundError, match="no such label"):
-        once_per_machine("test", [file], None, fail)
+        once_per_machine("test", [file], None, fail, keep=bool)
     assert count([file]) == 1
 
 
@@ -92,7 +110,7 @@ def compute():
     time.sleep(0.5)
     return 7
 
-assert once_per_machine("test", [sys.argv[1]], None, compute) == 7
+assert once_per_machine("test", [sys.argv[1]], None, compute, keep=bool) == 7
 """
 
 

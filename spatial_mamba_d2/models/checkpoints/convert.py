@@ -63,7 +63,7 @@ def inspect_state(state: Mapping[str, Tensor], source: str = "the given state") 
     Of a detector's heads only Mask R-CNN's standard ones are known; others are not checked.
 
     Raises:
-        WeightsError: it is no complete model.
+        WeightsError: it is not a complete model.
     """
     kind = model_kind(state)
     prefix = backbone_prefix(state)
@@ -101,7 +101,7 @@ def _backbone_arguments(backbone: Mapping[str, Tensor], source: str) -> dict[str
     widest = "stem.conv3.1.conv.weight"
     if widest not in backbone or 0 in depths:
         raise WeightsError(
-            f"weights: {source} holds no complete backbone: {depths} blocks per stage"
+            f"weights: {source} does not hold a complete backbone: {depths} blocks per stage"
         )
     return {"embed_dim": len(backbone[widest]), "depths": depths}
 
@@ -110,7 +110,7 @@ def _segmentor_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, 
     names = ("decode_head.classify.weight", "auxiliary_head.classify.weight")
     if absent := [name for name in names if name not in state]:
         raise WeightsError(
-            f"weights: {source} is no complete UPerNet: {', '.join(absent)} is missing"
+            f"weights: {source} is not a complete UPerNet: {', '.join(absent)} is missing"
         )
     num_classes, channels = state[names[0]].shape[:2]
     return {
@@ -133,7 +133,7 @@ def _compare(
     }
     found = [f"{len(n)} {text}, such as {n[0]}" for text, n in problems.items() if n]
     if found:
-        raise WeightsError(f"weights: {source} is no complete {kind}: {'; '.join(found)}")
+        raise WeightsError(f"weights: {source} is not a complete {kind}: {'; '.join(found)}")
 
 
 def keep_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

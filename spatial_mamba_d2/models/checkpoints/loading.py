@@ -219,7 +219,8 @@ def _exceptions(state: Iterable[str], target: Iterable[str]) -> tuple[set[str], 
                                                                 heads, new and unused
     =================== ==================== ================== =============================
 
-    (1) Of stages that the model does not return.
+    (1) Of stages that the model does not return. A file with nothing outside its backbone's prefix,
+    as written for Detectron2, counts as a backbone.
     """
     state, target = list(state), list(target)
     file, model = model_kind(state), model_kind(target)
@@ -228,9 +229,12 @@ def _exceptions(state: Iterable[str], target: Iterable[str]) -> tuple[set[str], 
         unused.add("classifier layers")
         if file == "classifier":
             new.add("output norms")
-    if file != model or backbone_prefix(state) != backbone_prefix(target):
+    prefix = backbone_prefix(state)
+    if file != model or prefix != backbone_prefix(target):
         new.add("heads")
         unused.add("heads")
+    elif prefix and all(name.startswith(prefix) for name in state):  # a backbone in disguise
+        new.add("heads")
     return new, unused
 
 
@@ -240,7 +244,9 @@ def _other_shapes(wrong: Sequence[str], shapes: Mapping[str, tuple[Any, Any]]) -
     )
     prefixes = ", ".join(repr(p) for p in dict.fromkeys(key.rsplit(".", 1)[0] for key in wrong))
     hint = (
-        f"; to train them anew, skip ({prefixes},) (MODEL.WEIGHTS_SKIP)" if len(wrong) < 9 else ""
+        f"; to train them from scratch, skip ({prefixes},) (MODEL.WEIGHTS_SKIP)"
+        if len(wrong) < 9
+        else ""
     )
     return (
         f"{len(wrong)} have another shape (another variant or number of classes): {examples}{hint}"

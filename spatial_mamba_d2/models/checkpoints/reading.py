@@ -168,7 +168,7 @@ def _read_pickled(path: Path, head: bytes) -> dict[str, Any]:
     if head.startswith(b"\x80") and not (is_zip or head.startswith(_LEGACY_MAGIC)):
         raise WeightsError(
             f"weights: {path} is a raw pickle, as in Detectron2's model zoo; refused, because "
-            "reading it can run code from the file. Where you trust it, load it with Detectron2 "
+            "reading it can run code from the file. If you trust it, load it with Detectron2 "
             "and save its tensors with torch.save"
         )
     names = set(_zip_names(path) if is_zip else _legacy_names(path))

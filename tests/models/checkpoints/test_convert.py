@@ -130,8 +130,11 @@ def test_parts_without_a_place_must_be_left_out_by_name(official_classifier, tmp
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        ("stages.2.blocks.0.ssm.D", "no complete segmentor: 1 missing, such as backbone.stages.2"),
-        ("stem.conv3.1.conv.weight", "holds no complete backbone"),
+        (
+            "stages.2.blocks.0.ssm.D",
+            "complete segmentor: 1 missing, such as backbone.stages.2",
+        ),
+        ("stem.conv3.1.conv.weight", "does not hold a complete backbone"),
     ],
 )
 def test_partial_states_are_refused(lost, message, tmp_path):

@@ -227,6 +227,26 @@ def test_skip_reaches_the_backbone_of_another_kind_of_model(official, segmentor)
     assert all(not name.startswith("backbone.stem.") for name in report.loaded)
 
 
+def test_a_converted_backbone_initialises_a_detector():
+    """``convert_weights --to detectron2 --only backbone`` writes nothing but a backbone."""
+    backbone = build_backbone("tiny", **SMALL)
+
+    class Detector(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = torch.nn.Module()
+            self.backbone.bottom_up = build_backbone("tiny", **SMALL)
+            self.roi_heads = torch.nn.Linear(2, 2)
+
+    detector = Detector()
+    state = {f"backbone.bottom_up.{name}": x for name, x in backbone.state_dict().items()}
+    report = load_weights(detector, state)
+    assert report.new == ["roi_heads.weight", "roi_heads.bias"]
+    del state["backbone.bottom_up.stem.conv1.conv.weight"]
+    with pytest.raises(WeightsError, match="missing from the file .1."):
+        load_weights(detector, state)
+
+
 def test_unused_heads_are_reported(segmentor):
     state = segmentor.state_dict()
     report = load_weights(build_backbone("tiny", **SMALL), state)
