@@ -16,7 +16,8 @@ PACKAGE = "spatial_mamba_d2"
 
 
 def has_file(name: str) -> bool:
-    path = ROOT / PACKAGE / name.replace(".", "/")
+    folder = ROOT if name.startswith("ops.") else ROOT / PACKAGE  # ops/ is installed into it
+    path = folder / name.replace(".", "/")
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
