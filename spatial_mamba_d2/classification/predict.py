@@ -60,7 +60,8 @@ def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw
         FileNotFoundError, ValueError: configuration or weights are unusable.
     """
     predictor = Predictor(load_config(config_file, overrides))
-    words = ImageNetInfo().label_descriptions(as_dict=True)
+    info = ImageNetInfo()
+    words = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
     names = [words.get(name, name) for name in predictor.classes]
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
