@@ -162,7 +162,7 @@ def test_other_heads_than_the_authors_have_no_official_names(official_state, tmp
     state = translate(official_state("maskrcnn_tiny"))
     del state["roi_heads.mask_head.mask_fcn4.weight"]
     del state["roi_heads.mask_head.mask_fcn4.bias"]
-    with pytest.raises(WeightsError, match=r"2 are missing or foreign, such as .*mask_fcn4.bias"):
+    with pytest.raises(WeightsError, match=r"2 are missing or unknown, such as .*mask_fcn4.bias"):
         save_official(state, tmp_path / "out.pth")
     torch.save({"model": state}, tmp_path / "shallow.pth")
     convert_weights(tmp_path / "shallow.pth", tmp_path / "out.safetensors", "safetensors")
