@@ -97,7 +97,6 @@ def test_exponent_of_a_power_law():
     assert benchmark._exponent({n: 3 * n**1.5 for n in (4, 16, 64)}) == pytest.approx(1.5)
 
 
-@pytest.mark.usefixtures("narrow")
 def test_compiled_backbones_are_timed(small, monkeypatch):
     """By a backend that traces but compiles nothing, because compiling takes minutes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
