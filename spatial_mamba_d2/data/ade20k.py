@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spatial_mamba_d2.data import ade20k_classes
+from spatial_mamba_d2.data.class_file import read_class_lines
 from spatial_mamba_d2.data.faults import Fault, OnError, check_on_error, check_once, settle_faults
 from spatial_mamba_d2.data.images import SUFFIXES
 from spatial_mamba_d2.data.label_maps import (
@@ -44,10 +45,7 @@ def load_classes(source: str, root: str | Path, num_classes: int) -> Classes:
     if source == "ade20k":
         classes = Classes(ade20k_classes.NAMES, ade20k_classes.PALETTE)
     elif source:
-        path = Path(root, source)
-        if not path.is_file():
-            raise FileNotFoundError(f"DATASETS.CLASSES: no such file: {path}")
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = read_class_lines(root, source)
         if lines and lines[0].startswith("Idx\t"):
             lines = [line.split("\t")[-1] for line in lines[1:]]
         names = tuple(line.split(",")[0].strip() for line in lines)

@@ -23,6 +23,7 @@ from timm.data.auto_augment import posterize
 from torch import Tensor
 from torchvision import transforms
 
+from spatial_mamba_d2.data.class_file import read_class_lines
 from spatial_mamba_d2.data.faults import (
     INACCESSIBLE,
     Fault,
@@ -59,11 +60,7 @@ def load_classes(source: str, root: str | Path, split: str, num_classes: int) ->
     if source == "imagenet-1k":
         names = tuple(ImageNetInfo("imagenet-1k").label_names())
     elif source:
-        path = Path(root, source)
-        if not path.is_file():
-            raise FileNotFoundError(f"DATASETS.CLASSES: no such file: {path}")
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-        names = tuple(name for name in names if name)
+        names = tuple(line.strip() for line in read_class_lines(root, source))
     else:
         names = tuple(folder.name for folder in _folders(Path(root, split)))
     if len(names) != num_classes:
