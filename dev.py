@@ -164,7 +164,9 @@ def run_demo(
 
 
 def test(args: list[str]) -> None:
-    run(PYTHON, "-m", "pytest", *args)
+    """All tests run in several processes, each file in one of them; chosen tests in one process."""
+    everything = ("--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+    run(PYTHON, "-m", "pytest", *(args or everything))
 
 
 def lint(args: list[str]) -> None:

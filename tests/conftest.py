@@ -25,6 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
+if num_processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # Processes that test side by side share the cores, with the tools that they start.
+    num_threads = max(1, (os.cpu_count() or 1) // num_processes)
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    torch.set_num_threads(num_threads)
+
 _spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
 assert _spec and _spec.loader
 _fill = importlib.util.module_from_spec(_spec)
