@@ -14,8 +14,10 @@ import os
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +26,12 @@ import numpy as np
 from PIL import Image
 
 from spatial_mamba_d2.data.faults import InaccessibleFileError
+from spatial_mamba_d2.data.outputs import (
+    check_outputs,
+    common_folder,
+    name_outputs,
+    same_folder,
+)
 from spatial_mamba_d2.data.pixels import (
     ImageFormatError,
     Layout,
@@ -33,6 +41,7 @@ from spatial_mamba_d2.data.pixels import (
     read_pixels,
 )
 
+ENDINGS = (".png", "_label.png")  # of what is written for NAME: the drawing, and predicted labels
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 # What operating systems leave in folders, in addition to names that begin with a dot.
 _LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"}
@@ -251,3 +260,84 @@ def write_image(path: Path, image: np.ndarray) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write image {path}: {error}") from error
+
+
+# RGB uint8[H, W, 3] and OUTPUT/NAME, a path without suffix for additional files -> the drawing, RGB
+# uint8[H', W', 3], and a summary in a few words.
+Draw = Callable[[np.ndarray, Path], tuple[np.ndarray, str]]
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """A :data:`Draw` that says how :func:`read_image` has to read its images."""
+
+    draw: Draw
+    num_channels: int = 3
+    value_range: PixelRange | None = None
+
+    def __call__(self, image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
+        return self.draw(image, path)
+
+
+def visualize_images(
+    inputs: Iterable[Path],
+    output: Path,
+    build_draw: Callable[[], Draw],
+    *,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Draw something for each image, into ``output/NAME.png``; broken images are reported.
+
+    The tree below a single folder, or below what several inputs have in common, stays the same in
+    ``output``; :func:`~.outputs.name_outputs` explains the names.
+
+    Args:
+        inputs: images and folders.
+        build_draw: called once the images are found: loads a model, for example.
+        overwrite: replace drawings and other files in ``output``, but never an input.
+
+    Returns:
+        the drawings' paths.
+
+    Raises:
+        FileNotFoundError: see :func:`find_images`.
+        ValueError: a drawing would be written over another file, see
+            :func:`~.outputs.check_outputs`; or no image could be drawn.
+        OSError: a drawing cannot be written.
+    """
+    inputs = list(inputs)
+    files = find_images(inputs, leave_out=output)
+    for path in inputs:
+        if path.is_dir() and same_folder(path, output):
+            raise ValueError(
+                f"output: must be another folder than the input {path}, such as {path / 'drawings'}"
+                f": drawings would replace {files[0].name}, or be the next call's inputs"
+            )
+    names = name_outputs(files, common_folder(inputs), output, ENDINGS)
+    planned = [name.with_name(f"{name.name}{ending}") for name in names for ending in ENDINGS]
+    check_outputs(planned, files, overwrite=overwrite)
+    draw = build_draw()
+    read = partial(
+        read_image,
+        num_channels=getattr(draw, "num_channels", 3),
+        value_range=getattr(draw, "value_range", None),
+    )
+    written: list[Path] = []
+    for file, name in zip(files, names, strict=True):
+        try:
+            image = read(file)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"skipped: {error}")
+            continue
+        drawing, summary = draw(image, name)
+        path = name.with_name(f"{name.name}.png")
+        write_image(path, drawing)
+        print(f"{file}: {summary} -> {path}")
+        written.append(path)
+    num_skipped = len(files) - len(written)
+    if not written:
+        raise ValueError(f"input: none of {num_skipped} files could be read as an image")
+    print(
+        f"{len(written)} images in {output}" + (f", {num_skipped} skipped" if num_skipped else "")
+    )
+    return written
