@@ -36,7 +36,6 @@ def segmentation_defaults() -> CfgNode:
     cfg.DATASETS.LABEL_OFFSET = 1  # class 0 is stored as this
     cfg.DATASETS.IGNORE_LABELS = (0,)  # stored integers that are ignored in training and scores
 
-    cfg.INPUT = CfgNode()
     # Images are resized to this short side in training and evaluation, unless the long side would
     # exceed LONG_PX.
     cfg.INPUT.SHORT_PX = 512
