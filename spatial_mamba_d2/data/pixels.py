@@ -258,7 +258,7 @@ def _read_deep(file: BinaryIO, layout: Layout) -> np.ndarray:
     decoded: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None:
         raise ValueError("OpenCV cannot read it; it is damaged, or of a rare type")
-    pixels = np.atleast_3d(decoded)
+    pixels: np.ndarray = np.atleast_3d(decoded)
     if pixels.shape[2] >= 3:
         pixels = pixels[..., [2, 1, 0, *range(3, pixels.shape[2])]]
     if layout.bands == 2 and pixels.shape[2] == 4:  # OpenCV's grey with alpha

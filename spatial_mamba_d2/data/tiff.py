@@ -81,9 +81,8 @@ class TiffHeader:
                 fields[_EXTRA] = _UNUSED, 0
         for tag, (new_tag, value) in fields.items():
             if tag in self.places:
-                order, count = self.count_code
                 padding = struct.calcsize(self.count_code) - 2
-                code = f"{order}HH{count}H{padding}x"
+                code = f"{self.count_code[0]}HH{self.count_code[1]}H{padding}x"
                 struct.pack_into(code, changed, self.places[tag], new_tag, _SHORT, 1, value)
         return bytes(changed)
 

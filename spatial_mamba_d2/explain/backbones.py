@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from spatial_mamba_d2.data.images import find_images, read_image
 from spatial_mamba_d2.data.shapes import render_image
-from spatial_mamba_d2.models import SpatialMambaClassifier, load_weights
+from spatial_mamba_d2.models import SpatialMambaClassifier, load_weights, read_checkpoint
+from spatial_mamba_d2.models.checkpoints.reading import WeightsError, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,7 @@ def build_model(name: str, weights: Path | None = None, size_px: int = 224) -> A
         size_px: side of the images, which some models of timm need to know.
 
     Raises:
-        ValueError: no such model, or it has no stages, or the weights do not fit one of ours.
-        RuntimeError: the weights do not fit one of timm's.
+        ValueError: no such model, or it has no stages, or the weights do not fit.
         FileNotFoundError: no such file.
     """
     if not timm.is_model(name):
@@ -53,7 +53,10 @@ def build_model(name: str, weights: Path | None = None, size_px: int = 224) -> A
     elif isinstance(model, SpatialMambaClassifier):
         logger.info("%s", load_weights(model, weights, partial=False))
     else:
-        timm.models.load_checkpoint(model, str(weights))
+        try:
+            model.load_state_dict(unwrap(read_checkpoint(weights), str(weights)))
+        except RuntimeError as error:
+            raise WeightsError(f"weights: {weights} does not fit {name}: {error}") from None
     return model.eval()
 
 
