@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from spatial_mamba_d2.data import tiff
 
@@ -149,6 +149,12 @@ def _tiff_layout(header: tiff.TiffHeader) -> Layout:
         raise ImageFormatError(f"has {header.bands} bands; at most 4 can be read")
     if is_deep and header.extra[:1] == (1,):
         raise ImageFormatError("has more than 8 bits, multiplied with alpha; save it without alpha")
+    if is_deep and header.bands > 1 and header.is_planar:
+        # OpenCV would mix them up.
+        raise ImageFormatError(
+            "has more than 8 bits and stores one band after the other; save it pixel by pixel "
+            "(INTERLEAVE=PIXEL, PlanarConfiguration 1)"
+        )
     bands = header.bands
     if are_colors and header.photometric in (tiff.CMYK, tiff.YCBCR):
         bands = 3 + has_alpha
@@ -205,7 +211,13 @@ def read_pixels(
     """
     file.seek(0)
     if layout.is_plain:
-        return _read_plain(file, num_channels, upright)
+        try:
+            return _read_plain(file, num_channels, upright)
+        except UnidentifiedImageError:  # Pillow knows fewer kinds of TIFF
+            header = layout.header
+            if not header or header.bits < 8 or header.photometric > tiff.RGB:
+                raise
+            file.seek(0)
     stored = _read_deep(file, layout)
     if stored.shape[:2] != (layout.height, layout.width):
         raise ValueError(f"is {stored.shape[:2]}, its header says {layout.size}")

@@ -155,9 +155,9 @@ def check_finite(state: object, source: str) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise WeightsError(
-            f"weights: {source} holds numbers that are not finite, in {len(wrong)} of {len(tensors)} "
-            f"entries: {', '.join(wrong[:3])}{more}. Its training diverged; take an earlier "
-            "checkpoint"
+            f"weights: {source} holds numbers that are not finite, in {len(wrong)} of "
+            f"{len(tensors)} entries: {', '.join(wrong[:3])}{more}. Its training diverged; take an "
+            "earlier checkpoint"
         )
 
 
