@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from spatial_mamba_d2.data.coco_boxes import BoxStatistics, examine_boxes
 from spatial_mamba_d2.data.coco_masks import (
     Mask,
@@ -229,15 +231,11 @@ class AnnotationReader:
 
     def statistics(self) -> BoxStatistics:
         """What all boxes show together."""
-
-        def rows(values: array, length: int) -> list[Any]:
-            return [values[i : i + length] for i in range(0, len(values), length)]
-
         return examine_boxes(
-            rows(self._boxes, 4),
-            [(height, width) for height, width in rows(self._sizes, 2)],
-            self._areas,
-            rows(self._mask_boxes, 4),
+            np.array(self._boxes).reshape(-1, 4),
+            np.array(self._sizes).reshape(-1, 2),
+            np.array(self._areas),
+            np.array(self._mask_boxes).reshape(-1, 4),
         )
 
 

@@ -6,7 +6,6 @@ file, but each single box of it may look like a valid one. Over all boxes it sho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,27 +29,23 @@ class BoxStatistics(NamedTuple):
 
 
 def examine_boxes(
-    boxes: Sequence[Sequence[float]],
-    sizes: Sequence[tuple[int, int]],
-    areas: Sequence[float],
-    mask_boxes: Sequence[Sequence[float]],
+    bbox: np.ndarray, sizes: np.ndarray, areas: np.ndarray, mask_boxes: np.ndarray
 ) -> BoxStatistics:
     """What the boxes of a file look like together.
 
     Args:
-        boxes: the field ``bbox`` of each annotation that is no crowd.
-        sizes: height and width of its image, in pixels.
-        areas: its field ``area``, NaN if there is none.
-        mask_boxes: x1, y1, x2, y2 of its mask, NaN if there is none.
+        bbox: float[N, 4], the field of that name of each annotation that is no crowd.
+        sizes: int[N, 2], height and width of its image, in pixels.
+        areas: float[N], its field ``area``, NaN if there is none.
+        mask_boxes: float[N, 4], x1, y1, x2, y2 of its mask, NaN if there is none.
     """
-    if not boxes:
+    if not len(bbox):
         return BoxStatistics(None, [])
-    bbox = np.array(boxes, float)  # [N, 4]
-    height, width = np.array(sizes, float).T  # [N] each
-    if bbox.max() <= 1 and min(height.min(), width.min()) > 4:
+    height, width = sizes.T  # [N] each
+    if bbox.max() <= 1 and sizes.min() > 4:
         return BoxStatistics(
-            f"all {len(bbox)} boxes have numbers of at most 1, such as {_shown(bbox[0])}: these are "
-            "fractions of the image's size, and COCO has pixels",
+            f"all {len(bbox)} boxes have numbers of at most 1, such as {_shown(bbox[0])}: these "
+            "are fractions of the image's size, and COCO has pixels",
             [],
         )
     xywh, others = _readings(bbox)
@@ -68,24 +63,22 @@ def examine_boxes(
         if shares["inside"].mean() < SUSPECT:
             problems.append(notes[-1])
 
-    masks = np.array(mask_boxes, float)
-    has_mask = np.isfinite(masks).all(axis=1)
+    has_mask = np.isfinite(mask_boxes).all(axis=1)
     if has_mask.any():
-        agree = _agree(xywh[has_mask], masks[has_mask])
+        agree = _agree(xywh[has_mask], mask_boxes[has_mask])
         for name, box in others.items():
-            fits[name].append(_agree(box[has_mask], masks[has_mask]).mean())
+            fits[name].append(_agree(box[has_mask], mask_boxes[has_mask]).mean())
         num_other = int((~agree).sum())
         if num_other:
             notes.append(f"{num_other} of {has_mask.sum()} boxes disagree with their masks")
             if agree.mean() < SUSPECT:
                 problems.append(notes[-1])
     else:
-        area = np.array(areas, float)
-        given = area > 0
-        same = _same_area(xywh[given], area[given])
+        given = areas > 0
+        same = _same_area(xywh[given], areas[given])
         if given.any() and same.mean() < 1 - CONVINCING:
             read_otherwise = {
-                name: _same_area(box[given], area[given]).mean() for name, box in others.items()
+                name: _same_area(box[given], areas[given]).mean() for name, box in others.items()
             }
             if read_otherwise["x1, y1, x2, y2"] >= CONVINCING:
                 problems.append(f"{(~same).sum()} of {len(same)} boxes disagree with their area")
