@@ -8,8 +8,10 @@ from spatial_mamba_d2.config import (
     add_lightning_config,
     config_loader,
     require_at_least,
+    require_between,
     require_low_high,
     require_one_of,
+    require_whole,
 )
 
 
@@ -89,18 +91,26 @@ def _check(cfg: CfgNode) -> None:
             "INPUT.CROP_PX": 1,
             "TEST.CROP_PX": 1,
             "TEST.STRIDE_PX": 1,
+            "DATASETS.LABEL_OFFSET": 0,
+            "DATASETS.IGNORE_LABELS": 0,
+            "MODEL.UPERNET.CHANNELS": 1,
+            "MODEL.UPERNET.AUX_CHANNELS": 1,
+            "MODEL.UPERNET.AUX_WEIGHT": 0,
         },
     )
+    require_between(cfg, ("MODEL.UPERNET.DROPOUT",), 0, 1, include_high=False)
+    require_between(cfg, ("INPUT.MAX_CLASS_SHARE",), 0, 1, include_low=False)
+    require_whole(cfg, ("DATASETS.IGNORE_LABELS",))
     if cfg.TEST.STRIDE_PX > cfg.TEST.CROP_PX:
         raise ValueError(
             f"TEST.STRIDE_PX must be at most TEST.CROP_PX {cfg.TEST.CROP_PX} to cover all pixels, "
             f"got {cfg.TEST.STRIDE_PX}"
         )
     weights = cfg.MODEL.CLASS_WEIGHTS
-    if weights and (len(weights) != cfg.MODEL.NUM_CLASSES or min(weights) < 0):
+    if weights and (len(weights) != cfg.MODEL.NUM_CLASSES or min(weights) < 0 or not any(weights)):
         raise ValueError(
             f"MODEL.CLASS_WEIGHTS must be empty or {cfg.MODEL.NUM_CLASSES} (MODEL.NUM_CLASSES) "
-            f"numbers of at least 0, got {weights}"
+            f"numbers of at least 0, not all 0, got {weights}"
         )
     require_low_high(cfg, ("INPUT.RATIO_RANGE",))
     if not cfg.TEST.SCALES or min(cfg.TEST.SCALES) <= 0:
