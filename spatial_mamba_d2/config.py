@@ -134,6 +134,10 @@ def add_lightning_config(cfg: Any) -> None:
     cfg.MODEL.WEIGHTS = ""  # checkpoint to start from or to evaluate: ours or the authors'
     cfg.MODEL.PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
     cfg.MODEL.PIXEL_STD = (58.395, 57.12, 57.375)
+    cfg.MODEL.BACKBONE = node()
+    # What keeps its starting weights, as in Detectron2: 0 nothing, 1 the stem, 2 to 5 the stem and
+    # the stages up to res2 .. res5.
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.DATASETS = node()
     cfg.DATALOADER = node()
     cfg.DATALOADER.NUM_WORKERS = 4  # per process
@@ -152,11 +156,12 @@ def add_lightning_config(cfg: Any) -> None:
 
 
 def backbone_kwargs(cfg: Any) -> dict[str, Any]:
-    """Arguments of a model's constructor from ``cfg.MODEL.SPATIAL_MAMBA``, except the variant."""
+    """Arguments of a model's constructor from ``cfg.MODEL``, except the variant."""
     mamba = cfg.MODEL.SPATIAL_MAMBA
     drop_path = {} if mamba.DROP_PATH_RATE is None else {"drop_path_rate": mamba.DROP_PATH_RATE}
     return {
         "bn_policy": mamba.BN,
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
         "grad_checkpointing": mamba.GRAD_CHECKPOINTING,
         **drop_path,
     }
@@ -166,6 +171,8 @@ def check_shared_keys(cfg: Any) -> None:
     """Raises ValueError if a key that several tasks have is out of its range."""
     require_one_of(cfg, {k: v for k, v in _SHARED_CHOICES.items() if _has(cfg, k)})
     require_at_least(cfg, {k: v for k, v in _SHARED_MINIMA.items() if _has(cfg, k)})
+    if _has(cfg, "MODEL.BACKBONE.FREEZE_AT"):
+        require_between(cfg, ("MODEL.BACKBONE.FREEZE_AT",), 0, 5)
     if _has(cfg, "SOLVER.EMA_DECAY"):
         require_between(cfg, ("SOLVER.EMA_DECAY",), 0, 1, include_high=False)
 
