@@ -54,7 +54,6 @@ _SHARED_SHARES = (  # 1 excluded
     "SOLVER.BETAS",
     "SOLVER.EMA_DECAY",
 )
-_SHARED_LENGTHS = {"SOLVER.BETAS": 2, "MODEL.PIXEL_MEAN": 3, "MODEL.PIXEL_STD": 3}
 _MAX_SEED = 2**32 - 1  # of NumPy's global generator
 _MAY_BE_INFINITE = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the largest element
 _SHARED_TYPES: dict[str, Sequence[type]] = {"MODEL.SPATIAL_MAMBA.DROP_PATH_RATE": (float,)}
@@ -164,6 +163,10 @@ def add_lightning_config(cfg: Any) -> None:
     cfg.MODEL.WEIGHTS = ""  # checkpoint to start from or to evaluate: ours or the authors'
     cfg.MODEL.PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
     cfg.MODEL.PIXEL_STD = (58.395, 57.12, 57.375)
+    cfg.MODEL.BACKBONE = node()
+    # What keeps its starting weights, as in Detectron2: 0 nothing, 1 the stem, 2 to 5 the stem and
+    # the stages up to res2 .. res5.
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.DATASETS = node()
     cfg.DATALOADER = node()
     cfg.DATALOADER.NUM_WORKERS = 4  # per process
@@ -182,11 +185,12 @@ def add_lightning_config(cfg: Any) -> None:
 
 
 def backbone_kwargs(cfg: Any) -> dict[str, Any]:
-    """Arguments of a model's constructor from ``cfg.MODEL.SPATIAL_MAMBA``, except the variant."""
+    """Arguments of a model's constructor from ``cfg.MODEL``, except the variant."""
     mamba = cfg.MODEL.SPATIAL_MAMBA
     drop_path = {} if mamba.DROP_PATH_RATE is None else {"drop_path_rate": mamba.DROP_PATH_RATE}
     return {
         "bn_policy": mamba.BN,
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
         "grad_checkpointing": mamba.GRAD_CHECKPOINTING,
         **drop_path,
     }
@@ -204,7 +208,11 @@ def check_shared_keys(cfg: Any) -> None:
     require_between(cfg, (k for k in _SHARED_FRACTIONS if _has(cfg, k)), 0, 1)
     shares = (k for k in _SHARED_SHARES if _has(cfg, k))
     require_between(cfg, shares, 0, 1, include_high=False)
-    require_length(cfg, {k: v for k, v in _SHARED_LENGTHS.items() if _has(cfg, k)})
+    channels = cfg.INPUT.CHANNELS if _has(cfg, "INPUT.CHANNELS") else 3
+    require_length(cfg, {"MODEL.PIXEL_MEAN": channels, "MODEL.PIXEL_STD": channels})
+    require_length(cfg, {"SOLVER.BETAS": 2})
+    if _has(cfg, "MODEL.BACKBONE.FREEZE_AT"):
+        require_between(cfg, ("MODEL.BACKBONE.FREEZE_AT",), 0, 5)
     require_between(cfg, ("SEED",), min(0, cfg.SEED), _MAX_SEED)
     solver = cfg.SOLVER
     if solver.IMS_PER_BATCH % solver.ACCUMULATION_STEPS:

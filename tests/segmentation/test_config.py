@@ -45,7 +45,7 @@ def test_official_recipe(root, letter, variant, single, multi):
         (["DATASETS.LABEL_OFFSET", "-1"], "LABEL_OFFSET must be at least 0, got -1"),
         (["DATASETS.IGNORE_LABELS", "0.5"], r"IGNORE_LABELS must be whole numbers, got \(0.5,\)"),
         (["DATASETS.IGNORE_LABELS", "-1"], r"IGNORE_LABELS must be at least 0, got \(-1,\)"),
-        (["MODEL.CLASS_WEIGHTS", "(0, 0, 0, 0, 0, 0)"], "numbers of at least 0, not all 0, got"),
+        (["MODEL.CLASS_WEIGHTS", "(0, 0, 0, 0, 0, 0)"], "numbers of at least 0, not all 0, or"),
         (["MODEL.CLASS_WEIGHTS", "(1, 2)"], r"CLASS_WEIGHTS must be empty or 6 .*got \(1, 2\)"),
     ],
 )
