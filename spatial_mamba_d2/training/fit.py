@@ -117,6 +117,8 @@ def fit(
         logger.info("%s", load_weights(module.model, cfg.MODEL.WEIGHTS, skip=skip))
     else:
         logger.warning("MODEL.WEIGHTS is empty: training starts from random weights")
+    if not cfg.DATASETS.TEST:
+        logger.info('DATASETS.TEST is "": no evaluation, and no %s', BEST)
     num_parameters = sum(p.numel() for p in module.model.parameters())
     logger.info("%s parameters, %s iterations", f"{num_parameters:,}", f"{iterations:,}")
 
@@ -131,6 +133,7 @@ def fit(
         val_check_interval=(
             min(schedule.eval_period or iterations, iterations) * solver.ACCUMULATION_STEPS
         ),
+        limit_val_batches=None if cfg.DATASETS.TEST else 0,
         log_every_n_steps=max(1, min(solver.LOG_PERIOD, iterations // 20)),
         logger=[
             MetricsFile(output / "metrics.json"),
@@ -144,7 +147,7 @@ def fit(
     trainer.fit(module, datamodule=data, ckpt_path=last if resuming else None)
     if iterations % schedule.checkpoint_period:
         trainer.save_checkpoint(last)
-    if module.evaluated_step != iterations:
+    if cfg.DATASETS.TEST and module.evaluated_step != iterations:
         trainer.validate(module, datamodule=data, verbose=False)
     return module.scores
 
