@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from spatial_mamba_d2.data.coco_annotations import (
     whole_number,
 )
 from spatial_mamba_d2.data.coco_findings import SECTIONS, Findings, reject
-from spatial_mamba_d2.data.coco_images import Folders, examine_images
+from spatial_mamba_d2.data.coco_images import Folders, Size, examine_images, measure_image
 from spatial_mamba_d2.data.coco_masks import short
 from spatial_mamba_d2.data.faults import (
     CHECKS_VERSION,
@@ -32,6 +32,7 @@ from spatial_mamba_d2.data.faults import (
     settle_faults,
 )
 from spatial_mamba_d2.data.json_file import read_json
+from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.system.once import once_per_machine
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def load_coco(
     *,
     on_error: OnError = "raise",
     check_decode: bool = False,
+    value_range: PixelRange | None = None,
 ) -> CocoDataset:
     """Read and check a COCO instances file. Needs neither Detectron2 nor pycocotools.
 
@@ -88,6 +90,7 @@ def load_coco(
             height 0, which COCO itself has, and exact repetitions are skipped in either case.
         check_decode: also decode every image, which finds damaged files; otherwise only the headers
             are read, for the sizes.
+        value_range: see :func:`~.images.read_image`.
 
     Raises:
         FileNotFoundError: if `json_file` or the folder `image_root` does not exist.
@@ -103,11 +106,22 @@ def load_coco(
     folders = Folders()
     there = [path for path in paths if path and path in folders]
     missing = sorted({*filter(None, paths)} - {*there})
+
+    def measure(path: str) -> Size | Fault | None:
+        return measure_image(path, check_decode, value_range) if path in folders else None
+
     found: Findings = once_per_machine(
         "coco",
         [json_file, *there],
-        [CHECKS_VERSION, PIL.__version__, os.path.abspath(image_root), check_decode, missing],
-        lambda: _examine(content, paths, folders, check_decode),
+        [
+            CHECKS_VERSION,
+            PIL.__version__,
+            os.path.abspath(image_root),
+            check_decode,
+            missing,
+            value_range,
+        ],
+        lambda: _examine(content, paths, measure),
         keep=lambda found: all(kind != INACCESSIBLE for _, _, kind, _ in found["faults"]),
     )
     if found["problem"]:
@@ -171,18 +185,18 @@ def _is_plain(json_file: str | Path, content: dict[str, Any]) -> bool:
 def _examine(
     content: dict[str, list[Any]],
     paths: Sequence[str | None],
-    folders: Folders,
-    check_decode: bool,
+    measure: Callable[[str], Size | Fault | None],
 ) -> Findings:
     """Everything that is not usable, or has to change.
 
     Args:
         paths: the file of each image.
-        folders: the files that exist.
+        measure: height and width of the image in a file, why it cannot be read, or None if there is
+            no file.
     """
     found = Findings(faults=[], changes=[], categories=[], renumber=False, problem=None, notes=[])
     classes = _examine_categories(content["categories"], found)
-    images, key = examine_images(content["images"], paths, folders, check_decode, found)
+    images, key = examine_images(content["images"], paths, measure, found)
 
     reader = AnnotationReader(images, key, classes)
     for position, annotation in enumerate(content["annotations"]):

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from PIL import Image
-
 from spatial_mamba_d2.data.coco_annotations import exact_image_key, image_key, whole_number
 from spatial_mamba_d2.data.coco_findings import Findings, reject
 from spatial_mamba_d2.data.coco_masks import short
 from spatial_mamba_d2.data.faults import INACCESSIBLE, Fault, InaccessibleFileError
-from spatial_mamba_d2.data.images import read_image, read_size
+from spatial_mamba_d2.data.images import orientation_hint, read_image, read_size
+from spatial_mamba_d2.data.pixels import PixelRange
 
 Key = int | str
 KeyOf = Callable[[Any], Key | None]
@@ -37,8 +36,7 @@ class Folders:
 def examine_images(
     entries: list[Any],
     paths: Sequence[str | None],
-    folders: Folders,
-    check_decode: bool,
+    measure: Callable[[str], Size | Fault | None],
     found: Findings,
 ) -> tuple[dict[Key, tuple[Key, Size]], KeyOf]:
     """Key of each image -> its id, height and width; and what the key of an ``image_id`` is.
@@ -48,17 +46,14 @@ def examine_images(
     content = {"images": entries}
     key_of, id_of = _image_ids(entries)
 
-    def measure(position: int) -> Size | Fault | None:
-        path = str(paths[position])
-        return _measure(path, check_decode) if path in folders else None
-
     candidates = [
         position
         for position, image in enumerate(entries)
         if isinstance(image, dict) and isinstance(image.get("file_name"), str)
     ]
     with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
-        measured = dict(zip(candidates, pool.map(measure, candidates), strict=True))
+        sizes = pool.map(lambda position: measure(str(paths[position])), candidates)
+        measured = dict(zip(candidates, sizes, strict=True))
 
     images: dict[Key, tuple[Key, Size]] = {}
     for position, image in enumerate(entries):
@@ -151,13 +146,13 @@ def _recorded_size(image: dict[str, Any], measured: Size | Fault | None) -> Size
     return int(float(sides[0])), int(float(sides[1]))
 
 
-def _measure(path: str, check_decode: bool) -> Size | Fault:
-    """Height and width of an image file."""
+def measure_image(path: str, check_decode: bool, value_range: PixelRange | None) -> Size | Fault:
+    """Height and width of an image file, which is decoded or of which only the header is read."""
     try:
         if check_decode:
-            height, width = read_image(path).shape[:2]
+            height, width = read_image(path, value_range=value_range).shape[:2]
             return height, width
-        return read_size(path)
+        return read_size(path, value_range=value_range)
     except InaccessibleFileError as error:
         return Fault(INACCESSIBLE, str(error))
     except (OSError, ValueError) as error:
@@ -170,11 +165,5 @@ def _size_fault(path: str, measured: Size, recorded: Size) -> Fault:
         f"recorded are {recorded[0]} and {recorded[1]}"
     )
     if measured == recorded[::-1]:
-        with Image.open(path) as image:
-            is_turned = image.size == (recorded[1], recorded[0])
-        reason += (
-            ": its EXIF orientation turns it, but it was annotated as it is stored"
-            if is_turned
-            else ": height and width are exchanged"
-        )
+        reason += orientation_hint(path, recorded) or ": height and width are exchanged"
     return Fault("wrong image size", reason)

@@ -90,9 +90,11 @@ def test_valid_data_come_through_unchanged(folder, caplog):
     dataset = folder.load(check_decode=True)
     assert dataset.categories == [(1, "dog"), (3, "cat")]
     assert dataset.faults == [] and not dataset.is_changed
-    assert dataset.notes == ["1 of 3 annotations are crowds (iscrowd 1): they neither train nor "
-                             "count; if they are single objects, as brush masks of some tools, "
-                             "set iscrowd to 0"]
+    assert dataset.notes == [
+        "1 of 3 annotations are crowds (iscrowd 1): they neither train nor "
+        "count; if they are single objects, as brush masks of some tools, "
+        "set iscrowd to 0"
+    ]
     first, second = dataset.records
     assert first == {
         "file_name": str(folder.images.absolute() / "a.jpg"),
