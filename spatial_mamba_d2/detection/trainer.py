@@ -8,6 +8,7 @@ import re
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,16 @@ from spatial_mamba_d2.detection.data import (
     DetectionDataset,
     build_test_loader,
     build_train_loader,
+    drawing_metadata,
     load_dataset,
     load_training_datasets,
     register_for_evaluation,
 )
 from spatial_mamba_d2.detection.optimizer import build_optimizer, clip_gradients
+from spatial_mamba_d2.detection.test_time_augmentation import (
+    build_augmented_model,
+    without_resize,
+)
 from spatial_mamba_d2.detection.visualize import VisualizationWriter
 from spatial_mamba_d2.system.seeding import derive_seed, seed_all
 
@@ -133,6 +139,10 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = build_optimizer(cfg, model)
         datasets = load_training_datasets(cfg)
+        # Also what is read only at the first evaluation, so that its faults are found now
+        self.classes = datasets[0].classes
+        for name in cfg.DATASETS.TEST:
+            load_dataset(cfg, name, is_train=False, classes=self.classes)
         data_loader = build_train_loader(cfg, datasets)
         on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
         model = create_ddp_model(
@@ -146,12 +156,14 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             skip=tuple(cfg.MODEL.WEIGHTS_SKIP),
-            classes=datasets[0].classes,
+            classes=self.classes,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        # Detectron2's hook of evaluation calls self.test(cfg, model).
+        self.test = partial(type(self).test, classes=self.classes)  # type: ignore[method-assign]
         self.register_hooks(self.build_hooks())
 
     @property
@@ -171,11 +183,15 @@ class Trainer(DefaultTrainer):
         return max(1, min(20, self.max_iter // 50))
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, with our write period."""
+        """Detectron2's, with our write period; at the end, evaluation with ``TEST.AUG``."""
         built = super().build_hooks()
         for hook in built:
             if isinstance(hook, hooks.PeriodicWriter):
                 hook._period = self._write_period
+        if self.cfg.TEST.AUG.ENABLED:
+            test = partial(self.test_augmented, self.cfg, self.model, self.classes)
+            # Before the writers, which write what it finds
+            built.insert(len(built) - comm.is_main_process(), hooks.EvalHook(0, test))
         return built
 
     def build_writers(self) -> list[EventWriter]:
@@ -218,15 +234,20 @@ class Trainer(DefaultTrainer):
         cfg: CfgNode,
         model: nn.Module,
         evaluators: Sequence[DatasetEvaluator] | None = None,
+        classes: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Evaluate on each data set of ``DATASETS.TEST``, which is read once.
+
+        Args:
+            classes: names of the model's, by which those of the data are matched; None: those of
+                the data.
 
         Returns:
             ``{task: {metric: value}}``, for several data sets by their names.
         """
         results: dict[str, Any] = {}
         for number, name in enumerate(cfg.DATASETS.TEST):
-            dataset = load_dataset(cfg, name, is_train=False)
+            dataset = load_dataset(cfg, name, is_train=False, classes=classes)
             loader = build_test_loader(cfg, dataset)
             evaluator = evaluators[number] if evaluators else build_evaluator(cfg, dataset)
             results[name] = inference_on_dataset(model, loader, evaluator)
@@ -235,9 +256,30 @@ class Trainer(DefaultTrainer):
                 print_csv_format(results[name])
         return results[name] if len(results) == 1 else results
 
+    @classmethod
+    def test_augmented(
+        cls, cfg: CfgNode, model: nn.Module, classes: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """:meth:`test` with ``TEST.AUG``; the keys end in ``_TTA``, as in Detectron2's script."""
+        logger.info("evaluation with test-time augmentation (TEST.AUG)")
+        cfg = without_resize(cfg)
+        evaluators = [
+            build_evaluator(cfg, load_dataset(cfg, name, is_train=False, classes=classes), "_TTA")
+            for name in cfg.DATASETS.TEST
+        ]
+        augmented = build_augmented_model(cfg, model)
+        results = cls.test(cfg, augmented, evaluators, classes)
+        return {f"{key}_TTA": value for key, value in results.items()}
 
-def build_evaluator(cfg: CfgNode, dataset: DetectionDataset) -> DatasetEvaluators:
-    """COCO evaluation by pycocotools and, if asked for, drawings of predictions."""
+
+def build_evaluator(
+    cfg: CfgNode, dataset: DetectionDataset, suffix: str = ""
+) -> DatasetEvaluators:
+    """COCO evaluation by pycocotools and, if asked for, drawings of predictions.
+
+    Args:
+        suffix: of the folders that results are written to.
+    """
     metadata = register_for_evaluation(cfg, dataset)
     # Each of several data sets has its own files.
     several = len(cfg.DATASETS.TEST) > 1
@@ -246,16 +288,21 @@ def build_evaluator(cfg: CfgNode, dataset: DetectionDataset) -> DatasetEvaluator
     evaluators: list[DatasetEvaluator] = [
         COCOEvaluator(
             metadata.name,
-            tasks=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
-            output_dir=str(output_dir / "inference" / place),
+            tasks=(
+                "bbox",
+                *(["segm"] if cfg.MODEL.MASK_ON else []),
+                *(["keypoints"] if cfg.MODEL.KEYPOINT_ON else []),
+            ),
+            output_dir=str(output_dir / f"inference{suffix}" / place),
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
             use_fast_impl=False,
         )
     ]
     if cfg.TEST.PICTURES:
-        folder, threshold = output_dir / "pictures" / place, cfg.TEST.PICTURES_SCORE_THRESH
+        folder, threshold = output_dir / f"pictures{suffix}" / place, cfg.TEST.PICTURES_SCORE_THRESH
         value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
         evaluators.append(
-            VisualizationWriter(metadata, folder, cfg.TEST.PICTURES, threshold, value_range)
+            VisualizationWriter(drawing_metadata(metadata, dataset), folder, cfg.TEST.PICTURES, threshold, value_range)
         )
     return DatasetEvaluators(evaluators)
