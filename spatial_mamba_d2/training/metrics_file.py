@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from spatial_mamba_d2.system.atomic import append_line
+
 
 class MetricsFile(Logger):
     """Appends ``{"iteration": ..., name: value, ...}`` to a file, also in resumed training."""
@@ -24,8 +26,8 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": step, **metrics}) + "\n")
+        iteration = None if step is None else int(step)
+        append_line(self.path, json.dumps({"iteration": iteration, **metrics}))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: ``config.yaml`` has them."""
