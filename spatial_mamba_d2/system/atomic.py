@@ -50,17 +50,17 @@ def replacing(path: str | Path, num_bytes: int | None = None) -> Iterator[Path]:
         raise type(reason)(reason.errno, text) from error
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append to a text file.
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """For writing to a file that is open or is appended to.
 
     Raises:
-        OSError: as from :func:`replacing`.
+        OSError: as from :func:`replacing`, if the file system refuses.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        yield
     except OSError as error:
-        raise type(error)(error.errno, _explain(path, error, len(line) + 1)) from None
+        raise type(error)(error.errno, _explain(Path(path), error, None)) from error
 
 
 def _refusal(error: BaseException, temporary: Path) -> OSError | None:

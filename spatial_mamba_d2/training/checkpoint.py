@@ -16,6 +16,7 @@ from spatial_mamba_d2.models import read_checkpoint
 from spatial_mamba_d2.models.checkpoints.writing import write_checkpoint
 from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.training.module import TrainingModule
+from spatial_mamba_d2.training.run_folder import write_config
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Checkpoints(Checkpoint):
     ``last.ckpt`` is written every ``period`` iterations, before each evaluation, at the end and
     when the training is stopped. So an evaluation has nothing to lose: it ends at once on a signal.
     After it, ``best.ckpt`` becomes a copy of ``last.ckpt`` if the score is the best, and holds that
-    score itself: whatever is killed or resumed then, only a better one replaces it.
+    score itself: whatever is killed or resumed then, only a better one replaces it. The settings are
+    recorded in ``config.yaml`` after the first iteration: what fails earlier leaves nothing behind.
 
     Args:
         folder: of the checkpoints.
@@ -60,6 +62,7 @@ class Checkpoints(Checkpoint):
         self.period = period
         self.best_score = read_best_score(self.best)
         self.saved_step = -1
+        self.is_recorded = False
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -79,6 +82,9 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, TrainingModule)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        if trainer.is_global_zero and not self.is_recorded:
+            write_config(pl_module.cfg, self.last.parent)
+            self.is_recorded = True
         step, schedule, signum = trainer.global_step, pl_module.schedule, pl_module.guard.signum
         if step % self.period == 0 or schedule.evaluates_after(step) or signum:
             self._save_last(trainer)

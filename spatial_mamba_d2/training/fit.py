@@ -15,7 +15,6 @@ from typing import Any
 import lightning
 import torch
 from fvcore.common.config import CfgNode
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -33,7 +32,7 @@ from spatial_mamba_d2.system.launching import (
 )
 from spatial_mamba_d2.training.checkpoint import BEST, LAST, Checkpoints, SafeCheckpointIO
 from spatial_mamba_d2.training.guard import is_child_of_lightning
-from spatial_mamba_d2.training.metrics_file import MetricsFile
+from spatial_mamba_d2.training.metrics_file import MetricsFile, TensorBoard
 from spatial_mamba_d2.training.module import TrainingModule
 from spatial_mamba_d2.training.progress import build_progress, logged_to
 from spatial_mamba_d2.training.resuming import (
@@ -42,7 +41,12 @@ from spatial_mamba_d2.training.resuming import (
     require_same_network,
     tell_differences,
 )
-from spatial_mamba_d2.training.run_folder import METRICS, claimed, score_of_iteration, write_config
+from spatial_mamba_d2.training.run_folder import (
+    METRICS,
+    claimed,
+    log_end,
+    score_of_iteration,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +144,7 @@ def fit(
     with stopping.noticed(), claimed(folder, resume=args.resume, is_first_process=first):
         if not first:
             return _fit(module, data, args)
-        with logged_to(folder):
+        with logged_to(folder), log_end("lightning.pytorch"):
             return _fit(module, data, args)
 
 
@@ -158,6 +162,8 @@ def _fit(
         logger.info("%s", load_weights(module.model, cfg.MODEL.WEIGHTS, skip=skip))
     else:
         logger.warning("MODEL.WEIGHTS is empty: training starts from random weights")
+    if not cfg.DATASETS.TEST:
+        logger.info('DATASETS.TEST is "": no evaluation, and no %s', BEST)
     num_parameters = sum(p.numel() for p in module.model.parameters())
     logger.info("%s parameters, %s iterations", f"{num_parameters:,}", f"{iterations:,}")
 
@@ -174,22 +180,21 @@ def _fit(
         val_check_interval=(
             min(schedule.eval_period or iterations, iterations) * solver.ACCUMULATION_STEPS
         ),
+        limit_val_batches=None if cfg.DATASETS.TEST else 0,
         log_every_n_steps=period,
         logger=[
             MetricsFile(output / METRICS),
-            TensorBoardLogger(output, name="", version="tensorboard"),
+            TensorBoard(output, name="", version="tensorboard"),
         ],
         callbacks=[*build_progress(period), checkpoints],
     )
-    data.setup("fit")  # what is wrong with it is told before the record is written
-    if is_first_process():
-        write_config(cfg, output)
     with _children_end_with(trainer):
-        if done and _misses_evaluation(output, module, checkpoints, done):
+        evaluates = bool(cfg.DATASETS.TEST)
+        if evaluates and done and _misses_evaluation(output, module, checkpoints, done):
             trainer.validate(module, datamodule=data, ckpt_path=last, verbose=False)
         if done < iterations:
             trainer.fit(module, datamodule=data, ckpt_path=last if done else None)
-            if module.evaluated_step != iterations:
+            if evaluates and module.evaluated_step != iterations:
                 trainer.validate(module, datamodule=data, verbose=False)
     return module.scores
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,8 @@ def claimed(folder: str | Path, *, resume: bool, is_first_process: bool = True) 
 
 def refuse_another_run(folder: Path) -> None:
     """Raises ValueError if ``folder`` holds a training, whose files a new one would replace."""
-    found = sorted({path.name for trace in TRACES for path in folder.glob(trace)})
+    files = {path for trace in TRACES for path in folder.glob(trace)}
+    found = sorted(path.name for path in files if path.stat().st_size)
     if found:
         shown = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
         raise ValueError(
@@ -119,9 +121,39 @@ def _has_ended(holder: dict[str, Any]) -> bool:
 
 
 def write_config(cfg: Any, folder: str | Path) -> None:
-    """``config.yaml``, the record of a run's settings: call once the run is accepted."""
+    """``config.yaml``, the record of a run's settings: call once an iteration has succeeded."""
     with replacing(Path(folder, CONFIG)) as temporary:
         temporary.write_text(cfg.dump(), encoding="utf-8")
+
+
+class _WithoutTraceback(logging.Filter):
+    """Drops what a library logs about exceptions that explain themselves."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0] if record.exc_info else None
+        return kind is None or not issubclass(kind, FloatingPointError | OSError | ValueError)
+
+
+@contextmanager
+def log_end(library_logger: str) -> Iterator[None]:
+    """Within it, an exception is written into ``log.txt``; standard error gets it from the tool.
+
+    Args:
+        library_logger: the one that would print it too.
+    """
+    library, only_ours = logging.getLogger(library_logger), _WithoutTraceback()
+    library.addFilter(only_ours)
+    try:
+        yield
+    except Exception as error:
+        text = f"ended by {type(error).__name__}: {error}"
+        record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), None)
+        for handler in logging.getLogger("spatial_mamba_d2").handlers:
+            if getattr(handler, "stream", None) not in (sys.stdout, sys.stderr):
+                handler.handle(record)
+        raise
+    finally:
+        library.removeFilter(only_ours)
 
 
 def score_of_iteration(folder: str | Path, iteration: int, name: str) -> float | None:

@@ -253,7 +253,7 @@ def test_broken_pairs_are_skipped_and_counted(arguments, tmp_path, shapes, caplo
         path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match="000000000002.jpg"):
         run(arguments("DATASETS.ROOT", root))
-    run(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip"))
+    run(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip", resume=True))
     assert scores_of(tmp_path / "output")["skipped_images"] == 1
     for kind, path in zip(("sample", "pair"), broken, strict=True):
         assert f"skipped broken {kind} no. 1: image file {path}" in caplog.text
