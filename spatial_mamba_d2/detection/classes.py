@@ -81,9 +81,7 @@ def category_ids(ids: dict[int, int], num_classes: int) -> list[int]:
     return [by_class.get(index, free + index) for index in range(num_classes)]
 
 
-def compare_classes(
-    of_weights: Sequence[str] | None, of_data: Sequence[str] | None
-) -> str | None:
+def compare_classes(of_weights: Sequence[str] | None, of_data: Sequence[str] | None) -> str | None:
     """How the classes that weights were trained on differ from those of the data, or None."""
     if not of_weights or not of_data or list(of_weights) == list(of_data):
         return None

@@ -171,6 +171,4 @@ def _check_and_resolve(cfg: CfgNode) -> None:
 
 
 _FILES = [f"DATASETS.{split}_{what}" for split in ("TRAIN", "TEST") for what in ("JSON", "IMAGES")]
-load_config = config_loader(
-    detection_defaults, _check_and_resolve, {key: (tuple,) for key in _FILES}
-)
+load_config = config_loader(detection_defaults, _check_and_resolve, dict.fromkeys(_FILES, (tuple,)))

@@ -46,6 +46,12 @@ from spatial_mamba_d2.detection.data import (
     load_training_datasets,
     register_for_evaluation,
 )
+from spatial_mamba_d2.detection.hooks import (
+    Evaluation,
+    NamedWriter,
+    StopOnSignal,
+    StoppableLoader,
+)
 from spatial_mamba_d2.detection.optimizer import build_optimizer, clip_gradients
 from spatial_mamba_d2.detection.test_time_augmentation import (
     build_augmented_model,
@@ -53,6 +59,9 @@ from spatial_mamba_d2.detection.test_time_augmentation import (
 )
 from spatial_mamba_d2.detection.visualize import VisualizationWriter
 from spatial_mamba_d2.system.seeding import derive_seed, seed_all
+from spatial_mamba_d2.training.guard import IterationGuard, require_finite_weights
+from spatial_mamba_d2.training.resuming import ConfiguredSchedule, require_iterations_left
+from spatial_mamba_d2.training.run_folder import METRICS, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +113,10 @@ class AccumulatingTrainer(SimpleTrainer):
             for name, value in outputs.items():
                 losses[name] = losses.get(name, 0) + value.detach()
         self.after_backward()
-        self._write_metrics(losses, data_time)
-
         self.scaler.unscale_(self.optimizer)
-        clip_gradients(self.cfg, self.model.parameters())
+        norm = clip_gradients(self.cfg, self.model.parameters())
+        self.guard.check(self.iter, losses, norm, self.optimizer.param_groups[0]["lr"])
+        self._write_metrics(losses, data_time)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -121,7 +130,12 @@ class AccumulatingTrainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.scaler.load_state_dict(state_dict["scaler"])
+        if self.scaler.is_enabled() and state_dict["scaler"]:
+            self.scaler.load_state_dict(state_dict["scaler"])
+
+    def close_loader(self) -> None:
+        """End the processes that load data."""
+        self._data_loader_iter_obj = None
 
 
 class Trainer(DefaultTrainer):
@@ -159,17 +173,66 @@ class Trainer(DefaultTrainer):
             classes=self.classes,
             trainer=weakref.proxy(self),
         )
+        self._trainer.guard = IterationGuard(
+            lambda trainer=weakref.proxy(self): trainer.last_checkpoint,
+            lambda scaler=self._trainer.scaler: scaler.get_scale() if scaler.is_enabled() else None,
+            torch.device(cfg.MODEL.DEVICE),
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         # Detectron2's hook of evaluation calls self.test(cfg, model).
         self.test = partial(type(self).test, classes=self.classes)  # type: ignore[method-assign]
+        self.iteration_is_complete = True
         self.register_hooks(self.build_hooks())
 
     @property
     def last_results(self) -> dict[str, Any] | None:
         """Results of the last evaluation, if there was one."""
         return getattr(self, "_last_eval_results", None)
+
+    @property
+    def network(self) -> nn.Module:
+        """The model without its wrapper for several processes."""
+        is_wrapped = isinstance(self.model, DistributedDataParallel)
+        return self.model.module if is_wrapped else self.model
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """Of ``OUTPUT_DIR``, if there is one."""
+        found = self.checkpointer.has_checkpoint()
+        return Path(self.checkpointer.get_checkpoint_file()) if found else None
+
+    @property
+    def signum(self) -> int:
+        """The signal that asked one of the processes to stop, or 0."""
+        return self._trainer.guard.signum
+
+    def before_step(self) -> None:
+        self.iteration_is_complete = False
+        super().before_step()
+
+    def after_step(self) -> None:
+        if comm.is_main_process() and self.iter == self.start_iter:
+            write_config(self.cfg, self.cfg.OUTPUT_DIR)
+        super().after_step()
+        self.iteration_is_complete = True
+
+    def after_train(self) -> None:
+        super().after_train()
+        self._trainer.close_loader()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """State of a checkpoint, with the learning rate and decay that the configuration says.
+
+        Raises:
+            ValueError: the checkpoint's training is longer than ``SOLVER.MAX_ITER``.
+        """
+        done = state_dict["iteration"] + 1
+        require_iterations_left(done, self.max_iter, "SOLVER.MAX_ITER", "the last checkpoint")
+        configured = ConfiguredSchedule(self._trainer.optimizer, self.scheduler)
+        super().load_state_dict(state_dict)
+        configured.restore(done)
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
@@ -183,16 +246,17 @@ class Trainer(DefaultTrainer):
         return max(1, min(20, self.max_iter // 50))
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, with our write period; at the end, evaluation with ``TEST.AUG``."""
-        built = super().build_hooks()
-        for hook in built:
+        """Detectron2's, with our evaluation and write period, and an ear for signals."""
+        built: list[HookBase | None] = []
+        for hook in super().build_hooks():
+            is_evaluation = isinstance(hook, hooks.EvalHook)
+            built.append(Evaluation(self.cfg, hook._func) if is_evaluation else hook)
+            if is_evaluation and self.cfg.TEST.AUG.ENABLED:
+                test = partial(self.test_augmented, self.cfg, self.model, self.classes)
+                built.append(hooks.EvalHook(0, test))  # at the end
             if isinstance(hook, hooks.PeriodicWriter):
                 hook._period = self._write_period
-        if self.cfg.TEST.AUG.ENABLED:
-            test = partial(self.test_augmented, self.cfg, self.model, self.classes)
-            # Before the writers, which write what it finds
-            built.insert(len(built) - comm.is_main_process(), hooks.EvalHook(0, test))
-        return built
+        return [*built, StopOnSignal()]
 
     def build_writers(self) -> list[EventWriter]:
         """Console, metrics.json (medians over the iterations since the last line), TensorBoard."""
@@ -200,8 +264,10 @@ class Trainer(DefaultTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         return [
             CommonMetricPrinter(self.max_iter),
-            JSONWriter(str(folder / "metrics.json"), window_size=self._write_period),
-            TensorboardXWriter(str(folder)),
+            NamedWriter(
+                JSONWriter(str(folder / METRICS), window_size=self._write_period), folder / METRICS
+            ),
+            NamedWriter(TensorboardXWriter(str(folder)), folder),
         ]
 
     @classmethod
@@ -244,11 +310,16 @@ class Trainer(DefaultTrainer):
 
         Returns:
             ``{task: {metric: value}}``, for several data sets by their names.
+
+        Raises:
+            FloatingPointError: weights are not finite.
+            Stopped: a signal asked for it.
         """
+        require_finite_weights(model.state_dict(), "weights to evaluate")
         results: dict[str, Any] = {}
         for number, name in enumerate(cfg.DATASETS.TEST):
             dataset = load_dataset(cfg, name, is_train=False, classes=classes)
-            loader = build_test_loader(cfg, dataset)
+            loader = StoppableLoader(build_test_loader(cfg, dataset))
             evaluator = evaluators[number] if evaluators else build_evaluator(cfg, dataset)
             results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
@@ -272,9 +343,7 @@ class Trainer(DefaultTrainer):
         return {f"{key}_TTA": value for key, value in results.items()}
 
 
-def build_evaluator(
-    cfg: CfgNode, dataset: DetectionDataset, suffix: str = ""
-) -> DatasetEvaluators:
+def build_evaluator(cfg: CfgNode, dataset: DetectionDataset, suffix: str = "") -> DatasetEvaluators:
     """COCO evaluation by pycocotools and, if asked for, drawings of predictions.
 
     Args:
@@ -303,6 +372,12 @@ def build_evaluator(
         folder, threshold = output_dir / f"pictures{suffix}" / place, cfg.TEST.PICTURES_SCORE_THRESH
         value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
         evaluators.append(
-            VisualizationWriter(drawing_metadata(metadata, dataset), folder, cfg.TEST.PICTURES, threshold, value_range)
+            VisualizationWriter(
+                drawing_metadata(metadata, dataset),
+                folder,
+                cfg.TEST.PICTURES,
+                threshold,
+                value_range,
+            )
         )
     return DatasetEvaluators(evaluators)
