@@ -11,15 +11,15 @@ The archive is from http://sceneparsing.csail.mit.edu. To check other data with 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from spatial_mamba_d2.data.ade20k import load_split, unpack
-from spatial_mamba_d2.data.label_maps import LabelFormat
-from spatial_mamba_d2.system.cli import build_parser
+from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 
 def main(argv: list[str] | None = None) -> None:
+    from spatial_mamba_d2.data.ade20k import load_split, unpack
+    from spatial_mamba_d2.data.label_maps import LabelFormat
+
     parser = build_parser(__doc__)
     default = Path(__file__).resolve().parent / "ADEChallengeData2016"
     parser.add_argument("--zip", type=Path, help="unpack this into --root, unless that exists")
@@ -29,16 +29,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--label-offset", type=int, default=1, metavar="N")
     parser.add_argument("--ignore", type=int, nargs="*", default=(0,), metavar="N")
     options = parser.parse_args(argv)
-    try:
-        if options.zip:
-            unpack(options.zip, options.root)
-        labels = LabelFormat(options.num_classes, options.label_offset, tuple(options.ignore))
-        for split in options.splits:
-            pairs = load_split(options.root, split, labels, check_decode=True)
-            print(f"{options.root} {split}: {len(pairs)} images with valid labels")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    if options.zip:
+        unpack(options.zip, options.root)
+    labels = LabelFormat(options.num_classes, options.label_offset, tuple(options.ignore))
+    for split in options.splits:
+        pairs = load_split(options.root, split, labels, check_decode=True)
+        print(f"{options.root} {split}: {len(pairs)} images with valid labels")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

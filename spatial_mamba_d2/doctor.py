@@ -23,10 +23,10 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 from spatial_mamba_d2.system import install_detectron2
-from spatial_mamba_d2.system.cli import build_parser
+from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 DISTRIBUTION = "spatial-mamba-d2"
 CHECKOUT = Path(__file__).parents[1]
@@ -321,5 +321,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if complete else 1
 
 
+def command() -> NoReturn:
+    """What ``spatial-mamba-d2-doctor`` runs."""
+    run_tool(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -10,11 +10,12 @@ Only complete models are converted; for the backbone of one:
         --only backbone
 """
 
-from spatial_mamba_d2.models.checkpoints.convert import FORMATS, PARTS, convert_weights
-from spatial_mamba_d2.system.cli import build_parser
+from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 
 def main() -> None:
+    from spatial_mamba_d2.models.checkpoints.convert import FORMATS, PARTS, convert_weights
+
     parser = build_parser(__doc__)
     parser.add_argument("source", metavar="IN")
     parser.add_argument("target", metavar="OUT")
@@ -35,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -305,7 +305,7 @@ def test_an_archive_is_unpacked_and_checked(root, tree, tmp_path, capsys):
         prepare(root, arguments)
         assert "training: 2 images with" in capsys.readouterr().out
     assert [path.name for path in target.parent.iterdir()] == ["ade"]
-    with pytest.raises(SystemExit, match=r"error: (?s:.*)label 3 is impossible"):
+    with pytest.raises(ValueError, match=r"(?s)label 3 is impossible"):
         prepare(root, [*arguments[:-1], 2])
 
 
