@@ -225,6 +225,11 @@ def find_images(paths: Iterable[Path], *, leave_out: Path | None = None) -> list
     return list(files.values())
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files in and below ``folder``, sorted, without litter; links to nowhere are among them."""
+    return sorted(_walk(folder, None))
+
+
 def _walk(folder: Path, leave_out: Path | None) -> Iterator[Path]:
     """The files in and below ``folder``, without litter, following links but no circles of them."""
     left_out = os.path.realpath(leave_out) if leave_out else None

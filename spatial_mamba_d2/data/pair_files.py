@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spatial_mamba_d2.data.faults import Fault
-from spatial_mamba_d2.data.folders import files_below
-from spatial_mamba_d2.data.images import SUFFIXES
+from spatial_mamba_d2.data.images import SUFFIXES, files_below
 from spatial_mamba_d2.data.label_maps import Pair
 from spatial_mamba_d2.data.text_file import read_text_file
 
 logger = logging.getLogger(__name__)
 
+LABEL_WITHOUT_IMAGE = "label without image"  # the kind of fault that costs no image
 TREE = "datasets/README.md shows the tree"
 
 
@@ -78,7 +78,7 @@ def find_pairs(
         if name not in labels and name not in same
     ]
     faults += [
-        Fault("label without image", f"{path}: no image {name} in {folders[0]}")
+        Fault(LABEL_WITHOUT_IMAGE, f"{path}: no image {name} in {folders[0]}")
         for name, path in labels.items()
         if name not in images and name not in same
     ]

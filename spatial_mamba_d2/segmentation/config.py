@@ -130,7 +130,7 @@ def _check(cfg: CfgNode) -> None:
             f"background is a class, got {cfg.MODEL.NUM_CLASSES}"
         )
     solver = cfg.SOLVER
-    if solver.IMS_PER_BATCH // solver.ACCUMULATION_STEPS < 2:
+    if solver.IMS_PER_BATCH == solver.ACCUMULATION_STEPS:
         raise ValueError(
             "SOLVER.IMS_PER_BATCH must be at least 2 x SOLVER.ACCUMULATION_STEPS "
             f"{solver.ACCUMULATION_STEPS}, because batch norm needs 2 images at a time, got "

@@ -23,6 +23,7 @@ from spatial_mamba_d2.data.faults import OnError, read_or_skip
 from spatial_mamba_d2.data.label_format import LabelFormat, parse_label_map
 from spatial_mamba_d2.data.label_maps import Classes, Pair, read_pair
 from spatial_mamba_d2.data.pair_files import Layout
+from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.data.samplers import SkippingDataset
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform, TrainTransform
 from spatial_mamba_d2.segmentation.inference import Protocol
@@ -46,9 +47,12 @@ class TestImages(Dataset[dict[str, Any]]):
         transform: TestTransform,
         on_error: OnError,
         num_channels: int = 3,
+        value_range: PixelRange | None = None,
     ):
         self.pairs = pairs
-        self.read = partial(read_pair, labels=labels, num_channels=num_channels)
+        self.read = partial(
+            read_pair, labels=labels, num_channels=num_channels, value_range=value_range
+        )
         self.transform = transform
         self.on_error = on_error
 
@@ -73,7 +77,7 @@ class SegmentationData(DataModule[Pair]):
         labels: the meaning of the integers in label files.
         names: of the classes, for messages; None: numbers.
         layout: where the files are.
-        num_channels: of the images.
+        num_channels, value_range: see :func:`~.images.read_image`.
         **kwargs: see :class:`~spatial_mamba_d2.training.data_module.DataModule`.
 
     Attributes:
@@ -96,10 +100,12 @@ class SegmentationData(DataModule[Pair]):
         names: Sequence[str] | None = None,
         layout: Layout | None = None,
         num_channels: int = 3,
+        value_range: PixelRange | None = None,
         **kwargs: Any,
     ):
         super().__init__(root, train, test, **kwargs)
-        self.labels, self.layout, self.num_channels = labels, layout, num_channels
+        self.labels, self.layout = labels, layout
+        self.num_channels, self.value_range = num_channels, value_range
         self.names = names or numbered_names(labels.num_classes)
         self.train_transform, self.test_transform = train_transform, test_transform
         self.checked: dict[str, CheckedSplit] = {}
@@ -111,6 +117,7 @@ class SegmentationData(DataModule[Pair]):
             self.labels,
             layout=self.layout,
             num_channels=self.num_channels,
+            value_range=self.value_range,
             on_error=self.on_error,
         )
         self.checked[split] = checked
@@ -126,14 +133,24 @@ class SegmentationData(DataModule[Pair]):
         return checked.pairs
 
     def training_samples(self, items: list[Pair]) -> SkippingDataset[Pair]:
-        read = partial(read_pair, labels=self.labels, num_channels=self.num_channels)
+        read = partial(
+            read_pair,
+            labels=self.labels,
+            num_channels=self.num_channels,
+            value_range=self.value_range,
+        )
         return SkippingDataset(
             items, read, self.train_transform, seed=self.seed, on_error=self.on_error
         )
 
     def test_samples(self, items: list[Pair]) -> TestImages:
         return TestImages(
-            items, self.labels, self.test_transform, self.on_error, self.num_channels
+            items,
+            self.labels,
+            self.test_transform,
+            self.on_error,
+            self.num_channels,
+            self.value_range,
         )
 
 
