@@ -23,7 +23,7 @@ from spatial_mamba_d2.data.faults import OnError, read_or_skip
 from spatial_mamba_d2.data.label_format import LabelFormat, parse_label_map
 from spatial_mamba_d2.data.label_maps import Classes, Pair, read_pair
 from spatial_mamba_d2.data.pair_files import Layout
-from spatial_mamba_d2.data.pixels import PixelRange
+from spatial_mamba_d2.data.pixels import PixelRange, build_pixel_range
 from spatial_mamba_d2.data.samplers import SkippingDataset
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform, TrainTransform
 from spatial_mamba_d2.segmentation.inference import Protocol
@@ -200,6 +200,7 @@ def build_data(
             data.IMAGE_FOLDER, data.LABEL_FOLDER, data.IMAGE_SUFFIX, data.LABEL_SUFFIX
         ),
         num_channels=cfg.INPUT.CHANNELS,
+        value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
         seed=cfg.SEED,

@@ -19,6 +19,7 @@ from spatial_mamba_d2.data.images import read_image, write_image
 from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.outputs import check_outputs
 from spatial_mamba_d2.data.pair_files import LABEL_WITHOUT_IMAGE
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.param_groups import build_adamw
 from spatial_mamba_d2.models.upernet import UPerNet, build_upernet, resize
@@ -125,6 +126,7 @@ class Segmentor(TrainingModule):
         super().__init__(cfg, build_model(cfg), schedule)
         self.classes = classes
         self.protocol = build_protocol(cfg)
+        self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
         weights = tuple(cfg.MODEL.CLASS_WEIGHTS)
         self.balance_classes = weights == ("auto",)
         fixed = weights and not self.balance_classes
@@ -236,7 +238,7 @@ class Segmentor(TrainingModule):
             write_image(self._label_path(batch["name"]), stored)
         if batch["index"] < self.cfg.TEST.PICTURES:
             maps = {"ground truth": _array(truth), "prediction": _array(prediction)}
-            image = read_image(batch["file"], self.cfg.INPUT.CHANNELS)
+            image = read_image(batch["file"], self.cfg.INPUT.CHANNELS, self.value_range)
             drawing = draw_panels(image, maps, self.classes)
             write_image(
                 Path(self.cfg.OUTPUT_DIR, "pictures", f"{batch['name']}.png"), drawing
