@@ -1,8 +1,8 @@
 """Semantic segmentation data in folders of images and label maps, checked and counted.
 
-The layout is ADE20K's, or what :class:`~.pair_files.Layout` says. What the label files hold depends
-on the data set: see :class:`~.label_format.LabelFormat`. ADE20K's are 0 for unlabelled pixels, to be
-ignored, and 1..150 for the classes.
+The layout is ADE20K's, or what :class:`~.pair_files.Layout` says. What the label files hold
+depends on the data set: see :class:`~.label_format.LabelFormat`. ADE20K's are 0 for unlabelled
+pixels, to be ignored, and 1..150 for the classes.
 """
 
 from __future__ import annotations
@@ -196,9 +196,7 @@ def check_split(
     return CheckedSplit(usable, counts, Counter(fault.kind for fault in faults))
 
 
-def load_split(
-    root: str | Path, split: str, labels: LabelFormat, **kwargs: Any
-) -> list[Pair]:
+def load_split(root: str | Path, split: str, labels: LabelFormat, **kwargs: Any) -> list[Pair]:
     """The pairs of :func:`check_split`."""
     return check_split(root, split, labels, **kwargs).pairs
 

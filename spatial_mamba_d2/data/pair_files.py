@@ -125,7 +125,9 @@ def _by_name(files: Mapping[str, Path], suffix: str) -> tuple[dict[str, Path], d
         else:
             named.setdefault(name, []).append(path)
     if other:
-        logger.info("not used, because of their names: %d files, the first: %s", len(other), other[0])
+        logger.info(
+            "not used, because of their names: %d files, the first: %s", len(other), other[0]
+        )
     faults = {
         name: Fault("several files of one name", f"{', '.join(map(str, paths))}")
         for name, paths in named.items()
@@ -188,7 +190,7 @@ def _no_common_name(
     for label in labels:
         common = next((name for name in images if label.startswith(name)), None)
         if common:
-            hint = f": DATASETS.LABEL_SUFFIX {labels[label].name[len(Path(common).name):]}"
+            hint = f": DATASETS.LABEL_SUFFIX {labels[label].name[len(Path(common).name) :]}"
             break
     return Fault(
         "no image and label of one name",

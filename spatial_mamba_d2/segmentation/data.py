@@ -20,7 +20,7 @@ from spatial_mamba_d2.data.ade20k import (
 )
 from spatial_mamba_d2.data.class_file import numbered_names
 from spatial_mamba_d2.data.faults import OnError, read_or_skip
-from spatial_mamba_d2.data.label_format import LabelFormat, parse_label_map
+from spatial_mamba_d2.data.label_format import LabelFormat, build_label_format
 from spatial_mamba_d2.data.label_maps import Classes, Pair, read_pair
 from spatial_mamba_d2.data.pair_files import Layout
 from spatial_mamba_d2.data.pixels import PixelRange, build_pixel_range
@@ -154,19 +154,12 @@ class SegmentationData(DataModule[Pair]):
         )
 
 
-def build_label_format(cfg: CfgNode, names: Sequence[str]) -> LabelFormat:
-    """What label files store, from ``cfg.DATASETS``.
-
-    Raises:
-        FileNotFoundError, ValueError: ``LABEL_MAP`` is not usable, see :func:`parse_label_map`.
-    """
+def label_format(cfg: CfgNode, names: Sequence[str]) -> LabelFormat:
+    """What label files store, from ``cfg.DATASETS``; raises as :func:`build_label_format`."""
     data = cfg.DATASETS
-    offset, ignored = data.LABEL_OFFSET, tuple(data.IGNORE_LABELS)
-    if not data.LABEL_MAP:
-        return LabelFormat(cfg.MODEL.NUM_CLASSES, offset, ignored)
-    values, colors, other = parse_label_map(data.LABEL_MAP, data.ROOT, names)
-    logger.info("DATASETS.LABEL_MAP replaces LABEL_OFFSET %d and IGNORE_LABELS %s", offset, ignored)
-    return LabelFormat(cfg.MODEL.NUM_CLASSES, offset, ignored, values, colors, other)
+    return build_label_format(
+        names, data.LABEL_OFFSET, data.IGNORE_LABELS, data.LABEL_MAP, data.ROOT
+    )
 
 
 def build_data(
@@ -185,7 +178,7 @@ def build_data(
         data.ROOT,
         data.TRAIN,
         data.TEST,
-        build_label_format(cfg, classes.names),
+        label_format(cfg, classes.names),
         TrainTransform(
             ratio_range=tuple(cfg.INPUT.RATIO_RANGE),
             crop_px=cfg.INPUT.CROP_PX,
@@ -196,9 +189,7 @@ def build_data(
         ),
         TestTransform(scales=protocol.scales, scales_of=protocol.scales_of, **frame),
         names=classes.names,
-        layout=Layout(
-            data.IMAGE_FOLDER, data.LABEL_FOLDER, data.IMAGE_SUFFIX, data.LABEL_SUFFIX
-        ),
+        layout=Layout(data.IMAGE_FOLDER, data.LABEL_FOLDER, data.IMAGE_SUFFIX, data.LABEL_SUFFIX),
         num_channels=cfg.INPUT.CHANNELS,
         value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,

@@ -90,9 +90,7 @@ def _argmax_by_class(scores: Tensor, view: Sequence[int], size: tuple[int, int])
     return label
 
 
-def _argmax_by_rows(
-    sources: Sequence[_Rows], size: tuple[int, int], num_classes: int
-) -> Tensor:
+def _argmax_by_rows(sources: Sequence[_Rows], size: tuple[int, int], num_classes: int) -> Tensor:
     """Argmax of the scores of one source, or of the mean probabilities of several."""
     height, width = size
     step = max(1, STRIP_BYTES // (4 * num_classes * width))

@@ -124,7 +124,7 @@ class Segmentor(TrainingModule):
             checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
         )
         super().__init__(cfg, build_model(cfg), schedule)
-        self.classes = classes
+        self.classes, self.class_names = classes, classes.names
         self.protocol = build_protocol(cfg)
         self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
         weights = tuple(cfg.MODEL.CLASS_WEIGHTS)
@@ -240,9 +240,7 @@ class Segmentor(TrainingModule):
             maps = {"ground truth": _array(truth), "prediction": _array(prediction)}
             image = read_image(batch["file"], self.cfg.INPUT.CHANNELS, self.value_range)
             drawing = draw_panels(image, maps, self.classes)
-            write_image(
-                Path(self.cfg.OUTPUT_DIR, "pictures", f"{batch['name']}.png"), drawing
-            )
+            write_image(Path(self.cfg.OUTPUT_DIR, "pictures", f"{batch['name']}.png"), drawing)
 
     def on_validation_epoch_end(self) -> None:
         self.confusion.sum_over_processes()

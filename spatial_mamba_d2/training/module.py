@@ -46,6 +46,7 @@ class TrainingModule(lightning.LightningModule):
         schedule: of the training.
 
     Attributes:
+        class_names: of the data.
         main_score: name of the score by which ``best.ckpt`` is chosen.
         weights_source: of an evaluation without training, for the report.
         scores: of the last evaluation, ``{name: percent}``.
@@ -53,6 +54,7 @@ class TrainingModule(lightning.LightningModule):
     """
 
     main_score: str
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, cfg: CfgNode, model: nn.Module, schedule: Schedule):
         super().__init__()

@@ -354,7 +354,9 @@ def test_unchanged_files_are_not_checked_again(tree, monkeypatch):
     first = load_split(tree, "training", LABELS, on_error="skip")
     assert [pair.image.stem for pair in first] == ["a"]
     read, calls = label_maps.read_label, []
-    monkeypatch.setattr(label_maps, "read_label", lambda path, labels: calls.append(path) or read(path))
+    monkeypatch.setattr(
+        label_maps, "read_label", lambda path, labels: calls.append(path) or read(path)
+    )
     assert load_split(tree, "training", LABELS, on_error="skip") == first and not calls
     with pytest.raises(ValueError, match="label 9 is impossible"):
         load_split(tree, "training", LABELS)
