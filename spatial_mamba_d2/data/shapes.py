@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from spatial_mamba_d2.data.images import write_image
+from spatial_mamba_d2.data.images import encode_image
 from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.sample_tree import create_tree
 
@@ -259,8 +259,9 @@ def _write_tree(root: Path, num_images: dict[str, int], parameters: dict[str, An
             )
             image_id = index + 1
             stem = f"{image_id:012d}"
-            write_image(image_folder / f"{stem}.jpg", sample.image)
-            write_image(label_folder / f"{stem}.png", sample.semantic)
+            image_file, label_file = image_folder / f"{stem}.jpg", label_folder / f"{stem}.png"
+            image_file.write_bytes(encode_image(sample.image, ".jpg"))
+            label_file.write_bytes(encode_image(sample.semantic, ".png"))
             height, width = sample.semantic.shape
             images.append(
                 {

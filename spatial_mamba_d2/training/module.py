@@ -53,7 +53,6 @@ class TrainingModule(lightning.LightningModule):
         schedule: of the training.
 
     Attributes:
-        class_names: of the data.
         main_score: name of the score by which ``best.ckpt`` is chosen.
         weights_source: of an evaluation without training, for the report.
         scores: of the last evaluation, ``{name: percent}``.
@@ -66,7 +65,6 @@ class TrainingModule(lightning.LightningModule):
 
     main_score: str
     classes: Any
-    class_names: tuple[str, ...] = ()
     guard: IterationGuard
 
     def __init__(self, cfg: CfgNode, model: nn.Module, schedule: Schedule):
