@@ -264,7 +264,9 @@ def test_cmyk_and_ycbcr(tmp_path):
             Image.fromarray(flat).convert(mode).save(tmp_path / f"a.{suffix}", quality=100)
             assert np.abs(read_image(tmp_path / f"a.{suffix}").astype(int) - flat).max() <= 3
     path = write_tiff(tmp_path / "k.tif", EIGHT[..., :4], photometric=5)
-    assert (read_image(path) == np.array(Image.fromarray(EIGHT[..., :4], "CMYK").convert("RGB"))).all()
+    assert (
+        read_image(path) == np.array(Image.fromarray(EIGHT[..., :4], "CMYK").convert("RGB"))
+    ).all()
     with pytest.raises(ImageFormatError, match="CMYK"):
         read_image(write_tiff(path, SIXTEEN[..., :4], photometric=5))
     with pytest.raises(ImageFormatError, match="LAB"):
