@@ -47,7 +47,7 @@ READERS: dict[tuple[str, ...], set[str]] = {
         f"{PACKAGE}/data/ade20k.py",
     },
 }  # fmt: skip
-BUILT_IN = {"eval", "exec", "compile", "__import__"}
+BUILT_IN = {"eval", "exec", "__import__"}
 CODE_RUNNING_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 OURS = [path for path in SOURCES if path.parts[0] in (PACKAGE, "ops", "tools", "datasets")]

@@ -6,6 +6,7 @@ shape, is refused, so that a partial file is written only on request.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -246,6 +247,7 @@ def convert_weights(
             f"target must end with .safetensors for safetensors and for nothing else, "
             f"got {target} for {to}"
         )
+    target = Path(os.path.abspath(target))  # new/../x is there once new is made
     if target.exists() and Path(source).exists() and target.samefile(source):
         raise ValueError(f"target must be another file than the source, got {target} for {source}")
     if target.exists() and not overwrite:
