@@ -218,7 +218,7 @@ def read_pixels(
             if not header or header.bits < 8 or header.photometric > tiff.RGB:
                 raise
             file.seek(0)
-    stored = _read_deep(file, layout)
+    stored: np.ndarray = _read_deep(file, layout)
     if stored.shape[:2] != (layout.height, layout.width):
         raise ValueError(f"is {stored.shape[:2]}, its header says {layout.size}")
     if layout.bits <= 8 and layout.kind == "uint":
