@@ -229,8 +229,8 @@ def read_pixels(
         pixels = 255 - pixels
     if upright or layout.header:
         pixels = _turned(pixels, layout.orientation)
-    if pixels.shape[2] > num_channels:  # alpha
-        pixels = pixels[..., : 1 if pixels.shape[2] == 2 else 3]
+    if layout.has_alpha and layout.bands != num_channels:
+        pixels = pixels[..., :-1]
     if num_channels == 1 and pixels.shape[2] == 3:
         pixels = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)[..., None]
     if num_channels == 3 and pixels.shape[2] == 1:

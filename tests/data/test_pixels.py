@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -106,6 +107,38 @@ def test_16_bits_are_scaled_exactly(suffix, value_range, tmp_path):
 def test_the_ends_of_the_range_are_black_and_white(tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), np.array([[0, 32768, 65535]], np.uint16))
     assert read_image(tmp_path / "a.png")[0, :, 0].tolist() == [0, 128, 255]
+
+
+def write_png(path, pixels, color_type, transparent=b""):
+    """A PNG of ``uint16[H, W, bands]``; Pillow and OpenCV cannot write every kind."""
+
+    def chunk(kind, content):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + (chunk(b"tRNS", transparent) if transparent else b"")
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(("color_type", "bands"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_every_kind_of_png_with_16_bits(color_type, bands, tmp_path):
+    pixels = SIXTEEN[..., :bands]
+    colors = bands - (color_type in (4, 6))
+    expected = np.broadcast_to(scaled(pixels[..., :colors]), (5, 7, 3))
+    for transparent in ("", pixels[0, 0].astype(">u2").tobytes()):
+        if transparent and color_type > 2:
+            continue
+        write_png(tmp_path / "a.png", pixels, color_type, transparent)
+        assert (read_image(tmp_path / "a.png") == expected).all()
+        assert (read_image(tmp_path / "a.png", bands) == scaled(pixels)).all()
 
 
 def test_16_bits_with_alpha(tmp_path):
