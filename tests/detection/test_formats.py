@@ -146,21 +146,23 @@ def scores(cfg, *detectors, classes=None):
     return results if detectors else results[0]
 
 
-def check(cfg):
-    """The truth scores 100 in each class, and neither other boxes nor other classes do."""
-    perfect, other_box, swapped = scores(
-        cfg,
-        lambda o: o,
-        lambda o: [*o[:2], o[2] + 5, *o[3:]],
-        lambda o: [o[0], {"cat": "dog", "dog": "cat"}[o[1]], *o[2:]],
-    )
+def moved(o):
+    return [*o[:2], o[2] + 5, *o[3:]]
+
+
+def swapped(o):
+    return [o[0], {"cat": "dog", "dog": "cat"}[o[1]], *o[2:]]
+
+
+def check(cfg, wrong=moved):
+    """The truth scores 100 in each class, and ``wrong``, another detector, does not."""
+    perfect, other = scores(cfg, lambda o: o, wrong)
     tasks = {"bbox", "segm"} if cfg.MODEL.MASK_ON else {"bbox"}
     assert set(perfect) == tasks
     for task in tasks:
         for metric in ("AP", "AP50", "AP75", "AP-cat", "AP-dog"):
             assert perfect[task][metric] == pytest.approx(100), (task, metric)
-        assert other_box[task]["AP"] < 90
-        assert swapped[task]["AP"] < 50
+            assert other[task]["AP"] < 90
 
 
 def each(change):
@@ -403,7 +405,7 @@ def test_a_mask_that_is_missing_in_the_test_set(write, keys, caplog):
 
 def test_classes_in_another_order(write, keys):
     files = write("train.json", coco_content()), write("val.json", coco_content(("dog", "cat")))
-    check(keys(*files))
+    check(keys(*files), swapped)
     for classes, other in (("cat", "dog"), "dog"), (("dog", "cat"), "cat"):
         perfect = scores(keys(*files), classes=list(classes))
         assert perfect["bbox"]["AP"] == pytest.approx(100), other
@@ -456,10 +458,7 @@ def test_several_files_for_one_training(write, keys, make_cfg, tmp_path):
             for dataset in datasets for r in dataset.records for a in r["annotations"]
         ]  # fmt: skip
         assert sorted(seen) == sorted((Path(o[0]).name, *o[1:]) for o in OBJECTS)
-    check(cfg)
-    yaml = write("more.yaml", {"DATASETS": {"TRAIN_JSON": [*map(str, files)]}})
-    assert len(keys("x", val, "DATASETS.TRAIN_JSON", value).DATASETS.TRAIN) == 2
-    del yaml
+    check(cfg, swapped)
     with pytest.raises(ValueError, match="TRAIN_IMAGES must be one folder for all files in"):
         keys(value, val, "DATASETS.TRAIN_IMAGES", ("a", "b", "c"))
     with pytest.raises(ValueError, match="TRAIN_JSON names a file twice"):
