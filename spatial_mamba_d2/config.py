@@ -19,6 +19,7 @@ from typing import Any, get_args
 import torch
 
 from spatial_mamba_d2.data.faults import OnError
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.models.spatial_mamba import BN_POLICIES
 from spatial_mamba_d2.models.variants import VARIANTS
 from spatial_mamba_d2.system.value_types import convert_value
@@ -139,7 +140,7 @@ def add_shared_config(cfg: Any) -> None:
     """Add the keys that all tasks have and Detectron2 has not, in place.
 
     Args:
-        cfg: with the nodes ``MODEL``, ``DATASETS``, ``SOLVER`` and ``SOLVER.AMP``.
+        cfg: with the nodes ``MODEL``, ``DATASETS``, ``INPUT``, ``SOLVER`` and ``SOLVER.AMP``.
     """
     add_backbone_config(cfg)
     # Prefixes of parameters that keep their initial values even if MODEL.WEIGHTS has them. For
@@ -148,6 +149,9 @@ def add_shared_config(cfg: Any) -> None:
     cfg.MODEL.WEIGHTS_SKIP = ()
     # Broken images, labels and annotations: "raise" an error that names them, or "skip" and count.
     cfg.DATASETS.ON_ERROR = "raise"
+    # Images of more than 8 bits: (low, high), the stored values that become 0 and 255. (): the
+    # range of the file's type, which 16 bits have; others, and 12 bits in 16, are then refused.
+    cfg.INPUT.PIXEL_RANGE = ()
     cfg.SOLVER.BETAS = (0.9, 0.999)
     cfg.SOLVER.ACCUMULATION_STEPS = 1  # micro-batches per iteration
     cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or float16
@@ -168,6 +172,7 @@ def add_lightning_config(cfg: Any) -> None:
     # the stages up to res2 .. res5.
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.DATASETS = node()
+    cfg.INPUT = node()
     cfg.DATALOADER = node()
     cfg.DATALOADER.NUM_WORKERS = 4  # per process
 
@@ -225,6 +230,7 @@ def check_shared_keys(cfg: Any) -> None:
             "SOLVER.WARMUP_ITERS %s is not below SOLVER.MAX_ITER %s: the learning rate never "
             "reaches SOLVER.BASE_LR", solver.WARMUP_ITERS, solver.MAX_ITER,
         )  # fmt: skip
+    build_pixel_range(cfg.INPUT.PIXEL_RANGE)
     _check_output_dir(cfg.OUTPUT_DIR)
 
 

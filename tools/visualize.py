@@ -19,7 +19,12 @@ def main() -> None:
 
     keep_freed_memory()
     args = build_visualization_parser(__doc__).parse_args()
-    visualize_images(args.input, args.output, partial(build_draw, args.config_file, args.opts))
+    visualize_images(
+        args.input,
+        args.output,
+        partial(build_draw, args.config_file, args.opts),
+        overwrite=args.overwrite,
+    )
 
 
 if __name__ == "__main__":

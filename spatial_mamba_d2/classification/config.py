@@ -32,7 +32,7 @@ def classification_defaults() -> CfgNode:
     cfg.DATASETS.CHECK_DECODE = False  # decode every image at the start, to find broken ones
     cfg.DATALOADER.NUM_WORKERS = 8  # per process
 
-    cfg.INPUT = CfgNode()  # for training, except CROP_PX, which evaluation uses too
+    # For training, except CROP_PX and PIXEL_RANGE, which evaluation uses too
     cfg.INPUT.CROP_PX = 224
     cfg.INPUT.SCALE_RANGE = (0.08, 1.0)  # area of the crop, relative to the image
     cfg.INPUT.RATIO_RANGE = (0.75, 1.3333333333333333)  # width / height of the crop

@@ -22,7 +22,8 @@ from spatial_mamba_d2.data.faults import (
     check_once,
     settle_faults,
 )
-from spatial_mamba_d2.data.images import read_image
+from spatial_mamba_d2.data.images import orientation_hint, read_image
+from spatial_mamba_d2.data.pixels import PixelRange
 
 # Sections of the file -> what an entry of each is called.
 SECTIONS = {"images": "image", "annotations": "annotation", "categories": "category"}
@@ -52,6 +53,7 @@ def load_coco(
     *,
     on_error: OnError = "raise",
     check_decode: bool = False,
+    value_range: PixelRange | None = None,
 ) -> CocoDataset:
     """Read and check a COCO instances file. Needs neither Detectron2 nor pycocotools.
 
@@ -65,6 +67,7 @@ def load_coco(
             their number for each kind of fault, and lists them in the result. Boxes of width or
             height 0, which COCO itself has, are skipped in either case.
         check_decode: also decode every image, which finds damaged files and wrong sizes.
+        value_range: see :func:`~.images.read_image`.
 
     Raises:
         FileNotFoundError: if `json_file` or the folder `image_root` does not exist.
@@ -82,8 +85,8 @@ def load_coco(
     checked = check_once(
         "coco",
         [json_file, *(there if check_decode else [])],
-        [os.path.abspath(image_root), check_decode, missing],
-        lambda: _find_faults(content, paths, folders, check_decode),
+        [os.path.abspath(image_root), check_decode, missing, value_range],
+        lambda: _find_faults(content, paths, folders, check_decode, value_range),
     )
     faults = [fault for _, fault in checked]
     rejected: dict[str, set[int]] = {section: set() for section in SECTIONS}
@@ -127,6 +130,7 @@ def _find_faults(
     paths: Sequence[str | None],
     folders: _Folders,
     check_decode: bool,
+    value_range: PixelRange | None,
 ) -> list[tuple[tuple[str, int], Fault]]:
     """Everything that is not usable: its section and position there, and the fault.
 
@@ -163,7 +167,7 @@ def _find_faults(
     if check_decode:
 
         def decode(position: int) -> Fault | None:
-            return _decoding_fault(str(paths[position]), content["images"][position])
+            return _decoding_fault(str(paths[position]), content["images"][position], value_range)
 
         with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
             for position, fault in zip(to_decode, pool.map(decode, to_decode), strict=True):
@@ -248,9 +252,11 @@ class _Folders:
         return name in self._names[folder]
 
 
-def _decoding_fault(path: str, image: dict[str, Any]) -> Fault | None:
+def _decoding_fault(
+    path: str, image: dict[str, Any], value_range: PixelRange | None
+) -> Fault | None:
     try:
-        height, width, _ = read_image(path).shape
+        height, width, _ = read_image(path, value_range=value_range).shape
     except InaccessibleFileError as error:
         return Fault(INACCESSIBLE, str(error))
     except (OSError, ValueError) as error:
@@ -259,7 +265,8 @@ def _decoding_fault(path: str, image: dict[str, Any]) -> Fault | None:
         return Fault(
             "wrong image size",
             f"{path} has height {height} and width {width}, "
-            f"recorded are {image['height']} and {image['width']}",
+            f"recorded are {image['height']} and {image['width']}"
+            f"{orientation_hint(path, (image['height'], image['width']))}",
         )
     return None
 

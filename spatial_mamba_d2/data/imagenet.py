@@ -10,9 +10,10 @@ The folders' names are the classes: WordNet ids in ImageNet, whatever you like e
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +34,13 @@ from spatial_mamba_d2.data.faults import (
     check_once,
     settle_faults,
 )
-from spatial_mamba_d2.data.images import SUFFIXES, open_image
+from spatial_mamba_d2.data.images import is_image, open_image
+from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.system.seeding import seeded
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_SHAPE = 50  # long side / short side of images that are resized as they are
 
 
 class ClassifiedImage(NamedTuple):
@@ -80,13 +84,15 @@ def _folders(path: Path) -> list[Path]:
     return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
-def read_sample(sample: ClassifiedImage) -> tuple[Image.Image, int]:
-    """The image as it is stored, and its class; raises as :func:`~.images.open_image`.
+def read_sample(
+    sample: ClassifiedImage, value_range: PixelRange | None = None
+) -> tuple[Image.Image, int]:
+    """The image as it is stored, and its class; see :func:`~.images.open_image`.
 
     EXIF orientation is left alone, as torchvision and the authors do: some images of ImageNet have
     one.
     """
-    return open_image(sample.path, upright=False), sample.target
+    return open_image(sample.path, upright=False, value_range=value_range), sample.target
 
 
 def load_split(
@@ -96,6 +102,7 @@ def load_split(
     *,
     on_error: OnError = "raise",
     check_decode: bool = False,
+    value_range: PixelRange | None = None,
 ) -> list[ClassifiedImage]:
     """The images of a split, in the order of their classes and names.
 
@@ -104,6 +111,7 @@ def load_split(
             warns with their number.
         check_decode: also decode every image, which finds damaged and truncated ones; once per
             machine, and remembered for unchanged files.
+        value_range: see :func:`~.images.read_image`.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -120,13 +128,16 @@ def load_split(
             reason = f"folder {folder} is none of the {len(classes)} classes"
             faults.append(Fault("folder that is not a class", reason))
             continue
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+        files = sorted(f for f in folder.rglob("*") if is_image(f, folder))
         if not files:
             faults.append(Fault("empty class", f"folder {folder} holds no image"))
         samples += [ClassifiedImage(file, index[folder.name]) for file in files]
     if check_decode:
         files = [sample.path for sample in samples]
-        found = dict(check_once("imagenet", files, [], lambda: _decoding_faults(samples)))
+        read = partial(read_sample, value_range=value_range)
+        found = dict(
+            check_once("imagenet", files, [value_range], lambda: _decoding_faults(samples, read))
+        )
         faults += found.values()
         samples = [sample for index, sample in enumerate(samples) if index not in found]
     settle_faults(faults, on_error, where=where, num_usable=len(samples))
@@ -135,10 +146,12 @@ def load_split(
     return samples
 
 
-def _decoding_faults(samples: Sequence[ClassifiedImage]) -> list[tuple[int, Fault]]:
+def _decoding_faults(
+    samples: Sequence[ClassifiedImage], read: Callable[[ClassifiedImage], Any]
+) -> list[tuple[int, Fault]]:
     def find_fault(sample: ClassifiedImage) -> Fault | None:
         try:
-            read_sample(sample)
+            read(sample)
         except InaccessibleFileError as error:
             return Fault(INACCESSIBLE, str(error))
         except (OSError, ValueError) as error:
@@ -187,6 +200,16 @@ class TrainTransform:
             return self._transform(image), target  # type: ignore[attr-defined]
 
 
+def _shorten(image: Image.Image) -> Image.Image:
+    """The middle of a line of pixels, which resizing by the short side would make enormous."""
+    long_px = _LONGEST_SHAPE * min(image.size)
+    if max(image.size) <= long_px:
+        return image
+    width, height = (min(side, long_px) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def build_test_transform(
     short_px: int, crop_px: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> transforms.Compose:
@@ -194,6 +217,7 @@ def build_test_transform(
     bicubic = transforms.InterpolationMode.BICUBIC
     return transforms.Compose(
         [
+            _shorten,
             transforms.Resize(short_px, bicubic),
             transforms.CenterCrop(crop_px),
             transforms.ToTensor(),

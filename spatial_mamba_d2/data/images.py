@@ -14,7 +14,7 @@ import os
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -162,20 +162,23 @@ def read_size(
         return layout.size
 
 
-def orientation_hint(path: str | Path) -> str:
-    """Words to append to an error about the size of an image or its label, or "".
+def orientation_hint(path: str | Path, size: Sequence[int] | None = None) -> str:
+    """Words to append to an error about the size of an image, or "" if they explain nothing.
 
     An image that is stored lying on its side is turned upright when it is read; labels and sizes
     that another program wrote may be those of the stored pixels.
+
+    Args:
+        size: height and width that were expected.
     """
     with suppress(OSError, ValueError), naming_file("image", path), open(path, "rb") as file:
         layout = read_layout(file)
-        if layout.orientation >= 5:
+        stored = layout.height, layout.width
+        if layout.orientation >= 5 and (size is None or tuple(size) == stored):
             return (
-                f" (its EXIF orientation is {layout.orientation}: the image is stored as "
-                f"{layout.height}x{layout.width} and shown as {layout.width}x{layout.height}; the "
-                "other size is probably that of the stored pixels: turn the image file itself, or "
-                "remove its orientation)"
+                f"; the image is stored as {stored[0]}x{stored[1]} and turned by its EXIF "
+                f"orientation {layout.orientation}, which the other size probably ignores: remove "
+                "the orientation from the image, or turn what belongs to it"
             )
     return ""
 
@@ -183,6 +186,12 @@ def orientation_hint(path: str | Path) -> str:
 def is_litter(path: Path) -> bool:
     """Whether operating systems leave such files and folders: hidden ones, ``Thumbs.db``, ..."""
     return path.name.startswith(".") or path.name.lower() in _LITTER
+
+
+def is_image(path: Path, root: Path) -> bool:
+    """Whether ``path``, which is in or below ``root``, is an image by its name, and no litter."""
+    is_hidden = any(is_litter(Path(part)) for part in path.relative_to(root).parts)
+    return path.suffix.lower() in SUFFIXES and not is_hidden and not path.is_dir()
 
 
 def find_images(paths: Iterable[Path], *, leave_out: Path | None = None) -> list[Path]:
@@ -209,7 +218,9 @@ def find_images(paths: Iterable[Path], *, leave_out: Path | None = None) -> list
         elif path.is_file():
             files.setdefault(os.path.abspath(path), path)
         elif path.is_symlink():
-            raise FileNotFoundError(f"input: {path} is a link to {os.readlink(path)}, which is gone")
+            raise FileNotFoundError(
+                f"input: {path} is a link to {os.readlink(path)}, which is gone"
+            )
         else:
             raise FileNotFoundError(f"input: no such file or folder: {path}")
     words = ""

@@ -37,7 +37,7 @@ def name_outputs(
     Raises:
         ValueError: even then two have the same name.
     """
-    relative = [_below(_absolute(file), _absolute(root)) for file in files]
+    relative = [below(file, root) for file in files]
     names = [path.with_suffix("") for path in relative]
     while True:
         counts = Counter(_key(f"{name}{ending}") for name in names for ending in endings)
@@ -54,6 +54,15 @@ def name_outputs(
             raise ValueError(f"input: results of these files would have the same name: {listed}")
         for index in changed:
             names[index] = relative[index]
+
+
+def below(file: Path, *roots: Path) -> Path:
+    """The path of ``file`` from the first of ``roots`` that it is below, or from the top."""
+    file = _absolute(file)
+    for root in map(_absolute, roots):
+        if file.is_relative_to(root):
+            return file.relative_to(root)
+    return file.relative_to(file.anchor)
 
 
 def check_outputs(
@@ -105,10 +114,6 @@ def same_folder(first: Path, second: Path) -> bool:
 
 def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # links stay: their names are what the user sees
-
-
-def _below(file: Path, root: Path) -> Path:
-    return file.relative_to(root) if file.is_relative_to(root) else Path(*file.parts[1:])
 
 
 def _key(name: str) -> str:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big endian; + is BigTIFF
-GREY_INVERTED, GREY, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8  # PhotometricInterpretation
+GREY_INVERTED, GREY, RGB, PALETTE, CMYK, YCBCR, LAB = (
+    0,
+    1,
+    2,
+    3,
+    5,
+    6,
+    8,
+)  # PhotometricInterpretation
 _COLORS = {GREY_INVERTED: 1, GREY: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3, LAB: 3}
 _ALPHA = (1, 2)  # of ExtraSamples: multiplied with the colours, and not
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # SampleFormat
@@ -109,7 +117,9 @@ def read_tiff_header(file: BinaryIO) -> TiffHeader:
     except (struct.error, KeyError, IndexError, OverflowError) as error:
         raise ValueError(f"TIFF header is damaged or cut off: {error!r}") from error
     if len(formats) > 1 or len(bits) > 1:
-        raise ValueError(f"bands of different types: bits {sorted(bits)}, formats {sorted(formats)}")
+        raise ValueError(
+            f"bands of different types: bits {sorted(bits)}, formats {sorted(formats)}"
+        )
     return TiffHeader(
         height,
         width,

@@ -29,7 +29,8 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from spatial_mamba_d2.data.coco import CocoDataset, load_coco
-from spatial_mamba_d2.data.images import read_image
+from spatial_mamba_d2.data.images import orientation_hint, read_image
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.samplers import ResumableBatchSampler, SkippingDataset
 from spatial_mamba_d2.detection.augmentation import build_augmentation
 from spatial_mamba_d2.system.atomic import replacing
@@ -113,6 +114,7 @@ def _load_coco_dataset(cfg: CfgNode, metadata: Metadata, is_train: bool) -> Dete
         metadata.image_root,
         on_error=cfg.DATASETS.ON_ERROR,
         check_decode=cfg.DATASETS.ON_ERROR == "skip" and not is_train,
+        value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE),
     )
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if len(coco.categories) != num_classes:
@@ -214,6 +216,7 @@ class Mapper(DatasetMapper):
             use_instance_mask=cfg.MODEL.MASK_ON,
             instance_mask_format=cfg.INPUT.MASK_FORMAT,
         )
+        self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
 
     def __call__(self, record: Record) -> Record:
         return self.transform(*self.read(record))
@@ -225,12 +228,13 @@ class Mapper(DatasetMapper):
             FileNotFoundError: the image is missing.
             ValueError: it is truncated, no image, or of another size than its record says.
         """
-        image = read_image(record["file_name"])
+        image = read_image(record["file_name"], value_range=self.value_range)
         record = copy.deepcopy(record)
         try:
             d2_utils.check_image_size(record, image)
         except d2_utils.SizeMismatchError as error:
-            raise ValueError(f"image file {record['file_name']}: {error}") from None
+            hint = orientation_hint(record["file_name"], (record["height"], record["width"]))
+            raise ValueError(f"image file {record['file_name']}: {error}{hint}") from None
         if "sem_seg_file_name" in record:  # of data sets in Detectron2's catalogue
             label = d2_utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
             record["sem_seg"] = label

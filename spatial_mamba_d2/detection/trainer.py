@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 import weakref
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.samplers import ResumableBatchSampler
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
 from spatial_mamba_d2.detection.data import (
@@ -237,17 +239,23 @@ class Trainer(DefaultTrainer):
 def build_evaluator(cfg: CfgNode, dataset: DetectionDataset) -> DatasetEvaluators:
     """COCO evaluation by pycocotools and, if asked for, drawings of predictions."""
     metadata = register_for_evaluation(cfg, dataset)
+    # Each of several data sets has its own files.
+    several = len(cfg.DATASETS.TEST) > 1
+    place = re.sub(r"[^\w.-]+", "_", dataset.name).strip("_") if several else ""
     output_dir = Path(cfg.OUTPUT_DIR)
     evaluators: list[DatasetEvaluator] = [
         COCOEvaluator(
             metadata.name,
             tasks=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
-            output_dir=str(output_dir / "inference"),
+            output_dir=str(output_dir / "inference" / place),
             max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
             use_fast_impl=False,
         )
     ]
     if cfg.TEST.PICTURES:
-        folder, threshold = output_dir / "pictures", cfg.TEST.PICTURES_SCORE_THRESH
-        evaluators.append(VisualizationWriter(metadata, folder, cfg.TEST.PICTURES, threshold))
+        folder, threshold = output_dir / "pictures" / place, cfg.TEST.PICTURES_SCORE_THRESH
+        value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
+        evaluators.append(
+            VisualizationWriter(metadata, folder, cfg.TEST.PICTURES, threshold, value_range)
+        )
     return DatasetEvaluators(evaluators)

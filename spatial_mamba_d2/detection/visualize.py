@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from pycocotools.coco import COCO
 
 from spatial_mamba_d2.data.drawing import enlargement
 from spatial_mamba_d2.data.images import read_image, write_image
+from spatial_mamba_d2.data.outputs import name_outputs
+from spatial_mamba_d2.data.pixels import PixelRange
 
 logger = logging.getLogger(__name__)
 _SHORTEST_PX = 480  # smaller images are enlarged to this, so that labels can be read
@@ -69,15 +72,28 @@ class VisualizationWriter(DatasetEvaluator):
         folder: where the drawings go.
         num_images: how many images to draw, over all processes.
         score_thresh: lowest score to draw.
+        value_range: see :func:`~spatial_mamba_d2.data.images.read_image`.
     """
 
-    def __init__(self, metadata: Metadata, folder: Path, num_images: int, score_thresh: float):
+    def __init__(
+        self,
+        metadata: Metadata,
+        folder: Path,
+        num_images: int,
+        score_thresh: float,
+        value_range: PixelRange | None = None,
+    ):
         self.metadata = metadata
         self.folder = folder
         self.num_images = math.ceil(num_images / comm.get_world_size())
         self.score_thresh = score_thresh
+        self.value_range = value_range
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             self.coco = COCO(metadata.json_file)
+        root = Path(metadata.get("image_root") or "/")
+        files = [Path(root, image["file_name"]) for image in self.coco.dataset["images"]]
+        names = name_outputs(files, root, folder, (".png",))
+        self.names = {os.path.abspath(file): name for file, name in zip(files, names, strict=True)}
 
     def reset(self) -> None:
         self.num_written = 0
@@ -86,14 +102,14 @@ class VisualizationWriter(DatasetEvaluator):
         for record, output in zip(inputs, outputs, strict=True):
             if self.num_written >= self.num_images:
                 return
-            image = read_image(record["file_name"])
+            image = read_image(record["file_name"], value_range=self.value_range)
             annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=record["image_id"]))
             pair = (
                 draw_ground_truth(image, annotations, self.coco, self.metadata),
                 draw_instances(image, output["instances"], self.metadata, self.score_thresh),
             )
-            name = f"{Path(record['file_name']).stem}.png"
-            write_image(self.folder / name, np.concatenate(pair, axis=1))
+            name = self.names[os.path.abspath(record["file_name"])]
+            write_image(name.with_name(f"{name.name}.png"), np.concatenate(pair, axis=1))
             self.num_written += 1
 
     def evaluate(self) -> dict[str, Any]:

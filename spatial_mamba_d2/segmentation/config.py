@@ -57,7 +57,6 @@ def segmentation_defaults() -> CfgNode:
     # its label ids; or voc. A class is an index, a name or "ignore"; * is everything else.
     cfg.DATASETS.LABEL_MAP = ""
 
-    cfg.INPUT = CfgNode()
     # Channels of the images. For others than 3, PIXEL_MEAN and PIXEL_STD need as many values, and
     # the first convolution starts from its RGB weights, summed or repeated.
     cfg.INPUT.CHANNELS = 3

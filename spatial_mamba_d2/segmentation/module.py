@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.data.images import read_image, write_image
 from spatial_mamba_d2.data.label_maps import Classes
+from spatial_mamba_d2.data.outputs import below
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.param_groups import build_adamw
 from spatial_mamba_d2.models.upernet import UPerNet, build_upernet, resize
@@ -90,6 +92,7 @@ class Segmentor(TrainingModule):
         super().__init__(cfg, build_model(cfg), schedule)
         self.classes = classes
         self.protocol = build_protocol(cfg)
+        self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
         weights = cfg.MODEL.CLASS_WEIGHTS
         self.register_buffer(
             "class_weights", torch.tensor(weights, dtype=torch.float32) if weights else None
@@ -141,9 +144,12 @@ class Segmentor(TrainingModule):
         self.confusion.update(prediction, truth)
         if batch["index"] < self.cfg.TEST.PICTURES:
             maps = {"ground truth": _array(truth), "prediction": _array(prediction)}
-            drawing = draw_panels(read_image(batch["file"]), maps, self.classes)
-            name = f"{Path(batch['file']).stem}.png"
-            write_image(Path(self.cfg.OUTPUT_DIR, "pictures", name), drawing)
+            image = read_image(batch["file"], value_range=self.value_range)
+            root = Path(self.cfg.DATASETS.ROOT)
+            folders = root / "images" / self.cfg.DATASETS.TEST, root / "images", root
+            name = below(Path(batch["file"]), *folders).with_suffix(".png")
+            drawing = draw_panels(image, maps, self.classes)
+            write_image(Path(self.cfg.OUTPUT_DIR, "pictures") / name, drawing)
 
     def on_validation_epoch_end(self) -> None:
         self.confusion.sum_over_processes()

@@ -11,8 +11,9 @@ import torch
 from fvcore.common.config import CfgNode
 
 from spatial_mamba_d2.data.ade20k import load_classes
-from spatial_mamba_d2.data.images import Draw, write_image
+from spatial_mamba_d2.data.images import Draw, Drawer, write_image
 from spatial_mamba_d2.data.label_maps import Classes
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform
 from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
 from spatial_mamba_d2.segmentation.config import load_config
@@ -69,7 +70,8 @@ def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw
     Raises:
         FileNotFoundError, ValueError: configuration or weights are unusable.
     """
-    predictor = Predictor(load_config(config_file, overrides))
+    cfg = load_config(config_file, overrides)
+    predictor = Predictor(cfg)
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         label = predictor(image)
@@ -79,4 +81,4 @@ def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw
         summary = ", ".join(f"{predictor.classes.names[i]} {shares[i]:.0%}" for i in largest)
         return draw_panels(image, {"prediction": label}, predictor.classes), summary
 
-    return draw
+    return Drawer(draw, value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE))

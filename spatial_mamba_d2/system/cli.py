@@ -108,6 +108,9 @@ def build_visualization_parser(description: str | None) -> argparse.ArgumentPars
     parser.add_argument("--config-file", default="", metavar="FILE")
     parser.add_argument("--input", required=True, nargs="+", type=Path, help="images and folders")
     parser.add_argument("--output", required=True, type=Path, help="folder for the drawings")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace drawings in --output; never an input"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     return parser
 
