@@ -131,10 +131,7 @@ class Classifier(TrainingModule):
             mesa_loss = mesa.WEIGHT * self.loss(logits, self.mesa_targets(image))
             losses["loss_mesa"] = mesa_loss.detach()
             loss = loss + mesa_loss
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("loss", loss.detach(), prog_bar=True)
-        self.log_dict({**losses, "lr": rate})
-        return loss
+        return self.report_losses(loss, losses)
 
     @property
     def mesa_start(self) -> int:

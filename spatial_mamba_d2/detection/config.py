@@ -113,7 +113,8 @@ def add_spatial_mamba_config(cfg: CfgNode) -> None:
     """
     add_shared_config(cfg)
 
-    # Any data set in COCO format. If a json is given, it replaces the name in TRAIN or TEST.
+    # Any data set in COCO format. If a json is given, it replaces the names in TRAIN or TEST. Each
+    # is one file or folder, or a list: ("a.json", "b.json") of one folder, or of as many.
     cfg.DATASETS.TRAIN_JSON = ""
     cfg.DATASETS.TRAIN_IMAGES = ""
     cfg.DATASETS.TEST_JSON = ""
@@ -166,14 +167,8 @@ def _check_values(cfg: CfgNode) -> None:
 
 def _check_and_resolve(cfg: CfgNode) -> None:
     _check_values(cfg)
-    for split in ("TRAIN", "TEST"):
-        json_file, images = cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"]
-        if bool(json_file) != bool(images):
-            raise ValueError(
-                f"DATASETS.{split}_JSON and DATASETS.{split}_IMAGES must be given together, "
-                f"got {json_file!r} and {images!r}"
-            )
     register_json_datasets(cfg)
 
 
-load_config = config_loader(detection_defaults, _check_and_resolve)
+_FILES = [f"DATASETS.{split}_{what}" for split in ("TRAIN", "TEST") for what in ("JSON", "IMAGES")]
+load_config = config_loader(detection_defaults, _check_and_resolve, dict.fromkeys(_FILES, (tuple,)))

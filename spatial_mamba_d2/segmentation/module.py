@@ -67,7 +67,7 @@ def learning_rate_factor(
     if iteration < warmup_iters:
         progress = iteration / max(1, warmup_iters - 1)
         return warmup_factor + (1 - warmup_factor) * progress
-    return 1 - (iteration - warmup_iters) / max(1, max_iter - warmup_iters - 1)
+    return max(0.0, 1 - (iteration - warmup_iters) / max(1, max_iter - warmup_iters - 1))
 
 
 class Segmentor(TrainingModule):
@@ -123,10 +123,7 @@ class Segmentor(TrainingModule):
         decode = cross_entropy(logits, target, self.class_weights)
         aux = cross_entropy(auxiliary, target, self.class_weights)
         loss = decode + self.cfg.MODEL.UPERNET.AUX_WEIGHT * aux
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("loss", loss.detach(), prog_bar=True)
-        self.log_dict({"loss_decode": decode.detach(), "loss_aux": aux.detach(), "lr": rate})
-        return loss
+        return self.report_losses(loss, {"loss_decode": decode, "loss_aux": aux})
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()

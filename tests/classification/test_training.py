@@ -207,7 +207,7 @@ def test_broken_images_are_skipped_and_counted(arguments, tmp_path, sample_image
         path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match="star/000001.jpg cannot be decoded"):
         run(arguments("DATASETS.ROOT", root))
-    run(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip"))
+    run(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip", resume=True))
     content = json.loads((tmp_path / "output/scores_val.json").read_text())
     assert content["skipped_images"] == 1
     for kind, path in zip(("sample", "image"), broken, strict=True):
