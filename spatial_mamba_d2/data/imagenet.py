@@ -24,7 +24,7 @@ from timm.data.auto_augment import posterize
 from torch import Tensor
 from torchvision import transforms
 
-from spatial_mamba_d2.data.class_file import read_class_lines
+from spatial_mamba_d2.data.class_file import check_distinct, read_class_lines
 from spatial_mamba_d2.data.faults import (
     INACCESSIBLE,
     Fault,
@@ -64,7 +64,8 @@ def load_classes(source: str, root: str | Path, split: str, num_classes: int) ->
     if source == "imagenet-1k":
         names = tuple(ImageNetInfo("imagenet-1k").label_names())
     elif source:
-        names = tuple(line.strip() for line in read_class_lines(root, source))
+        names = tuple(read_class_lines(root, source))
+        check_distinct(names, source)
     else:
         names = tuple(folder.name for folder in _folders(Path(root, split)))
     if len(names) != num_classes:

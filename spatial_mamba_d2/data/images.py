@@ -236,6 +236,11 @@ def find_images(paths: Iterable[Path], *, leave_out: Path | None = None) -> list
     return list(files.values())
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files in and below ``folder``, sorted, without litter, with links to nowhere."""
+    return sorted(_walk(folder, None))
+
+
 def _walk(folder: Path, leave_out: Path | None) -> Iterator[Path]:
     """The files in and below ``folder``, without litter, following links but no circles of them."""
     left_out = os.path.realpath(leave_out) if leave_out else None
@@ -296,6 +301,7 @@ def visualize_images(
     build_draw: Callable[[], Draw],
     *,
     overwrite: bool = False,
+    label_folder: Path | None = None,
 ) -> list[Path]:
     """Draw something for each image, into ``output/NAME.png``; broken images are reported.
 
@@ -306,6 +312,7 @@ def visualize_images(
         inputs: images and folders.
         build_draw: called once the images are found: loads a model, for example.
         overwrite: replace drawings and other files in ``output``, but never an input.
+        label_folder: where ``build_draw`` also writes a ``NAME.png`` of each image, if anywhere.
 
     Returns:
         the drawings' paths.
@@ -326,6 +333,10 @@ def visualize_images(
             )
     names = name_outputs(files, common_folder(inputs), output, ENDINGS)
     planned = [name.with_name(f"{name.name}{ending}") for name in names for ending in ENDINGS]
+    if label_folder is not None:
+        if same_folder(label_folder, output):
+            raise ValueError(f"output: drawings and label maps need two folders, got {output}")
+        planned += [label_folder / f"{name.relative_to(output)}.png" for name in names]
     check_outputs(planned, files, overwrite=overwrite)
     draw = build_draw()
     read = partial(

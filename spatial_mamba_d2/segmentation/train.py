@@ -20,5 +20,5 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     cfg = start(args, load_config)
     classes = load_classes(cfg.DATASETS.CLASSES, cfg.DATASETS.ROOT, cfg.MODEL.NUM_CLASSES)
     segmentor = Segmentor(cfg, classes)
-    data = build_data(cfg, segmentor.protocol)
+    data = build_data(cfg, segmentor.protocol, classes)
     return evaluate(segmentor, data, args) if args.eval_only else fit(segmentor, data, args)

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from spatial_mamba_d2.config import check_processes
+from spatial_mamba_d2.data.class_file import compare_class_names
 from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.system.cli import log_to_stdout, parse_address
@@ -281,7 +282,12 @@ def evaluate(
     if not cfg.MODEL.WEIGHTS and not weights.is_file():
         raise ValueError(f"no weights to evaluate: set MODEL.WEIGHTS ({weights} does not exist)")
     module.ema = None  # the file's weights are evaluated, averaged or not
-    load_weights(module.model, weights, partial=False)
+    content = read_checkpoint(weights)
+    load_weights(module.model, content, partial=False, source_name=str(weights))
+    if difference := compare_class_names(
+        content.get("classes", ()), module.class_names, str(weights)
+    ):
+        logger.warning("%s", difference)
     module.weights_source = str(weights)
     period = max(1, cfg.SOLVER.LOG_PERIOD)
     trainer = build_trainer(
