@@ -227,11 +227,6 @@ def check_shared_keys(cfg: Any) -> None:
         require_between(cfg, ("MODEL.BACKBONE.FREEZE_AT",), 0, 5)
     require_between(cfg, ("SEED",), min(0, cfg.SEED), _MAX_SEED)
     solver = cfg.SOLVER
-    if solver.IMS_PER_BATCH % solver.ACCUMULATION_STEPS:
-        raise ValueError(
-            "SOLVER.IMS_PER_BATCH must be a multiple of SOLVER.ACCUMULATION_STEPS "
-            f"{solver.ACCUMULATION_STEPS}, got {solver.IMS_PER_BATCH}"
-        )
     if _has(cfg, "SOLVER.WARMUP_ITERS") and solver.WARMUP_ITERS >= solver.MAX_ITER:
         logger.warning(
             "SOLVER.WARMUP_ITERS %s is not below SOLVER.MAX_ITER %s: the learning rate never "

@@ -50,7 +50,6 @@ def load_config(request):
             ("OUTPUT_DIR", f"{__file__}/run"),
             r"OUTPUT_DIR must be a folder, .*config.py is a file",
         ),
-        (("SOLVER.ACCUMULATION_STEPS", "5"), "must be a multiple of SOLVER.ACCUMULATION_STEPS 5"),
         (("SOLVER.BASE_LR=1",), "KEY VALUE pairs, got 1 words: SOLVER.BASE_LR=1"),
         (("SOLVER.BASE_LR=1", "SEED=2"), "SOLVER.BASE_LR=1; write KEY VALUE, not KEY=VALUE"),
         (

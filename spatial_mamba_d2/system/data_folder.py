@@ -1,4 +1,4 @@
-"""Where data sets are: ``datasets/`` here, or else the folder that ``DETECTRON2_DATASETS`` names."""
+"""Where data sets are: ``datasets/`` here, or the folder that ``DETECTRON2_DATASETS`` names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ DEFAULT = "datasets"
 def find_data(path: str | Path) -> Path:
     """``path``, or what stands for it in the folder of all data sets.
 
-    A relative path below ``datasets/`` that does not exist here is looked for in the folder that the
-    environment variable ``DETECTRON2_DATASETS`` names, as Detectron2 does for its built-in data
+    A relative path below ``datasets/`` that does not exist here is looked for in the folder that
+    the environment variable ``DETECTRON2_DATASETS`` names, as Detectron2 does for its built-in data
     sets. What exists here comes first; what exists nowhere is returned as it is.
     """
     path = Path(path)

@@ -23,7 +23,6 @@ from spatial_mamba_d2.segmentation.inference import build_protocol
 from spatial_mamba_d2.segmentation.module import (
     Segmentor,
     cross_entropy,
-    cross_entropy,
     learning_rate_factor,
 )
 from spatial_mamba_d2.segmentation.train import run
