@@ -81,6 +81,7 @@ class SegmentationData(DataModule[Pair]):
         **kwargs: see :class:`~spatial_mamba_d2.training.data_module.DataModule`.
 
     Attributes:
+        check_decode: whether ``setup`` also decodes every image.
         checked: split -> its pairs, how often the classes occur, and what was left out.
 
     Raises:
@@ -109,6 +110,7 @@ class SegmentationData(DataModule[Pair]):
         self.names = names or numbered_names(labels.num_classes)
         self.train_transform, self.test_transform = train_transform, test_transform
         self.checked: dict[str, CheckedSplit] = {}
+        self.check_decode = False
 
     def load_split(self, split: str) -> list[Pair]:
         checked = check_split(
@@ -119,6 +121,7 @@ class SegmentationData(DataModule[Pair]):
             num_channels=self.num_channels,
             value_range=self.value_range,
             on_error=self.on_error,
+            check_decode=self.check_decode,
         )
         self.checked[split] = checked
         where = f"{self.root}, {split}"

@@ -205,8 +205,9 @@ class Segmentor(TrainingModule):
         loss = decode + self.cfg.MODEL.UPERNET.AUX_WEIGHT * aux
         terms = {"loss_decode": decode, "loss_aux": aux}
         if self.cfg.MODEL.DICE_WEIGHT:
-            terms["loss_dice"] = self.cfg.MODEL.DICE_WEIGHT * dice_loss(logits, target)
-            loss = loss + terms["loss_dice"]
+            dice = self.cfg.MODEL.DICE_WEIGHT * dice_loss(logits, target)
+            loss = loss + dice
+            terms["loss_dice"] = dice
         return self.report_losses(loss, terms)
 
     def on_validation_epoch_start(self) -> None:

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from spatial_mamba_d2.config import check_processes
 from spatial_mamba_d2.data.class_file import compare_class_names
+from spatial_mamba_d2.data.samplers import check_batch_size
 from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.system.cli import log_to_stdout, parse_address
@@ -102,6 +103,10 @@ def build_trainer(cfg: CfgNode, args: argparse.Namespace, **kwargs: Any) -> ligh
     device_type, _, gpu = cfg.MODEL.DEVICE.partition(":")
     on_gpu = device_type == "cuda"
     check_processes(cfg, num_processes)
+    if not args.eval_only:
+        check_batch_size(
+            cfg.SOLVER.IMS_PER_BATCH, num_processes * num_machines, cfg.SOLVER.ACCUMULATION_STEPS
+        )
     plugins: list[Any] = [SafeCheckpointIO()]
     if not under_torchrun():
         # A job of SLURM has its variables also where srun has started no process for each device.
