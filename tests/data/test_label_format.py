@@ -56,7 +56,9 @@ def test_colours(text):
     indices = np.array([[0, 1], [2, 2]], np.uint8)
     assert np.array_equal(labels.to_indices(colors[indices]), indices)
     assert np.array_equal(labels.to_stored(indices), colors[indices])
-    with pytest.raises(ValueError, match=r"label #010000 is impossible: .*LABEL_MAP lists .*#804080"):
+    with pytest.raises(
+        ValueError, match=r"label #010000 is impossible: .*LABEL_MAP lists .*#804080"
+    ):
         labels.to_indices(np.array([[[1, 0, 0]]], np.uint8))
 
 
@@ -80,7 +82,9 @@ def test_bad_maps_are_named(text, message):
 
 
 def test_unknown_values_and_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"label 5 is impossible: .*LABEL_MAP lists .*values 7, 11"):
+    with pytest.raises(
+        ValueError, match=r"label 5 is impossible: .*LABEL_MAP lists .*values 7, 11"
+    ):
         label_map("7: 0, 11: 1").to_indices(np.array([[7, 5]]))
     with pytest.raises(FileNotFoundError, match="DATASETS.LABEL_MAP: no such file: .*gone.yaml"):
         label_map("gone.yaml", tmp_path)
@@ -145,9 +149,7 @@ def write_big_endian_tiff(path, values):
         for tag, kind, value in fields
     )
     offset = (8 + len(data)).to_bytes(4, "big")
-    path.write_bytes(
-        b"MM\0*" + offset + data + len(fields).to_bytes(2, "big") + entries + bytes(4)
-    )
+    path.write_bytes(b"MM\0*" + offset + data + len(fields).to_bytes(2, "big") + entries + bytes(4))
     return path
 
 
