@@ -29,6 +29,7 @@ READERS: dict[tuple[str, ...], set[str]] = {
         # Files that this package has written, in the cache and in OUTPUT_DIR; damage is expected.
         f"{PACKAGE}/system/once.py",
         f"{PACKAGE}/training/run_folder.py",
+        f"{PACKAGE}/doctor.py",  # what pip has recorded about this package
     },
     ("yaml.load", "yaml.safe_load", "yaml.full_load", "yaml.unsafe_load", "load_yaml_with_base",
      "merge_from_file"): {
