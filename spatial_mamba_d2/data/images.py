@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from spatial_mamba_d2.data.faults import InaccessibleFileError
 from spatial_mamba_d2.data.outputs import (
@@ -69,6 +69,10 @@ def naming_file(kind: str, path: str | Path) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise FileNotFoundError(f"no {kind} file {path}") from None
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{kind} file {path} cannot be decoded: it is no image in a known format"
+        ) from None
     except OSError as error:
         # Only the system's errors have a number; those of Pillow are about the content.
         kind_of_error = ValueError if error.errno is None else InaccessibleFileError

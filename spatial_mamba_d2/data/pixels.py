@@ -180,7 +180,10 @@ def check_layout(layout: Layout, num_channels: int, value_range: PixelRange | No
         hint = ""
         if not layout.are_colors and colors > 3:
             hint = " (they are not declared as RGB and alpha, so none is dropped)"
-        raise ImageFormatError(f"has {what}{hint}, the model takes {num_channels} channels")
+        raise ImageFormatError(
+            f"has {what}{hint}, the model takes {num_channels} channels (of a segmentor: "
+            "INPUT.CHANNELS)"
+        )
     if value_range is None and (layout.kind != "uint" or layout.bits > 16):
         name = {"int": "signed integers", "uint": "integers", "float": "float values"}[layout.kind]
         raise ImageFormatError(
