@@ -187,15 +187,20 @@ def orientation_hint(path: str | Path, size: Sequence[int] | None = None) -> str
     return ""
 
 
-def is_litter(path: Path) -> bool:
-    """Whether operating systems leave such files and folders: hidden ones, ``Thumbs.db``, ..."""
-    return path.name.startswith(".") or path.name.lower() in _LITTER
+def is_litter(path: Path | str) -> bool:
+    """Whether operating systems leave such files and folders: hidden ones, ``Thumbs.db``, ...
+
+    Args:
+        path: a path, or a name.
+    """
+    name = path if isinstance(path, str) else path.name
+    return name.startswith(".") or name.lower() in _LITTER
 
 
 def is_image(path: Path, root: Path) -> bool:
     """Whether ``path``, which is in or below ``root``, is an image by its name, and no litter."""
-    is_hidden = any(is_litter(Path(part)) for part in path.relative_to(root).parts)
-    return path.suffix.lower() in SUFFIXES and not is_hidden and not path.is_dir()
+    is_hidden = any(map(is_litter, path.relative_to(root).parts))
+    return path.suffix.lower() in SUFFIXES and not is_hidden
 
 
 def find_images(paths: Iterable[Path], *, leave_out: Path | None = None) -> list[Path]:
@@ -254,11 +259,11 @@ def _walk(folder: Path, leave_out: Path | None) -> Iterator[Path]:
         folders[:] = sorted(
             name
             for name in folders
-            if not is_litter(Path(name))
+            if not is_litter(name)
             and (real := os.path.realpath(Path(parent, name))) not in seen
             and real != left_out
         )
-        yield from (Path(parent, name) for name in sorted(names) if not is_litter(Path(name)))
+        yield from (Path(parent, name) for name in sorted(names) if not is_litter(name))
 
 
 def encode_image(image: np.ndarray, suffix: str) -> bytes:
