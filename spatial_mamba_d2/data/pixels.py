@@ -224,6 +224,7 @@ def read_pixels(
     stored: np.ndarray = _read_deep(file, layout)
     if stored.shape[:2] != (layout.height, layout.width):
         raise ValueError(f"is {stored.shape[:2]}, its header says {layout.size}")
+    pixels: np.ndarray
     if layout.bits <= 8 and layout.kind == "uint":
         pixels = stored.astype(np.uint8)
     else:
