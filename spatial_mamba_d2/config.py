@@ -13,6 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ from spatial_mamba_d2.data.faults import OnError
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.models.spatial_mamba import BN_POLICIES
 from spatial_mamba_d2.models.variants import VARIANTS
+from spatial_mamba_d2.system.data_folder import find_data
 from spatial_mamba_d2.system.value_types import convert_value
 from spatial_mamba_d2.system.yaml_file import read_yaml
 
@@ -54,6 +56,10 @@ _SHARED_SHARES = (  # 1 excluded
     "MODEL.SPATIAL_MAMBA.DROP_PATH_RATE",
     "SOLVER.BETAS",
     "SOLVER.EMA_DECAY",
+)
+_DATA_PATHS = (
+    "DATASETS.ROOT",
+    *(f"DATASETS.{split}_{what}" for split in ("TRAIN", "TEST") for what in ("JSON", "IMAGES")),
 )
 _MAX_SEED = 2**32 - 1  # of NumPy's global generator
 _MAY_BE_INFINITE = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the largest element
@@ -99,6 +105,7 @@ def config_loader(
         cfg = defaults()
         merge_config(cfg, config_file, overrides, {**_SHARED_TYPES, **(types or {})})
         check_shared_keys(cfg)
+        _find_data_sets(cfg)
         check(cfg)
         resolve_device(cfg)
         cfg.freeze()
@@ -220,11 +227,6 @@ def check_shared_keys(cfg: Any) -> None:
         require_between(cfg, ("MODEL.BACKBONE.FREEZE_AT",), 0, 5)
     require_between(cfg, ("SEED",), min(0, cfg.SEED), _MAX_SEED)
     solver = cfg.SOLVER
-    if solver.IMS_PER_BATCH % solver.ACCUMULATION_STEPS:
-        raise ValueError(
-            "SOLVER.IMS_PER_BATCH must be a multiple of SOLVER.ACCUMULATION_STEPS "
-            f"{solver.ACCUMULATION_STEPS}, got {solver.IMS_PER_BATCH}"
-        )
     if _has(cfg, "SOLVER.WARMUP_ITERS") and solver.WARMUP_ITERS >= solver.MAX_ITER:
         logger.warning(
             "SOLVER.WARMUP_ITERS %s is not below SOLVER.MAX_ITER %s: the learning rate never "
@@ -240,6 +242,18 @@ def _check_output_dir(name: str) -> None:
     for path in (Path(name), *Path(name).parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"OUTPUT_DIR must be a folder, got {name!r}: {path} is a file")
+
+
+def _find_data_sets(cfg: Any) -> None:
+    """Paths to data become those at which :func:`~.data_folder.find_data` finds them, in place."""
+    for key in filter(partial(_has, cfg), _DATA_PATHS):
+        paths = _value(cfg, key)
+        several = isinstance(paths, (tuple, list))
+        found = [str(find_data(p)) if p else p for p in (paths if several else [paths])]
+        section, name = key.split(".")
+        cfg[section][name] = type(paths)(found) if several else found[0]
+        if found != list(paths if several else [paths]):
+            logger.info("%s: %s", key, ", ".join(found))
 
 
 def resolve_device(cfg: Any) -> None:

@@ -50,7 +50,6 @@ def load_config(request):
             ("OUTPUT_DIR", f"{__file__}/run"),
             r"OUTPUT_DIR must be a folder, .*config.py is a file",
         ),
-        (("SOLVER.ACCUMULATION_STEPS", "5"), "must be a multiple of SOLVER.ACCUMULATION_STEPS 5"),
         (("SOLVER.BASE_LR=1",), "KEY VALUE pairs, got 1 words: SOLVER.BASE_LR=1"),
         (("SOLVER.BASE_LR=1", "SEED=2"), "SOLVER.BASE_LR=1; write KEY VALUE, not KEY=VALUE"),
         (
@@ -220,6 +219,39 @@ def test_a_file_cannot_run_code(load_config, tmp_path):
 def test_a_missing_file(load_config):
     with pytest.raises(FileNotFoundError, match=f"no such file: {Path('absent.yaml').absolute()}"):
         load_config(Path("absent.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "name"),
+    [
+        ("segmentation", "DATASETS.ROOT", "ade"),
+        ("classification", "DATASETS.ROOT", "imagenet"),
+        ("detection", "DATASETS.TRAIN_IMAGES", "coco/train2017"),
+        ("detection", "DATASETS.TEST_JSON", "coco/instances.json"),
+    ],
+)
+def test_data_sets_are_found_where_detectron2_looks(task, key, name, tmp_path, monkeypatch):
+    pytest.importorskip(NEEDS[task], reason=f"{NEEDS[task]} is not installed")
+    load_config = importlib.import_module(f"spatial_mamba_d2.{task}.config").load_config
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "all"))
+    (tmp_path / "all" / name).mkdir(parents=True)
+    section, leaf = key.split(".")
+    other = key.replace("JSON", "IMAGES") if "JSON" in key else key.replace("IMAGES", "JSON")
+    words = [key, f"datasets/{name}", *(() if other == key else (other, "x"))]
+
+    def found() -> str:
+        return load_config(None, words)[section][leaf]
+
+    assert found() == str(tmp_path / "all" / name)
+    Path("datasets", name).mkdir(parents=True)  # what is here comes first
+    assert found() == f"datasets/{name}"
+    words[1] = f"other/{name}"
+    assert found() == f"other/{name}"
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    words[1] = "datasets/absent"
+    assert found() == "datasets/absent"
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])

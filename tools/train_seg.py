@@ -16,6 +16,10 @@ sliding window:
 
     ... TEST.PROTOCOL ms
     ... TEST.MODE slide TEST.CROP_PX 512 TEST.STRIDE_PX 341
+
+Predicted label maps as files, in the values that the data set's label files store:
+
+    ... TEST.SAVE_LABELS output/labels
 """
 
 from spatial_mamba_d2.system.allocator import keep_freed_memory

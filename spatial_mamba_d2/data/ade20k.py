@@ -1,8 +1,8 @@
 """Semantic segmentation data in folders of images and label maps, checked and counted.
 
-The layout is ADE20K's, or what :class:`~.pair_files.Layout` says. What the label files hold depends
-on the data set: see :class:`~.label_format.LabelFormat`. ADE20K's are 0 for unlabelled pixels, to be
-ignored, and 1..150 for the classes.
+The layout is ADE20K's, or what :class:`~.pair_files.Layout` says. What the label files hold
+depends on the data set: see :class:`~.label_format.LabelFormat`. ADE20K's are 0 for unlabelled
+pixels, to be ignored, and 1..150 for the classes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from spatial_mamba_d2.data.faults import (
 from spatial_mamba_d2.data.label_format import KEY, LabelFormat
 from spatial_mamba_d2.data.label_maps import Classes, Pair, check_pair, distinct_colors
 from spatial_mamba_d2.data.pair_files import Layout, find_pairs
+from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.system.once import once_per_machine
 from spatial_mamba_d2.system.tables import console_table
@@ -131,6 +132,7 @@ def check_split(
     *,
     layout: Layout | None = None,
     num_channels: int = 3,
+    value_range: PixelRange | None = None,
     on_error: OnError = "raise",
     check_decode: bool = False,
 ) -> CheckedSplit:
@@ -140,7 +142,7 @@ def check_split(
 
     Args:
         split: a folder's name, or a file of names, see :func:`~.pair_files.find_pairs`.
-        num_channels: of the images, for ``check_decode``.
+        num_channels, value_range: see :func:`~.images.read_image`.
         on_error: ``"raise"`` reports all faults together; ``"skip"`` skips those pairs and warns
             with their number for each kind of fault.
         check_decode: also decode every image, which finds damaged and truncated ones.
@@ -159,7 +161,7 @@ def check_split(
         with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
             found = pool.map(
                 lambda pair: check_pair(
-                    pair, labels, num_channels=num_channels, check_decode=check_decode
+                    pair, labels, num_channels, value_range, check_decode=check_decode
                 ),
                 pairs,
             )
@@ -174,7 +176,7 @@ def check_split(
     content = once_per_machine(
         "label_maps",
         [file for pair in pairs for file in (pair.image, pair.label)],
-        [CHECKS_VERSION, PIL.__version__, asdict(labels), check_decode and num_channels],
+        [CHECKS_VERSION, PIL.__version__, asdict(labels), num_channels, value_range, check_decode],
         check,
         keep=lambda content: all(kind != INACCESSIBLE for _, kind, _ in content["faults"]),
     )
@@ -194,9 +196,7 @@ def check_split(
     return CheckedSplit(usable, counts, Counter(fault.kind for fault in faults))
 
 
-def load_split(
-    root: str | Path, split: str, labels: LabelFormat, **kwargs: Any
-) -> list[Pair]:
+def load_split(root: str | Path, split: str, labels: LabelFormat, **kwargs: Any) -> list[Pair]:
     """The pairs of :func:`check_split`."""
     return check_split(root, split, labels, **kwargs).pairs
 

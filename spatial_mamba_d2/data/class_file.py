@@ -27,8 +27,8 @@ def check_distinct(names: Sequence[str], source: str) -> None:
     """Raises ValueError if two classes have one name: scores are stored by name."""
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(
-            f"{KEY} ({source}): names of classes must differ, got {', '.join(map(repr, twice[:5]))} "
-            "more than once"
+            f"{KEY} ({source}): names of classes must differ, got more than once: "
+            f"{', '.join(map(repr, twice[:5]))}"
         )
 
 

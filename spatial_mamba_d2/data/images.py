@@ -62,7 +62,7 @@ def naming_file(kind: str, path: str | Path) -> Iterator[None]:
         ValueError: it cannot be decoded; :class:`~.faults.InaccessibleFileError`: or not be read.
     """
     if os.environ.get("SMD2_MAX_PIXELS"):
-        Image.MAX_IMAGE_PIXELS = max_pixels()
+        Image.MAX_IMAGE_PIXELS = (max_pixels() + 1) // 2  # Pillow refuses twice as many
     try:
         yield
     except InaccessibleFileError:
@@ -236,6 +236,11 @@ def find_images(paths: Iterable[Path], *, leave_out: Path | None = None) -> list
     return list(files.values())
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files in and below ``folder``, sorted, without litter, with links to nowhere."""
+    return sorted(_walk(folder, None))
+
+
 def _walk(folder: Path, leave_out: Path | None) -> Iterator[Path]:
     """The files in and below ``folder``, without litter, following links but no circles of them."""
     left_out = os.path.realpath(leave_out) if leave_out else None
@@ -252,6 +257,13 @@ def _walk(folder: Path, leave_out: Path | None) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(names) if not is_litter(Path(name)))
 
 
+def encode_image(image: np.ndarray, suffix: str) -> bytes:
+    """The content of a file that ends with ``suffix``; see :func:`write_image`."""
+    # cv2.imwrite does not accept every path on Windows, and gives no reason when it fails.
+    _, encoded = cv2.imencode(suffix, image[..., ::-1] if image.ndim == 3 else image)
+    return encoded.tobytes()
+
+
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write RGB ``uint8[H, W, 3]`` or grey ``uint8[H, W]``; creates the folder if needed.
 
@@ -260,12 +272,11 @@ def write_image(path: Path, image: np.ndarray) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    # cv2.imwrite does not accept every path on Windows, and gives no reason when it fails.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        _, encoded = cv2.imencode(path.suffix, image[..., ::-1] if image.ndim == 3 else image)
+        content = encode_image(image, path.suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(encoded.tobytes())
+        temporary.write_bytes(content)
         temporary.replace(path)
     except (OSError, cv2.error) as error:
         with suppress(OSError):
@@ -296,6 +307,7 @@ def visualize_images(
     build_draw: Callable[[], Draw],
     *,
     overwrite: bool = False,
+    label_folder: Path | None = None,
 ) -> list[Path]:
     """Draw something for each image, into ``output/NAME.png``; broken images are reported.
 
@@ -306,6 +318,7 @@ def visualize_images(
         inputs: images and folders.
         build_draw: called once the images are found: loads a model, for example.
         overwrite: replace drawings and other files in ``output``, but never an input.
+        label_folder: where ``build_draw`` also writes a ``NAME.png`` of each image, if anywhere.
 
     Returns:
         the drawings' paths.
@@ -326,6 +339,10 @@ def visualize_images(
             )
     names = name_outputs(files, common_folder(inputs), output, ENDINGS)
     planned = [name.with_name(f"{name.name}{ending}") for name in names for ending in ENDINGS]
+    if label_folder is not None:
+        if same_folder(label_folder, output):
+            raise ValueError(f"output: drawings and label maps need two folders, got {output}")
+        planned += [label_folder / f"{name.relative_to(output)}.png" for name in names]
     check_outputs(planned, files, overwrite=overwrite)
     draw = build_draw()
     read = partial(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import numpy as np
 from spatial_mamba_d2.data import label_conventions
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.data.text_file import read_text_file
+
+logger = logging.getLogger(__name__)
 
 KEY = "DATASETS.LABEL_MAP"
 
@@ -24,7 +27,7 @@ _ENTRY = re.compile(
     ) (?P=quote) \s* :\s* (?P<class>"[^"]*"|'[^']*'|[^,;\n]*?) \s* (?:[,;\n]|$)""",
     re.VERBOSE,
 )
-_COMMENT = re.compile(r"\s*(?:\#(?![0-9a-fA-F]{6}\s*[\"':]).*)?(?:\n|$)")
+_COMMENT = re.compile(r"\s*(?:\#(?=\s|$).*)?(?:\n|$)")
 _FILE = re.compile(r".+\.(txt|ya?ml|json|csv)", re.IGNORECASE)
 
 
@@ -185,6 +188,26 @@ class LabelFormat:
 
 def _name(value: int, color: bool) -> str:
     return f"#{value:06x}" if color else str(value)
+
+
+def build_label_format(
+    names: Sequence[str], offset: int, ignored: Iterable[int], label_map: str, root: str | Path
+) -> LabelFormat:
+    """From the values of ``DATASETS.LABEL_OFFSET``, ``IGNORE_LABELS`` and ``LABEL_MAP``.
+
+    Args:
+        names: of the classes.
+        label_map: replaces the other two, unless it is ""; see :func:`parse_label_map`.
+        root: the folder of the data.
+
+    Raises:
+        FileNotFoundError, ValueError: a value is not usable.
+    """
+    if not label_map.strip():
+        return LabelFormat(len(names), offset, tuple(ignored))
+    values, colors, other = parse_label_map(label_map, root, names)
+    logger.info("%s replaces LABEL_OFFSET and IGNORE_LABELS", KEY)
+    return LabelFormat(len(names), values=values, colors=colors, other=other)
 
 
 def parse_label_map(

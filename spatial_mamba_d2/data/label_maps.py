@@ -14,6 +14,7 @@ from PIL import Image
 from spatial_mamba_d2.data.faults import INACCESSIBLE, Fault, InaccessibleFileError
 from spatial_mamba_d2.data.images import naming_file, orientation_hint, read_image, read_size
 from spatial_mamba_d2.data.label_format import KEY, LabelFormat
+from spatial_mamba_d2.data.pixels import ImageFormatError, PixelRange
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 
 # Pillow's names for one channel of integers
@@ -66,30 +67,23 @@ def read_label(path: Path, labels: LabelFormat | None = None) -> np.ndarray:
         ValueError: it is damaged, cut off, of a lossy format, of fractions, or of several images or
             channels, unless ``labels`` gives colours a meaning.
     """
-    try:
-        with naming_file("label", path), Image.open(path) as image:
-            if reason := _not_a_label(image, path):
-                raise _NoLabelError(reason)
-            image.load()
-            only_colors = labels is not None and labels.only_colors
-            if image.mode in _INTEGER_MODES and not only_colors:
-                stretch = _STRETCHED.get(_raw_mode(image), 1)
-                stored = np.asarray(image)
-                if stored.dtype == bool:
-                    stored = stored.astype(np.uint8)
-                return stored // stretch if stretch > 1 else stored
-            colors = np.asarray(image.convert("RGBA"))
-    except _NoLabelError as error:
-        raise ValueError(f"label file {path} {error}") from None
-    if image.mode != "P" and (colors[..., 3] != 255).any():
-        raise ValueError(f"label file {path} has transparent pixels: their label is not known")
-    if labels is None or not labels.colors:
-        raise ValueError(f"label file {path} {_why_no_colors(image.mode, colors)}")
-    return colors[..., :3]
-
-
-class _NoLabelError(Exception):
-    """Why a readable image file is no label map; a ValueError would be taken for damage."""
+    with naming_file("label", path), Image.open(path) as image:
+        if reason := _not_a_label(image, path):
+            raise ImageFormatError(reason)
+        stretch = _STRETCHED.get(_raw_mode(image), 1)
+        image.load()
+        only_colors = labels is not None and labels.only_colors
+        if image.mode in _INTEGER_MODES and not only_colors:
+            stored = np.asarray(image)
+            if stored.dtype == bool:
+                return stored.astype(np.uint8)
+            return stored // stretch if stretch > 1 else stored
+        colors = np.asarray(image.convert("RGBA"))
+        if image.mode != "P" and (colors[..., 3] != 255).any():
+            raise ImageFormatError("has transparent pixels: their label is not known")
+        if labels is None or not labels.colors:
+            raise ImageFormatError(_why_no_colors(image.mode, colors))
+        return colors[..., :3]
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -150,14 +144,21 @@ def _why_no_colors(mode: str, colors: np.ndarray) -> str:
 
 
 def read_pair(
-    pair: Pair, labels: LabelFormat, num_channels: int = 3
+    pair: Pair,
+    labels: LabelFormat,
+    num_channels: int = 3,
+    value_range: PixelRange | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Image, ``uint8[H, W, num_channels]`` (3: RGB), and class indices, ``uint8[H, W]``.
+
+    Args:
+        num_channels, value_range: see :func:`~.images.read_image`.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or not usable; the message names it.
     """
-    image, stored = read_image(pair.image, num_channels), read_label(pair.label, labels)
+    image = read_image(pair.image, num_channels, value_range)
+    stored = read_label(pair.label, labels)
     if image.shape[:2] != stored.shape[:2]:
         raise ValueError(_wrong_size(pair, stored.shape, image.shape))
     return image, _indices(pair, stored, labels)
@@ -178,14 +179,19 @@ def _wrong_size(pair: Pair, label: Sequence[int], image: Sequence[int]) -> str:
 
 
 def check_pair(
-    pair: Pair, labels: LabelFormat, *, num_channels: int = 3, check_decode: bool = False
+    pair: Pair,
+    labels: LabelFormat,
+    num_channels: int = 3,
+    value_range: PixelRange | None = None,
+    *,
+    check_decode: bool = False,
 ) -> Fault | np.ndarray:
     """Why a pair is not usable, or how many pixels each class has.
 
     Reads the label, and of the image only the header.
 
     Args:
-        num_channels: of the image, if it is decoded.
+        num_channels, value_range: see :func:`~.images.read_image`.
         check_decode: decode the image too.
 
     Returns:
@@ -200,9 +206,9 @@ def check_pair(
         return Fault("unreadable label file", str(error))
     try:
         if check_decode:
-            size = read_image(pair.image, num_channels).shape[:2]
+            size = read_image(pair.image, num_channels, value_range).shape[:2]
         else:
-            size = read_size(pair.image)
+            size = read_size(pair.image, num_channels, value_range)
     except InaccessibleFileError as error:
         return Fault(INACCESSIBLE, str(error))
     except (OSError, ValueError) as error:

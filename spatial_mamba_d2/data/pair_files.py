@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spatial_mamba_d2.data.faults import Fault
-from spatial_mamba_d2.data.folders import files_below
-from spatial_mamba_d2.data.images import SUFFIXES
+from spatial_mamba_d2.data.images import SUFFIXES, files_below
 from spatial_mamba_d2.data.label_maps import Pair
 from spatial_mamba_d2.data.text_file import read_text_file
 
 logger = logging.getLogger(__name__)
 
+LABEL_WITHOUT_IMAGE = "label without image"  # the kind of fault that costs no image
 TREE = "datasets/README.md shows the tree"
 
 
@@ -78,7 +78,7 @@ def find_pairs(
         if name not in labels and name not in same
     ]
     faults += [
-        Fault("label without image", f"{path}: no image {name} in {folders[0]}")
+        Fault(LABEL_WITHOUT_IMAGE, f"{path}: no image {name} in {folders[0]}")
         for name, path in labels.items()
         if name not in images and name not in same
     ]
@@ -125,7 +125,9 @@ def _by_name(files: Mapping[str, Path], suffix: str) -> tuple[dict[str, Path], d
         else:
             named.setdefault(name, []).append(path)
     if other:
-        logger.info("not used, because of their names: %d files, the first: %s", len(other), other[0])
+        logger.info(
+            "not used, because of their names: %d files, the first: %s", len(other), other[0]
+        )
     faults = {
         name: Fault("several files of one name", f"{', '.join(map(str, paths))}")
         for name, paths in named.items()
@@ -188,7 +190,7 @@ def _no_common_name(
     for label in labels:
         common = next((name for name in images if label.startswith(name)), None)
         if common:
-            hint = f": DATASETS.LABEL_SUFFIX {labels[label].name[len(Path(common).name):]}"
+            hint = f": DATASETS.LABEL_SUFFIX {labels[label].name[len(Path(common).name) :]}"
             break
     return Fault(
         "no image and label of one name",

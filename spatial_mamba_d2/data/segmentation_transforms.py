@@ -1,6 +1,7 @@
 """From images and label maps to network inputs, as the official segmentation recipe does it.
 
-Images are ``uint8[H, W, C]``, RGB if C is 3, labels ``uint8[H, W]`` of class indices with :data:`IGNORE`.
+Images are ``uint8[H, W, C]``, RGB if C is 3, labels ``uint8[H, W]`` of class indices with
+:data:`IGNORE`.
 Every random choice comes from the generator that the caller passes: a sample depends on its seed
 alone, whichever process or worker makes it. The numbers are those of mmsegmentation's pipelines;
 resizing is OpenCV's bilinear on uint8, without antialiasing.

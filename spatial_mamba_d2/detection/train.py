@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
@@ -17,8 +19,12 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from spatial_mamba_d2.config import check_processes
+from spatial_mamba_d2.data.coco import load_coco
+from spatial_mamba_d2.data.pixels import build_pixel_range
+from spatial_mamba_d2.data.samplers import check_batch_size
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
 from spatial_mamba_d2.detection.config import load_config
+from spatial_mamba_d2.detection.data import load_dataset, load_training_datasets
 from spatial_mamba_d2.detection.trainer import Trainer
 from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.system import stopping
@@ -36,6 +42,9 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     """Raises FileNotFoundError or ValueError: configuration or processes are not usable."""
     cfg = load_config(args.config_file, args.opts)
     check_processes(cfg, comm.get_local_size())
+    if not args.eval_only:
+        solver = cfg.SOLVER
+        check_batch_size(solver.IMS_PER_BATCH, comm.get_world_size(), solver.ACCUMULATION_STEPS)
     return cfg
 
 
@@ -150,3 +159,25 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     if cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
         verify_results(cfg, results)
     return results
+
+
+def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list[str]:
+    """Check all that a training would read, and decode every image; a line for each data set.
+
+    Raises:
+        FileNotFoundError, ValueError: configuration or data are not usable.
+    """
+    cfg = load_config(config_file, overrides)
+    training = load_training_datasets(cfg)
+    classes = training[0].classes
+    tests = [load_dataset(cfg, n, is_train=False, classes=classes) for n in cfg.DATASETS.TEST]
+    for dataset in (*training, *tests):
+        if dataset.json_file:
+            load_coco(
+                dataset.json_file,
+                MetadataCatalog.get(dataset.name).image_root,
+                on_error=cfg.DATASETS.ON_ERROR,
+                check_decode=True,
+                value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE),
+            )
+    return [f"{dataset.name}: {len(dataset.records)} images" for dataset in (*training, *tests)]

@@ -106,9 +106,10 @@ class VisualizationWriter(DatasetEvaluator):
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             self.coco = COCO(metadata.json_file)
         root = Path(metadata.get("image_root") or "/")
-        files = [Path(root, image["file_name"]) for image in self.coco.dataset["images"]]
-        names = name_outputs(files, root, folder, (".png",))
-        self.names = {os.path.abspath(file): name for file, name in zip(files, names, strict=True)}
+        images = self.coco.dataset["images"]
+        files = list(dict.fromkeys(os.path.abspath(root / i["file_name"]) for i in images))
+        names = name_outputs([Path(file) for file in files], root, folder, (".png",))
+        self.names = dict(zip(files, names, strict=True))
 
     def reset(self) -> None:
         self.num_written = 0

@@ -33,8 +33,8 @@ def segmentation_defaults() -> CfgNode:
     cfg.MODEL.CLASS_WEIGHTS = ()
     cfg.MODEL.DICE_WEIGHT = 0.0  # weight of a Dice loss of the decode head, on top
 
-    # Any data set in ADE20K's folder layout: ROOT/images/SPLIT/*, ROOT/annotations/SPLIT/*.png, with
-    # or without subfolders.
+    # Any data set in ADE20K's folder layout: ROOT/images/SPLIT/*, ROOT/annotations/SPLIT/*.png,
+    # with or without subfolders.
     cfg.DATASETS.ROOT = "datasets/shapes"
     # A split is the name of a folder, or a file in ROOT with one name a line, such as
     # ImageSets/Segmentation/train.txt. TEST may be "": training without evaluation.
@@ -51,8 +51,8 @@ def segmentation_defaults() -> CfgNode:
     cfg.DATASETS.CLASSES = "objectInfo.txt"
     cfg.DATASETS.LABEL_OFFSET = 1  # class 0 is stored as this
     cfg.DATASETS.IGNORE_LABELS = (0,)  # stored integers that are ignored in training and scores
-    # The class of each stored value or colour, if LABEL_OFFSET and IGNORE_LABELS, which it replaces,
-    # do not say it: "0: background, 255: 1", "#804080: road, (70, 70, 70): 2, *: ignore",
+    # The class of each stored value or colour, if LABEL_OFFSET and IGNORE_LABELS, which it
+    # replaces, do not say it: "0: background, 255: 1", "#804080: road, (70, 70, 70): 2, *: ignore",
     # "0-6: ignore, 7: 0, 8: 1"; a text file in ROOT with such entries, one a line; cityscapes for
     # its label ids; or voc. A class is an index, a name or "ignore"; * is everything else.
     cfg.DATASETS.LABEL_MAP = ""
@@ -139,7 +139,7 @@ def _check(cfg: CfgNode) -> None:
             f"background is a class, got {cfg.MODEL.NUM_CLASSES}"
         )
     solver = cfg.SOLVER
-    if solver.IMS_PER_BATCH // solver.ACCUMULATION_STEPS < 2:
+    if solver.IMS_PER_BATCH == solver.ACCUMULATION_STEPS:
         raise ValueError(
             "SOLVER.IMS_PER_BATCH must be at least 2 x SOLVER.ACCUMULATION_STEPS "
             f"{solver.ACCUMULATION_STEPS}, because batch norm needs 2 images at a time, got "

@@ -20,9 +20,10 @@ from spatial_mamba_d2.data.ade20k import (
 )
 from spatial_mamba_d2.data.class_file import numbered_names
 from spatial_mamba_d2.data.faults import OnError, read_or_skip
-from spatial_mamba_d2.data.label_format import LabelFormat, parse_label_map
+from spatial_mamba_d2.data.label_format import LabelFormat, build_label_format
 from spatial_mamba_d2.data.label_maps import Classes, Pair, read_pair
 from spatial_mamba_d2.data.pair_files import Layout
+from spatial_mamba_d2.data.pixels import PixelRange, build_pixel_range
 from spatial_mamba_d2.data.samplers import SkippingDataset
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform, TrainTransform
 from spatial_mamba_d2.segmentation.inference import Protocol
@@ -46,9 +47,12 @@ class TestImages(Dataset[dict[str, Any]]):
         transform: TestTransform,
         on_error: OnError,
         num_channels: int = 3,
+        value_range: PixelRange | None = None,
     ):
         self.pairs = pairs
-        self.read = partial(read_pair, labels=labels, num_channels=num_channels)
+        self.read = partial(
+            read_pair, labels=labels, num_channels=num_channels, value_range=value_range
+        )
         self.transform = transform
         self.on_error = on_error
 
@@ -73,10 +77,11 @@ class SegmentationData(DataModule[Pair]):
         labels: the meaning of the integers in label files.
         names: of the classes, for messages; None: numbers.
         layout: where the files are.
-        num_channels: of the images.
+        num_channels, value_range: see :func:`~.images.read_image`.
         **kwargs: see :class:`~spatial_mamba_d2.training.data_module.DataModule`.
 
     Attributes:
+        check_decode: whether ``setup`` also decodes every image.
         checked: split -> its pairs, how often the classes occur, and what was left out.
 
     Raises:
@@ -96,13 +101,16 @@ class SegmentationData(DataModule[Pair]):
         names: Sequence[str] | None = None,
         layout: Layout | None = None,
         num_channels: int = 3,
+        value_range: PixelRange | None = None,
         **kwargs: Any,
     ):
         super().__init__(root, train, test, **kwargs)
-        self.labels, self.layout, self.num_channels = labels, layout, num_channels
+        self.labels, self.layout = labels, layout
+        self.num_channels, self.value_range = num_channels, value_range
         self.names = names or numbered_names(labels.num_classes)
         self.train_transform, self.test_transform = train_transform, test_transform
         self.checked: dict[str, CheckedSplit] = {}
+        self.check_decode = False
 
     def load_split(self, split: str) -> list[Pair]:
         checked = check_split(
@@ -111,7 +119,9 @@ class SegmentationData(DataModule[Pair]):
             self.labels,
             layout=self.layout,
             num_channels=self.num_channels,
+            value_range=self.value_range,
             on_error=self.on_error,
+            check_decode=self.check_decode,
         )
         self.checked[split] = checked
         where = f"{self.root}, {split}"
@@ -126,30 +136,33 @@ class SegmentationData(DataModule[Pair]):
         return checked.pairs
 
     def training_samples(self, items: list[Pair]) -> SkippingDataset[Pair]:
-        read = partial(read_pair, labels=self.labels, num_channels=self.num_channels)
+        read = partial(
+            read_pair,
+            labels=self.labels,
+            num_channels=self.num_channels,
+            value_range=self.value_range,
+        )
         return SkippingDataset(
             items, read, self.train_transform, seed=self.seed, on_error=self.on_error
         )
 
     def test_samples(self, items: list[Pair]) -> TestImages:
         return TestImages(
-            items, self.labels, self.test_transform, self.on_error, self.num_channels
+            items,
+            self.labels,
+            self.test_transform,
+            self.on_error,
+            self.num_channels,
+            self.value_range,
         )
 
 
-def build_label_format(cfg: CfgNode, names: Sequence[str]) -> LabelFormat:
-    """What label files store, from ``cfg.DATASETS``.
-
-    Raises:
-        FileNotFoundError, ValueError: ``LABEL_MAP`` is not usable, see :func:`parse_label_map`.
-    """
+def label_format(cfg: CfgNode, names: Sequence[str]) -> LabelFormat:
+    """What label files store, from ``cfg.DATASETS``; raises as :func:`build_label_format`."""
     data = cfg.DATASETS
-    offset, ignored = data.LABEL_OFFSET, tuple(data.IGNORE_LABELS)
-    if not data.LABEL_MAP:
-        return LabelFormat(cfg.MODEL.NUM_CLASSES, offset, ignored)
-    values, colors, other = parse_label_map(data.LABEL_MAP, data.ROOT, names)
-    logger.info("DATASETS.LABEL_MAP replaces LABEL_OFFSET %d and IGNORE_LABELS %s", offset, ignored)
-    return LabelFormat(cfg.MODEL.NUM_CLASSES, offset, ignored, values, colors, other)
+    return build_label_format(
+        names, data.LABEL_OFFSET, data.IGNORE_LABELS, data.LABEL_MAP, data.ROOT
+    )
 
 
 def build_data(
@@ -168,7 +181,7 @@ def build_data(
         data.ROOT,
         data.TRAIN,
         data.TEST,
-        build_label_format(cfg, classes.names),
+        label_format(cfg, classes.names),
         TrainTransform(
             ratio_range=tuple(cfg.INPUT.RATIO_RANGE),
             crop_px=cfg.INPUT.CROP_PX,
@@ -179,10 +192,9 @@ def build_data(
         ),
         TestTransform(scales=protocol.scales, scales_of=protocol.scales_of, **frame),
         names=classes.names,
-        layout=Layout(
-            data.IMAGE_FOLDER, data.LABEL_FOLDER, data.IMAGE_SUFFIX, data.LABEL_SUFFIX
-        ),
+        layout=Layout(data.IMAGE_FOLDER, data.LABEL_FOLDER, data.IMAGE_SUFFIX, data.LABEL_SUFFIX),
         num_channels=cfg.INPUT.CHANNELS,
+        value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
         seed=cfg.SEED,

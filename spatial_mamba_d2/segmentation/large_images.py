@@ -90,9 +90,7 @@ def _argmax_by_class(scores: Tensor, view: Sequence[int], size: tuple[int, int])
     return label
 
 
-def _argmax_by_rows(
-    sources: Sequence[_Rows], size: tuple[int, int], num_classes: int
-) -> Tensor:
+def _argmax_by_rows(sources: Sequence[_Rows], size: tuple[int, int], num_classes: int) -> Tensor:
     """Argmax of the scores of one source, or of the mean probabilities of several."""
     height, width = size
     step = max(1, STRIP_BYTES // (4 * num_classes * width))
@@ -165,8 +163,10 @@ class _SlidingRows(_Rows):
         self.complete = 0  # rows of the view above this are final
         self.total: Tensor | None = None  # [K, rows, W_s]
         self.count = self.x.new_zeros(0, width)
+        self.longest = 0  # number of rows that were asked for at once
 
     def view_rows(self, start: int, stop: int) -> Tensor:
+        self.longest = max(self.longest, stop - start)
         while self.complete < stop:
             self._add_band(start)
         assert self.total is not None
@@ -179,7 +179,7 @@ class _SlidingRows(_Rows):
         for columns in self.columns:
             scores = whole(self.model, self.x[..., rows, columns])[0]
             if columns is self.columns[0]:
-                self._make_room(len(scores), needed, rows.stop)
+                self._make_room(len(scores), min(needed, rows.start), rows.stop)
             assert self.total is not None
             place = slice(rows.start - self.top, rows.stop - self.top)
             self.total[:, place, columns] += scores
@@ -197,9 +197,10 @@ class _SlidingRows(_Rows):
             for plane in (*old, self.count):
                 plane[:num_old] = plane[shift:].clone()
                 plane[num_old:] = 0
-        else:
-            self.total = self.x.new_zeros(num_classes, stop - start, width, dtype=torch.float32)
-            count = self.x.new_zeros(stop - start, width)
+        else:  # as large as it will ever have to be
+            num_rows = max(stop - start, self.protocol.crop_px + self.longest + 4)
+            self.total = self.x.new_zeros(num_classes, num_rows, width, dtype=torch.float32)
+            count = self.x.new_zeros(num_rows, width)
             if old is not None:
                 self.total[:, :num_old] = old[:, shift:]
                 count[:num_old] = self.count[shift:]

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,8 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     diverged with the same and 1; any other exception keeps its traceback, with 1. With
     ``SMD2_DEBUG=1`` every exception shows its traceback; the exit codes are the same.
     """
+    # timm's and Detectron2's, on every import
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -76,7 +79,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def _build_key_value_parser(description: str | None) -> argparse.ArgumentParser:
+def build_key_value_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser for options and then ``opts``, which the caller adds with ``REMAINDER``."""
     return _KeyValueParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -86,7 +90,7 @@ def _build_key_value_parser(description: str | None) -> argparse.ArgumentParser:
 
 def build_training_parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments of Detectron2's ``train_net.py``, for the tools of all tasks."""
-    parser = _build_key_value_parser(description)
+    parser = build_key_value_parser(description)
     parser.add_argument("--config-file", default="", metavar="FILE")
     parser.add_argument("--resume", action="store_true", help="continue the training in OUTPUT_DIR")
     parser.add_argument(
@@ -104,7 +108,7 @@ def build_training_parser(description: str | None) -> argparse.ArgumentParser:
 
 def build_visualization_parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments of tools that draw predictions for images."""
-    parser = _build_key_value_parser(description)
+    parser = build_key_value_parser(description)
     parser.add_argument("--config-file", default="", metavar="FILE")
     parser.add_argument("--input", required=True, nargs="+", type=Path, help="images and folders")
     parser.add_argument("--output", required=True, type=Path, help="folder for the drawings")

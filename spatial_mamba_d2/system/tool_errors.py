@@ -60,7 +60,7 @@ def find_mistake(error: BaseException) -> Mistake | None:
         return _missing_module(error.name, text)
     if isinstance(error, OSError) and error.errno is not None:
         if error.filename is not None:
-            return Mistake(_of_file(error.strerror, os.fsdecode(error.filename)), exit_code)
+            return Mistake(_of_file(error.strerror or text, os.fsdecode(error.filename)), exit_code)
         if error.errno in _DISK:
             return Mistake(text, exit_code)
     return Mistake(text, exit_code) if _is_raised_by_us(error.__traceback__) else None

@@ -21,6 +21,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from spatial_mamba_d2.config import check_processes
+from spatial_mamba_d2.data.class_file import compare_class_names
+from spatial_mamba_d2.data.samplers import check_batch_size
 from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.system.cli import log_to_stdout, parse_address
@@ -101,6 +103,10 @@ def build_trainer(cfg: CfgNode, args: argparse.Namespace, **kwargs: Any) -> ligh
     device_type, _, gpu = cfg.MODEL.DEVICE.partition(":")
     on_gpu = device_type == "cuda"
     check_processes(cfg, num_processes)
+    if not args.eval_only:
+        check_batch_size(
+            cfg.SOLVER.IMS_PER_BATCH, num_processes * num_machines, cfg.SOLVER.ACCUMULATION_STEPS
+        )
     plugins: list[Any] = [SafeCheckpointIO()]
     if not under_torchrun():
         # A job of SLURM has its variables also where srun has started no process for each device.
@@ -281,7 +287,12 @@ def evaluate(
     if not cfg.MODEL.WEIGHTS and not weights.is_file():
         raise ValueError(f"no weights to evaluate: set MODEL.WEIGHTS ({weights} does not exist)")
     module.ema = None  # the file's weights are evaluated, averaged or not
-    load_weights(module.model, weights, partial=False)
+    content = read_checkpoint(weights)
+    load_weights(module.model, content, partial=False, source_name=str(weights))
+    if difference := compare_class_names(
+        content.get("classes", ()), module.class_names, str(weights)
+    ):
+        logger.warning("%s", difference)
     module.weights_source = str(weights)
     period = max(1, cfg.SOLVER.LOG_PERIOD)
     trainer = build_trainer(

@@ -17,7 +17,8 @@ from PIL import Image
 
 from spatial_mamba_d2.data import ade20k_classes, label_maps
 from spatial_mamba_d2.data.ade20k import find_pairs, load_classes, load_split, unpack
-from spatial_mamba_d2.data.label_maps import LabelFormat, read_label, read_pair
+from spatial_mamba_d2.data.label_format import LabelFormat
+from spatial_mamba_d2.data.label_maps import read_label, read_pair
 from spatial_mamba_d2.data.samplers import SampleIndex, SkippingDataset
 from spatial_mamba_d2.data.segmentation_transforms import (
     IGNORE,
@@ -69,7 +70,7 @@ def test_classes_of_ade20k(root):
 
 def test_classes_of_other_data(tmp_path):
     (tmp_path / "names.txt").write_text("sky\ntree, plant\n\n")
-    assert load_classes("names.txt", tmp_path, 2).names == ("sky", "tree")
+    assert load_classes("names.txt", tmp_path, 2).names == ("sky", "tree, plant")
     assert load_classes("", tmp_path, 2).names == ("class 0", "class 1")
     with pytest.raises(ValueError, match="NUM_CLASSES must be 2, .*'names.txt', got 3"):
         load_classes("names.txt", tmp_path, 3)
@@ -105,7 +106,7 @@ def test_off_by_one_labels_are_explained(labels, stored, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((256,), r"num_classes must be 1\.\.255, got 256"),
+        ((256,), r"num_classes must be 2\.\.255 .*got 256"),
         ((3, 1, (3,)), r"IGNORE_LABELS must be none of the classes' labels 1\.\.3, got 3"),
     ],
 )
@@ -131,7 +132,7 @@ FAULTS = {
     ),
     "RGB label": (
         lambda root: write_pair(root, "training", "bb", label=np.ones((40, 50, 3), np.uint8)),
-        "bb.png cannot be decoded: expected a single channel of integers, got RGB",
+        "bb.png has channels RGB that are equal: save one of them",
     ),
     "wrong size": (
         lambda root: write_pair(root, "training", "bb", label=np.ones((50, 40), np.uint8)),
@@ -353,7 +354,9 @@ def test_unchanged_files_are_not_checked_again(tree, monkeypatch):
     first = load_split(tree, "training", LABELS, on_error="skip")
     assert [pair.image.stem for pair in first] == ["a"]
     read, calls = label_maps.read_label, []
-    monkeypatch.setattr(label_maps, "read_label", lambda path: calls.append(path) or read(path))
+    monkeypatch.setattr(
+        label_maps, "read_label", lambda path, labels: calls.append(path) or read(path)
+    )
     assert load_split(tree, "training", LABELS, on_error="skip") == first and not calls
     with pytest.raises(ValueError, match="label 9 is impossible"):
         load_split(tree, "training", LABELS)
