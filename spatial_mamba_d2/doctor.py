@@ -336,10 +336,8 @@ def check_coco(json_file: str, image_root: str) -> Finding:
         fix = f"correct {json_file} or {image_root}, then check again"
         return Finding("missing", str(error), fix)
     objects = sum(len(record["annotations"]) for record in coco.records)
-    text = (
-        f"{len(coco.records)} images, {objects} annotations, {len(coco.categories)} categories"
-    )
-    return Finding("note" if coco.notes else "ok", "\n  ".join([text, *coco.notes]))
+    text = f"{len(coco.records)} images, {objects} annotations, {len(coco.categories)} categories"
+    return Finding("note" if coco.notes else "ok", text)
 
 
 def check_task(task: str, config_file: str, overrides: list[str]) -> Finding:
