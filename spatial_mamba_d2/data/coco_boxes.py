@@ -28,6 +28,7 @@ class BoxStatistics(NamedTuple):
     notes: list[str]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # numbers may be absurd
 def examine_boxes(
     bbox: np.ndarray, sizes: np.ndarray, areas: np.ndarray, mask_boxes: np.ndarray
 ) -> BoxStatistics:

@@ -288,3 +288,18 @@ def test_crowds_without_a_mask_are_their_boxes(load):
     file["annotations"][0].update(iscrowd=1, segmentation=[], bbox=[1, 2, 30, 40])
     (crowd,) = (a for r in load(file).records for a in r["annotations"] if a["iscrowd"])
     assert crowd["segmentation"] == [[1, 2, 31, 2, 31, 42, 1, 42]]
+
+
+def test_absurd_numbers_are_faults_with_names(load):
+    """Larger than what C or NumPy hold."""
+    file = content()
+    file["annotations"][0]["bbox"] = [0, 0, 10**400, 5]
+    file["annotations"][1]["bbox"] = [1e300, 1e300, 1e300, 1e300]
+    file["annotations"][2]["image_id"] = 10**400
+    file["annotations"][3]["category_id"] = "9" * 5000
+    file["annotations"][4]["segmentation"] = [[10**400, 1, 2, 3, 4, 5]]
+    file["annotations"][5]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": [10**400]}
+    file["images"].append({"id": 7, "file_name": "a.png", "height": 10**30, "width": 5})
+    dataset = load(file, on_error="skip")
+    assert len(dataset.faults) == 7
+    assert sum(len(record["annotations"]) for record in dataset.records) == 34
