@@ -36,6 +36,7 @@ from spatial_mamba_d2.data.faults import (
 )
 from spatial_mamba_d2.data.images import is_image, open_image
 from spatial_mamba_d2.data.pixels import PixelRange
+from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.seeding import seeded
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,7 @@ def load_classes(source: str, root: str | Path, split: str, num_classes: int) ->
 
 def _folders(path: Path) -> list[Path]:
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"DATASETS.ROOT: no folder {path} (datasets/README.md shows the tree)"
-        )
+        raise no_such("DATASETS.ROOT", path, "folder", "datasets/README.md shows the tree")
     return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 

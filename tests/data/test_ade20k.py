@@ -192,7 +192,7 @@ def test_a_truncated_image_shows_when_decoded(tree):
 
 
 def test_empty_and_absent_folders(tree, tmp_path):
-    with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no folder .*images/test"):
+    with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no such folder: /.*images/test"):
         load_split(tree, "test", LABELS)
     for kind in ("images", "annotations"):
         (tree / kind / "test").mkdir()
