@@ -28,5 +28,6 @@ def read_text_file(path: str | Path, key: str) -> str:
     try:
         return decode_unicode(content)
     except UnicodeDecodeError as error:
+        utf_16 = error.encoding.lower().startswith("utf-16")
         encoding = "UTF-16, as its byte order mark says" if utf_16 else "UTF-8"
         raise ValueError(f"{key}: file {path} must be in {encoding}: {error}") from None
