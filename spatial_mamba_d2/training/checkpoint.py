@@ -85,7 +85,8 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero and not self.is_recorded:
             write_config(pl_module.cfg, self.last.parent)
             self.is_recorded = True
-        step, schedule, signum = trainer.global_step, pl_module.schedule, pl_module.guard.signum
+        step, schedule = trainer.global_step, pl_module.schedule
+        signum = pl_module.guard.signum if pl_module.guard is not None else 0
         if step % self.period == 0 or schedule.evaluates_after(step) or signum:
             self._save_last(trainer)
         if signum:
@@ -93,13 +94,29 @@ class Checkpoints(Checkpoint):
                 "%s: the state after iteration %d is in %s; continue with --resume",
                 stopping.Stopped(signum), step, self.last,
             )  # fmt: skip
-            raise stopping.Stopped(signum)
         pl_module.iteration_start = time.perf_counter()
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Here the iteration before has also been logged."""
+        self._stop(pl_module)
+
+    @staticmethod
+    def _stop(module: lightning.LightningModule) -> None:
+        assert isinstance(module, TrainingModule)
+        if module.guard is not None and module.guard.signum:
+            raise stopping.Stopped(module.guard.signum)
 
     def on_validation_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
+        self._stop(pl_module)
         if self.saved_step != pl_module.iteration:
             if trainer.state.fn == "fit":
                 self._save_last(trainer)

@@ -65,7 +65,6 @@ class TrainingModule(lightning.LightningModule):
 
     main_score: str
     classes: Any
-    guard: IterationGuard
 
     def __init__(self, cfg: CfgNode, model: nn.Module, schedule: Schedule):
         super().__init__()
@@ -80,6 +79,7 @@ class TrainingModule(lightning.LightningModule):
         self.evaluated_step = -1
         self.losses: dict[str, Tensor] = {}
         self.rate = 0.0
+        self.guard: IterationGuard | None = None  # in training
         self.iteration_start = 0.0
         self.loaded_step = 0  # of the checkpoint that was loaded
 
@@ -181,6 +181,7 @@ class TrainingModule(lightning.LightningModule):
             norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
         else:
             norm = gradient_norm(parameters)
+        assert self.guard is not None
         self.guard.check(self.trainer.global_step, self.losses, norm, self.rate)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

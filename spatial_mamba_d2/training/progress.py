@@ -102,8 +102,8 @@ class ProgressLines(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if not is_child_of_lightning():
-            if stopping.requested():
-                logger.warning("the evaluation ends unfinished; --resume repeats it")
+            if stopping.requested() and trainer.state.fn == "fit":
+                logger.warning("the evaluation is not finished: --resume begins with it")
             stopping.stop_if_requested()
 
     def on_validation_batch_end(
