@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     from spatial_mamba_d2.data.label_format import build_label_format
     from spatial_mamba_d2.data.pair_files import Layout
+    from spatial_mamba_d2.data.pixels import build_pixel_range
 
     parser = build_parser(__doc__)
     default = Path(__file__).resolve().parent / "ADEChallengeData2016"
@@ -43,6 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--label-folder", default=Layout.label_folder, metavar="FOLDER")
     parser.add_argument("--image-suffix", default="", metavar="ENDING")
     parser.add_argument("--label-suffix", default="", metavar="ENDING")
+    parser.add_argument("--channels", type=int, default=3, metavar="N", help="INPUT.CHANNELS")
+    parser.add_argument(
+        "--pixel-range", type=float, nargs=2, default=(), metavar="X", help="INPUT.PIXEL_RANGE"
+    )
     options = parser.parse_args(argv)
     if options.zip:
         unpack(options.zip, options.root)
@@ -54,7 +59,15 @@ def main(argv: list[str] | None = None) -> None:
         options.image_folder, options.label_folder, options.image_suffix, options.label_suffix
     )
     for split in options.splits:
-        checked = check_split(options.root, split, labels, layout=layout, check_decode=True)
+        checked = check_split(
+            options.root,
+            split,
+            labels,
+            layout=layout,
+            num_channels=options.channels,
+            value_range=build_pixel_range(options.pixel_range),
+            check_decode=True,
+        )
         where = f"{options.root} {split}"
         print(f"{where}: {len(checked.pairs)} images with valid labels")
         print(checked.counts.table(names))

@@ -22,9 +22,15 @@ def main() -> None:
     parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--only", choices=PARTS, help="leave out all other parts")
     parser.add_argument("--sha256", help="that IN must have, 64 hexadecimal digits")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     args = parser.parse_args()
     contents = convert_weights(
-        args.source, args.target, args.to, only=args.only, sha256=args.sha256
+        args.source,
+        args.target,
+        args.to,
+        only=args.only,
+        sha256=args.sha256,
+        overwrite=args.overwrite,
     )
     print(f"{args.target}: {contents}")
 

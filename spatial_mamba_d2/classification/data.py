@@ -18,8 +18,8 @@ from spatial_mamba_d2.data.imagenet import (
     ClassifiedImage,
     TrainTransform,
     build_test_transform,
+    check_split,
     load_classes,
-    load_split,
     read_sample,
 )
 from spatial_mamba_d2.data.pixels import PixelRange, build_pixel_range
@@ -64,8 +64,11 @@ class ClassificationData(DataModule[ClassifiedImage]):
         check_decode, value_range: see :func:`~.imagenet.load_split`.
         **kwargs: see :class:`~spatial_mamba_d2.training.data_module.DataModule`.
 
+    Attributes:
+        left_out: split -> kind of fault -> number.
+
     Raises:
-        FileNotFoundError, ValueError: from ``setup``, see :func:`~.imagenet.load_split`.
+        FileNotFoundError, ValueError: from ``setup``, see :func:`~.imagenet.check_split`.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class ClassificationData(DataModule[ClassifiedImage]):
         super().__init__(root, train, test, **kwargs)
         self.classes, self.check_decode = classes, check_decode
         self.value_range = value_range
+        self.left_out: dict[str, dict[str, int]] = {}
         self.train_transform, self.test_transform = train_transform, test_transform
 
     @property
@@ -92,7 +96,7 @@ class ClassificationData(DataModule[ClassifiedImage]):
         return max(1, len(self.splits[self.train]) // self.batch_size)
 
     def load_split(self, split: str) -> list[ClassifiedImage]:
-        return load_split(
+        samples, self.left_out[split] = check_split(
             self.root,
             split,
             self.classes,
@@ -100,6 +104,7 @@ class ClassificationData(DataModule[ClassifiedImage]):
             check_decode=self.check_decode,
             value_range=self.value_range,
         )
+        return samples
 
     def training_samples(self, items: list[ClassifiedImage]) -> SkippingDataset[ClassifiedImage]:
         read = partial(read_sample, value_range=self.value_range)

@@ -149,7 +149,7 @@ class Classifier(TrainingModule):
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self.skipped = 0
+        self.num_images = self.skipped = 0
         num_classes = self.cfg.MODEL.NUM_CLASSES
         self.accuracies = {
             f"{name}top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro").to(
@@ -170,6 +170,7 @@ class Classifier(TrainingModule):
             self.skipped += 1
             logger.warning("skipped broken image no. %d: %s", self.skipped, error)
         usable = target != BROKEN
+        self.num_images += int(usable.sum())
         if not usable.any():
             return
         image, target = image[usable], target[usable]
@@ -180,16 +181,24 @@ class Classifier(TrainingModule):
                     accuracy.update(logits, target)
 
     def on_validation_epoch_end(self) -> None:
-        skipped = self.sum_over_processes(self.skipped)
+        num_images, broken = map(self.sum_over_processes, (self.num_images, self.skipped))
         scores = {
             name: 100 * float(accuracy.compute()) for name, accuracy in self.accuracies.items()
         }
         self.finish_evaluation(scores)
         if self.trainer.is_global_zero:
             protocol = {"short_px": self.cfg.TEST.SHORT_PX, "crop_px": self.cfg.INPUT.CROP_PX}
-            path = self.write_scores(
-                self.cfg.DATASETS.TEST, {"protocol": protocol, "skipped_images": skipped}
-            )
+            left_out = dict(self.trainer.datamodule.left_out[self.cfg.DATASETS.TEST])
+            if broken:
+                left_out["broken when read"] = broken
+            skipped = sum(left_out.values())
+            content = {
+                "protocol": protocol,
+                "images": num_images,
+                "skipped_images": skipped,
+                "skipped": left_out,  # by kind, also what was left out before the evaluation
+            }
+            path = self.write_scores(self.cfg.DATASETS.TEST, content)
             logger.info(
                 "%s: %s%s; written to %s",
                 self.evaluated_weights,

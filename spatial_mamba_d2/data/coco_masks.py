@@ -59,8 +59,10 @@ def mask_area(segmentation: list[list[float]] | dict[str, Any]) -> float:
 
 
 def mask_box(segmentation: list[list[float]] | dict[str, Any]) -> Box:
-    """The smallest box around a mask."""
+    """The smallest box around a mask, without parts of polygons that have no area."""
     if isinstance(segmentation, list):
+        if len(segmentation) > 1:
+            segmentation = [part for part in segmentation if polygon_area(part) >= MIN_AREA]
         x1 = min(min(polygon[0::2]) for polygon in segmentation)
         y1 = min(min(polygon[1::2]) for polygon in segmentation)
         x2 = max(max(polygon[0::2]) for polygon in segmentation)

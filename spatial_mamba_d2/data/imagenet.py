@@ -10,6 +10,7 @@ The folders' names are the classes: WordNet ids in ImageNet, whatever you like e
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from spatial_mamba_d2.data.faults import (
     check_once,
     settle_faults,
 )
-from spatial_mamba_d2.data.images import is_image, open_image
+from spatial_mamba_d2.data.images import is_image, is_litter, open_image
 from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.seeding import seeded
@@ -69,6 +70,10 @@ def load_classes(source: str, root: str | Path, split: str, num_classes: int) ->
         check_distinct(names, source)
     else:
         names = tuple(folder.name for folder in _folders(Path(root, split)))
+        if not names:
+            raise ValueError(
+                f"DATASETS.ROOT: {Path(root, split)} must have a folder for each class"
+            )
     if len(names) != num_classes:
         source = source or f"the folders of {Path(root, split)}"
         raise ValueError(
@@ -81,7 +86,7 @@ def load_classes(source: str, root: str | Path, split: str, num_classes: int) ->
 def _folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise no_such("DATASETS.ROOT", path, "folder", "datasets/README.md shows the tree")
-    return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
+    return sorted(f for f in path.iterdir() if f.is_dir() and not is_litter(f))
 
 
 def read_sample(
@@ -95,7 +100,21 @@ def read_sample(
     return open_image(sample.path, upright=False, value_range=value_range), sample.target
 
 
+class CheckedSplit(NamedTuple):
+    """The usable images of a split, and what was left out: kind of fault -> number."""
+
+    samples: list[ClassifiedImage]
+    left_out: dict[str, int]
+
+
 def load_split(
+    root: str | Path, split: str, classes: Sequence[str], **kwargs: Any
+) -> list[ClassifiedImage]:
+    """The images of :func:`check_split`."""
+    return check_split(root, split, classes, **kwargs).samples
+
+
+def check_split(
     root: str | Path,
     split: str,
     classes: Sequence[str],
@@ -103,7 +122,7 @@ def load_split(
     on_error: OnError = "raise",
     check_decode: bool = False,
     value_range: PixelRange | None = None,
-) -> list[ClassifiedImage]:
+) -> CheckedSplit:
     """The images of a split, in the order of their classes and names.
 
     Args:
@@ -143,7 +162,14 @@ def load_split(
     settle_faults(faults, on_error, where=where, num_usable=len(samples))
     if absent := len(classes) - len({sample.target for sample in samples}):
         logger.warning("%s: %d of %d classes have no image", where, absent, len(classes))
-    return samples
+    if stray := [f for f in sorted(where.iterdir()) if is_image(f, where)]:
+        logger.warning(
+            "%s: not used, because they are in no class folder: %d images, the first: %s",
+            where,
+            len(stray),
+            stray[0],
+        )
+    return CheckedSplit(samples, dict(Counter(fault.kind for fault in faults)))
 
 
 def _decoding_faults(

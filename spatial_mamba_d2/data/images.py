@@ -63,7 +63,7 @@ def naming_file(kind: str, path: str | Path) -> Iterator[None]:
         ValueError: it cannot be decoded; :class:`~.faults.InaccessibleFileError`: or not be read.
     """
     if os.environ.get("SMD2_MAX_PIXELS"):
-        Image.MAX_IMAGE_PIXELS = max_pixels()
+        Image.MAX_IMAGE_PIXELS = (max_pixels() + 1) // 2  # Pillow refuses twice as many
     try:
         yield
     except InaccessibleFileError:
@@ -258,6 +258,13 @@ def _walk(folder: Path, leave_out: Path | None) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(names) if not is_litter(Path(name)))
 
 
+def encode_image(image: np.ndarray, suffix: str) -> bytes:
+    """The content of a file that ends with ``suffix``; see :func:`write_image`."""
+    # cv2.imwrite does not accept every path on Windows, and gives no reason when it fails.
+    _, encoded = cv2.imencode(suffix, image[..., ::-1] if image.ndim == 3 else image)
+    return encoded.tobytes()
+
+
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write RGB ``uint8[H, W, 3]`` or grey ``uint8[H, W]``; creates the folder if needed.
 
@@ -266,12 +273,11 @@ def write_image(path: Path, image: np.ndarray) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    # cv2.imwrite does not accept every path on Windows, and gives no reason when it fails.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        _, encoded = cv2.imencode(path.suffix, image[..., ::-1] if image.ndim == 3 else image)
+        content = encode_image(image, path.suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(encoded.tobytes())
+        temporary.write_bytes(content)
         temporary.replace(path)
     except (OSError, cv2.error) as error:
         with suppress(OSError):

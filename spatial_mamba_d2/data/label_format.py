@@ -27,7 +27,7 @@ _ENTRY = re.compile(
     ) (?P=quote) \s* :\s* (?P<class>"[^"]*"|'[^']*'|[^,;\n]*?) \s* (?:[,;\n]|$)""",
     re.VERBOSE,
 )
-_COMMENT = re.compile(r"\s*(?:\#(?![0-9a-fA-F]{6}\s*[\"':]).*)?(?:\n|$)")
+_COMMENT = re.compile(r"\s*(?:\#(?=\s|$).*)?(?:\n|$)")
 _FILE = re.compile(r".+\.(txt|ya?ml|json|csv)", re.IGNORECASE)
 
 

@@ -6,6 +6,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 MAX_NAMED = 5  # files that an error lists
@@ -32,13 +33,12 @@ def name_outputs(
 
     The tree below ``root`` stays: ``root/a/x.jpg`` becomes ``OUTPUT/a/x``. Files of which a result
     would have the name of another one's keep their suffix: ``x.jpg`` next to ``x.png`` become
-    ``x.jpg`` and ``x.png``. Capitals count as small letters, because some file systems do so.
-
-    Raises:
-        ValueError: even then two have the same name.
+    ``x.jpg`` and ``x.png``. Capitals count as small letters, because some file systems do so:
+    ``x.jpg`` and ``X.JPG`` become ``x.jpg`` and ``X.JPG-2``.
     """
     relative = [below(file, root) for file in files]
-    names = [path.with_suffix("") for path in relative]
+    stems = [path.with_suffix("") for path in relative]
+    names, number = stems.copy(), 1
     while True:
         counts = Counter(_key(f"{name}{ending}") for name in names for ending in endings)
         clashing = {
@@ -48,12 +48,13 @@ def name_outputs(
         }
         if not clashing:
             return [output / name for name in names]
-        changed = [index for index in clashing if names[index] != relative[index]]
-        if not changed:
-            listed = ", ".join(str(files[index]) for index in sorted(clashing)[:MAX_NAMED])
-            raise ValueError(f"input: results of these files would have the same name: {listed}")
-        for index in changed:
-            names[index] = relative[index]
+        if changed := [index for index in clashing if names[index] == stems[index]]:
+            for index in changed:
+                names[index] = relative[index]
+        else:
+            number += 1
+            last = max(clashing)
+            names[last] = relative[last].with_name(f"{relative[last].name}-{number}")
 
 
 def below(file: Path, *roots: Path) -> Path:
@@ -122,8 +123,8 @@ def _key(name: str) -> str:
 
 def _identity(path: Path) -> tuple[int, int] | None:
     """What links to a file share with it; None if there is no such file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+    for spelling in (path, os.path.abspath(path)):  # new/../x is there once new is made
+        with suppress(OSError):
+            status = os.stat(spelling)
+            return status.st_dev, status.st_ino
+    return None

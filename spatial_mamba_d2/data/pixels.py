@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from spatial_mamba_d2.data import tiff
 
@@ -149,6 +149,12 @@ def _tiff_layout(header: tiff.TiffHeader) -> Layout:
         raise ImageFormatError(f"has {header.bands} bands; at most 4 can be read")
     if is_deep and header.extra[:1] == (1,):
         raise ImageFormatError("has more than 8 bits, multiplied with alpha; save it without alpha")
+    if is_deep and header.bands > 1 and header.is_planar:
+        # OpenCV would mix them up.
+        raise ImageFormatError(
+            "has more than 8 bits and stores one band after the other; save it pixel by pixel "
+            "(INTERLEAVE=PIXEL, PlanarConfiguration 1)"
+        )
     bands = header.bands
     if are_colors and header.photometric in (tiff.CMYK, tiff.YCBCR):
         bands = 3 + has_alpha
@@ -205,8 +211,14 @@ def read_pixels(
     """
     file.seek(0)
     if layout.is_plain:
-        return _read_plain(file, num_channels, upright)
-    stored = _read_deep(file, layout)
+        try:
+            return _read_plain(file, num_channels, upright)
+        except UnidentifiedImageError:  # Pillow knows fewer kinds of TIFF
+            header = layout.header
+            if not header or header.bits < 8 or header.photometric > tiff.RGB:
+                raise
+            file.seek(0)
+    stored: np.ndarray = _read_deep(file, layout)
     if stored.shape[:2] != (layout.height, layout.width):
         raise ValueError(f"is {stored.shape[:2]}, its header says {layout.size}")
     if layout.bits <= 8 and layout.kind == "uint":
@@ -217,8 +229,8 @@ def read_pixels(
         pixels = 255 - pixels
     if upright or layout.header:
         pixels = _turned(pixels, layout.orientation)
-    if pixels.shape[2] > num_channels:  # alpha
-        pixels = pixels[..., : 1 if pixels.shape[2] == 2 else 3]
+    if layout.has_alpha and layout.bands != num_channels:
+        pixels = pixels[..., :-1]
     if num_channels == 1 and pixels.shape[2] == 3:
         pixels = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)[..., None]
     if num_channels == 3 and pixels.shape[2] == 1:
@@ -258,7 +270,7 @@ def _read_deep(file: BinaryIO, layout: Layout) -> np.ndarray:
     decoded: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None:
         raise ValueError("OpenCV cannot read it; it is damaged, or of a rare type")
-    pixels = np.atleast_3d(decoded)
+    pixels: np.ndarray = np.atleast_3d(decoded)
     if pixels.shape[2] >= 3:
         pixels = pixels[..., [2, 1, 0, *range(3, pixels.shape[2])]]
     if layout.bands == 2 and pixels.shape[2] == 4:  # OpenCV's grey with alpha

@@ -21,7 +21,7 @@ _ALPHA = (1, 2)  # of ExtraSamples: multiplied with the colours, and not
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # SampleFormat
 
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _BANDS = 256, 257, 258, 262, 274, 277
-_EXTRA, _FORMAT, _SUBFILE = 338, 339, 254
+_EXTRA, _FORMAT, _SUBFILE, _PLANAR = 338, 339, 254, 284
 _UNUSED = 65000  # a private tag, which readers pass over
 _SHORT = 3
 _TYPES = {1: "B", _SHORT: "H", 4: "I", 16: "Q"}  # of integer fields
@@ -41,6 +41,7 @@ class TiffHeader:
         bands: values of a pixel.
         photometric: what the bands are, such as :data:`RGB`.
         extra: the meaning of each band after the colours that is stated: 0 unknown, 1 and 2 alpha.
+        is_planar: whether its bands are stored one after the other.
         num_images: of this size.
         places: tag -> position of the field in the file.
         count_code: how the header's fields count their values, for :mod:`struct`.
@@ -54,6 +55,7 @@ class TiffHeader:
     bands: int
     photometric: int
     extra: tuple[int, ...]
+    is_planar: bool
     num_images: int
     places: dict[int, int]
     count_code: str
@@ -81,9 +83,8 @@ class TiffHeader:
                 fields[_EXTRA] = _UNUSED, 0
         for tag, (new_tag, value) in fields.items():
             if tag in self.places:
-                order, count = self.count_code
                 padding = struct.calcsize(self.count_code) - 2
-                code = f"{order}HH{count}H{padding}x"
+                code = f"{self.count_code[0]}HH{self.count_code[1]}H{padding}x"
                 struct.pack_into(code, changed, self.places[tag], new_tag, _SHORT, 1, value)
         return bytes(changed)
 
@@ -129,6 +130,7 @@ def read_tiff_header(file: BinaryIO) -> TiffHeader:
         values.get(_BANDS, (1,))[0],
         photometric,
         values.get(_EXTRA, ()),
+        values.get(_PLANAR, (1,))[0] == 2,
         num_images,
         places,
         f"{order}{'Q' if big else 'I'}",

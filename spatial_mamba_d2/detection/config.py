@@ -25,6 +25,7 @@ from spatial_mamba_d2.config import (
     require_whole,
 )
 from spatial_mamba_d2.detection.data import register_json_datasets
+from spatial_mamba_d2.detection.unused_keys import check_unused_keys
 
 # Rules for Detectron2's keys, which it does not check, and for ours
 _CHOICES: dict[str, Collection[Any]] = {
@@ -167,6 +168,7 @@ def _check_values(cfg: CfgNode) -> None:
 
 def _check_and_resolve(cfg: CfgNode) -> None:
     _check_values(cfg)
+    check_unused_keys(cfg, detection_defaults())
     register_json_datasets(cfg)
 
 

@@ -48,20 +48,35 @@ def draw_instances(
 def draw_ground_truth(
     image: np.ndarray, annotations: list[dict[str, Any]], coco: COCO, metadata: Metadata
 ) -> np.ndarray:
-    """Draw COCO annotations of ``image`` (RGB, ``uint8[H, W, 3]``); see :func:`draw_instances`."""
+    """Draw COCO annotations of ``image`` (RGB, ``uint8[H, W, 3]``); see :func:`draw_instances`.
+
+    Those without a mask are drawn as boxes.
+    """
     classes = metadata.thing_dataset_id_to_contiguous_id
     names = metadata.thing_classes
     visualizer = Visualizer(image, metadata, enlargement(image, _SHORTEST_PX), ColorMode.IMAGE)
     x, y, w, h = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4).T
     output = visualizer.overlay_instances(
         boxes=np.stack((x, y, x + w, y + h), axis=1),
-        masks=[coco.annToMask(a) for a in annotations],
+        masks=[
+            coco.annToMask(a) if a.get("segmentation") else np.zeros(image.shape[:2], np.uint8)
+            for a in annotations
+        ],
+        keypoints=_keypoints(annotations),
         labels=[
             names[classes[a["category_id"]]] + (" (crowd)" if a.get("iscrowd") else "")
             for a in annotations
         ],
     )
     return output.get_image()
+
+
+def _keypoints(annotations: list[dict[str, Any]]) -> np.ndarray | None:
+    """float[N, K, 3], x, y and whether it is visible; None if an annotation has none."""
+    lists = [annotation.get("keypoints") for annotation in annotations]
+    if not lists or not all(lists) or len({len(points) for points in lists}) != 1:
+        return None
+    return np.array(lists, float).reshape(len(lists), -1, 3) + (0.5, 0.5, 0)
 
 
 class VisualizationWriter(DatasetEvaluator):
@@ -91,9 +106,10 @@ class VisualizationWriter(DatasetEvaluator):
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             self.coco = COCO(metadata.json_file)
         root = Path(metadata.get("image_root") or "/")
-        files = [Path(root, image["file_name"]) for image in self.coco.dataset["images"]]
-        names = name_outputs(files, root, folder, (".png",))
-        self.names = {os.path.abspath(file): name for file, name in zip(files, names, strict=True)}
+        images = self.coco.dataset["images"]
+        files = list(dict.fromkeys(os.path.abspath(root / i["file_name"]) for i in images))
+        names = name_outputs([Path(file) for file in files], root, folder, (".png",))
+        self.names = dict(zip(files, names, strict=True))
 
     def reset(self) -> None:
         self.num_written = 0
@@ -103,7 +119,7 @@ class VisualizationWriter(DatasetEvaluator):
             if self.num_written >= self.num_images:
                 return
             image = read_image(record["file_name"], value_range=self.value_range)
-            annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=record["image_id"]))
+            annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[record["image_id"]]))
             pair = (
                 draw_ground_truth(image, annotations, self.coco, self.metadata),
                 draw_instances(image, output["instances"], self.metadata, self.score_thresh),

@@ -179,7 +179,7 @@ class _SlidingRows(_Rows):
         for columns in self.columns:
             scores = whole(self.model, self.x[..., rows, columns])[0]
             if columns is self.columns[0]:
-                self._make_room(len(scores), needed, rows.stop)
+                self._make_room(len(scores), min(needed, rows.start), rows.stop)
             assert self.total is not None
             place = slice(rows.start - self.top, rows.stop - self.top)
             self.total[:, place, columns] += scores

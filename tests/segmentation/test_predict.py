@@ -57,6 +57,14 @@ def test_colours_and_legend():
     assert classes.palette[1] not in colours
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1)])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_panels_of_degenerate_shapes(shape, channels):
+    image, label = np.zeros((*shape, channels), np.uint8), np.zeros(shape, np.uint8)
+    panels = draw_panels(image, {"prediction": label}, Classes(("a",), ((1, 2, 3),)))
+    assert panels.nbytes < 10 << 20 and panels.shape[1] >= 2 * 240
+
+
 @pytest.mark.parametrize("number", [2, 6, 19, 150])
 def test_colours_are_distinct(number):
     assert len(set(distinct_colors(number))) == number

@@ -22,7 +22,12 @@ from spatial_mamba_d2.models.checkpoints.names import (
     model_kind,
     translate,
 )
-from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint, unwrap
+from spatial_mamba_d2.models.checkpoints.reading import (
+    WeightsError,
+    check_finite,
+    read_checkpoint,
+    unwrap,
+)
 from spatial_mamba_d2.system.tables import console_table
 
 
@@ -108,7 +113,8 @@ def load_weights(
         FileNotFoundError: no such file.
         ValueError: a prefix in ``skip`` matches no parameter of the model.
         WeightsError: the file is broken or no Spatial-Mamba checkpoint, of another variant or
-            another number of classes, or a parameter has no value. The model is then unchanged.
+            another number of classes, a parameter has no value, or not a finite one. The model is
+            then unchanged.
     """
     if isinstance(source, Mapping):
         name, content = source_name or "the given state dict", source
@@ -117,6 +123,8 @@ def load_weights(
     target = model.state_dict()
     _check_skip(skip, target)
     state = translate(unwrap(content, name), name)
+    if isinstance(source, Mapping):  # files have been checked when they were read
+        check_finite(state, name)
     file_names = _names_in_model(state, target)  # {name in the model: name in the file}
     may_be_new, may_be_unused = _exceptions(state, target)
 
