@@ -335,7 +335,11 @@ def check_coco(json_file: str, image_root: str) -> Finding:
     except (OSError, ValueError) as error:
         fix = f"correct {json_file} or {image_root}, then check again"
         return Finding("missing", str(error), fix)
-    return Finding("ok", f"{len(coco.records)} images, {len(coco.categories)} categories")
+    objects = sum(len(record["annotations"]) for record in coco.records)
+    text = (
+        f"{len(coco.records)} images, {objects} annotations, {len(coco.categories)} categories"
+    )
+    return Finding("note" if coco.notes else "ok", "\n  ".join([text, *coco.notes]))
 
 
 def check_task(task: str, config_file: str, overrides: list[str]) -> Finding:

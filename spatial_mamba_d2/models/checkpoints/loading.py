@@ -155,7 +155,7 @@ def load_weights(
         report.inflated = key
     shapes = {key: (state[file_names[key]].shape, target[key].shape) for key in report.loaded}
     if wrong := [key for key, (found, needed) in shapes.items() if found != needed]:
-        problems.append(_other_shapes(wrong, shapes))
+        problems.append(_other_shapes(wrong, shapes, target))
     if not report.loaded:
         problems.append("no key matches")
     if problems:
@@ -273,16 +273,28 @@ def _exceptions(state: Iterable[str], target: Iterable[str]) -> tuple[set[str], 
     return new, unused
 
 
-def _other_shapes(wrong: Sequence[str], shapes: Mapping[str, tuple[Any, Any]]) -> str:
+def _other_shapes(
+    wrong: Sequence[str], shapes: Mapping[str, tuple[Any, Any]], target: Iterable[str]
+) -> str:
     examples = ", ".join(
         f"{key} is {list(shapes[key][0])}, must be {list(shapes[key][1])}" for key in wrong[:3]
     )
-    prefixes = ", ".join(repr(p) for p in dict.fromkeys(key.rsplit(".", 1)[0] for key in wrong))
-    hint = (
-        f"; to train them from scratch, skip ({prefixes},) (MODEL.WEIGHTS_SKIP)"
-        if len(wrong) < 9
-        else ""
-    )
+    prefixes = _prefixes(wrong, target)
+    hint = ""
+    if len(wrong) < 20 and len(prefixes) < 6:  # heads, and not another variant of the model
+        words = f"({', '.join(map(repr, prefixes))},)"
+        hint = f'; to train them from their initial values: MODEL.WEIGHTS_SKIP "{words}"'
     return (
         f"{len(wrong)} have another shape (another variant or number of classes): {examples}{hint}"
     )
+
+
+def _prefixes(names: Sequence[str], target: Iterable[str]) -> list[str]:
+    """The shortest names of modules, or parameters, that have all of ``names`` and no others."""
+    others = [name for name in target if name not in names]
+    prefixes: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        candidates = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        prefixes[next(c for c in candidates if not any(o.startswith(c) for o in others))] = None
+    return list(prefixes)

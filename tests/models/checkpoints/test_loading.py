@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import pytest
 import torch
 
@@ -252,3 +255,25 @@ def test_unused_heads_are_reported(segmentor):
     report = load_weights(build_backbone("tiny", **SMALL), state)
     heads = [name for name in state if not name.startswith("backbone.")]
     assert report.ignored == heads
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (build_classifier, "('head',)"),
+        (build_upernet, "('decode_head.classify', 'auxiliary_head.classify',)"),
+    ],
+)
+def test_the_key_that_skips_what_does_not_fit_is_named_with_its_value(build, expected):
+    def of(num_classes):
+        return build("tiny", num_classes=num_classes, **SMALL)
+
+    with pytest.raises(WeightsError) as caught:
+        load_weights(of(3), of(2).state_dict())
+    (skip,) = re.findall(r'MODEL\.WEIGHTS_SKIP "(.+)"', str(caught.value))
+    assert skip == expected
+    report = load_weights(of(3), of(2).state_dict(), skip=ast.literal_eval(skip))
+    assert report.new and all(name.startswith(ast.literal_eval(skip)) for name in report.new)
+    with pytest.raises(WeightsError) as caught:  # another variant has no such hint
+        load_weights(of(3), build("tiny", num_classes=3, embed_dim=8, depths=(1,) * 4).state_dict())
+    assert "WEIGHTS_SKIP" not in str(caught.value)
