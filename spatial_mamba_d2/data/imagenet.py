@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 _LONGEST_SHAPE = 50  # long side / short side of images that are resized as they are
 
 
+NO_CLASS, EMPTY_CLASS = "folder that is not a class", "empty class"  # faults of folders
+
+
 class ClassifiedImage(NamedTuple):
     """An image file and the index of its class."""
 
@@ -145,11 +148,11 @@ def check_split(
     for folder in _folders(where):
         if folder.name not in index:
             reason = f"folder {folder} is none of the {len(classes)} classes"
-            faults.append(Fault("folder that is not a class", reason))
+            faults.append(Fault(NO_CLASS, reason))
             continue
         files = sorted(f for f in folder.rglob("*") if is_image(f, folder))
         if not files:
-            faults.append(Fault("empty class", f"folder {folder} holds no image"))
+            faults.append(Fault(EMPTY_CLASS, f"folder {folder} holds no image"))
         samples += [ClassifiedImage(file, index[folder.name]) for file in files]
     if check_decode:
         files = [sample.path for sample in samples]
