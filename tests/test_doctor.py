@@ -305,7 +305,7 @@ def coco_folder(tmp_path):
 
 def test_a_valid_coco_folder(coco_folder, capsys):
     assert doctor.main(["--coco", str(coco_folder / "instances.json"), str(coco_folder)]) == 0
-    assert "1 images, 1 categories" in capsys.readouterr().out
+    assert "1 images, 1 annotations, 1 categories" in capsys.readouterr().out
 
 
 def test_a_coco_folder_with_a_truncated_image(coco_folder, capsys):

@@ -16,4 +16,5 @@ def no_such(
         kind: what is expected there: file, folder, ``file or folder``.
         hint: where to read on, in brackets.
     """
-    return FileNotFoundError(f"{what}: no such {kind}: {Path(path).absolute()}{hint and f' ({hint})'}")
+    hint = f" ({hint})" if hint else ""
+    return FileNotFoundError(f"{what}: no such {kind}: {Path(path).absolute()}{hint}")
