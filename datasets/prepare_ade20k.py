@@ -8,8 +8,8 @@ The archive is from http://sceneparsing.csail.mit.edu. To check other data with 
 
     python datasets/prepare_ade20k.py --root my/data --num-classes 5 --label-offset 0 --ignore 255
 
-It also says in how many pixels and images each class occurs. The options have the meaning of the keys
-of DATASETS with these names (train_seg.py); the first split is the one to train on.
+It also says in how many pixels and images each class occurs. The options have the meaning of the
+keys of DATASETS with these names (train_seg.py); the first split is the one to train on.
 """
 
 from __future__ import annotations

@@ -329,7 +329,6 @@ def check_output() -> Finding:
 def check_coco(json_file: str, image_root: str) -> Finding:
     from spatial_mamba_d2.data.coco import load_coco
 
-    log_to_stdout()  # notes on what is used, but not as it is written
     try:
         coco = load_coco(json_file, image_root, on_error="raise", check_decode=True)
     except (OSError, ValueError) as error:
@@ -337,7 +336,7 @@ def check_coco(json_file: str, image_root: str) -> Finding:
         return Finding("missing", str(error), fix)
     objects = sum(len(record["annotations"]) for record in coco.records)
     text = f"{len(coco.records)} images, {objects} annotations, {len(coco.categories)} categories"
-    return Finding("note" if coco.notes else "ok", text)
+    return Finding("note" if coco.notes else "ok", "\n  ".join([text, *coco.notes]))
 
 
 def check_task(task: str, config_file: str, overrides: list[str]) -> Finding:

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from spatial_mamba_d2.classification.data import BROKEN
 from spatial_mamba_d2.config import backbone_kwargs
+from spatial_mamba_d2.data.imagenet import EMPTY_CLASS, NO_CLASS
 from spatial_mamba_d2.models import SpatialMambaClassifier, build_classifier
 from spatial_mamba_d2.training.module import Schedule, TrainingModule
 
@@ -191,7 +192,7 @@ class Classifier(TrainingModule):
             left_out = dict(self.trainer.datamodule.left_out[self.cfg.DATASETS.TEST])
             if broken:
                 left_out["broken when read"] = broken
-            skipped = sum(left_out.values())
+            skipped = sum(n for k, n in left_out.items() if k not in (NO_CLASS, EMPTY_CLASS))
             content = {
                 "protocol": protocol,
                 "images": num_images,

@@ -33,6 +33,7 @@ from spatial_mamba_d2.data.faults import (
 )
 from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.pixels import PixelRange
+from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.once import once_per_machine
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def load_coco(
     """
     check_on_error(on_error)
     if not os.path.isdir(image_root):
-        raise FileNotFoundError(f"image_root: no folder {image_root}")
+        raise no_such("image_root", image_root, "folder")
     content = _read_sections(json_file)
     paths = [_path(image, image_root) for image in content["images"]]
     folders = Folders()

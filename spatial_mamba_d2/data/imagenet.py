@@ -37,11 +37,15 @@ from spatial_mamba_d2.data.faults import (
 )
 from spatial_mamba_d2.data.images import is_image, is_litter, open_image
 from spatial_mamba_d2.data.pixels import PixelRange
+from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.seeding import seeded
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_SHAPE = 50  # long side / short side of images that are resized as they are
+
+
+NO_CLASS, EMPTY_CLASS = "folder that is not a class", "empty class"  # faults of folders
 
 
 class ClassifiedImage(NamedTuple):
@@ -84,9 +88,7 @@ def load_classes(source: str, root: str | Path, split: str, num_classes: int) ->
 
 def _folders(path: Path) -> list[Path]:
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"DATASETS.ROOT: no folder {path} (datasets/README.md shows the tree)"
-        )
+        raise no_such("DATASETS.ROOT", path, "folder", "datasets/README.md shows the tree")
     return sorted(f for f in path.iterdir() if f.is_dir() and not is_litter(f))
 
 
@@ -146,11 +148,11 @@ def check_split(
     for folder in _folders(where):
         if folder.name not in index:
             reason = f"folder {folder} is none of the {len(classes)} classes"
-            faults.append(Fault("folder that is not a class", reason))
+            faults.append(Fault(NO_CLASS, reason))
             continue
         files = sorted(f for f in folder.rglob("*") if is_image(f, folder))
         if not files:
-            faults.append(Fault("empty class", f"folder {folder} holds no image"))
+            faults.append(Fault(EMPTY_CLASS, f"folder {folder} holds no image"))
         samples += [ClassifiedImage(file, index[folder.name]) for file in files]
     if check_decode:
         files = [sample.path for sample in samples]

@@ -40,6 +40,7 @@ from spatial_mamba_d2.data.pixels import (
     read_layout,
     read_pixels,
 )
+from spatial_mamba_d2.system.missing import no_such
 
 ENDINGS = (".png", "_label.png")  # of what is written for NAME: the drawing, and predicted labels
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -68,7 +69,7 @@ def naming_file(kind: str, path: str | Path) -> Iterator[None]:
     except InaccessibleFileError:
         raise
     except FileNotFoundError:
-        raise FileNotFoundError(f"no {kind} file {path}") from None
+        raise FileNotFoundError(f"no {kind} file {Path(path).absolute()}") from None
     except UnidentifiedImageError:
         raise ValueError(
             f"{kind} file {path} cannot be decoded: it is no image in a known format"
@@ -231,7 +232,7 @@ def find_images(paths: Iterable[Path], *, leave_out: Path | None = None) -> list
                 f"input: {path} is a link to {os.readlink(path)}, which is gone"
             )
         else:
-            raise FileNotFoundError(f"input: no such file or folder: {path}")
+            raise no_such("input", path, "file or folder")
     words = ""
     if passed_over:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.most_common(8))

@@ -23,7 +23,7 @@ def read_json(path: str | Path) -> Any:
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"no file {path}") from None
+        raise FileNotFoundError(f"no file {Path(path).absolute()}") from None
     except OSError as error:
         raise InaccessibleFileError(f"file {path} cannot be read: {error}") from error
     except MemoryError:

@@ -17,6 +17,7 @@ from spatial_mamba_d2.data.faults import Fault
 from spatial_mamba_d2.data.images import SUFFIXES, files_below
 from spatial_mamba_d2.data.label_maps import Pair
 from spatial_mamba_d2.data.text_file import read_text_file
+from spatial_mamba_d2.system.missing import no_such
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def _folder(root: Path, template: str, split: str | None) -> Path:
     parts = [part.replace("{split}", split or "") for part in Path(template).parts]
     folder = Path(root, *filter(None, parts))
     if not folder.is_dir():
-        raise FileNotFoundError(f"DATASETS.ROOT: no folder {folder} ({TREE})")
+        raise no_such("DATASETS.ROOT", folder, "folder", TREE)
     return folder
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 from pathlib import Path
+
+from spatial_mamba_d2.system.missing import no_such
+from spatial_mamba_d2.system.unicode_text import decode_unicode
 
 
 def read_text_file(path: str | Path, key: str) -> str:
@@ -18,14 +20,14 @@ def read_text_file(path: str | Path, key: str) -> str:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{key}: no such file: {path}")
+        raise no_such(key, path)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{key}: file {path} cannot be read: {error}") from error
-    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return content.decode("utf-16" if utf_16 else "utf-8-sig")
+        return decode_unicode(content)
     except UnicodeDecodeError as error:
+        utf_16 = error.encoding.lower().startswith("utf-16")
         encoding = "UTF-16, as its byte order mark says" if utf_16 else "UTF-8"
         raise ValueError(f"{key}: file {path} must be in {encoding}: {error}") from None

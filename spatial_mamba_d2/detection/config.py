@@ -11,7 +11,10 @@ from detectron2.modeling import (
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
     PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
 )
 
 from spatial_mamba_d2.config import (
@@ -27,6 +30,9 @@ from spatial_mamba_d2.config import (
 from spatial_mamba_d2.detection.data import register_json_datasets
 from spatial_mamba_d2.detection.unused_keys import check_unused_keys
 
+_POOLERS = ("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated")
+_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
+_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 # Rules for Detectron2's keys, which it does not check, and for ours
 _CHOICES: dict[str, Collection[Any]] = {
     "VERSION": (2,),
@@ -43,12 +49,21 @@ _CHOICES: dict[str, Collection[Any]] = {
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.FPN.NORM": _NORMS,
+    "MODEL.ROI_BOX_HEAD.NORM": _NORMS,
+    "MODEL.ROI_MASK_HEAD.NORM": _NORMS,
 }
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
     "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
     "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
 }
 _MINIMA = {
     "INPUT.MIN_SIZE_TEST": 0,  # 0: images keep their size
@@ -142,10 +157,40 @@ def detection_defaults() -> CfgNode:
     return cfg
 
 
+def _check_features(cfg: CfgNode) -> None:
+    """Names of feature maps, and the number of lists of anchors, of two-stage detectors."""
+    model = cfg.MODEL
+    if model.META_ARCHITECTURE not in ("GeneralizedRCNN", "PanopticFPN"):
+        return
+    if model.BACKBONE.NAME == "build_spatial_mamba_fpn_backbone":
+        levels = [f"res{n}" for n in range(2, 6)]
+        used = list(model.FPN.IN_FEATURES)
+        if used not in (levels[first:] for first in range(4)):  # p6 is pooled from res5's p5
+            raise ValueError(
+                f"MODEL.FPN.IN_FEATURES must be {levels} or the last ones of these, got {used}"
+            )
+        pyramid = [f"p{n}" for n in range(6 - len(used), 7)]
+        for part in ("RPN", "ROI_HEADS"):
+            if unknown := set(model[part].IN_FEATURES) - set(pyramid):
+                raise ValueError(
+                    f"MODEL.{part}.IN_FEATURES must be among {', '.join(pyramid)}, which the "
+                    f"pyramid of MODEL.FPN.IN_FEATURES has, got {', '.join(sorted(unknown))}"
+                )
+    num_features = len(model.RPN.IN_FEATURES)
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        if (number := len(model.ANCHOR_GENERATOR[key])) not in (1, num_features):
+            raise ValueError(
+                f"MODEL.ANCHOR_GENERATOR.{key} must be one list or {num_features}, one for "
+                f"each of MODEL.RPN.IN_FEATURES, got {number}"
+            )
+
+
 def _check_values(cfg: CfgNode) -> None:
     require_one_of(cfg, {**_CHOICES, **{k: dict(r) for k, r in _REGISTRIES.items()}})
     proposals = ("PrecomputedProposals", *dict(PROPOSAL_GENERATOR_REGISTRY))
     require_one_of(cfg, {"MODEL.PROPOSAL_GENERATOR.NAME": proposals})
+    require_one_of(cfg, {"MODEL.ROI_BOX_HEAD.NAME": ("", *dict(ROI_BOX_HEAD_REGISTRY))})
+    _check_features(cfg)
     require_at_least(cfg, _MINIMA)
     require_above_0(cfg, _ABOVE_0)
     require_between(cfg, _FRACTIONS, 0, 1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from spatial_mamba_d2.system.missing import missing
+from spatial_mamba_d2.system.missing import no_such
+from spatial_mamba_d2.system.unicode_text import decode_unicode
 
 BASE = "_BASE_"
 
@@ -53,7 +53,7 @@ def _read(path: Path, readers: tuple[Path, ...], what: str) -> list[Document]:
     if path.is_dir():
         raise ValueError(f"{what}: must be a file, got the folder {path.absolute()}")
     if not path.exists():
-        raise missing(what, path)
+        raise no_such(what, path)
     if path.resolve() in map(Path.resolve, readers):
         chain = " -> ".join(map(str, (*readers, path)))
         raise ValueError(f"{path}: {BASE} leads back to the file itself: {chain}")
@@ -70,10 +70,8 @@ def _read(path: Path, readers: tuple[Path, ...], what: str) -> list[Document]:
 
 def _parse(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = data.decode("utf-16" if utf16 else "utf-8-sig")
-        content = yaml.load(text, _Loader)  # derived from SafeLoader: runs no code
+        content = yaml.load(decode_unicode(data), _Loader)  # derived from SafeLoader: runs no code
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: must be text in UTF-8: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: impossible dates

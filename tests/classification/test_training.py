@@ -193,7 +193,9 @@ def test_bad_starts_are_named(arguments, tmp_path):
         run(arguments("SOLVER.ACCUMULATION_STEPS", 3))
     with pytest.raises(ValueError, match="NUM_CLASSES must be 5, .*got 6"):
         run(arguments("MODEL.NUM_CLASSES", 6))
-    with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no folder .*datasets/README.md"):
+    with pytest.raises(
+        FileNotFoundError, match="DATASETS.ROOT: no such folder: .*datasets/README.md"
+    ):
         run(arguments("DATASETS.ROOT", tmp_path))
     with pytest.raises(ValueError, match="no weights to evaluate: set MODEL.WEIGHTS"):
         run(arguments(eval_only=True))

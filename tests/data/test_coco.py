@@ -153,7 +153,7 @@ def test_missing_json(folder, on_error):
 @both_modes
 def test_missing_image_folder(folder, on_error):
     folder.load()
-    with pytest.raises(FileNotFoundError, match="image_root: no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="image_root: no such folder: /.*nowhere"):
         load_coco(folder.json_file, folder.images / "nowhere", on_error=on_error)
 
 

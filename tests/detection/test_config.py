@@ -76,6 +76,9 @@ def test_recipes(name, root):
         (["MODEL.RPN.POSITIVE_FRACTION", "0"], r"POSITIVE_FRACTION must be in \(0, 1\], got 0.0"),
         (["TEST.DETECTIONS_PER_IMAGE", "0"], "DETECTIONS_PER_IMAGE must be at least 1, got 0"),
         (["TEST.PICTURES_SCORE_THRESH", "50"], r"must be in \[0, 1\], got 50.0"),
+        (["MODEL.FPN.NORM", "Batch"], "MODEL.FPN.NORM must be one of .*FrozenBN.*got 'Batch'"),
+        (["MODEL.RPN.HEAD_NAME", "Head"], "RPN.HEAD_NAME must be one of .*StandardRPNHead"),
+        (["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "Max"], "POOLER_TYPE must be one of ROIAlign, "),
         (["VERSION", "1"], "VERSION must be one of 2, got 1"),
         (["DATASETS.TRAIN_JSON", "a.json"], "TRAIN_JSON and DATASETS.TRAIN_IMAGES must be given"),
     ],
@@ -85,9 +88,27 @@ def test_bad_values_are_named(overrides, message):
         load_config(None, overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["MODEL.FPN.IN_FEATURES", "['res2', 'res4']"],
+            "FPN.IN_FEATURES must be .* or the last ones",
+        ),
+        (["MODEL.FPN.IN_FEATURES", "['c2']"], "FPN.IN_FEATURES must be .*got .'c2'."),
+        (["MODEL.RPN.IN_FEATURES", "['p2', 'p7']"], "must be among p2, p3, p4, p5, p6, .*got p7"),
+        (["MODEL.ROI_HEADS.IN_FEATURES", "['res4']"], "ROI_HEADS.IN_FEATURES must be among p2"),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]"], "must be one list or 5, one for .*got 2"),
+    ],
+)
+def test_names_of_feature_maps(overrides, message, root):
+    with pytest.raises(ValueError, match=message):
+        load_config(root / "configs/mask_rcnn_spatial_mamba_t.yaml", overrides)
+
+
 def test_sides_of_anchors_may_be_fractions():
-    cfg = load_config(None, ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32.5], [64.0]]"])
-    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[32.5], [64]]
+    cfg = load_config(None, ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32.5, 64.0]]"])
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[32.5, 64]]
 
 
 @pytest.mark.parametrize("source", ["recipe", "config.yaml of a training"])

@@ -24,6 +24,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from spatial_mamba_d2.system.missing import no_such
+
 # Objects of these packages occur in published checkpoints next to the weights.
 _OPAQUE_PACKAGES = (
     "addict", "argparse", "datetime", "fvcore", "lightning", "mmcv", "mmengine", "numpy",
@@ -104,7 +106,7 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, An
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"weights: no such file: {path}")
+        raise no_such("weights", path)
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
