@@ -93,8 +93,8 @@ def native_sources() -> list[Path]:
 
 
 def fingerprint() -> str:
-    """A hash of everything in the checkout that the installation depends on."""
-    digest = hashlib.sha256()
+    """A hash of everything that the installation depends on: the checkout's place and sources."""
+    digest = hashlib.sha256(str(ROOT).encode())  # an installation knows where its sources are
     for path in (*(ROOT / name for name in INSTALLED_FROM), *native_sources()):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -116,10 +116,42 @@ def runs(interpreter: Path) -> bool:
         return False
 
 
+def activates() -> bool:
+    """Whether the environment's scripts name this folder, which they do not after a move."""
+    script = PYTHON.with_name("activate")
+    return not script.exists() or str(VENV) in script.read_text(encoding="utf-8")
+
+
+def correct_scripts() -> None:
+    """Let the commands that packages have installed start this environment's Python."""
+    for script in PYTHON.parent.iterdir():
+        if script.is_file() and not script.is_symlink():
+            first, newline, rest = script.read_bytes().partition(b"\n")
+            if re.fullmatch(rb"#!.*/\.venv/bin/python[\d.]*", first):
+                script.write_bytes(b"#!" + os.fsencode(PYTHON) + newline + rest)
+
+
+def use_writable_cache() -> None:
+    """Let pip do without its cache if that cannot be written, which stops it on some disks."""
+    default = {"darwin": "Library/Caches", "win32": "AppData/Local"}.get(sys.platform, ".cache")
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / default)
+    except RuntimeError:  # no home
+        base = Path("/nonexistent")
+    folder = Path(os.environ.get("PIP_CACHE_DIR") or base / "pip")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if "PIP_NO_CACHE_DIR" not in os.environ and not os.access(existing, os.W_OK):
+        print(f"{folder} cannot be written: pip works without a cache", flush=True)
+        os.environ["PIP_NO_CACHE_DIR"] = "1"  # also for install_detectron2
+
+
 def prepare_venv() -> None:
     """Create the environment, or repair one whose installation was interrupted."""
     if not runs(PYTHON):
         run(sys.executable, "-m", "venv", "--clear", VENV)
+    elif not activates():
+        run(sys.executable, "-m", "venv", VENV)
+        correct_scripts()
     # pip writes RECORD last. A distribution without it is incomplete, but pip would keep it.
     for info in site_packages().glob("*.dist-info"):
         if not (info / "RECORD").exists():
@@ -131,6 +163,7 @@ def prepare_venv() -> None:
 def install() -> None:
     before = fingerprint()
     STAMP.unlink(missing_ok=True)
+    use_writable_cache()
     prepare_venv()
     # Without build isolation, because the operators are compiled against the installed PyTorch.
     (setuptools,) = from_pyproject(r'requires = \["(setuptools.*)"\]')

@@ -8,17 +8,39 @@ is therefore explained in one line and does not fail the installation, unless re
 * ``SMD2_BUILD_CUDA=0`` and ``=1`` do the same for the CUDA operators only.
 """
 
+import importlib.util
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # pip does not add the sources
+# Older ones describe the schema of pyproject.toml instead of saying so.
+(REQUIRED,) = re.findall(
+    r'^requires = \["(setuptools>=.*)"\]',
+    (ROOT / "pyproject.toml").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+if int(setuptools.__version__.split(".")[0]) < int(re.findall(r"\d+", REQUIRED)[0]):
+    raise SystemExit(
+        f"spatial_mamba_d2 needs {REQUIRED}, but this is setuptools {setuptools.__version__}: "
+        f"{sys.executable} -m pip install '{REQUIRED}'"
+    )
 
-from spatial_mamba_d2.system import cuda_toolkit  # noqa: E402  needs that path
+
+def load_source(path):
+    """A module of these sources, even if another version of the package is installed."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_toolkit = load_source("spatial_mamba_d2/system/cuda_toolkit.py")
 
 # Python's own flags ask for it, which nearly doubles the time of compilation, and makes the library
 # 15 times as large.

@@ -7,14 +7,14 @@ python datasets/prepare_shape_classes.py --root /data/shape_classes --num-train 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from spatial_mamba_d2.data.shape_classes import generate_shape_classes
-from spatial_mamba_d2.system.cli import build_parser
+from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 
 def main(argv: list[str] | None = None) -> None:
+    from spatial_mamba_d2.data.shape_classes import generate_shape_classes
+
     parser = build_parser(__doc__)
     default = Path(__file__).resolve().parent / "shape_classes"
     parser.add_argument("--root", type=Path, default=default)
@@ -24,12 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-val", type=int, default=20, metavar="N", help="images of each class")
     parser.add_argument("--image-px", type=int, default=72, metavar="PX")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    try:
-        folder = generate_shape_classes(**vars(parser.parse_args(argv)))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    folder = generate_shape_classes(**vars(parser.parse_args(argv)))
     print(f"Sample data are in {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -7,14 +7,14 @@ python datasets/prepare_shapes.py --root /data/shapes --num-train 5000 --image-p
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from spatial_mamba_d2.data.shapes import generate_shapes
-from spatial_mamba_d2.system.cli import build_parser
+from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 
 def main(argv: list[str] | None = None) -> None:
+    from spatial_mamba_d2.data.shapes import generate_shapes
+
     parser = build_parser(__doc__)
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent / "shapes")
     parser.add_argument("--num-train", type=int, default=1000, metavar="N")
@@ -23,11 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     options = vars(parser.parse_args(argv))
     options["image_px"] = tuple(options["image_px"])
-    try:
-        print(f"Sample data are in {generate_shapes(**options)}")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    print(f"Sample data are in {generate_shapes(**options)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -2,13 +2,15 @@
 
 A configuration is YAML with ``_BASE_``, then ``KEY VALUE`` overrides; typos are explained. This
 works on any fvcore / yacs ``CfgNode``; the class of the node that is passed in is used for new
-nodes, so that this module needs neither fvcore nor Detectron2.
+nodes, so that this module needs neither fvcore nor Detectron2. A value has the type of its default:
+what can only be meant in one way is converted, anything else is an error.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,11 +18,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import yaml
 
 from spatial_mamba_d2.data.faults import OnError
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.models.spatial_mamba import BN_POLICIES
 from spatial_mamba_d2.models.variants import VARIANTS
+from spatial_mamba_d2.system.data_folder import find_data
+from spatial_mamba_d2.system.value_types import convert_value
+from spatial_mamba_d2.system.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +37,33 @@ _SHARED_CHOICES: dict[str, Collection[Any]] = {
     "SOLVER.AMP.PRECISION": ("bfloat16", "float16"),
 }
 _SHARED_MINIMA = {
+    "MODEL.NUM_CLASSES": 1,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 1,
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.IMS_PER_BATCH": 1,
     "SOLVER.ACCUMULATION_STEPS": 1,
     "SOLVER.MAX_ITER": 1,
     "SOLVER.WARMUP_ITERS": 0,
+    "SOLVER.WEIGHT_DECAY": 0,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "SOLVER.LOG_PERIOD": 1,
     "TEST.EVAL_PERIOD": 0,
     "TEST.PICTURES": 0,
 }
+_SHARED_ABOVE_0 = ("SOLVER.BASE_LR", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "MODEL.PIXEL_STD")
+_SHARED_FRACTIONS = ("SOLVER.WARMUP_FACTOR",)  # 1 included
+_SHARED_SHARES = (  # 1 excluded
+    "MODEL.SPATIAL_MAMBA.DROP_PATH_RATE",
+    "SOLVER.BETAS",
+    "SOLVER.EMA_DECAY",
+)
+_DATA_PATHS = (
+    "DATASETS.ROOT",
+    *(f"DATASETS.{split}_{what}" for split in ("TRAIN", "TEST") for what in ("JSON", "IMAGES")),
+)
+_MAX_SEED = 2**32 - 1  # of NumPy's global generator
+_MAY_BE_INFINITE = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the largest element
+_SHARED_TYPES: dict[str, Sequence[type]] = {"MODEL.SPATIAL_MAMBA.DROP_PATH_RATE": (float,)}
 
 
 def add_backbone_config(cfg: Any) -> None:
@@ -58,24 +80,32 @@ def add_backbone_config(cfg: Any) -> None:
 LoadConfig = Callable[..., Any]
 
 
-def config_loader(defaults: Callable[[], Any], check: Callable[[Any], None]) -> LoadConfig:
+def config_loader(
+    defaults: Callable[[], Any],
+    check: Callable[[Any], None],
+    types: Mapping[str, Sequence[type]] | None = None,
+) -> LoadConfig:
     """The ``load_config(config_file, overrides=())`` of a task.
 
     It returns the defaults with a YAML file (or None) and ``KEY VALUE`` pairs merged; checked,
     resolved and frozen. Without a GPU, :func:`resolve_device` changes what needs one. It raises
 
     * ``FileNotFoundError``: no such file;
-    * ``ValueError``: unknown key (with the nearest valid one), or a value out of its range.
+    * ``ValueError``: not a configuration file, an unknown key (with the nearest valid one), or a
+      value of another type or out of its range.
 
     Args:
         defaults: all keys of the task.
         check: of the task's own keys; it may also resolve them, in place.
+        types: of keys that accept more types than that of their default, such as
+            ``{"DATASETS.TRAIN_JSON": (tuple,)}``: one file, or a list.
     """
 
     def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> Any:
         cfg = defaults()
-        merge_config(cfg, config_file, overrides)
+        merge_config(cfg, config_file, overrides, {**_SHARED_TYPES, **(types or {})})
         check_shared_keys(cfg)
+        _find_data_sets(cfg)
         check(cfg)
         resolve_device(cfg)
         cfg.freeze()
@@ -84,33 +114,40 @@ def config_loader(defaults: Callable[[], Any], check: Callable[[Any], None]) -> 
     return load_config
 
 
-def merge_config(cfg: Any, config_file: str | Path | None, overrides: Sequence[str]) -> None:
+def merge_config(
+    cfg: Any,
+    config_file: str | Path | None,
+    overrides: Sequence[str],
+    types: Mapping[str, Sequence[type]] | None = None,
+) -> None:
     """Merge a YAML file (with its ``_BASE_``) and then ``KEY VALUE`` pairs into ``cfg``, in place.
+
+    Args:
+        types: of keys that accept more types than that of their default.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown key (the message names the nearest valid one), a value of the wrong
-            type, or an override without a value.
+        ValueError: a file that :func:`~spatial_mamba_d2.system.yaml_file.read_yaml` refuses, an
+            unknown key (the message names the nearest valid one), a value of the wrong type, or an
+            override without a value.
     """
-    if config_file:
-        if not Path(config_file).is_file():
-            raise FileNotFoundError(f"config file: no such file: {config_file}")
-        # Detectron2's default reads YAML with tags that run code.
-        load = partial(cfg.merge_from_file, str(config_file), allow_unsafe=False)
-        _merge(cfg, load, str(config_file))
     if len(overrides) % 2:
         raise ValueError(
             f"overrides must come as KEY VALUE pairs, got {len(overrides)} words: "
             f"{' '.join(overrides)}"
         )
-    _merge(cfg, partial(cfg.merge_from_list, list(overrides)), "command line")
+    defaults = dict(_flat_items(cfg))
+    for path, content in read_yaml(config_file) if config_file else []:
+        _merge(cfg, _flat_items(content), str(path), defaults, types or {})
+    pairs = zip(overrides[::2], overrides[1::2], strict=True)
+    _merge(cfg, pairs, "command line", defaults, types or {})
 
 
 def add_shared_config(cfg: Any) -> None:
     """Add the keys that all tasks have and Detectron2 has not, in place.
 
     Args:
-        cfg: with the nodes ``MODEL``, ``DATASETS``, ``SOLVER`` and ``SOLVER.AMP``.
+        cfg: with the nodes ``MODEL``, ``DATASETS``, ``INPUT``, ``SOLVER`` and ``SOLVER.AMP``.
     """
     add_backbone_config(cfg)
     # Prefixes of parameters that keep their initial values even if MODEL.WEIGHTS has them. For
@@ -119,6 +156,9 @@ def add_shared_config(cfg: Any) -> None:
     cfg.MODEL.WEIGHTS_SKIP = ()
     # Broken images, labels and annotations: "raise" an error that names them, or "skip" and count.
     cfg.DATASETS.ON_ERROR = "raise"
+    # Images of more than 8 bits: (low, high), the stored values that become 0 and 255. (): the
+    # range of the file's type, which 16 bits have; others, and 12 bits in 16, are then refused.
+    cfg.INPUT.PIXEL_RANGE = ()
     cfg.SOLVER.BETAS = (0.9, 0.999)
     cfg.SOLVER.ACCUMULATION_STEPS = 1  # micro-batches per iteration
     cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or float16
@@ -134,7 +174,12 @@ def add_lightning_config(cfg: Any) -> None:
     cfg.MODEL.WEIGHTS = ""  # checkpoint to start from or to evaluate: ours or the authors'
     cfg.MODEL.PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
     cfg.MODEL.PIXEL_STD = (58.395, 57.12, 57.375)
+    cfg.MODEL.BACKBONE = node()
+    # What keeps its starting weights, as in Detectron2: 0 nothing, 1 the stem, 2 to 5 the stem and
+    # the stages up to res2 .. res5.
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.DATASETS = node()
+    cfg.INPUT = node()
     cfg.DATALOADER = node()
     cfg.DATALOADER.NUM_WORKERS = 4  # per process
 
@@ -152,22 +197,63 @@ def add_lightning_config(cfg: Any) -> None:
 
 
 def backbone_kwargs(cfg: Any) -> dict[str, Any]:
-    """Arguments of a model's constructor from ``cfg.MODEL.SPATIAL_MAMBA``, except the variant."""
+    """Arguments of a model's constructor from ``cfg.MODEL``, except the variant."""
     mamba = cfg.MODEL.SPATIAL_MAMBA
     drop_path = {} if mamba.DROP_PATH_RATE is None else {"drop_path_rate": mamba.DROP_PATH_RATE}
     return {
         "bn_policy": mamba.BN,
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
         "grad_checkpointing": mamba.GRAD_CHECKPOINTING,
         **drop_path,
     }
 
 
 def check_shared_keys(cfg: Any) -> None:
-    """Raises ValueError if a key that several tasks have is out of its range."""
+    """Raises ValueError if a key that several tasks have is out of its range.
+
+    So is, in every key, a number that is not finite, because nothing can be compared with NaN.
+    """
+    require_finite(cfg, (k for k, _ in _flat_items(cfg) if k not in _MAY_BE_INFINITE))
     require_one_of(cfg, {k: v for k, v in _SHARED_CHOICES.items() if _has(cfg, k)})
     require_at_least(cfg, {k: v for k, v in _SHARED_MINIMA.items() if _has(cfg, k)})
-    if _has(cfg, "SOLVER.EMA_DECAY"):
-        require_between(cfg, ("SOLVER.EMA_DECAY",), 0, 1, include_high=False)
+    require_above_0(cfg, (k for k in _SHARED_ABOVE_0 if _has(cfg, k)))
+    require_between(cfg, (k for k in _SHARED_FRACTIONS if _has(cfg, k)), 0, 1)
+    shares = (k for k in _SHARED_SHARES if _has(cfg, k))
+    require_between(cfg, shares, 0, 1, include_high=False)
+    channels = cfg.INPUT.CHANNELS if _has(cfg, "INPUT.CHANNELS") else 3
+    require_length(cfg, {"MODEL.PIXEL_MEAN": channels, "MODEL.PIXEL_STD": channels})
+    require_length(cfg, {"SOLVER.BETAS": 2})
+    if _has(cfg, "MODEL.BACKBONE.FREEZE_AT"):
+        require_between(cfg, ("MODEL.BACKBONE.FREEZE_AT",), 0, 5)
+    require_between(cfg, ("SEED",), min(0, cfg.SEED), _MAX_SEED)
+    solver = cfg.SOLVER
+    if _has(cfg, "SOLVER.WARMUP_ITERS") and solver.WARMUP_ITERS >= solver.MAX_ITER:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS %s is not below SOLVER.MAX_ITER %s: the learning rate never "
+            "reaches SOLVER.BASE_LR", solver.WARMUP_ITERS, solver.MAX_ITER,
+        )  # fmt: skip
+    build_pixel_range(cfg.INPUT.PIXEL_RANGE)
+    _check_output_dir(cfg.OUTPUT_DIR)
+
+
+def _check_output_dir(name: str) -> None:
+    if not name.strip():
+        raise ValueError(f"OUTPUT_DIR must be a folder, got {name!r}")
+    for path in (Path(name), *Path(name).parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"OUTPUT_DIR must be a folder, got {name!r}: {path} is a file")
+
+
+def _find_data_sets(cfg: Any) -> None:
+    """Paths to data become those at which :func:`~.data_folder.find_data` finds them, in place."""
+    for key in filter(partial(_has, cfg), _DATA_PATHS):
+        paths = _value(cfg, key)
+        several = isinstance(paths, (tuple, list))
+        found = [str(find_data(p)) if p else p for p in (paths if several else [paths])]
+        section, name = key.split(".")
+        cfg[section][name] = type(paths)(found) if several else found[0]
+        if found != list(paths if several else [paths]):
+            logger.info("%s: %s", key, ", ".join(found))
 
 
 def resolve_device(cfg: Any) -> None:
@@ -221,21 +307,61 @@ def require_one_of(cfg: Any, choices: Mapping[str, Collection[Any]]) -> None:
 
 
 def require_at_least(cfg: Any, minima: Mapping[str, float]) -> None:
-    """Raises ValueError if the value of a key is below its minimum."""
+    """Raises ValueError if a number, or one of a list of numbers, is below its minimum."""
     for key, least in minima.items():
-        if (value := _value(cfg, key)) < least:
-            raise ValueError(f"{key} must be at least {least}, got {value}")
+        if not all(number >= least for number in _numbers(cfg, key)):
+            raise ValueError(f"{key} must be at least {least}, got {_value(cfg, key)}")
+
+
+def require_above_0(cfg: Any, keys: Iterable[str]) -> None:
+    """Raises ValueError if a number, or one of a list of numbers, is not above 0."""
+    for key in keys:
+        if not all(number > 0 for number in _numbers(cfg, key)):
+            raise ValueError(f"{key} must be above 0, got {_value(cfg, key)}")
 
 
 def require_between(
-    cfg: Any, keys: Iterable[str], low: float, high: float, *, include_high: bool = True
+    cfg: Any,
+    keys: Iterable[str],
+    low: float,
+    high: float,
+    *,
+    include_low: bool = True,
+    include_high: bool = True,
 ) -> None:
-    """Raises ValueError if the value of a key is not in ``[low, high]``, or ``[low, high)``."""
+    """Raises ValueError if a number, or one of a list, is not between ``low`` and ``high``."""
     for key in keys:
-        value = _value(cfg, key)
-        if not (low <= value <= high and (include_high or value < high)):
-            bracket = "]" if include_high else ")"
-            raise ValueError(f"{key} must be in [{low}, {high}{bracket}, got {value}")
+        if not all(
+            low <= number <= high
+            and (include_low or number > low)
+            and (include_high or number < high)
+            for number in _numbers(cfg, key)
+        ):
+            brackets = "[" if include_low else "(", "]" if include_high else ")"
+            raise ValueError(
+                f"{key} must be in {brackets[0]}{low}, {high}{brackets[1]}, got {_value(cfg, key)}"
+            )
+
+
+def require_finite(cfg: Any, keys: Iterable[str]) -> None:
+    """Raises ValueError if a number, or one of a list, is not finite."""
+    for key in keys:
+        if not all(map(math.isfinite, _numbers(cfg, key))):
+            raise ValueError(f"{key} must be finite, got {_value(cfg, key)}")
+
+
+def require_length(cfg: Any, lengths: Mapping[str, int]) -> None:
+    """Raises ValueError if a list has another number of elements."""
+    for key, length in lengths.items():
+        if len(value := _value(cfg, key)) != length:
+            raise ValueError(f"{key} must have {length} elements, got {value}")
+
+
+def require_whole(cfg: Any, keys: Iterable[str]) -> None:
+    """Raises ValueError if an element of a list is not a whole number."""
+    for key in keys:
+        if not all(isinstance(element, int) for element in _value(cfg, key)):
+            raise ValueError(f"{key} must be whole numbers, got {_value(cfg, key)}")
 
 
 def require_low_high(cfg: Any, keys: Iterable[str]) -> None:
@@ -246,8 +372,19 @@ def require_low_high(cfg: Any, keys: Iterable[str]) -> None:
             raise ValueError(f"{key} must be (low, high), both above 0, got {value}")
 
 
+def _numbers(cfg: Any, key: str) -> Iterator[float]:
+    """The number that a key has, or all of a list, which may be nested."""
+    waiting = [_value(cfg, key)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (tuple, list)):
+            waiting += value
+        elif isinstance(value, (int, float)):
+            yield value
+
+
 def _value(cfg: Any, key: str) -> Any:
-    for part in key.split("."):
+    for part in filter(None, key.split(".")):
         cfg = cfg[part]
     return cfg
 
@@ -260,21 +397,36 @@ def _has(cfg: Any, key: str) -> bool:
     return True
 
 
-def _merge(cfg: Any, merge: Callable[[], None], source: str) -> None:
-    try:
-        merge()
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not plain YAML: {error}") from None
-    except (KeyError, AssertionError) as error:  # merge_from_list asserts that a key exists
-        text = str(error.args[0]) if error.args else repr(error)
-        key = text.rsplit(":", 1)[-1].strip()
-        raise ValueError(f"{source}: unknown config key {key}{_suggestion(key, cfg)}") from None
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+def _merge(
+    cfg: Any,
+    items: Iterable[tuple[str, Any]],
+    source: str,
+    defaults: Mapping[str, Any],
+    types: Mapping[str, Sequence[type]],
+) -> None:
+    for key, value in items:
+        *sections, name = key.split(".")
+        if key in defaults:
+            try:
+                value = convert_value(key, value, defaults[key], types.get(key, ()))
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from None
+            _value(cfg, ".".join(sections))[name] = value
+            continue
+        if section := next((k for k in defaults if key.startswith(f"{k}.")), None):
+            raise ValueError(f"{source}: {section} must be a value, got a section with {key}")
+        if keys := [k.removeprefix(f"{key}.") for k in defaults if k.startswith(f"{key}.")]:
+            if value == {}:
+                continue
+            raise ValueError(
+                f"{source}: {key} must be a section with keys such as {keys[0]}, got {value!r}"
+            )
+        hint = "; write KEY VALUE, not KEY=VALUE" if "=" in key else _suggestion(key, cfg)
+        raise ValueError(f"{source}: unknown config key {key}{hint}")
 
 
 def _suggestion(key: str, cfg: Any) -> str:
-    keys = list(_flat_keys(cfg))
+    keys = [k for k, _ in _flat_items(cfg)]
     nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
@@ -282,9 +434,10 @@ def _suggestion(key: str, cfg: Any) -> str:
     return f"; the nearest valid one is {best[0]}" if best else ""
 
 
-def _flat_keys(cfg: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in cfg.items():
-        if isinstance(value, type(cfg)):
-            yield from _flat_keys(value, f"{prefix}{key}.")
+def _flat_items(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, and their values; an empty section is a value."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat_items(value, f"{prefix}{key}.")
         else:
-            yield prefix + key
+            yield f"{prefix}{key}", value

@@ -2,15 +2,19 @@
 
     python -m spatial_mamba_d2.doctor
     python -m spatial_mamba_d2.doctor --coco annotations.json images/
+    python -m spatial_mamba_d2.doctor --task segmentation --config-file my.yaml KEY VALUE ...
 
-The exit code is 0 if the main task, detection, can run here (or if the checked data set is valid),
-otherwise 1. Each check imports what it needs, so the doctor works even where nothing is installed.
+The last one checks all data that a training with the same arguments would read. The exit code is 0
+if the main task, detection, can run here (or if the checked data set is valid), otherwise 1. Each
+check imports what it needs, so the doctor works even where nothing is installed.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -23,13 +27,16 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from spatial_mamba_d2.system import install_detectron2
-from spatial_mamba_d2.system.cli import build_parser
+from spatial_mamba_d2.system import data_folder, install_detectron2
+from spatial_mamba_d2.system.cli import build_key_value_parser, log_to_stdout, run_tool
 
 DISTRIBUTION = "spatial-mamba-d2"
-CHECKOUT = Path(__file__).parents[1]
+SOURCES = Path(__file__).resolve().parents[1]  # of a package that is not installed, or editable
+TASKS = ("detection", "segmentation", "classification")
 
 # What each data set's folder contains at least; datasets/README.md shows the full trees.
 DATASETS = {
@@ -78,9 +85,22 @@ def required() -> tuple[str, list[str]]:
         return python, metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
         # By regular expressions, because tomllib is part of Python from 3.11 only
-        text = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
+        text = (SOURCES / "pyproject.toml").read_text(encoding="utf-8")
         (python,) = re.findall(r'^requires-python = "(.+)"', text, re.MULTILINE)
         return python, re.findall(r'^    "(.+?)",', text, re.MULTILINE)
+
+
+def is_checkout() -> bool:
+    """Whether this file is in a folder of sources, and not in an installed package."""
+    return (SOURCES / "pyproject.toml").is_file()
+
+
+def build_command() -> str:
+    """The command that installs from sources, which compiles what can be compiled."""
+    options = ("--no-build-isolation", "--no-deps", "--force-reinstall")
+    if is_checkout():
+        return pip_install(*options, "--editable", str(SOURCES))
+    return f"{pip_install(*options, '.')}  (in a checkout of the sources)"
 
 
 def with_version(*names: str) -> list[str]:
@@ -113,13 +133,44 @@ def check_torch() -> Finding:
     return Finding("ok", f"torch {torch.__version__}, torchvision {torchvision.__version__}")
 
 
+def install_command() -> str:
+    return pip_install("--no-build-isolation", "--editable", f"{SOURCES}[detection]")
+
+
+def check_installation() -> Finding:
+    """Whether this package is the one that is installed, and not one that hides it or has moved."""
+    package = sys.modules[__package__ or ""]
+    found = Path(str(package.__file__)).resolve().parent
+    try:
+        text = metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}"
+    except metadata.PackageNotFoundError:
+        return Finding("missing", f"{DISTRIBUTION} itself is not installed", install_command())
+    record = json.loads(text)
+    if record.get("dir_info", {}).get("editable"):
+        sources = Path(url2pathname(urlsplit(record["url"]).path))
+        if sources.resolve() == SOURCES:
+            return Finding("ok", f"editable, in {SOURCES}")
+        where = f"installed from {sources}" + (
+            "" if sources.exists() else ", which is gone (moved?)"
+        )
+        return Finding("missing", f"{where}, but used from {SOURCES}", install_command())
+    used = Path(next(iter(package.__path__))).resolve()
+    if is_checkout():
+        return Finding(
+            "missing", f"{found} hides the installed package, and has no operators",
+            "cd to another folder",
+        )  # fmt: skip
+    if used != found:
+        return Finding("ok", f"{used}, not the sources in {found}, which give way to it")
+    return Finding("ok", str(used))
+
+
 def check_packages(extra: str, severity: Literal["note", "missing"]) -> Finding:
     """Whether the packages of one extra ("" for the core) are installed."""
     try:
         requirements = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
-        command = pip_install("--no-build-isolation", "--editable", f"{CHECKOUT}[detection]")
-        return Finding("missing", f"{DISTRIBUTION} itself is not installed", command)
+        return Finding("missing", f"{DISTRIBUTION} itself is not installed", install_command())
     installed, missing = [], []
     for requirement, _, marker in (line.partition(";") for line in requirements):
         if extra != "".join(re.findall(r"extra == ['\"](\w+)['\"]", marker)):
@@ -168,7 +219,7 @@ def check_kernels() -> Finding:
 
     if _extension.WHY_NOT_COMPILED is None:
         return Finding("ok", _extension.status())
-    return Finding("note", _extension.status(), pip_install("--no-build-isolation", "."))
+    return Finding("note", _extension.status(), build_command())
 
 
 def check_cuda_kernels() -> Finding:
@@ -188,7 +239,7 @@ def check_cuda_kernels() -> Finding:
     except cuda_toolkit.NoToolkitError as error:
         return Finding("note", f"{text} ({error})")
     text += f" (CUDA {toolkit.version} is installed in {toolkit.home})"
-    return Finding("note", text, f"SMD2_BUILD_CUDA=1 {pip_install('--no-build-isolation', '.')}")
+    return Finding("note", text, f"SMD2_BUILD_CUDA=1 {build_command()}")
 
 
 def check_model() -> Finding:
@@ -217,28 +268,51 @@ def check_lightning() -> Finding:
         for task in ("segmentation", "classification"):
             importlib.import_module(f"spatial_mamba_d2.{task}.train")
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__package__ or ""):
+            raise
         names = ("lightning", "fvcore", "tensorboard", "opencv-python-headless")
         text = f"{error}: segmentation and classification cannot run"
         return Finding("note", text, pip_install(*with_version(*names)))
     version = metadata.version("lightning")
     return Finding(
         "ok",
-        f"{version}: segmentation and classification can run (python3 dev.py demo-seg, demo-cls)",
+        f"{version}: segmentation and classification can run"
+        + (" (python3 dev.py demo-seg, demo-cls)" if is_checkout() else ""),
     )
 
 
 def check_dataset(name: str) -> Finding:
-    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-    # The demo's configuration expects its sample data in the checkout.
-    folder = Path("datasets" if name == "shapes" else root).expanduser() / name
+    folder = data_folder.find_data(Path(data_folder.DEFAULT, name))
+    if name == "coco" and (root := os.environ.get(data_folder.VARIABLE)):
+        folder = Path(root).expanduser() / name  # Detectron2 knows it by name, and looks only there
+    folder = folder.absolute()
     missing = [entry for entry in DATASETS[name] if not (folder / entry).exists()]
     if not missing:
         return Finding("ok", str(folder))
     text = f"{folder} has no {', '.join(missing)}" if folder.exists() else f"no {folder}"
+    if folder.is_symlink() and not folder.exists():
+        text += f", a link to {os.readlink(folder)}, which is gone"
+    elif not folder.exists() and name != "coco" and (root := os.environ.get(data_folder.VARIABLE)):
+        text += f", nor in {data_folder.VARIABLE} {root}"
     if name == "shapes":
-        command = shlex.join([sys.executable, "datasets/prepare_shapes.py"])
-        return Finding("note", text, command)
-    return Finding("note", text, f"ln -s /path/to/{name} {folder}  (see datasets/README.md)")
+        return Finding("note", text, shapes_command(folder))
+    link = ["ln", "-sfn", f"/path/to/{name}", str(folder)]
+    if folder.exists() and not folder.is_symlink():
+        return Finding("note", text, f"put it into {folder}")
+    guide = "  (see datasets/README.md)" if is_checkout() else ""
+    return Finding("note", text, f"mkdir -p {shlex.quote(str(folder.parent))} && "
+                                 f"{shlex.join(link)}{guide}")  # fmt: skip
+
+
+def shapes_command(folder: Path) -> str:
+    """The command that generates the sample data, also without a checkout."""
+    script = SOURCES / "datasets/prepare_shapes.py"
+    if script.is_file():
+        return shlex.join([sys.executable, str(script), "--root", str(folder)])
+    code = (
+        f"from {__package__}.data.shapes import generate_shapes; generate_shapes({str(folder)!r})"
+    )
+    return shlex.join([sys.executable, "-c", code])
 
 
 def check_output() -> Finding:
@@ -260,11 +334,24 @@ def check_coco(json_file: str, image_root: str) -> Finding:
     except (OSError, ValueError) as error:
         fix = f"correct {json_file} or {image_root}, then check again"
         return Finding("missing", str(error), fix)
-    return Finding("ok", f"{len(coco.records)} images, {len(coco.categories)} categories")
+    objects = sum(len(record["annotations"]) for record in coco.records)
+    text = f"{len(coco.records)} images, {objects} annotations, {len(coco.categories)} categories"
+    return Finding("note" if coco.notes else "ok", "\n  ".join([text, *coco.notes]))
+
+
+def check_task(task: str, config_file: str, overrides: list[str]) -> Finding:
+    """Whether a task's training could read all of its data, which it checks in the same way."""
+    train = importlib.import_module(f"{__package__}.{task}.train")
+    log_to_stdout()
+    try:
+        return Finding("ok", "; ".join(train.check_data(config_file, overrides)))
+    except (OSError, ValueError) as error:
+        return Finding("missing", str(error), "correct the data or the keys, then check again")
 
 
 CHECKS: dict[str, Check] = {
     "python": check_python,
+    "installation": check_installation,
     "torch": check_torch,
     "packages": partial(check_packages, "", "missing"),
     "detection": partial(check_packages, "detection", "missing"),
@@ -306,20 +393,35 @@ def report(checks: dict[str, Check]) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser(__doc__)
+    parser = build_key_value_parser(__doc__)
     parser.add_argument(
         "--coco",
         nargs=2,
         metavar=("JSON", "IMAGES"),
         help="check only this data set: every annotation, and that every image can be decoded",
     )
+    parser.add_argument(
+        "--task", choices=TASKS, help="check only the data of a training of this task"
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="of that training")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... of that training")
     options = parser.parse_args(argv)
+    if not options.task and (options.config_file or options.opts):
+        parser.error(f"--config-file and KEY VALUE need --task, one of {', '.join(TASKS)}")
     if options.coco:
         return 0 if report({"coco": partial(check_coco, *options.coco)}) else 1
+    if options.task:
+        check = partial(check_task, options.task, options.config_file, options.opts)
+        return 0 if report({"data": check}) else 1
     complete = report(CHECKS)
     print("Detection can run here." if complete else "Detection needs the fixes above.")
     return 0 if complete else 1
 
 
+def command() -> NoReturn:
+    """What ``spatial-mamba-d2-doctor`` runs."""
+    run_tool(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

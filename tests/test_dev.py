@@ -97,6 +97,41 @@ def test_second_call_installs_nothing(dev, commands, installed):
     assert commands.ran == [f"{dev.PYTHON} -m pytest -k scan --slow"]
 
 
+def test_a_moved_checkout_is_installed_again(dev, commands, installed, tmp_path):
+    """Packages keep their files; scripts and the place of the sources are corrected."""
+    bin_folder = dev.PYTHON.parent
+    (bin_folder / "activate").write_text(f'VIRTUAL_ENV="{dev.VENV}"\n')
+    (bin_folder / "tool").write_text(f"#!{dev.PYTHON}3\nimport tool\n")
+    (bin_folder / "other").write_text("#!/bin/sh\nexit\n")
+    moved_root = tmp_path.with_name(f"{tmp_path.name}-moved")
+    tmp_path.rename(moved_root)
+    moved = load(moved_root)
+    assert not moved.is_installed()
+    recorder = Commands(moved)
+    moved.call, moved.runs = recorder.call, recorder.runs
+    moved.main(["test"])
+    venv, _, package, _, _ = recorder.ran
+    assert venv.endswith(f"-m venv {moved.VENV}") and "--clear" not in venv
+    assert "--editable .[dev]" in package
+    scripts = moved.PYTHON.parent
+    assert (scripts / "tool").read_text() == f"#!{moved.PYTHON}\nimport tool\n"
+    assert (scripts / "other").read_text() == "#!/bin/sh\nexit\n"
+    assert moved.is_installed()
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_pip_does_without_a_cache_that_cannot_be_written(dev, monkeypatch, tmp_path, writable):
+    asked = []
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "")  # restored at the end
+    monkeypatch.delenv("PIP_NO_CACHE_DIR")
+    monkeypatch.delenv("PIP_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home/cache"))
+    monkeypatch.setattr(dev.os, "access", lambda path, mode: asked.append(path) or writable)
+    dev.use_writable_cache()
+    assert os.environ.get("PIP_NO_CACHE_DIR") == (None if writable else "1")
+    assert asked == [tmp_path]  # the nearest folder that exists
+
+
 def test_setup_installs_again(dev, commands, installed):
     dev.main(["setup"])
     assert len(commands.ran) == 3

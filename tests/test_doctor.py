@@ -1,5 +1,8 @@
 import importlib
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -108,21 +111,118 @@ def test_an_uninstalled_package_is_missing(monkeypatch):
 
 
 def test_dataset_folders(monkeypatch, tmp_path):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    absent = doctor.check_dataset("imagenet")
-    assert absent.status == "note"
-    assert absent.fix.startswith(f"ln -s /path/to/imagenet {tmp_path / 'imagenet'}")
-
-    (tmp_path / "imagenet/train").mkdir(parents=True)
-    assert doctor.check_dataset("imagenet").text.endswith("imagenet has no val")
-
-    (tmp_path / "imagenet/val").mkdir()
-    assert doctor.check_dataset("imagenet") == Finding("ok", str(tmp_path / "imagenet"))
-
-
-def test_sample_data_has_a_command_of_its_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert doctor.check_dataset("shapes").fix.endswith(" datasets/prepare_shapes.py")
+    folders = tmp_path / "all"
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(folders))
+    absent = doctor.check_dataset("imagenet")
+    here = tmp_path / "datasets/imagenet"
+    assert absent.status == "note"
+    assert absent.text == f"no {here}, nor in DETECTRON2_DATASETS {folders}"
+    command = f"mkdir -p {here.parent} && ln -sfn /path/to/imagenet {here}"
+    assert absent.fix.startswith(command)
+
+    (folders / "imagenet/train").mkdir(parents=True)
+    assert doctor.check_dataset("imagenet").text.endswith("all/imagenet has no val")
+    (folders / "imagenet/val").mkdir()
+    assert doctor.check_dataset("imagenet") == Finding("ok", str(folders / "imagenet"))
+
+    here.parent.mkdir()
+    here.symlink_to(tmp_path / "gone")  # the fix replaces it
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    broken = doctor.check_dataset("imagenet")
+    assert broken.text == f"no {here}, a link to {tmp_path / 'gone'}, which is gone"
+    subprocess.run(broken.fix.partition("  (")[0], shell=True, check=True)
+    assert here.readlink() == Path("/path/to/imagenet")
+
+
+def test_coco_is_where_detectron2_looks(monkeypatch, tmp_path):
+    """It knows COCO's files by name, and looks nowhere else if the variable is set."""
+    monkeypatch.chdir(tmp_path)
+    for entry in doctor.DATASETS["coco"]:
+        (tmp_path / "datasets/coco" / entry).mkdir(parents=True)
+    assert doctor.check_dataset("coco").status == "ok"
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "all"))
+    assert doctor.check_dataset("coco").text == f"no {tmp_path / 'all/coco'}"
+
+
+@pytest.mark.parametrize("checkout", [True, False])
+def test_the_command_for_sample_data_works_anywhere(monkeypatch, tmp_path, checkout):
+    monkeypatch.chdir(tmp_path)
+    if not checkout:
+        monkeypatch.setattr(doctor, "SOURCES", tmp_path)
+    fix = doctor.check_dataset("shapes").fix
+    folder = tmp_path / "datasets/shapes"
+    if checkout:
+        assert fix.endswith(f" {ROOT / 'datasets/prepare_shapes.py'} --root {folder}")
+    else:
+        *python, code = shlex.split(fix)
+        subprocess.run([*python, code.replace(")", ", num_train=1, num_val=1)")], check=True)
+        assert doctor.check_dataset("shapes") == Finding("ok", str(folder))
+
+
+def test_commands_name_the_sources(monkeypatch, tmp_path):
+    assert doctor.build_command().endswith(f"--editable {ROOT}")
+    monkeypatch.setattr(doctor, "SOURCES", tmp_path)
+    assert doctor.build_command().endswith(" .  (in a checkout of the sources)")
+
+
+class Distribution:
+    """What the metadata of an installed distribution says about its origin."""
+
+    def __init__(self, url: str | None):
+        self.url = url
+
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return self.url and json.dumps({"url": self.url, "dir_info": {"editable": True}})
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "text"),
+    [
+        (ROOT.as_uri(), "ok", f"editable, in {ROOT}"),
+        (
+            "file:///old%20place",
+            "missing",
+            "installed from /old place, which is gone (moved?), but",
+        ),
+        (ROOT.parent.as_uri(), "missing", f"installed from {ROOT.parent}, but used from {ROOT}"),
+    ],
+)
+def test_where_the_package_is_installed(monkeypatch, url, status, text):
+    monkeypatch.setattr(doctor.metadata, "distribution", lambda name: Distribution(url))
+    finding = doctor.check_installation()
+    assert finding.status == status and finding.text.startswith(text)
+    assert bool(finding.fix) == (status == "missing")
+
+
+def test_sources_give_way_to_the_installed_package(tmp_path):
+    """In the folder of the sources, which has no operators; an editable installation finds them."""
+    for place in ("checkout/spatial_mamba_d2", "site/spatial_mamba_d2"):
+        shutil.copytree(
+            ROOT / "spatial_mamba_d2",
+            tmp_path / place,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    installed = tmp_path / "site/spatial_mamba_d2"
+    shutil.copytree(ROOT / "ops", installed / "ops", ignore=shutil.ignore_patterns("*.so", "*.cpp"))
+    script = (
+        "import importlib.util, spatial_mamba_d2.system.cli\n"
+        "print(spatial_mamba_d2.system.cli.__file__)\n"
+        "print(importlib.util.find_spec('spatial_mamba_d2.ops'))"
+    )
+
+    def run(path: str) -> list[str]:
+        return subprocess.run(
+            [sys.executable, "-S", "-c", script],
+            cwd=tmp_path / "checkout", env={**os.environ, "PYTHONPATH": path},
+            capture_output=True, text=True, check=True,
+        ).stdout.splitlines()  # fmt: skip
+
+    cli, ops = run(str(tmp_path / "site"))
+    assert cli == str(installed / "system/cli.py") and str(installed / "ops/__init__.py") in ops
+    cli, ops = run("")
+    assert cli == str(tmp_path / "checkout/spatial_mamba_d2/system/cli.py") and ops == "None"
 
 
 def test_output_folder(monkeypatch, tmp_path):
@@ -205,7 +305,7 @@ def coco_folder(tmp_path):
 
 def test_a_valid_coco_folder(coco_folder, capsys):
     assert doctor.main(["--coco", str(coco_folder / "instances.json"), str(coco_folder)]) == 0
-    assert "1 images, 1 categories" in capsys.readouterr().out
+    assert "1 images, 1 annotations, 1 categories" in capsys.readouterr().out
 
 
 def test_a_coco_folder_with_a_truncated_image(coco_folder, capsys):
@@ -213,3 +313,25 @@ def test_a_coco_folder_with_a_truncated_image(coco_folder, capsys):
     image.write_bytes(image.read_bytes()[:-200])
     assert doctor.main(["--coco", str(coco_folder / "instances.json"), str(coco_folder)]) == 1
     assert "1.jpg" in capsys.readouterr().out
+
+
+def test_a_training_s_data(tmp_path, capsys):
+    """The check reads what the training reads, and reports its faults."""
+    pytest.importorskip("lightning")
+    image = pytest.importorskip("PIL.Image")
+    for split, name in [("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")]:
+        (tmp_path / split / name).mkdir(parents=True)
+        image.effect_noise((32, 24), 50).convert("RGB").save(tmp_path / split / name / "1.jpg")
+    words = ["--task", "classification", "DATASETS.ROOT", str(tmp_path), "MODEL.NUM_CLASSES", "2"]
+    assert doctor.main(words) == 0
+    assert f"{tmp_path}, train: 2 images; {tmp_path}, val: 2 images" in capsys.readouterr().out
+    damaged = tmp_path / "val/b/1.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    assert doctor.main(words) == 1
+    assert str(damaged) in capsys.readouterr().out
+
+
+def test_keys_need_a_task(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["DATASETS.ROOT", "x"])
+    assert "need --task, one of detection, segmentation, class" in capsys.readouterr().err

@@ -9,12 +9,13 @@ Detectors need Detectron2; without it, name the other models.
 
 from pathlib import Path
 
-from spatial_mamba_d2.model_zoo import list_models
-from spatial_mamba_d2.profiling.model_report import report
-from spatial_mamba_d2.system.cli import build_parser
+from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 
 def main() -> None:
+    from spatial_mamba_d2.model_zoo import list_models
+    from spatial_mamba_d2.profiling.model_report import report
+
     parser = build_parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(list_models()))
     parser.add_argument(
@@ -27,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -7,12 +7,13 @@ python tools/benchmark.py --task backbone --size 640 896 --threads 1 2
 import argparse
 from pathlib import Path
 
-from spatial_mamba_d2.profiling.benchmark import DEVICES, TASKS
-from spatial_mamba_d2.profiling.benchmark_report import report
-from spatial_mamba_d2.system.cli import build_parser
+from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 
 def main() -> None:
+    from spatial_mamba_d2.profiling.benchmark import DEVICES, TASKS
+    from spatial_mamba_d2.profiling.benchmark_report import report
+
     parser = build_parser(__doc__)
     parser.add_argument("--task", choices=TASKS, default="backbone")
     parser.add_argument("--size", type=int, nargs=2, default=(640, 896), metavar=("H", "W"))
@@ -34,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -4,18 +4,18 @@
 python tools/cuda_report.py --output output/cuda_report
 """
 
-import sys
 from pathlib import Path
 
-from spatial_mamba_d2.profiling.cuda_report import report
-from spatial_mamba_d2.system.cli import build_parser
+from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 
 def main() -> int:
+    from spatial_mamba_d2.profiling.cuda_report import report
+
     parser = build_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/cuda_report"))
     return report(parser.parse_args().output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -5,6 +5,8 @@ import sys
 
 from visualize_seg import main
 
+from spatial_mamba_d2.system.cli import run_tool
+
 if __name__ == "__main__":
     print("demo_seg.py is deprecated: use visualize_seg.py", file=sys.stderr)
-    main()
+    run_tool(main)

@@ -10,12 +10,13 @@ Without --weights the weights are random, without --input the images are generat
 import logging
 from pathlib import Path
 
-from spatial_mamba_d2.explain.cli import add_image_arguments
-from spatial_mamba_d2.explain.receptive_field import plot_receptive_fields
-from spatial_mamba_d2.system.cli import build_parser
+from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 
 def main() -> None:
+    from spatial_mamba_d2.explain.cli import add_image_arguments
+    from spatial_mamba_d2.explain.receptive_field import plot_receptive_fields
+
     parser = build_parser(__doc__)
     parser.add_argument(
         "--model", dest="models", nargs="+", default=["spatial_mamba_tiny"], metavar="NAME"
@@ -36,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

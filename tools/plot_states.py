@@ -10,12 +10,13 @@ Without --weights the weights are random, without --input the images are generat
 import logging
 from pathlib import Path
 
-from spatial_mamba_d2.explain.cli import add_image_arguments
-from spatial_mamba_d2.explain.states import plot_states
-from spatial_mamba_d2.system.cli import build_parser
+from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 
 def main() -> None:
+    from spatial_mamba_d2.explain.cli import add_image_arguments
+    from spatial_mamba_d2.explain.states import plot_states
+
     parser = build_parser(__doc__)
     parser.add_argument("--model", default="spatial_mamba_tiny", metavar="NAME")
     parser.add_argument("--weights", type=Path, metavar="FILE")
@@ -29,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -5,7 +5,9 @@ import sys
 
 from train_seg import main
 
+from spatial_mamba_d2.system.cli import run_tool
+
 if __name__ == "__main__":
     print("test_seg.py is deprecated: use train_seg.py --eval-only", file=sys.stderr)
     sys.argv.insert(1, "--eval-only")
-    main()
+    run_tool(main)

@@ -10,15 +10,16 @@ runs on the GPU if there is one, else on the CPU. Other data, from the shell:
     ... DATASETS.ROOT my/data DATASETS.CLASSES "" MODEL.NUM_CLASSES 5
 """
 
-from spatial_mamba_d2.classification.train import run
 from spatial_mamba_d2.system.allocator import keep_freed_memory
-from spatial_mamba_d2.system.cli import build_training_parser
+from spatial_mamba_d2.system.cli import build_training_parser, run_tool
 
 
 def main() -> None:
+    from spatial_mamba_d2.classification.train import run
+
     keep_freed_memory()
     run(build_training_parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

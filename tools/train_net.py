@@ -10,17 +10,18 @@ runs on the GPU if there is one, else on the CPU. Any data set in COCO format, f
         DATASETS.TEST_JSON val.json DATASETS.TEST_IMAGES val/ MODEL.ROI_HEADS.NUM_CLASSES 5
 """
 
-from spatial_mamba_d2.detection.launch import launch
-from spatial_mamba_d2.detection.train import run
 from spatial_mamba_d2.system.allocator import keep_freed_memory
-from spatial_mamba_d2.system.cli import build_training_parser
+from spatial_mamba_d2.system.cli import build_training_parser, run_tool
 
 
 def main() -> None:
+    from spatial_mamba_d2.detection.launch import launch
+    from spatial_mamba_d2.detection.train import run
+
     keep_freed_memory()
     args = build_training_parser(__doc__).parse_args()
     launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -16,17 +16,22 @@ sliding window:
 
     ... TEST.PROTOCOL ms
     ... TEST.MODE slide TEST.CROP_PX 512 TEST.STRIDE_PX 341
+
+Predicted label maps as files, in the values that the data set's label files store:
+
+    ... TEST.SAVE_LABELS output/labels
 """
 
-from spatial_mamba_d2.segmentation.train import run
 from spatial_mamba_d2.system.allocator import keep_freed_memory
-from spatial_mamba_d2.system.cli import build_training_parser
+from spatial_mamba_d2.system.cli import build_training_parser, run_tool
 
 
 def main() -> None:
+    from spatial_mamba_d2.segmentation.train import run
+
     keep_freed_memory()
     run(build_training_parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -7,17 +7,23 @@
 
 from functools import partial
 
-from spatial_mamba_d2.classification.predict import build_draw
-from spatial_mamba_d2.data.images import visualize_images
 from spatial_mamba_d2.system.allocator import keep_freed_memory
-from spatial_mamba_d2.system.cli import build_visualization_parser
+from spatial_mamba_d2.system.cli import build_visualization_parser, run_tool
 
 
 def main() -> None:
+    from spatial_mamba_d2.classification.predict import build_draw
+    from spatial_mamba_d2.data.images import visualize_images
+
     keep_freed_memory()
     args = build_visualization_parser(__doc__).parse_args()
-    visualize_images(args.input, args.output, partial(build_draw, args.config_file, args.opts))
+    visualize_images(
+        args.input,
+        args.output,
+        partial(build_draw, args.config_file, args.opts),
+        overwrite=args.overwrite,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fvcore.common.config import CfgNode
+from timm.data import create_transform
 
 from spatial_mamba_d2.config import (
     add_lightning_config,
@@ -31,7 +32,7 @@ def classification_defaults() -> CfgNode:
     cfg.DATASETS.CHECK_DECODE = False  # decode every image at the start, to find broken ones
     cfg.DATALOADER.NUM_WORKERS = 8  # per process
 
-    cfg.INPUT = CfgNode()  # for training, except CROP_PX, which evaluation uses too
+    # For training, except CROP_PX and PIXEL_RANGE, which evaluation uses too
     cfg.INPUT.CROP_PX = 224
     cfg.INPUT.SCALE_RANGE = (0.08, 1.0)  # area of the crop, relative to the image
     cfg.INPUT.RATIO_RANGE = (0.75, 1.3333333333333333)  # width / height of the crop
@@ -71,6 +72,19 @@ def classification_defaults() -> CfgNode:
     return cfg
 
 
+def _check_auto_augment(name: str) -> None:
+    """What timm makes of INPUT.AUTO_AUGMENT must be something."""
+    if not name:
+        return
+    try:
+        create_transform(8, is_training=True, auto_augment=name)
+    except Exception as error:  # mostly assertions without a text
+        raise ValueError(
+            "INPUT.AUTO_AUGMENT must be in timm's notation, such as rand-m9-mstd0.5-inc1, "
+            f"got {name!r}: {type(error).__name__} {error}".rstrip()
+        ) from None
+
+
 def _check(cfg: CfgNode) -> None:
     require_at_least(
         cfg,
@@ -99,6 +113,10 @@ def _check(cfg: CfgNode) -> None:
             f"got {cfg.SOLVER.WARMUP_EPOCHS}"
         )
     require_low_high(cfg, ("INPUT.SCALE_RANGE", "INPUT.RATIO_RANGE"))
+    require_between(cfg, ("INPUT.SCALE_RANGE",), 0, 1)
+    for key in ("WARMUP_LR", "MIN_LR"):
+        require_between(cfg, (f"SOLVER.{key}",), 0, cfg.SOLVER.BASE_LR)
+    _check_auto_augment(cfg.INPUT.AUTO_AUGMENT)
     if cfg.SOLVER.MESA.WEIGHT and not cfg.SOLVER.EMA_DECAY:
         raise ValueError(
             "SOLVER.MESA.WEIGHT must be 0 without a moving average (SOLVER.EMA_DECAY 0), "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from spatial_mamba_d2.data.imagenet import (
     ClassifiedImage,
     TrainTransform,
     build_test_transform,
+    check_split,
     load_classes,
-    load_split,
     read_sample,
 )
+from spatial_mamba_d2.data.pixels import PixelRange, build_pixel_range
 from spatial_mamba_d2.data.samplers import SkippingDataset
 from spatial_mamba_d2.training.data_module import DataModule
 
@@ -32,8 +34,15 @@ class TestImages(Dataset[tuple[Tensor, int, str]]):
 
     __test__ = False
 
-    def __init__(self, samples: Sequence[ClassifiedImage], transform: Any, on_error: OnError):
+    def __init__(
+        self,
+        samples: Sequence[ClassifiedImage],
+        transform: Any,
+        on_error: OnError,
+        value_range: PixelRange | None = None,
+    ):
         self.samples = samples
+        self.read = partial(read_sample, value_range=value_range)
         self.transform = transform
         self.on_error = on_error
 
@@ -41,7 +50,7 @@ class TestImages(Dataset[tuple[Tensor, int, str]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        content, error = read_or_skip(read_sample, self.samples[index], self.on_error)
+        content, error = read_or_skip(self.read, self.samples[index], self.on_error)
         image, target = (Image.new("RGB", (8, 8)), BROKEN) if error else content
         return self.transform(image), target, error or ""
 
@@ -52,11 +61,14 @@ class ClassificationData(DataModule[ClassifiedImage]):
     Args:
         root, train, test: the folder, and the names of its splits.
         classes: names of the class folders, see :func:`~.imagenet.load_classes`.
-        check_decode: see :func:`~.imagenet.load_split`.
+        check_decode, value_range: see :func:`~.imagenet.load_split`.
         **kwargs: see :class:`~spatial_mamba_d2.training.data_module.DataModule`.
 
+    Attributes:
+        left_out: split -> kind of fault -> number.
+
     Raises:
-        FileNotFoundError, ValueError: from ``setup``, see :func:`~.imagenet.load_split`.
+        FileNotFoundError, ValueError: from ``setup``, see :func:`~.imagenet.check_split`.
     """
 
     def __init__(
@@ -69,10 +81,13 @@ class ClassificationData(DataModule[ClassifiedImage]):
         test_transform: transforms.Compose,
         *,
         check_decode: bool = False,
+        value_range: PixelRange | None = None,
         **kwargs: Any,
     ):
         super().__init__(root, train, test, **kwargs)
         self.classes, self.check_decode = classes, check_decode
+        self.value_range = value_range
+        self.left_out: dict[str, dict[str, int]] = {}
         self.train_transform, self.test_transform = train_transform, test_transform
 
     @property
@@ -81,21 +96,24 @@ class ClassificationData(DataModule[ClassifiedImage]):
         return max(1, len(self.splits[self.train]) // self.batch_size)
 
     def load_split(self, split: str) -> list[ClassifiedImage]:
-        return load_split(
+        samples, self.left_out[split] = check_split(
             self.root,
             split,
             self.classes,
             on_error=self.on_error,
             check_decode=self.check_decode,
+            value_range=self.value_range,
         )
+        return samples
 
     def training_samples(self, items: list[ClassifiedImage]) -> SkippingDataset[ClassifiedImage]:
+        read = partial(read_sample, value_range=self.value_range)
         return SkippingDataset(
-            items, read_sample, self.train_transform, seed=self.seed, on_error=self.on_error
+            items, read, self.train_transform, seed=self.seed, on_error=self.on_error
         )
 
     def test_samples(self, items: list[ClassifiedImage]) -> TestImages:
-        return TestImages(items, self.test_transform, self.on_error)
+        return TestImages(items, self.test_transform, self.on_error, self.value_range)
 
 
 def build_data(cfg: CfgNode) -> ClassificationData:
@@ -120,6 +138,7 @@ def build_data(cfg: CfgNode) -> ClassificationData:
         TrainTransform(augment.CROP_PX, mean, std, options),
         build_test_transform(cfg.TEST.SHORT_PX, augment.CROP_PX, mean, std),
         check_decode=data.CHECK_DECODE,
+        value_range=build_pixel_range(augment.PIXEL_RANGE),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
         test_batch_size=cfg.TEST.IMS_PER_BATCH,

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from spatial_mamba_d2.classification.data import BROKEN
 from spatial_mamba_d2.config import backbone_kwargs
+from spatial_mamba_d2.data.imagenet import EMPTY_CLASS, NO_CLASS
 from spatial_mamba_d2.models import SpatialMambaClassifier, build_classifier
 from spatial_mamba_d2.training.module import Schedule, TrainingModule
 
@@ -131,10 +132,7 @@ class Classifier(TrainingModule):
             mesa_loss = mesa.WEIGHT * self.loss(logits, self.mesa_targets(image))
             losses["loss_mesa"] = mesa_loss.detach()
             loss = loss + mesa_loss
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("loss", loss.detach(), prog_bar=True)
-        self.log_dict({**losses, "lr": rate})
-        return loss
+        return self.report_losses(loss, losses)
 
     @property
     def mesa_start(self) -> int:
@@ -152,7 +150,7 @@ class Classifier(TrainingModule):
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self.skipped = 0
+        self.num_images = self.skipped = 0
         num_classes = self.cfg.MODEL.NUM_CLASSES
         self.accuracies = {
             f"{name}top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro").to(
@@ -173,6 +171,7 @@ class Classifier(TrainingModule):
             self.skipped += 1
             logger.warning("skipped broken image no. %d: %s", self.skipped, error)
         usable = target != BROKEN
+        self.num_images += int(usable.sum())
         if not usable.any():
             return
         image, target = image[usable], target[usable]
@@ -183,16 +182,24 @@ class Classifier(TrainingModule):
                     accuracy.update(logits, target)
 
     def on_validation_epoch_end(self) -> None:
-        skipped = self.sum_over_processes(self.skipped)
+        num_images, broken = map(self.sum_over_processes, (self.num_images, self.skipped))
         scores = {
             name: 100 * float(accuracy.compute()) for name, accuracy in self.accuracies.items()
         }
         self.finish_evaluation(scores)
         if self.trainer.is_global_zero:
             protocol = {"short_px": self.cfg.TEST.SHORT_PX, "crop_px": self.cfg.INPUT.CROP_PX}
-            path = self.write_scores(
-                self.cfg.DATASETS.TEST, {"protocol": protocol, "skipped_images": skipped}
-            )
+            left_out = dict(self.trainer.datamodule.left_out[self.cfg.DATASETS.TEST])
+            if broken:
+                left_out["broken when read"] = broken
+            skipped = sum(n for k, n in left_out.items() if k not in (NO_CLASS, EMPTY_CLASS))
+            content = {
+                "protocol": protocol,
+                "images": num_images,
+                "skipped_images": skipped,
+                "skipped": left_out,  # by kind, also what was left out before the evaluation
+            }
+            path = self.write_scores(self.cfg.DATASETS.TEST, content)
             logger.info(
                 "%s: %s%s; written to %s",
                 self.evaluated_weights,

@@ -16,7 +16,8 @@ from spatial_mamba_d2.classification.data import pixel_statistics
 from spatial_mamba_d2.classification.module import build_model
 from spatial_mamba_d2.classification.visualize import draw_classes
 from spatial_mamba_d2.data.imagenet import build_test_transform, load_classes
-from spatial_mamba_d2.data.images import Draw
+from spatial_mamba_d2.data.images import Draw, Drawer
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
 
 TOP = 5
@@ -59,7 +60,8 @@ def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw
     Raises:
         FileNotFoundError, ValueError: configuration or weights are unusable.
     """
-    predictor = Predictor(load_config(config_file, overrides))
+    cfg = load_config(config_file, overrides)
+    predictor = Predictor(cfg)
     info = ImageNetInfo()
     words = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
     names = [words.get(name, name) for name in predictor.classes]
@@ -69,4 +71,4 @@ def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw
         lines = [f"{names[i]} {probabilities[i]:.1%}" for i in probabilities.argsort()[::-1][:TOP]]
         return draw_classes(image, lines), lines[0]
 
-    return draw
+    return Drawer(draw, value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from spatial_mamba_d2.classification.config import load_config
 from spatial_mamba_d2.classification.data import build_data
@@ -23,3 +25,15 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         return evaluate(Classifier(cfg, classes), data, args)
     data.setup("fit")  # the schedule counts in epochs, whose length depends on the data
     return fit(Classifier(cfg, classes, data.epoch_iterations), data, args)
+
+
+def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list[str]:
+    """Check all that a training would read, and decode every image; a line for each split.
+
+    Raises:
+        FileNotFoundError, ValueError: configuration or data are not usable.
+    """
+    data = build_data(load_config(config_file, overrides))
+    data.check_decode = True
+    data.setup("fit")
+    return [f"{data.root}, {split}: {len(items)} images" for split, items in data.splits.items()]

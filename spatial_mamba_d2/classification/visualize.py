@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spatial_mamba_d2.data.drawing import blank_lines, enlarge, write_text
+from spatial_mamba_d2.data.drawing import blank_lines, enlarge, widen, write_text
 
 
 def draw_classes(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
     """RGB ``uint8[H, W, 3]``, with ``lines`` of text under it -> RGB ``uint8[H', W', 3]``."""
-    image = enlarge(image)
+    image = widen(enlarge(image))
     text = blank_lines(len(lines), image.shape[1])
     for number, line in enumerate(lines):
         write_text(text, line, x=6, line=number)

@@ -1,107 +1,148 @@
-"""Semantic segmentation data in ADE20K's folder layout, checked.
+"""Semantic segmentation data in folders of images and label maps, checked and counted.
 
-::
-
-    ROOT/images/SPLIT/NAME.jpg          any format that Pillow reads
-    ROOT/annotations/SPLIT/NAME.png     one channel of integers, as large as the image
-
-What the integers mean depends on the data set: see :class:`~.label_maps.LabelFormat`. ADE20K's are
-0 for unlabelled pixels, to be ignored, and 1..150 for the classes.
+The layout is ADE20K's, or what :class:`~.pair_files.Layout` says. What the label files hold
+depends on the data set: see :class:`~.label_format.LabelFormat`. ADE20K's are 0 for unlabelled
+pixels, to be ignored, and 1..150 for the classes.
 """
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from spatial_mamba_d2.data import ade20k_classes
-from spatial_mamba_d2.data.class_file import read_class_lines
-from spatial_mamba_d2.data.faults import Fault, OnError, check_on_error, check_once, settle_faults
-from spatial_mamba_d2.data.images import SUFFIXES
-from spatial_mamba_d2.data.label_maps import (
-    Classes,
-    LabelFormat,
-    Pair,
-    distinct_colors,
-    find_fault,
+import numpy as np
+import PIL
+
+from spatial_mamba_d2.data import ade20k_classes, label_conventions
+from spatial_mamba_d2.data.class_file import check_distinct, numbered_names, read_class_lines
+from spatial_mamba_d2.data.faults import (
+    CHECKS_VERSION,
+    INACCESSIBLE,
+    Fault,
+    OnError,
+    check_on_error,
+    settle_faults,
 )
+from spatial_mamba_d2.data.label_format import KEY, LabelFormat
+from spatial_mamba_d2.data.label_maps import Classes, Pair, check_pair, distinct_colors
+from spatial_mamba_d2.data.pair_files import Layout, find_pairs
+from spatial_mamba_d2.data.pixels import PixelRange
+from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.system.once import once_per_machine
+from spatial_mamba_d2.system.tables import console_table
+
+logger = logging.getLogger(__name__)
 
 
 def load_classes(source: str, root: str | Path, num_classes: int) -> Classes:
     """Names and colours of the classes.
 
     Args:
-        source: ``"ade20k"``; a file in the folder ``root``, with one name a line or in the table
-            that ADE20K has in ``objectInfo150.txt``; or ``""`` for numbered names.
+        source: ``"ade20k"``, ``"cityscapes"`` or ``"voc"``; a file in the folder ``root``, with one
+            name a line or in the table that ADE20K has in ``objectInfo150.txt``; or ``""`` for
+            numbered names.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it names another number of classes.
+        ValueError: it names another number of classes, or two that are equal.
     """
     if source == "ade20k":
         classes = Classes(ade20k_classes.NAMES, ade20k_classes.PALETTE)
+    elif source in label_conventions.CLASSES:
+        classes = Classes(*label_conventions.CLASSES[source])
     elif source:
-        lines = read_class_lines(root, source)
-        if lines and lines[0].startswith("Idx\t"):
-            lines = [line.split("\t")[-1] for line in lines[1:]]
-        names = tuple(line.split(",")[0].strip() for line in lines)
+        names = _names_in(read_class_lines(root, source))
         classes = Classes(names, distinct_colors(len(names)))
     else:
-        names = tuple(f"class {index}" for index in range(num_classes))
-        classes = Classes(names, distinct_colors(num_classes))
+        classes = Classes(numbered_names(num_classes), distinct_colors(num_classes))
     if len(classes.names) != num_classes:
         raise ValueError(
             f"MODEL.NUM_CLASSES must be {len(classes.names)}, the number of classes in "
             f"DATASETS.CLASSES {source!r}, got {num_classes}"
         )
+    check_distinct(classes.names, source)
     return classes
 
 
-def find_pairs(root: str | Path, split: str) -> tuple[list[Pair], list[Fault]]:
-    """The pairs of ``root/images/split`` and ``root/annotations/split``, and files without partner.
+def _names_in(lines: Sequence[str]) -> tuple[str, ...]:
+    """Lines as they are, or the names in ADE20K's table: of several synonyms the first one."""
+    if not lines or not lines[0].startswith("Idx\t"):
+        return tuple(lines)
+    complete = tuple(line.split("\t")[-1].strip() for line in lines[1:])
+    names = tuple(name.split(",")[0].strip() for name in complete)
+    return names if len(set(names)) == len(names) else complete
 
-    Raises:
-        FileNotFoundError: a folder does not exist.
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """How often the classes occur in a split.
+
+    Attributes:
+        pixels: of each class.
+        images: that a class occurs in, of each class.
+        ignored_px: pixels that are ignored.
+        num_images: all of them.
     """
-    folders = [Path(root, kind, split) for kind in ("images", "annotations")]
-    for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"DATASETS.ROOT: no folder {folder} (datasets/README.md shows the tree)"
-            )
-    images, labels = (
-        {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
-        for folder in folders
-    )
-    faults = [
-        Fault("image without label", f"{path}: no {folders[1] / path.stem}.png")
-        for stem, path in images.items()
-        if stem not in labels
-    ] + [
-        Fault("label without image", f"{path}: no image {path.stem} in {folders[0]}")
-        for stem, path in labels.items()
-        if stem not in images
-    ]
-    return [Pair(images[stem], labels[stem]) for stem in images if stem in labels], faults
+
+    pixels: tuple[int, ...]
+    images: tuple[int, ...]
+    ignored_px: int
+    num_images: int
+
+    def table(self, names: Sequence[str]) -> str:
+        """For each class: share of the pixels, pixels, images; and what is ignored."""
+        total = max(1, sum(self.pixels) + self.ignored_px)
+        rows = [
+            (name, f"{pixels / total:.2%}", f"{pixels:,}", str(images))
+            for name, pixels, images in zip(names, self.pixels, self.images, strict=True)
+        ]
+        rows.append(("(ignored)", f"{self.ignored_px / total:.2%}", f"{self.ignored_px:,}", ""))
+        return console_table(("class", "share", "pixels", "images"), rows)
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Names of the classes that do not occur."""
+        return [name for name, pixels in zip(names, self.pixels, strict=True) if not pixels]
 
 
-def load_split(
+@dataclass(frozen=True)
+class CheckedSplit:
+    """The usable pairs of a split, how often their classes occur, and what was left out.
+
+    Attributes:
+        left_out: kind of fault -> number.
+    """
+
+    pairs: list[Pair]
+    counts: ClassCounts
+    left_out: Mapping[str, int]
+
+
+def check_split(
     root: str | Path,
     split: str,
     labels: LabelFormat,
     *,
+    layout: Layout | None = None,
+    num_channels: int = 3,
+    value_range: PixelRange | None = None,
     on_error: OnError = "raise",
     check_decode: bool = False,
-) -> list[Pair]:
+) -> CheckedSplit:
     """The usable pairs of a split, every label file read and every image's size compared.
 
     That runs once per machine and is remembered for unchanged files.
 
     Args:
+        split: a folder's name, or a file of names, see :func:`~.pair_files.find_pairs`.
+        num_channels, value_range: see :func:`~.images.read_image`.
         on_error: ``"raise"`` reports all faults together; ``"skip"`` skips those pairs and warns
             with their number for each kind of fault.
         check_decode: also decode every image, which finds damaged and truncated ones.
@@ -111,19 +152,91 @@ def load_split(
         ValueError: no pair is usable; with ``"raise"``, any fault.
     """
     check_on_error(on_error)
-    pairs, faults = find_pairs(root, split)
+    pairs, faults = find_pairs(root, split, layout)
 
-    def find_faults() -> list[tuple[int, Fault]]:
+    def check() -> dict[str, Any]:
+        pixels = np.zeros(IGNORE + 1, np.int64)
+        images = np.zeros(IGNORE + 1, np.int64)
+        broken = []
         with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
-            found = pool.map(lambda pair: find_fault(pair, labels, check_decode), pairs)
-            return [(index, fault) for index, fault in enumerate(found) if fault]
+            found = pool.map(
+                lambda pair: check_pair(
+                    pair, labels, num_channels, value_range, check_decode=check_decode
+                ),
+                pairs,
+            )
+            for index, result in enumerate(found):
+                if isinstance(result, Fault):
+                    broken.append([index, *result])
+                else:
+                    pixels += result
+                    images += result > 0
+        return {"faults": broken, "pixels": pixels.tolist(), "images": images.tolist()}
 
-    files = [file for pair in pairs for file in pair]
-    found = dict(check_once("ade20k", files, [asdict(labels), check_decode], find_faults))
+    content = once_per_machine(
+        "label_maps",
+        [file for pair in pairs for file in (pair.image, pair.label)],
+        [CHECKS_VERSION, PIL.__version__, asdict(labels), num_channels, value_range, check_decode],
+        check,
+        keep=lambda content: all(kind != INACCESSIBLE for _, kind, _ in content["faults"]),
+    )
+    found = {index: Fault(kind, reason) for index, kind, reason in content["faults"]}
     usable = [pair for index, pair in enumerate(pairs) if index not in found]
     faults += found.values()
-    settle_faults(faults, on_error, where=Path(root) / "*" / split, num_usable=len(usable))
-    return usable
+    is_file = split.lower().endswith(".txt")
+    where = Path(root, split) if is_file else Path(root) / "*" / split
+    settle_faults(faults, on_error, where=where, num_usable=len(usable))
+    pixels, images = content["pixels"], content["images"]
+    counts = ClassCounts(
+        tuple(pixels[: labels.num_classes]),
+        tuple(images[: labels.num_classes]),
+        pixels[IGNORE],
+        len(usable),
+    )
+    return CheckedSplit(usable, counts, Counter(fault.kind for fault in faults))
+
+
+def load_split(root: str | Path, split: str, labels: LabelFormat, **kwargs: Any) -> list[Pair]:
+    """The pairs of :func:`check_split`."""
+    return check_split(root, split, labels, **kwargs).pairs
+
+
+def check_training_counts(
+    counts: ClassCounts, names: Sequence[str], labels: LabelFormat, where: str
+) -> None:
+    """Warns of classes that never occur in training data.
+
+    Raises:
+        ValueError: less than two occur: there is nothing to learn, and a perfect score for it.
+    """
+    missing = counts.missing(names)
+    if len(missing) > len(names) - 2:
+        present = [name for name in names if name not in missing]
+        only = f"only {present[0]!r} occurs" if present else "every pixel is ignored"
+        setting = (
+            KEY
+            if labels.is_map
+            else f"DATASETS.LABEL_OFFSET {labels.offset} and IGNORE_LABELS {labels.ignored}"
+        )
+        hint = ""
+        if counts.ignored_px and not labels.is_map:
+            hint = (
+                f"; {counts.ignored_px:,} pixels are ignored: if one of the ignored values is a "
+                f'class, as in masks of 0 and 255, {KEY} "0: 0, 255: 1"'
+            )
+        raise ValueError(
+            f"{where}: at least two classes must occur in the training labels, and by {setting} "
+            f"{only}{hint}"
+        )
+    if missing:
+        shown = ", ".join(map(repr, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        logger.warning(
+            "%s: %d of %d classes have no pixel in the training labels and cannot be learned: %s",
+            where,
+            len(missing),
+            len(names),
+            shown,
+        )
 
 
 def unpack(archive: str | Path, root: str | Path) -> None:

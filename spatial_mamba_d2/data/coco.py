@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import json
-import math
+import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
-from operator import mul
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import PIL
+
+from spatial_mamba_d2.data.coco_annotations import (
+    EMPTY_BOX,
+    LOSSES,
+    REPEATED,
+    AnnotationReader,
+    whole_number,
+)
+from spatial_mamba_d2.data.coco_findings import SECTIONS, Findings, reject
+from spatial_mamba_d2.data.coco_images import Folders, Size, examine_images, measure_image
+from spatial_mamba_d2.data.coco_masks import short
 from spatial_mamba_d2.data.faults import (
+    CHECKS_VERSION,
     INACCESSIBLE,
     Fault,
-    InaccessibleFileError,
     OnError,
     check_on_error,
-    check_once,
     settle_faults,
 )
-from spatial_mamba_d2.data.images import read_image
+from spatial_mamba_d2.data.json_file import read_json
+from spatial_mamba_d2.data.pixels import PixelRange
+from spatial_mamba_d2.system.missing import no_such
+from spatial_mamba_d2.system.once import once_per_machine
 
-# Sections of the file -> what an entry of each is called.
-SECTIONS = {"images": "image", "annotations": "annotation", "categories": "category"}
+logger = logging.getLogger(__name__)
+
 # Skipped with a warning, but no reason to refuse a data set: COCO train2017 itself has two.
-HARMLESS = ("box without area",)
+HARMLESS = (EMPTY_BOX, REPEATED)
+# Up to this share, crowds are what COCO means by them; above, probably what a tool makes of masks.
+USUAL_CROWDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,15 +49,24 @@ class CocoDataset:
     """What `load_coco` found to be usable.
 
     Attributes:
-        categories: (id, name) of each category, sorted by id.
+        categories: (id, name) of each class, sorted by id.
         records: one dict per image, in the order of the file: `file_name` (absolute), `height`,
-            `width`, `image_id`, and `annotations`, which are the dicts of the file, unchanged.
-        faults: what was skipped, except boxes of width or height 0.
+            `width`, `image_id`, and `annotations`: the dicts of the file, in which `id` (from 1),
+            `image_id`, `category_id`, `iscrowd` (0 or 1), `bbox`, `area` and `segmentation` (if
+            there is one) are what Detectron2 and pycocotools need.
+        faults: what was skipped, except `HARMLESS` kinds.
+        notes: what was changed while reading, and what is unusual, in a sentence each.
+        is_changed: whether the records differ from what pycocotools would read from the file.
+        keypoints: names of the keypoints of each category's instances, by the category's id; empty
+            if the file has none.
     """
 
     categories: list[tuple[int, str]]
     records: list[dict[str, Any]]
     faults: list[Fault]
+    notes: list[str] = field(default_factory=list)
+    is_changed: bool = False
+    keypoints: dict[int, list[str]] = field(default_factory=dict)
 
 
 def load_coco(
@@ -52,10 +75,12 @@ def load_coco(
     *,
     on_error: OnError = "raise",
     check_decode: bool = False,
+    value_range: PixelRange | None = None,
 ) -> CocoDataset:
     """Read and check a COCO instances file. Needs neither Detectron2 nor pycocotools.
 
-    The checks run once per machine and are remembered for unchanged files.
+    What tools write in another way than COCO, but can be understood in one way only, is turned into
+    COCO's and noted. The checks run once per machine and are remembered for unchanged files.
 
     Args:
         json_file: in COCO's format: objects in the sections images, annotations and categories.
@@ -63,32 +88,50 @@ def load_coco(
         on_error: what to do about single images, annotations or categories that are not usable.
             "raise" reports them together; "skip" skips exactly those, logs a warning with
             their number for each kind of fault, and lists them in the result. Boxes of width or
-            height 0, which COCO itself has, are skipped in either case.
-        check_decode: also decode every image, which finds damaged files and wrong sizes.
+            height 0, which COCO itself has, and exact repetitions are skipped in either case.
+        check_decode: also decode every image, which finds damaged files; otherwise only the headers
+            are read, for the sizes.
+        value_range: see :func:`~.images.read_image`.
 
     Raises:
         FileNotFoundError: if `json_file` or the folder `image_root` does not exist.
-        ValueError: if `json_file` is not JSON (or cut off), a section is missing, or no image is
-            usable; for any other fault if `on_error` is "raise".
+        ValueError: if `json_file` is not JSON (or cut off), a section is missing, the boxes of the
+            entire file are not in COCO's format, or no image is usable; for any other fault if
+            `on_error` is "raise".
     """
     check_on_error(on_error)
     if not os.path.isdir(image_root):
-        raise FileNotFoundError(f"image_root: no folder {image_root}")
+        raise no_such("image_root", image_root, "folder")
     content = _read_sections(json_file)
     paths = [_path(image, image_root) for image in content["images"]]
-    folders = _Folders()
+    folders = Folders()
     there = [path for path in paths if path and path in folders]
     missing = sorted({*filter(None, paths)} - {*there})
-    checked = check_once(
+
+    def measure(path: str) -> Size | Fault | None:
+        return measure_image(path, check_decode, value_range) if path in folders else None
+
+    found: Findings = once_per_machine(
         "coco",
-        [json_file, *(there if check_decode else [])],
-        [os.path.abspath(image_root), check_decode, missing],
-        lambda: _find_faults(content, paths, folders, check_decode),
+        [json_file, *there],
+        [
+            CHECKS_VERSION,
+            PIL.__version__,
+            os.path.abspath(image_root),
+            check_decode,
+            missing,
+            value_range,
+        ],
+        lambda: _examine(content, paths, measure),
+        keep=lambda found: all(kind != INACCESSIBLE for _, _, kind, _ in found["faults"]),
     )
-    faults = [fault for _, fault in checked]
+    if found["problem"]:
+        raise ValueError(f"{json_file}: {found['problem']}")
     rejected: dict[str, set[int]] = {section: set() for section in SECTIONS}
-    for (section, position), _ in checked:
+    for section, position, _, _ in found["faults"]:
         rejected[section].add(position)
+    for section, position, change in found["changes"]:
+        content[section][position].update(change)
 
     def usable(section: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for position, entry in enumerate(content[section]):
@@ -105,14 +148,32 @@ def load_coco(
         }
         for position, image in usable("images")
     }
-    for _, annotation in usable("annotations"):
+    num_lost = 0
+    for number, (_, annotation) in enumerate(usable("annotations"), start=1):
+        if found["renumber"]:
+            annotation["id"] = number
         if record := records.get(annotation["image_id"]):
             record["annotations"].append(annotation)
+        else:
+            num_lost += 1
+    faults = [Fault(kind, reason) for _, _, kind, reason in found["faults"]]
     settle_faults(faults, on_error, where=json_file, num_usable=len(records), harmless=HARMLESS)
+    notes = list(found["notes"])
+    if num_lost:
+        notes.append((f"{num_lost} annotations belong to images that are not used", True))
+    for note, is_warning in notes:
+        logger.log(logging.WARNING if is_warning else logging.INFO, "%s: %s", json_file, note)
     return CocoDataset(
-        sorted((category["id"], category["name"]) for _, category in usable("categories")),
+        [(id_, name) for id_, name in found["categories"]],
         list(records.values()),
         [fault for fault in faults if fault.kind not in HARMLESS],
+        [note for note, _ in notes],
+        bool(found["changes"] or found["renumber"]) or not _is_plain(json_file, content),
+        {
+            category["id"]: [str(name) for name in category["keypoints"]]
+            for _, category in usable("categories")
+            if isinstance(category.get("keypoints"), list)
+        },
     )
 
 
@@ -122,71 +183,112 @@ def _path(image: Any, image_root: str | Path) -> str | None:
     return os.path.abspath(os.path.join(image_root, name)) if isinstance(name, str) else None
 
 
-def _find_faults(
+def _is_plain(json_file: str | Path, content: dict[str, Any]) -> bool:
+    """Whether pycocotools reads the file, which it opens without regard to the encoding."""
+    with open(json_file, "rb") as file:
+        return json.detect_encoding(file.read(4)) == "utf-8" and "info" in content
+
+
+def _examine(
     content: dict[str, list[Any]],
     paths: Sequence[str | None],
-    folders: _Folders,
-    check_decode: bool,
-) -> list[tuple[tuple[str, int], Fault]]:
-    """Everything that is not usable: its section and position there, and the fault.
+    measure: Callable[[str], Size | Fault | None],
+) -> Findings:
+    """Everything that is not usable, or has to change.
 
     Args:
         paths: the file of each image.
-        folders: the files that exist.
+        measure: height and width of the image in a file, why it cannot be read, or None if there is
+            no file.
     """
-    found: list[tuple[tuple[str, int], Fault]] = []
-
-    def reject(section: str, position: int, fault: Fault) -> None:
-        name = _called(SECTIONS[section], content[section][position])
-        found.append(((section, position), fault._replace(reason=f"{name}: {fault.reason}")))
-
-    category_ids: set[int] = set()
-    for position, category in enumerate(content["categories"]):
-        if fault := _category_fault(category, category_ids):
-            reject("categories", position, fault)
-        else:
-            category_ids.add(category["id"])
-
-    # An image whose file is missing keeps its size: its annotations are no faults of their own.
-    sizes: dict[int | str, tuple[int, int]] = {}
-    to_decode: list[int] = []
-    for position, image in enumerate(content["images"]):
-        if fault := _image_fault(image, sizes):
-            reject("images", position, fault)
-            continue
-        sizes[image["id"]] = (image["height"], image["width"])
-        path = str(paths[position])
-        if path in folders:
-            to_decode.append(position)
-        else:
-            reject("images", position, Fault("missing image file", f"no file {path}"))
-    if check_decode:
-
-        def decode(position: int) -> Fault | None:
-            return _decoding_fault(str(paths[position]), content["images"][position])
-
-        with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
-            for position, fault in zip(to_decode, pool.map(decode, to_decode), strict=True):
-                if fault:
-                    reject("images", position, fault)
-
-    annotation_ids: set[int] = set()
+    found = Findings(faults=[], changes=[], categories=[], renumber=False, problem=None, notes=[])
+    classes = _examine_categories(content["categories"], found)
+    images, key = examine_images(content["images"], paths, measure, found)
+    reader = AnnotationReader(images, key, classes)
     for position, annotation in enumerate(content["annotations"]):
-        if fault := _annotation_fault(annotation, sizes, category_ids, annotation_ids):
-            reject("annotations", position, fault)
-        else:
-            annotation_ids.add(annotation["id"])
+        result = reader.read(annotation)
+        if isinstance(result, Fault):
+            reject(found, content, "annotations", position, result)
+        elif result:
+            found["changes"].append(("annotations", position, result))
+    found["renumber"] = not reader.ids_are_usable
+    found["problem"], unusual = reader.statistics()
+    _note_annotations(reader, found, unusual)
     return found
+
+
+def _note_annotations(reader: AnnotationReader, found: Findings, unusual: list[str]) -> None:
+    notes = found["notes"]
+    notes += [(f"{what}: {number}", what in LOSSES) for what, number in reader.counts.items()]
+    notes += [(note, True) for note in unusual]
+    number, crowds = reader.num_usable, reader.num_crowds
+    if found["renumber"]:
+        note = (
+            f"annotation ids are missing, repeated, below 1 or no integers: all {number} "
+            "annotations were numbered anew"
+        )
+        notes.append((note, False))
+    if crowds:
+        is_unusual = crowds > USUAL_CROWDS * number
+        note = (
+            f"{crowds} of {number} annotations are crowds (iscrowd 1): they neither train nor count"
+        )
+        if is_unusual:
+            note += "; if they are single objects, as brush masks of some tools, set iscrowd to 0"
+        notes.append((note, is_unusual))
+    unused = [name for id_, name in found["categories"] if not reader.num_objects[id_]]
+    if unused and number:
+        note = (
+            f"{len(unused)} of {len(found['categories'])} categories have no annotation"
+            f"{' that is no crowd' if crowds else ''}: "
+            f"{', '.join(map(repr, unused[:10]))}{', ...' if len(unused) > 10 else ''}"
+        )
+        notes.append((note, False))
+
+
+def _examine_categories(entries: list[Any], found: Findings) -> dict[int, int]:
+    """Id of each usable category -> id of its class, which is another one for repeated names."""
+    content = {"categories": entries}
+    usable: dict[int, tuple[str, str]] = {}  # id -> name, supercategory
+    for position, category in enumerate(entries):
+        id_ = whole_number(category.get("id")) if isinstance(category, dict) else None
+        name = category.get("name") if isinstance(category, dict) else None
+        if type(name) is int:  # digits, for example
+            name = str(name)
+        if id_ is None or not isinstance(name, str):
+            reason = f"needs an integer id and a name: {short(category)}"
+            reject(found, content, "categories", position, Fault("malformed category", reason))
+        elif id_ in usable:
+            fault = Fault("repeated category id", "another category has this id")
+            reject(found, content, "categories", position, fault)
+        else:
+            usable[id_] = (name, str(category.get("supercategory", "")))
+            if category["id"] is not id_ or category["name"] is not name:
+                found["changes"].append(("categories", position, {"id": id_, "name": name}))
+    number_of = Counter(name for name, _ in set(usable.values()))
+    classes: dict[int, int] = {}
+    first: dict[tuple[str, str], int] = {}
+    for id_, label in sorted(usable.items()):
+        classes[id_] = first.setdefault(label, id_)
+    for id_, class_id in classes.items():
+        name, group = usable[id_]
+        shown = f"{name} ({group})" if number_of[name] > 1 else name
+        if id_ == class_id:
+            found["categories"].append((id_, shown))
+            if shown != name:
+                found["notes"].append((f"category {id_} has no name of its own: {shown!r}", False))
+        else:
+            found["notes"].append(
+                (f"categories {class_id} and {id_} have the same name {name!r}: one class", True)
+            )
+    return classes
 
 
 def _read_sections(json_file: str | Path) -> dict[str, list[Any]]:
     try:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"json_file: no file {json_file}") from None
-    except ValueError as error:
-        raise ValueError(f"{json_file}: not JSON, or cut off: {error}") from error
+        content = read_json(json_file)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"json_file: {error}") from None
     for section in SECTIONS:
         if not isinstance(content, dict) or not isinstance(content.get(section), list):
             raise ValueError(
@@ -194,181 +296,3 @@ def _read_sections(json_file: str | Path) -> dict[str, list[Any]]:
                 f"{', '.join(SECTIONS)}: {section} is missing"
             )
     return content
-
-
-def _called(section: str, entry: Any) -> str:
-    """A name for an entry of the file in messages, even if the entry is malformed."""
-    if not isinstance(entry, dict):
-        return f"{section} {_short(entry)}"
-    name = f"{section} {entry.get('id')}"
-    if "image_id" in entry:
-        return f"{name} of image {entry['image_id']}"
-    return f"{name} ({entry['file_name']})" if "file_name" in entry else name
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _category_fault(category: Any, known: Collection[int]) -> Fault | None:
-    if not isinstance(category, dict) or not (
-        isinstance(category.get("id"), int) and isinstance(category.get("name"), str)
-    ):
-        return Fault("malformed category", f"needs an integer id and a name: {_short(category)}")
-    if category["id"] in known:
-        return Fault("repeated category id", "another category has this id")
-    return None
-
-
-def _image_fault(image: Any, known: Collection[int | str]) -> Fault | None:
-    if not isinstance(image, dict) or not (
-        isinstance(image.get("id"), (int, str)) and isinstance(image.get("file_name"), str)
-    ):
-        return Fault("malformed image", f"needs an id and a file_name: {_short(image)}")
-    if image["id"] in known:
-        return Fault("repeated image id", "another image has this id")
-    for side in ("height", "width"):
-        value = image.get(side)
-        if not isinstance(value, int) or value < 1:
-            return Fault("malformed image", f"{side} must be an integer above 0, got {value!r}")
-    return None
-
-
-class _Folders:
-    """Which files exist, found by listing each folder once, which is much faster than asking."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, set[str]] = {}
-
-    def __contains__(self, path: str) -> bool:
-        folder, name = os.path.split(path)
-        if folder not in self._names:
-            self._names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        return name in self._names[folder]
-
-
-def _decoding_fault(path: str, image: dict[str, Any]) -> Fault | None:
-    try:
-        height, width, _ = read_image(path).shape
-    except InaccessibleFileError as error:
-        return Fault(INACCESSIBLE, str(error))
-    except (OSError, ValueError) as error:
-        return Fault("damaged image file", str(error))
-    if (height, width) != (image["height"], image["width"]):
-        return Fault(
-            "wrong image size",
-            f"{path} has height {height} and width {width}, "
-            f"recorded are {image['height']} and {image['width']}",
-        )
-    return None
-
-
-def _annotation_fault(
-    annotation: Any,
-    sizes: dict[int | str, tuple[int, int]],
-    category_ids: Collection[int],
-    known: Collection[int],
-) -> Fault | None:
-    if not isinstance(annotation, dict) or not isinstance(annotation.get("id"), int):
-        return Fault("malformed annotation", f"needs an integer id: {_short(annotation)}")
-    if annotation["id"] in known:
-        return Fault("repeated annotation id", "another annotation has this id")
-    image_id = annotation.get("image_id")
-    if not isinstance(image_id, (int, str)) or image_id not in sizes:
-        return Fault("unknown image_id", f"no usable image has the id {_short(image_id)}")
-    category_id = annotation.get("category_id")
-    if not isinstance(category_id, int) or category_id not in category_ids:
-        return Fault("unknown category_id", f"no category has the id {_short(category_id)}")
-    if annotation.get("iscrowd", 0) not in (0, 1):
-        return Fault("malformed annotation", f"iscrowd is {_short(annotation['iscrowd'])}")
-    bbox = annotation.get("bbox")
-    if not isinstance(bbox, list) or len(bbox) != 4 or not _are_finite(bbox):
-        return Fault("degenerate box", f"bbox must be 4 finite numbers, got {_short(bbox)}")
-    if bbox[2] < 0 or bbox[3] < 0:
-        return Fault("degenerate box", f"bbox {bbox} must have width and height above 0")
-    if bbox[2] == 0 or bbox[3] == 0:
-        return Fault("box without area", f"bbox {bbox} must have width and height above 0")
-    segmentation = annotation.get("segmentation")
-    if segmentation is None:  # boxes only
-        return None
-    if isinstance(segmentation, dict):
-        return _rle_fault(segmentation, sizes[image_id])
-    return _polygons_fault(segmentation)
-
-
-def _are_finite(numbers: list[Any]) -> bool:
-    try:
-        return math.isfinite(sum(numbers))  # inf and NaN survive a sum
-    except TypeError:
-        return False
-
-
-def _polygons_fault(polygons: Any) -> Fault | None:
-    """A polygon without area is harmless if another one has some."""
-    kind = "degenerate polygon"
-    if not isinstance(polygons, list) or not polygons:
-        return Fault(kind, f"segmentation must be polygons or RLE, got {_short(polygons)}")
-    area = 0.0
-    for polygon in polygons:
-        if not isinstance(polygon, list) or not _are_finite(polygon):
-            return Fault(kind, f"a polygon must be finite numbers, got {_short(polygon)}")
-        if len(polygon) < 6 or len(polygon) % 2:
-            return Fault(
-                kind,
-                "a polygon must be 3 or more pairs of numbers, "
-                f"got {len(polygon)} numbers: {_short(polygon)}",
-            )
-        area += _polygon_area(polygon)
-    if area < 1e-3:  # square pixels; rounding can leave a little of a line
-        return Fault(kind, f"the polygons enclose no area: {_short(polygons)}")
-    return None
-
-
-def _polygon_area(polygon: list[float]) -> float:
-    """The area of [x0, y0, x1, y1, ...], in pixels."""
-    x, y = polygon[0::2], polygon[1::2]
-    forward = sum(map(mul, x, islice(y, 1, None))) + x[-1] * y[0]
-    backward = sum(map(mul, y, islice(x, 1, None))) + y[-1] * x[0]
-    return abs(forward - backward) / 2
-
-
-def _rle_fault(rle: dict[str, Any], size: tuple[int, int]) -> Fault | None:
-    kind = "wrong RLE"
-    if rle.get("size") != list(size):
-        return Fault(kind, f"its size is {_short(rle.get('size'))}, that of the image {list(size)}")
-    counts = rle.get("counts")
-    if isinstance(counts, str):
-        counts = _decode_counts(counts)
-    if not isinstance(counts, list) or not all(isinstance(n, int) and n >= 0 for n in counts):
-        return Fault(kind, f"counts must be integers from 0 on, got {_short(rle.get('counts'))}")
-    pixels = size[0] * size[1]
-    if sum(counts) != pixels:
-        return Fault(kind, f"counts sum to {sum(counts)}, the image has {pixels} pixels")
-    if not any(counts[1::2]):
-        return Fault(kind, "marks no pixel")
-    return None
-
-
-def _decode_counts(text: str) -> list[int] | None:
-    """The run lengths in a compressed RLE; None if it is not one.
-
-    The format is that of `rleToString` in pycocotools: 5 bits a character from chr(48) on, the
-    lowest first; bit 6 says that more follow, and the last one's highest bit is the sign. From the
-    fourth number on, each is the difference to the one two places before. Done here because
-    pycocotools decodes a string that is cut off into what the memory happens to hold.
-    """
-    counts: list[int] = []
-    value, shift = 0, 0
-    for character in text:
-        chunk = ord(character) - 48
-        if not 0 <= chunk < 64:
-            return None
-        value |= (chunk & 31) << shift
-        shift += 5
-        if not chunk & 32:
-            if chunk & 16:
-                value -= 1 << shift
-            counts.append(value + counts[-2] if len(counts) > 2 else value)
-            value, shift = 0, 0
-    return counts if shift == 0 else None

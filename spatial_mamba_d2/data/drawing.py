@@ -5,19 +5,36 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-SHORTEST_PX = 240  # smaller images are enlarged to this
+SHORTEST_PX = 240  # smaller images are enlarged to this, unless they exceed LONGEST_PX then
+LONGEST_PX = 4096
 LINE_PX = 20
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 FONT_SCALE = 0.45
 
 
 def enlargement(image: np.ndarray, shortest_px: int = SHORTEST_PX) -> float:
-    """Factor that makes the short side of ``[H, W, ...]`` at least ``shortest_px``; 1 or more."""
-    return max(1.0, shortest_px / min(image.shape[:2]))
+    """Factor that makes the short side of ``[H, W, ...]`` at least ``shortest_px``; 1 or more.
+
+    It makes no long side longer than :data:`LONGEST_PX`.
+    """
+    height, width = image.shape[:2]
+    factor = min(shortest_px / min(height, width), LONGEST_PX / max(height, width))
+    return max(1.0, factor)
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """``uint8[H, W, C]`` with any number of channels -> RGB ``uint8[H, W, 3]``: the first ones."""
+    return np.repeat(image[..., :1], 3, axis=2) if image.shape[2] < 3 else image[..., :3]
+
+
+def widen(image: np.ndarray, width: int = SHORTEST_PX) -> np.ndarray:
+    """``uint8[H, W, 3]``, with white at its right if it is too narrow for text."""
+    missing = max(0, width - image.shape[1])
+    return np.pad(image, ((0, 0), (0, missing), (0, 0)), constant_values=255)
 
 
 def enlarge(image: np.ndarray, *, nearest: bool = False) -> np.ndarray:
-    """``uint8[H, W, ...]``, enlarged if its short side is below :data:`SHORTEST_PX`.
+    """``uint8[H, W, ...]``, enlarged by :func:`enlargement`.
 
     Args:
         nearest: repeat pixels, as label maps need it, instead of interpolating.

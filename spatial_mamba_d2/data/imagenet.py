@@ -10,9 +10,11 @@ The folders' names are the classes: WordNet ids in ImageNet, whatever you like e
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from timm.data.auto_augment import posterize
 from torch import Tensor
 from torchvision import transforms
 
-from spatial_mamba_d2.data.class_file import read_class_lines
+from spatial_mamba_d2.data.class_file import check_distinct, read_class_lines
 from spatial_mamba_d2.data.faults import (
     INACCESSIBLE,
     Fault,
@@ -33,10 +35,17 @@ from spatial_mamba_d2.data.faults import (
     check_once,
     settle_faults,
 )
-from spatial_mamba_d2.data.images import SUFFIXES, open_image
+from spatial_mamba_d2.data.images import is_image, is_litter, open_image
+from spatial_mamba_d2.data.pixels import PixelRange
+from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.seeding import seeded
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_SHAPE = 50  # long side / short side of images that are resized as they are
+
+
+NO_CLASS, EMPTY_CLASS = "folder that is not a class", "empty class"  # faults of folders
 
 
 class ClassifiedImage(NamedTuple):
@@ -60,9 +69,14 @@ def load_classes(source: str, root: str | Path, split: str, num_classes: int) ->
     if source == "imagenet-1k":
         names = tuple(ImageNetInfo("imagenet-1k").label_names())
     elif source:
-        names = tuple(line.strip() for line in read_class_lines(root, source))
+        names = tuple(read_class_lines(root, source))
+        check_distinct(names, source)
     else:
         names = tuple(folder.name for folder in _folders(Path(root, split)))
+        if not names:
+            raise ValueError(
+                f"DATASETS.ROOT: {Path(root, split)} must have a folder for each class"
+            )
     if len(names) != num_classes:
         source = source or f"the folders of {Path(root, split)}"
         raise ValueError(
@@ -74,29 +88,44 @@ def load_classes(source: str, root: str | Path, split: str, num_classes: int) ->
 
 def _folders(path: Path) -> list[Path]:
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"DATASETS.ROOT: no folder {path} (datasets/README.md shows the tree)"
-        )
-    return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
+        raise no_such("DATASETS.ROOT", path, "folder", "datasets/README.md shows the tree")
+    return sorted(f for f in path.iterdir() if f.is_dir() and not is_litter(f))
 
 
-def read_sample(sample: ClassifiedImage) -> tuple[Image.Image, int]:
-    """The image as it is stored, and its class; raises as :func:`~.images.open_image`.
+def read_sample(
+    sample: ClassifiedImage, value_range: PixelRange | None = None
+) -> tuple[Image.Image, int]:
+    """The image as it is stored, and its class; see :func:`~.images.open_image`.
 
     EXIF orientation is left alone, as torchvision and the authors do: some images of ImageNet have
     one.
     """
-    return open_image(sample.path, upright=False), sample.target
+    return open_image(sample.path, upright=False, value_range=value_range), sample.target
+
+
+class CheckedSplit(NamedTuple):
+    """The usable images of a split, and what was left out: kind of fault -> number."""
+
+    samples: list[ClassifiedImage]
+    left_out: dict[str, int]
 
 
 def load_split(
+    root: str | Path, split: str, classes: Sequence[str], **kwargs: Any
+) -> list[ClassifiedImage]:
+    """The images of :func:`check_split`."""
+    return check_split(root, split, classes, **kwargs).samples
+
+
+def check_split(
     root: str | Path,
     split: str,
     classes: Sequence[str],
     *,
     on_error: OnError = "raise",
     check_decode: bool = False,
-) -> list[ClassifiedImage]:
+    value_range: PixelRange | None = None,
+) -> CheckedSplit:
     """The images of a split, in the order of their classes and names.
 
     Args:
@@ -104,6 +133,7 @@ def load_split(
             warns with their number.
         check_decode: also decode every image, which finds damaged and truncated ones; once per
             machine, and remembered for unchanged files.
+        value_range: see :func:`~.images.read_image`.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -118,27 +148,39 @@ def load_split(
     for folder in _folders(where):
         if folder.name not in index:
             reason = f"folder {folder} is none of the {len(classes)} classes"
-            faults.append(Fault("folder that is not a class", reason))
+            faults.append(Fault(NO_CLASS, reason))
             continue
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+        files = sorted(f for f in folder.rglob("*") if is_image(f, folder))
         if not files:
-            faults.append(Fault("empty class", f"folder {folder} holds no image"))
+            faults.append(Fault(EMPTY_CLASS, f"folder {folder} holds no image"))
         samples += [ClassifiedImage(file, index[folder.name]) for file in files]
     if check_decode:
         files = [sample.path for sample in samples]
-        found = dict(check_once("imagenet", files, [], lambda: _decoding_faults(samples)))
+        read = partial(read_sample, value_range=value_range)
+        found = dict(
+            check_once("imagenet", files, [value_range], lambda: _decoding_faults(samples, read))
+        )
         faults += found.values()
         samples = [sample for index, sample in enumerate(samples) if index not in found]
     settle_faults(faults, on_error, where=where, num_usable=len(samples))
     if absent := len(classes) - len({sample.target for sample in samples}):
         logger.warning("%s: %d of %d classes have no image", where, absent, len(classes))
-    return samples
+    if stray := [f for f in sorted(where.iterdir()) if is_image(f, where)]:
+        logger.warning(
+            "%s: not used, because they are in no class folder: %d images, the first: %s",
+            where,
+            len(stray),
+            stray[0],
+        )
+    return CheckedSplit(samples, dict(Counter(fault.kind for fault in faults)))
 
 
-def _decoding_faults(samples: Sequence[ClassifiedImage]) -> list[tuple[int, Fault]]:
+def _decoding_faults(
+    samples: Sequence[ClassifiedImage], read: Callable[[ClassifiedImage], Any]
+) -> list[tuple[int, Fault]]:
     def find_fault(sample: ClassifiedImage) -> Fault | None:
         try:
-            read_sample(sample)
+            read(sample)
         except InaccessibleFileError as error:
             return Fault(INACCESSIBLE, str(error))
         except (OSError, ValueError) as error:
@@ -187,6 +229,16 @@ class TrainTransform:
             return self._transform(image), target  # type: ignore[attr-defined]
 
 
+def _shorten(image: Image.Image) -> Image.Image:
+    """The middle of a line of pixels, which resizing by the short side would make enormous."""
+    long_px = _LONGEST_SHAPE * min(image.size)
+    if max(image.size) <= long_px:
+        return image
+    width, height = (min(side, long_px) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def build_test_transform(
     short_px: int, crop_px: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> transforms.Compose:
@@ -194,6 +246,7 @@ def build_test_transform(
     bicubic = transforms.InterpolationMode.BICUBIC
     return transforms.Compose(
         [
+            _shorten,
             transforms.Resize(short_px, bicubic),
             transforms.CenterCrop(crop_px),
             transforms.ToTensor(),

@@ -1,4 +1,4 @@
-"""Label maps of semantic segmentation: what their integers mean, and how they are read."""
+"""Label maps of semantic segmentation: how they are read, checked and counted."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ import numpy as np
 from PIL import Image
 
 from spatial_mamba_d2.data.faults import INACCESSIBLE, Fault, InaccessibleFileError
-from spatial_mamba_d2.data.images import naming_file, read_image, read_size
+from spatial_mamba_d2.data.images import naming_file, orientation_hint, read_image, read_size
+from spatial_mamba_d2.data.label_format import KEY, LabelFormat
+from spatial_mamba_d2.data.pixels import ImageFormatError, PixelRange
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 
-LABEL_MODES = ("L", "P", "I", "I;16")  # Pillow's names for one channel of integers
+# Pillow's names for one channel of integers
+_INTEGER_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_COLOR_MODES = ("RGB", "RGBA", "LA", "PA", "RGBX")
+_LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "AVIF", "HEIF")
+_LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp", "jpeg2000")  # of TIFF
+# Grey values of 2 and 4 bits, which Pillow stretches to 0..255
+_STRETCHED = {"L;2": 85, "L;4": 17}
 
 
 @dataclass(frozen=True)
@@ -36,92 +44,123 @@ def distinct_colors(num_colors: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(round(255 * channel) for channel in color) for color in colors)
 
 
-@dataclass(frozen=True)
-class LabelFormat:
-    """What the integers in label files mean.
-
-    Attributes:
-        num_classes: class k, from 0, is stored as ``k + offset``.
-        offset: 1 in ADE20K, 0 where files hold class indices.
-        ignored: integers of pixels that neither train nor count.
-
-    Raises:
-        ValueError: there are more classes than 255, or an ignored integer is a class.
-    """
-
-    num_classes: int
-    offset: int = 1
-    ignored: tuple[int, ...] = (0,)
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_classes <= IGNORE:
-            raise ValueError(f"num_classes must be 1..{IGNORE}, got {self.num_classes}")
-        classes = range(self.offset, self.offset + self.num_classes)
-        if taken := sorted(set(self.ignored) & set(classes)):
-            raise ValueError(
-                f"DATASETS.IGNORE_LABELS must be none of the classes' labels {classes.start}.."
-                f"{classes.stop - 1}, got {taken[0]}"
-            )
-
-    def to_indices(self, stored: np.ndarray) -> np.ndarray:
-        """Integers ``[H, W]`` of a file -> class indices and :data:`IGNORE`, ``uint8[H, W]``.
-
-        Raises:
-            ValueError: an integer is neither a class nor ignored.
-        """
-        values = np.unique(stored)
-        first, last = self.offset, self.offset + self.num_classes - 1
-        wrong = [v for v in values.tolist() if not first <= v <= last and v not in self.ignored]
-        if wrong:
-            raise ValueError(
-                f"label {', '.join(map(str, wrong[:5]))} is impossible: classes are {first}..{last}"
-                f" (DATASETS.LABEL_OFFSET {self.offset}), ignored is "
-                f"{', '.join(map(str, self.ignored)) or 'none'} (DATASETS.IGNORE_LABELS)"
-                f"{self._hint(wrong)}"
-            )
-        ignored = np.isin(stored, self.ignored)
-        return np.where(ignored, IGNORE, stored - self.offset).astype(np.uint8)
-
-    def _hint(self, wrong: Sequence[int]) -> str:
-        if self.offset == 1 and wrong == [IGNORE]:
-            return "; if 0 is a class and 255 ignored, the offset is 0"
-        if self.offset == 0 and wrong == [self.num_classes]:
-            return "; if the classes begin at 1, the offset is 1"
-        return ""
-
-
 class Pair(NamedTuple):
-    """An image file and its label file."""
+    """An image file and its label file, and the name that they have in common.
+
+    ``name`` is the path below their folders, without suffixes.
+    """
 
     image: Path
     label: Path
+    name: str
 
 
-def read_label(path: Path) -> np.ndarray:
-    """Read a label file as it is, integers ``[H, W]``.
+def read_label(path: Path, labels: LabelFormat | None = None) -> np.ndarray:
+    """Read a label file as it is stored.
+
+    Returns:
+        integers ``[H, W]``; colours ``uint8[H, W, 3]`` if the file has them, or if ``labels`` knows
+        nothing but colours.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged, cut off, or has more than one channel.
+        ValueError: it is damaged, cut off, of a lossy format, of fractions, or of several images or
+            channels, unless ``labels`` gives colours a meaning.
     """
     with naming_file("label", path), Image.open(path) as image:
-        if image.mode not in LABEL_MODES:
-            raise ValueError(
-                f"expected a single channel of integers, got {image.mode} (a label map drawn in "
-                "colours is not a label file)"
-            )
-        return np.asarray(image).astype(np.int64)
+        if reason := _not_a_label(image, path):
+            raise ImageFormatError(reason)
+        stretch = _STRETCHED.get(_raw_mode(image), 1)
+        image.load()
+        only_colors = labels is not None and labels.only_colors
+        if image.mode in _INTEGER_MODES and not only_colors:
+            stored = np.asarray(image)
+            if stored.dtype == bool:
+                return stored.astype(np.uint8)
+            return stored // stretch if stretch > 1 else stored
+        colors = np.asarray(image.convert("RGBA"))
+        if image.mode != "P" and (colors[..., 3] != 255).any():
+            raise ImageFormatError("has transparent pixels: their label is not known")
+        if labels is None or not labels.colors:
+            raise ImageFormatError(_why_no_colors(image.mode, colors))
+        return colors[..., :3]
 
 
-def read_pair(pair: Pair, labels: LabelFormat) -> tuple[np.ndarray, np.ndarray]:
-    """Image, RGB ``uint8[H, W, 3]``, and class indices, ``uint8[H, W]``.
+def _raw_mode(image: Image.Image) -> str:
+    """How the pixels are stored, in Pillow's words, as far as it tells."""
+    arguments = image.tile[0][3] if image.tile else ""
+    mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return mode if isinstance(mode, str) else ""
+
+
+def _not_a_label(image: Image.Image, path: Path) -> str:
+    """What about the type of an opened file cannot be a label map, from its header; or ""."""
+    compression = str(image.info.get("compression", ""))
+    lossy = image.format in _LOSSY_FORMATS or compression in _LOSSY_COMPRESSIONS
+    if lossy or (image.format == "WEBP" and _is_lossy_webp(path)):
+        kind = f"{image.format} of {compression}" if compression else image.format
+        return (
+            f"is {kind}, a lossy format, which changes labels: save label maps as PNG, from the "
+            "original annotations"
+        )
+    if getattr(image, "n_frames", 1) > 1:
+        return f"must hold one image, and has {getattr(image, 'n_frames', 1)}"
+    if image.mode == "F":
+        return "must hold integers, and has fractions (mode F): round them and save 8 or 16 bits"
+    if image.mode not in (*_INTEGER_MODES, *_COLOR_MODES):
+        return f"must have one channel of integers, or RGB colours, and has mode {image.mode}"
+    if image.mode in _COLOR_MODES and ";16" in _raw_mode(image):
+        return "must have colours of 8 bits, and has 16"
+    return ""
+
+
+def _is_lossy_webp(path: Path) -> bool:
+    """Whether a chunk of a WebP file holds a lossy image."""
+    content = path.read_bytes()
+    position = 12
+    while position + 8 <= len(content):
+        kind = content[position : position + 4]
+        if kind in (b"VP8 ", b"ANIM"):
+            return True
+        if kind == b"VP8L":
+            return False
+        size = int.from_bytes(content[position + 4 : position + 8], "little")
+        position += 8 + size + size % 2
+    return True
+
+
+def _why_no_colors(mode: str, colors: np.ndarray) -> str:
+    grey = (colors[..., :1] == colors[..., 1:3]).all()
+    example = f'such as "#{bytes(colors[0, 0, :3].tolist()).hex()}: 0"'
+    if grey:
+        return (
+            f"has channels {mode} that are equal: save one of them as the label map, or list its "
+            f"greys as colours in {KEY}, {example}"
+        )
+    return (
+        f"must have a single channel of integers, got {mode}: for a label map drawn in colours, "
+        f"{KEY} says which colour is which class, {example}"
+    )
+
+
+def read_pair(
+    pair: Pair,
+    labels: LabelFormat,
+    num_channels: int = 3,
+    value_range: PixelRange | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image, ``uint8[H, W, num_channels]`` (3: RGB), and class indices, ``uint8[H, W]``.
+
+    Args:
+        num_channels, value_range: see :func:`~.images.read_image`.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or not usable; the message names it.
     """
-    image, stored = read_image(pair.image), read_label(pair.label)
-    if image.shape[:2] != stored.shape:
-        raise ValueError(_wrong_size(pair, stored.shape, image.shape[:2]))
+    image = read_image(pair.image, num_channels, value_range)
+    stored = read_label(pair.label, labels)
+    if image.shape[:2] != stored.shape[:2]:
+        raise ValueError(_wrong_size(pair, stored.shape, image.shape))
     return image, _indices(pair, stored, labels)
 
 
@@ -133,31 +172,51 @@ def _indices(pair: Pair, stored: np.ndarray, labels: LabelFormat) -> np.ndarray:
 
 
 def _wrong_size(pair: Pair, label: Sequence[int], image: Sequence[int]) -> str:
-    return f"label file {pair.label} is {label[0]}x{label[1]}, its image is {image[0]}x{image[1]}"
+    return (
+        f"label file {pair.label} is {label[0]}x{label[1]}, its image is {image[0]}x{image[1]}"
+        f"{orientation_hint(pair.image, label[:2])}"
+    )
 
 
-def find_fault(pair: Pair, labels: LabelFormat, check_decode: bool) -> Fault | None:
-    """Why a pair is not usable, if so; reads the label, and of the image only the header.
+def check_pair(
+    pair: Pair,
+    labels: LabelFormat,
+    num_channels: int = 3,
+    value_range: PixelRange | None = None,
+    *,
+    check_decode: bool = False,
+) -> Fault | np.ndarray:
+    """Why a pair is not usable, or how many pixels each class has.
+
+    Reads the label, and of the image only the header.
 
     Args:
+        num_channels, value_range: see :func:`~.images.read_image`.
         check_decode: decode the image too.
+
+    Returns:
+        the fault, or pixels by class index, with those that are ignored at :data:`IGNORE`:
+        ``int64[256]``.
     """
     try:
-        stored = read_label(pair.label)
+        stored = read_label(pair.label, labels)
     except InaccessibleFileError as error:
         return Fault(INACCESSIBLE, str(error))
     except (OSError, ValueError) as error:
         return Fault("unreadable label file", str(error))
     try:
-        size = read_image(pair.image).shape[:2] if check_decode else read_size(pair.image)
+        if check_decode:
+            size = read_image(pair.image, num_channels, value_range).shape[:2]
+        else:
+            size = read_size(pair.image, num_channels, value_range)
     except InaccessibleFileError as error:
         return Fault(INACCESSIBLE, str(error))
     except (OSError, ValueError) as error:
         return Fault("unreadable image file", str(error))
-    if stored.shape != size:
+    if stored.shape[:2] != size:
         return Fault("wrong size", _wrong_size(pair, stored.shape, size))
     try:
-        _indices(pair, stored, labels)
+        indices = _indices(pair, stored, labels)
     except ValueError as error:
         return Fault("impossible label", str(error))
-    return None
+    return np.bincount(indices.ravel(), minlength=IGNORE + 1)

@@ -16,6 +16,15 @@ from spatial_mamba_d2.system.seeding import derive_seed
 logger = logging.getLogger(__name__)
 
 
+def check_batch_size(batch_size: int, world_size: int, accumulation_steps: int) -> None:
+    """Raises ValueError if the processes cannot have equally many images in each micro-batch."""
+    if batch_size < 1 or batch_size % (world_size * accumulation_steps):
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of {world_size} processes x "
+            f"{accumulation_steps} SOLVER.ACCUMULATION_STEPS, got {batch_size}"
+        )
+
+
 class SampleIndex(NamedTuple):
     """The index of an item, and its position in the stream, which seeds its augmentation."""
 
@@ -59,11 +68,7 @@ class ResumableBatchSampler(Sampler[list[SampleIndex]]):
     ):
         if num_items < 1:
             raise ValueError(f"num_items must be at least 1, got {num_items}")
-        if batch_size < 1 or batch_size % (world_size * accumulation_steps):
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH must be a multiple of {world_size} processes x "
-                f"{accumulation_steps} SOLVER.ACCUMULATION_STEPS, got {batch_size}"
-            )
+        check_batch_size(batch_size, world_size, accumulation_steps)
         self.groups = np.zeros(num_items, int) if groups is None else np.asarray(groups)
         self.batch_size, self.num_iterations = batch_size, num_iterations
         self.accumulation_steps, self.seed, self.start = accumulation_steps, seed, start

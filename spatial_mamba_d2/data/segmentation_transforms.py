@@ -1,6 +1,7 @@
 """From images and label maps to network inputs, as the official segmentation recipe does it.
 
-Images are RGB ``uint8[H, W, 3]``, labels ``uint8[H, W]`` of class indices with :data:`IGNORE`.
+Images are ``uint8[H, W, C]``, RGB if C is 3, labels ``uint8[H, W]`` of class indices with
+:data:`IGNORE`.
 Every random choice comes from the generator that the caller passes: a sample depends on its seed
 alone, whichever process or worker makes it. The numbers are those of mmsegmentation's pipelines;
 resizing is OpenCV's bilinear on uint8, without antialiasing.
@@ -32,7 +33,8 @@ def fitted_size(height: int, width: int, short_px: int, long_px: int) -> tuple[i
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """To (height, width), bilinear."""
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return resized.reshape(*size, image.shape[2])  # OpenCV drops a single channel
 
 
 def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -41,12 +43,12 @@ def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """``uint8[H, W, 3]`` -> ``float32[H, W, 3]`` of mean 0 and deviation 1."""
+    """``uint8[H, W, C]`` -> ``float32[H, W, C]`` of mean 0 and deviation 1."""
     return (image.astype(np.float32) - np.array(mean, np.float32)) / np.array(std, np.float32)
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """``[H, W, 3]`` -> ``Tensor[3, H, W]``."""
+    """``[H, W, C]`` -> ``Tensor[C, H, W]``."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
@@ -69,7 +71,11 @@ def random_crop_origin(
 
 
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation and hue, each changed in half of the cases."""
+    """Brightness, contrast, saturation and hue, each changed in half of the cases.
+
+    Saturation and hue only of RGB.
+    """
+    is_rgb = image.shape[2] == 3
 
     def linear(x: np.ndarray, factor: float, offset: float = 0) -> np.ndarray:
         return np.clip(x.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8)
@@ -82,11 +88,11 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
     contrast_first = chosen()
     if contrast_first and chosen():
         image = linear(image, rng.uniform(*CONTRAST))
-    if chosen():
+    if chosen() and is_rgb:
         hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
         hsv[..., 1] = linear(hsv[..., 1], rng.uniform(*SATURATION))
         image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    if chosen():
+    if chosen() and is_rgb:
         hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
         hsv[..., 0] = (hsv[..., 0].astype(int) + rng.integers(-HUE, HUE)) % 180
         image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
@@ -120,7 +126,7 @@ class TrainTransform:
     def __call__(
         self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Image and label -> ``float32 Tensor[3, crop, crop]``, ``uint8 Tensor[crop, crop]``."""
+        """Image and label -> ``float32 Tensor[C, crop, crop]``, ``uint8 Tensor[crop, crop]``."""
         ratio = rng.uniform(*self.ratio_range)
         height, width = label.shape
         size = fitted_size(height, width, int(self.short_px * ratio), int(self.long_px * ratio))
@@ -133,7 +139,7 @@ class TrainTransform:
         if self.photometric:
             image = photometric_distortion(np.ascontiguousarray(image), rng)
         height, width = label.shape
-        pixels = np.zeros((self.crop_px, self.crop_px, 3), np.float32)
+        pixels = np.zeros((self.crop_px, self.crop_px, image.shape[2]), np.float32)
         pixels[:height, :width] = normalize(image, self.mean, self.std)
         target = np.full((self.crop_px, self.crop_px), IGNORE, np.uint8)
         target[:height, :width] = label
@@ -159,7 +165,7 @@ class TestTransform:
     __test__ = False  # no test case, whatever pytest makes of the name
 
     def __call__(self, image: np.ndarray) -> list[Tensor]:
-        """Image -> ``float32 Tensor[3, H_s, W_s]`` for each scale s."""
+        """Image -> ``float32 Tensor[C, H_s, W_s]`` for each scale s."""
         height, width = image.shape[:2]
         sizes = (self._size(height, width, scale) for scale in self.scales)
         return [

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from spatial_mamba_d2.data.images import write_image
+from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.sample_tree import create_tree
 from spatial_mamba_d2.data.shapes import CLASSES, render_image
 
@@ -71,7 +72,7 @@ def generate_shape_classes(
         (tree / PARAMETERS).write_text(json.dumps(parameters), encoding="utf-8")
 
     def read_parameters(tree: Path) -> list[Any]:
-        return [json.loads((tree / PARAMETERS).read_text(encoding="utf-8"))]
+        return [read_json(tree / PARAMETERS)]
 
     create_tree(root, parameters, write=write, read_parameters=read_parameters)
     return root

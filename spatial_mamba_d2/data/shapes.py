@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from spatial_mamba_d2.data.images import encode_image
+from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.sample_tree import create_tree
 
 # Increase it with every change of what is drawn or written: trees of other versions are refused.
@@ -232,7 +234,7 @@ def _check_drawing_arguments(image_px: tuple[int, int], seed: int) -> None:
 
 def _read_parameters(root: Path) -> list[Any]:
     """What the annotation file of each split says that the tree was made with."""
-    contents = [json.loads(_json_file(root, s).read_text(encoding="utf-8")) for s in FOLDERS]
+    contents = [read_json(_json_file(root, s)) for s in FOLDERS]
     return [content["info"]["parameters"] for content in contents]
 
 
@@ -257,9 +259,9 @@ def _write_tree(root: Path, num_images: dict[str, int], parameters: dict[str, An
             )
             image_id = index + 1
             stem = f"{image_id:012d}"
-            bgr = cv2.cvtColor(sample.image, cv2.COLOR_RGB2BGR)
-            _write_image(image_folder / f"{stem}.jpg", bgr)
-            _write_image(label_folder / f"{stem}.png", sample.semantic)
+            image_file, label_file = image_folder / f"{stem}.jpg", label_folder / f"{stem}.png"
+            image_file.write_bytes(encode_image(sample.image, ".jpg"))
+            label_file.write_bytes(encode_image(sample.semantic, ".png"))
             height, width = sample.semantic.shape
             images.append(
                 {
@@ -305,12 +307,6 @@ def _write_tree(root: Path, num_images: dict[str, int], parameters: dict[str, An
             f"{label}\t{ratio:.4f}\t{seen_in['train'][label]}\t{seen_in['val'][label]}\t{name}"
         )
     (root / "objectInfo.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _write_image(path: Path, pixels: np.ndarray) -> None:
-    # cv2.imwrite does not accept every path on Windows, and gives no reason when it fails.
-    _, encoded = cv2.imencode(path.suffix, pixels)
-    path.write_bytes(encoded.tobytes())
 
 
 def _annotation(instance: Instance) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         pillow = super().get_transform(image)
         if not isinstance(pillow, T.ResizeTransform):
             return pillow  # size 0 asks for no resize
-        return ResizeTransform(pillow.h, pillow.w, pillow.new_h, pillow.new_w)
+        # Of a line of pixels nothing would be left when the long side is bounded.
+        return ResizeTransform(pillow.h, pillow.w, max(1, pillow.new_h), max(1, pillow.new_w))
 
 
 class OneOf(T.Augmentation):

@@ -33,7 +33,6 @@ def build_spatial_mamba_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Spatia
     overrides = {
         "in_chans": input_shape.channels,
         "out_features": tuple(mamba.OUT_FEATURES),
-        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
         **backbone_kwargs(cfg),
     }
     return SpatialMambaBottomUp(**variant_kwargs(mamba.VARIANT, overrides))

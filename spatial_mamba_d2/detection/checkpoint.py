@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
 
+from spatial_mamba_d2.detection.classes import compare_classes
 from spatial_mamba_d2.models import load_weights, read_checkpoint
+from spatial_mamba_d2.models.checkpoints.writing import write_checkpoint
 from spatial_mamba_d2.system.atomic import replacing
+from spatial_mamba_d2.training.guard import require_finite_weights
+
+BEST = "model_best.pth"
+BEST_SCORE = "best_score"  # key of model_best.pth
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -42,16 +48,32 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.classes = classes
 
     def save(self, name: str, **kwargs: Any) -> None:
+        """Raises OSError if there is no room, FloatingPointError if weights are not finite."""
         if not self.save_dir or not self.save_to_disk:
             return
-        content = {"model": self.model.state_dict(), "classes": self.classes}
+        content = self._weights(name)
         content.update({key: item.state_dict() for key, item in self.checkpointables.items()})
         content.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info("Saving checkpoint to %s", path)
-        with replacing(path) as temporary:
-            torch.save(content, temporary)
+        write_checkpoint(content, path)
         self.tag_last_checkpoint(path.name)
+
+    def save_best(self, score: float, iteration: int) -> None:
+        """Write the weights as ``model_best.pth``, with the score that made them the best."""
+        if self.save_dir and self.save_to_disk:
+            content = {**self._weights(BEST), BEST_SCORE: score, "iteration": iteration}
+            write_checkpoint(content, Path(self.save_dir) / BEST)
+
+    def _weights(self, name: str) -> dict[str, Any]:
+        state = self.model.state_dict()
+        require_finite_weights(state, f"weights for {name}")
+        return {"model": state, "classes": self.classes}
+
+    def read_best_score(self) -> float:
+        """Of ``model_best.pth``; minus infinity if there is none."""
+        path = Path(self.save_dir) / BEST
+        return float(read_checkpoint(path)[BEST_SCORE]) if path.is_file() else -math.inf
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(Path(self.save_dir) / "last_checkpoint") as temporary:
@@ -78,6 +100,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         )
         self.logger.info("%s", report)
         if not resuming:
+            if difference := compare_classes(content.get("classes"), self.classes):
+                self.logger.warning("%s: %s", path, difference)
             return {}
         for key, item in self.checkpointables.items():
             item.load_state_dict(content[key])

@@ -2,10 +2,121 @@
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode, get_cfg
+from collections.abc import Collection
+from typing import Any
 
-from spatial_mamba_d2.config import add_shared_config, config_loader, require_one_of
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
+)
+
+from spatial_mamba_d2.config import (
+    add_shared_config,
+    config_loader,
+    require_above_0,
+    require_at_least,
+    require_between,
+    require_low_high,
+    require_one_of,
+    require_whole,
+)
 from spatial_mamba_d2.detection.data import register_json_datasets
+from spatial_mamba_d2.detection.unused_keys import check_unused_keys
+
+_POOLERS = ("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated")
+_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
+_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+# Rules for Detectron2's keys, which it does not check, and for ours
+_CHOICES: dict[str, Collection[Any]] = {
+    "VERSION": (2,),
+    "INPUT.FORMAT": ("RGB", "BGR"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "norm", "value"),
+    "SOLVER.LR_SCHEDULER_NAME": (
+        "WarmupMultiStepLR",
+        "WarmupCosineLR",
+        "WarmupStepWithFixedGammaLR",
+    ),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
+    "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.FPN.NORM": _NORMS,
+    "MODEL.ROI_BOX_HEAD.NORM": _NORMS,
+    "MODEL.ROI_MASK_HEAD.NORM": _NORMS,
+}
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+}
+_MINIMA = {
+    "INPUT.MIN_SIZE_TEST": 0,  # 0: images keep their size
+    "SOLVER.BASE_LR_END": 0,
+    "SOLVER.NUM_DECAYS": 0,
+    "MODEL.RPN.SMOOTH_L1_BETA": 0,
+    "MODEL.RPN.LOSS_WEIGHT": 0,
+    "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": 0,
+    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": 0,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": 0,
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 0,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 0,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 0,
+    "TEST.DETECTIONS_PER_IMAGE": 1,
+}
+_ABOVE_0 = (
+    "INPUT.MIN_SIZE_TRAIN",
+    "INPUT.MAX_SIZE_TRAIN",
+    "INPUT.MAX_SIZE_TEST",
+    "INPUT.RESIZE_CROP.SIZES",
+    "SOLVER.STEPS",
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
+    "MODEL.FPN.OUT_CHANNELS",
+    "MODEL.ANCHOR_GENERATOR.SIZES",
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
+    "MODEL.RPN.BBOX_REG_WEIGHTS",
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
+    "MODEL.RPN.PRE_NMS_TOPK_TEST",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+    "MODEL.RPN.POST_NMS_TOPK_TEST",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS",
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION",
+    "MODEL.ROI_BOX_HEAD.FC_DIM",
+    "MODEL.ROI_BOX_HEAD.CONV_DIM",
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM",
+)
+_FRACTIONS = (  # 0 and 1 included
+    "TEST.PICTURES_SCORE_THRESH",
+    "MODEL.RPN.IOU_THRESHOLDS",
+    "MODEL.RPN.NMS_THRESH",
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS",
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST",
+)
+_SHARES = (  # above 0
+    "SOLVER.GAMMA",
+    "MODEL.RPN.POSITIVE_FRACTION",
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION",
+)
+_WHOLE = ("INPUT.MIN_SIZE_TRAIN", "INPUT.RESIZE_CROP.SIZES", "SOLVER.STEPS")
 
 
 def add_spatial_mamba_config(cfg: CfgNode) -> None:
@@ -18,7 +129,8 @@ def add_spatial_mamba_config(cfg: CfgNode) -> None:
     """
     add_shared_config(cfg)
 
-    # Any data set in COCO format. If a json is given, it replaces the name in TRAIN or TEST.
+    # Any data set in COCO format. If a json is given, it replaces the names in TRAIN or TEST. Each
+    # is one file or folder, or a list: ("a.json", "b.json") of one folder, or of as many.
     cfg.DATASETS.TRAIN_JSON = ""
     cfg.DATASETS.TRAIN_IMAGES = ""
     cfg.DATASETS.TEST_JSON = ""
@@ -45,23 +157,65 @@ def detection_defaults() -> CfgNode:
     return cfg
 
 
-def _check_and_resolve(cfg: CfgNode) -> None:
-    require_one_of(
-        cfg,
-        {
-            "INPUT.FORMAT": ("RGB", "BGR"),
-            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "norm", "value"),
-            "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
-        },
-    )
-    for split in ("TRAIN", "TEST"):
-        json_file, images = cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"]
-        if bool(json_file) != bool(images):
+def _check_features(cfg: CfgNode) -> None:
+    """Names of feature maps, and the number of lists of anchors, of two-stage detectors."""
+    model = cfg.MODEL
+    if model.META_ARCHITECTURE not in ("GeneralizedRCNN", "PanopticFPN"):
+        return
+    if model.BACKBONE.NAME == "build_spatial_mamba_fpn_backbone":
+        levels = [f"res{n}" for n in range(2, 6)]
+        used = list(model.FPN.IN_FEATURES)
+        if used not in (levels[first:] for first in range(4)):  # p6 is pooled from res5's p5
             raise ValueError(
-                f"DATASETS.{split}_JSON and DATASETS.{split}_IMAGES must be given together, "
-                f"got {json_file!r} and {images!r}"
+                f"MODEL.FPN.IN_FEATURES must be {levels} or the last ones of these, got {used}"
             )
+        pyramid = [f"p{n}" for n in range(6 - len(used), 7)]
+        for part in ("RPN", "ROI_HEADS"):
+            if unknown := set(model[part].IN_FEATURES) - set(pyramid):
+                raise ValueError(
+                    f"MODEL.{part}.IN_FEATURES must be among {', '.join(pyramid)}, which the "
+                    f"pyramid of MODEL.FPN.IN_FEATURES has, got {', '.join(sorted(unknown))}"
+                )
+    num_features = len(model.RPN.IN_FEATURES)
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        if (number := len(model.ANCHOR_GENERATOR[key])) not in (1, num_features):
+            raise ValueError(
+                f"MODEL.ANCHOR_GENERATOR.{key} must be one list or {num_features}, one for "
+                f"each of MODEL.RPN.IN_FEATURES, got {number}"
+            )
+
+
+def _check_values(cfg: CfgNode) -> None:
+    require_one_of(cfg, {**_CHOICES, **{k: dict(r) for k, r in _REGISTRIES.items()}})
+    proposals = ("PrecomputedProposals", *dict(PROPOSAL_GENERATOR_REGISTRY))
+    require_one_of(cfg, {"MODEL.PROPOSAL_GENERATOR.NAME": proposals})
+    require_one_of(cfg, {"MODEL.ROI_BOX_HEAD.NAME": ("", *dict(ROI_BOX_HEAD_REGISTRY))})
+    _check_features(cfg)
+    require_at_least(cfg, _MINIMA)
+    require_above_0(cfg, _ABOVE_0)
+    require_between(cfg, _FRACTIONS, 0, 1)
+    require_between(cfg, _SHARES, 0, 1, include_low=False)
+    require_whole(cfg, _WHOLE)
+    require_low_high(cfg, ("INPUT.RESIZE_CROP.CROP_RANGE",))
+    sizes, steps = cfg.INPUT.MIN_SIZE_TRAIN, cfg.SOLVER.STEPS
+    if not sizes:
+        raise ValueError("INPUT.MIN_SIZE_TRAIN must be at least one side in pixels, got none")
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
+        require_low_high(cfg, ("INPUT.MIN_SIZE_TRAIN",))
+    if list(steps) != sorted(set(steps)):
+        raise ValueError(f"SOLVER.STEPS must be ascending, got {steps}")
+    if cfg.SOLVER.BASE_LR_END > cfg.SOLVER.BASE_LR:
+        raise ValueError(
+            f"SOLVER.BASE_LR_END must be at most SOLVER.BASE_LR {cfg.SOLVER.BASE_LR}, "
+            f"got {cfg.SOLVER.BASE_LR_END}"
+        )
+
+
+def _check_and_resolve(cfg: CfgNode) -> None:
+    _check_values(cfg)
+    check_unused_keys(cfg, detection_defaults())
     register_json_datasets(cfg)
 
 
-load_config = config_loader(detection_defaults, _check_and_resolve)
+_FILES = [f"DATASETS.{split}_{what}" for split in ("TRAIN", "TEST") for what in ("JSON", "IMAGES")]
+load_config = config_loader(detection_defaults, _check_and_resolve, dict.fromkeys(_FILES, (tuple,)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -11,32 +9,34 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     Metadata,
     MetadataCatalog,
     build_detection_test_loader,
 )
-from detectron2.data import detection_utils as d2_utils
-from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 from spatial_mamba_d2.data.coco import CocoDataset, load_coco
-from spatial_mamba_d2.data.images import read_image
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.samplers import ResumableBatchSampler, SkippingDataset
-from spatial_mamba_d2.detection.augmentation import build_augmentation
+from spatial_mamba_d2.detection.classes import (
+    category_ids,
+    check_num_classes,
+    compare_classes,
+    match_classes,
+    merge_classes,
+)
+from spatial_mamba_d2.detection.keypoints import Keypoints, count_visible, read_keypoints
+from spatial_mamba_d2.detection.mapper import Mapper, Record
 from spatial_mamba_d2.system.atomic import replacing
-from spatial_mamba_d2.system.seeding import seeded
 from spatial_mamba_d2.system.workers import single_thread_opencv, worker_options
 
-Record = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +50,8 @@ class DetectionDataset:
         classes: names by index; None if the data set has none.
         category_ids: of the classes, in the file; empty if it is not in COCO format.
         json_file: the file in COCO format, if there is one.
-        coco: what is left of that file if anything was skipped.
+        coco: what was read from that file if pycocotools cannot read the same from it.
+        keypoints: if MODEL.KEYPOINT_ON.
     """
 
     name: str
@@ -59,104 +60,255 @@ class DetectionDataset:
     category_ids: list[int] = field(default_factory=list)
     json_file: str | None = None
     coco: CocoDataset | None = None
+    keypoints: Keypoints | None = None
 
 
 def register_json_datasets(cfg: CfgNode) -> None:
     """Register ``DATASETS.{TRAIN,TEST}_{JSON,IMAGES}`` with Detectron2, under a name each.
 
-    The names take the place of those in ``DATASETS.TRAIN`` and ``DATASETS.TEST``; ``cfg`` must not
-    be frozen.
+    Each of them is one file or folder, or a list; the names take the place of those in
+    ``DATASETS.TRAIN`` and ``DATASETS.TEST``; ``cfg`` must not be frozen.
+
+    Raises:
+        ValueError: the numbers of files and folders differ.
     """
     for split in ("TRAIN", "TEST"):
-        json_file, images = cfg.DATASETS[f"{split}_JSON"], cfg.DATASETS[f"{split}_IMAGES"]
-        if json_file:
+        files, folders = _paths(cfg, f"{split}_JSON"), _paths(cfg, f"{split}_IMAGES")
+        if bool(files) != bool(folders):
+            raise ValueError(
+                f"DATASETS.{split}_JSON and DATASETS.{split}_IMAGES must be given together, "
+                f"got {_shown(files)} and {_shown(folders)}"
+            )
+        if len(folders) == 1:
+            folders *= len(files)
+        if len(files) != len(folders):
+            raise ValueError(
+                f"DATASETS.{split}_IMAGES must be one folder for all files in "
+                f"DATASETS.{split}_JSON, or one for each of the {len(files)}, got {len(folders)}"
+            )
+        names = []
+        for json_file, images in zip(files, folders, strict=True):
             json_file, images = str(Path(json_file).resolve()), str(Path(images).resolve())
-            name = f"{json_file} of {images}"
-            MetadataCatalog.get(name).set(
+            names.append(f"{json_file} of {images}")
+            MetadataCatalog.get(names[-1]).set(
                 json_file=json_file, image_root=images, evaluator_type="coco"
             )
-            cfg.DATASETS[split] = (name,)
+        if len(set(names)) < len(names):
+            raise ValueError(f"DATASETS.{split}_JSON names a file twice: {_shown(files)}")
+        if names:
+            cfg.DATASETS[split] = tuple(names)
 
 
-def load_dataset(cfg: CfgNode, name: str, *, is_train: bool) -> DetectionDataset:
+def _paths(cfg: CfgNode, key: str) -> list[str]:
+    value = cfg.DATASETS[key]
+    return [value] if value and isinstance(value, str) else list(value)
+
+
+def _shown(paths: list[str]) -> str:
+    return ", ".join(map(repr, paths)) or "''"
+
+
+def load_dataset(
+    cfg: CfgNode, name: str, *, is_train: bool, classes: Sequence[str] | None = None
+) -> DetectionDataset:
     """The data set that Detectron2 knows as ``name``.
 
     One in COCO format is checked as it is read; others come from Detectron2's catalogue as they
     are. In training, images without an object are left out if
     ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` says so.
 
+    Args:
+        classes: of the detector, by which the data set's are matched; None: those of the data set.
+
     Raises:
         FileNotFoundError: the json is missing.
-        ValueError: broken images or annotations, an empty data set, or a number of classes that
-            is not ``MODEL.ROI_HEADS.NUM_CLASSES``.
+        ValueError: broken images or annotations, an empty data set, other classes, or a number of
+            classes that is not ``MODEL.ROI_HEADS.NUM_CLASSES``.
     """
+    return _build(cfg, _read(cfg, name, is_train), is_train, classes)
+
+
+def load_training_datasets(cfg: CfgNode) -> list[DetectionDataset]:
+    """The data sets in ``DATASETS.TRAIN``, with the same classes, which are matched by name.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`load_dataset`; ValueError also for none at all.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN must name at least one data set, got none")
+    sources = [_read(cfg, name, is_train=True) for name in cfg.DATASETS.TRAIN]
+    classes = None
+    if len(sources) > 1 and all(source.classes for source in sources):
+        classes = merge_classes((source.name, source.classes or ()) for source in sources)
+    return [_build(cfg, source, True, classes) for source in sources]
+
+
+def _read(cfg: CfgNode, name: str, is_train: bool) -> DetectionDataset:
+    """The data set with its own classes, not yet in Detectron2's format if it is a file."""
     metadata = MetadataCatalog.get(name)
-    if metadata.get("evaluator_type") == "coco" and metadata.get("json_file"):
-        dataset = _load_coco_dataset(cfg, metadata, is_train)
-    else:
-        dataset = DetectionDataset(
-            name, list(DatasetCatalog.get(name)), metadata.get("thing_classes")
+    if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
+        if name not in DatasetCatalog:
+            raise ValueError(
+                f"no data set is registered as {name!r}: DATASETS.TRAIN_JSON and _IMAGES, and "
+                "DATASETS.TEST_JSON and _IMAGES, name files of your own"
+            )
+        records = list(DatasetCatalog.get(name))
+        return DetectionDataset(name, records, metadata.get("thing_classes"))
+    json_file = metadata.json_file
+    try:
+        coco = load_coco(
+            json_file,
+            metadata.image_root,
+            on_error=cfg.DATASETS.ON_ERROR,
+            check_decode=cfg.DATASETS.ON_ERROR == "skip" and not is_train,
+            value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE),
         )
-    if is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        num_images = len(dataset.records)
-        kept = [r for r in dataset.records if any(not a["iscrowd"] for a in r["annotations"])]
-        if not kept:
-            raise ValueError(f"data set {name}: none of its {num_images} images has an object")
-        logger.info("%s: %d of %d images have objects", name, len(kept), num_images)
-        dataset = replace(dataset, records=kept)
-    return dataset
-
-
-def _load_coco_dataset(cfg: CfgNode, metadata: Metadata, is_train: bool) -> DetectionDataset:
-    coco = load_coco(
-        metadata.json_file,
-        metadata.image_root,
-        on_error=cfg.DATASETS.ON_ERROR,
-        check_decode=cfg.DATASETS.ON_ERROR == "skip" and not is_train,
-    )
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if len(coco.categories) != num_classes:
-        raise ValueError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES must be {len(coco.categories)}, the number of categories "
-            f"in {metadata.json_file}, got {num_classes}"
-        )
-    if cfg.MODEL.MASK_ON and is_train:
-        _check_masks(metadata.json_file, coco)
-    ids, names = ([*values] for values in zip(*coco.categories, strict=True))
+    except FileNotFoundError as error:
+        split = "TRAIN" if is_train else "TEST"
+        raise FileNotFoundError(
+            f"{error} (of DATASETS.{split} {name!r}; DATASETS.{split}_JSON and "
+            f"DATASETS.{split}_IMAGES name other data{_WITHOUT_TEST if not is_train else ''})"
+        ) from None
     return DetectionDataset(
-        metadata.name,
-        _to_detectron2(coco, ids),
-        names,
-        ids,
-        metadata.json_file,
-        coco if coco.faults else None,
+        name, [], [name for _, name in coco.categories], json_file=json_file, coco=coco
     )
 
 
-def _check_masks(json_file: str, coco: CocoDataset) -> None:
-    for record in coco.records:
-        for annotation in record["annotations"]:
-            if annotation.get("segmentation") is None:
-                raise ValueError(
-                    f"{json_file}: annotation {annotation['id']} has no segmentation: "
-                    "MODEL.MASK_ON False trains on boxes only"
-                )
+_WITHOUT_TEST = ", and DATASETS.TEST () trains without evaluation"
 
 
-def _to_detectron2(coco: CocoDataset, category_ids: Sequence[int]) -> list[Record]:
-    class_index = {id_: index for index, id_ in enumerate(category_ids)}
+def _build(
+    cfg: CfgNode, source: DetectionDataset, is_train: bool, classes: Sequence[str] | None
+) -> DetectionDataset:
+    """What :func:`_read` gave, in Detectron2's format and with the classes of the detector."""
+    dataset = source
+    if source.coco and source.json_file:
+        dataset = _build_coco(cfg, source, source.coco, source.json_file, classes)
+        if is_train:
+            _note_mask_format(cfg, dataset)
+    elif classes and source.classes and list(classes) != list(source.classes):
+        raise ValueError(f"data set {source.name}: {compare_classes(classes, source.classes)}")
+    if not is_train:
+        return dataset
+    num_images = len(dataset.records)
+    kept = dataset.records
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        kept = [r for r in kept if any(not a["iscrowd"] for a in r["annotations"])]
+        if not kept:
+            num_crowds = sum(len(r["annotations"]) for r in dataset.records)
+            crowds = f": all {num_crowds} annotations are crowds" if num_crowds else ""
+            raise ValueError(
+                f"data set {source.name}: none of its {num_images} images has an object{crowds}"
+            )
+        logger.info("%s: %d of %d images have objects", source.name, len(kept), num_images)
+    if cfg.MODEL.KEYPOINT_ON:
+        least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        with_keypoints = [r for r in kept if count_visible(r) >= least]
+        logger.info("%s: %d of %d images have %d keypoints or more "
+                    "(MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)",
+                    source.name, len(with_keypoints), len(kept), least)  # fmt: skip
+        if not (kept := with_keypoints):
+            raise ValueError(f"data set {source.name}: no image has {least} keypoints")
+    return replace(dataset, records=kept)
+
+
+def _build_coco(
+    cfg: CfgNode,
+    source: DetectionDataset,
+    coco: CocoDataset,
+    json_file: str,
+    classes: Sequence[str] | None,
+) -> DetectionDataset:
+    names = list(classes) if classes is not None else [name for _, name in coco.categories]
+    check_num_classes(cfg, names, json_file)
+    ids = match_classes(coco, names, json_file)
+    is_changed = coco.is_changed or bool(coco.faults) or len(ids) != len(names)
+    is_changed |= len(ids) != len(coco.categories)
+    if cfg.MODEL.MASK_ON:
+        is_changed |= _require_masks(cfg, coco, json_file)
+    keypoints = None
+    if cfg.MODEL.KEYPOINT_ON:
+        keypoints, completed = read_keypoints(cfg, coco, json_file)
+        is_changed |= completed
+    return replace(
+        source,
+        records=_to_detectron2(cfg, coco, ids),
+        classes=names,
+        category_ids=category_ids(ids, len(names)),
+        coco=coco if is_changed else None,
+        keypoints=keypoints,
+    )
+
+
+def _require_masks(cfg: CfgNode, coco: CocoDataset, json_file: str) -> bool:
+    """Leave out annotations without a mask if ``DATASETS.ON_ERROR`` says so; whether there are any.
+
+    Raises:
+        ValueError: there are some, or there are no others.
+    """
+    without = [
+        (record, annotation)
+        for record in coco.records
+        for annotation in record["annotations"]
+        if annotation.get("segmentation") is None
+    ]
+    if not without:
+        return False
+    number = sum(len(record["annotations"]) for record in coco.records)
+    record, annotation = without[0]
+    message = (
+        f"{json_file}: {len(without)} of {number} annotations have no segmentation, the first: "
+        f"annotation {annotation['id']} of image {record['image_id']}"
+    )
+    if cfg.DATASETS.ON_ERROR == "raise" or len(without) == number:
+        raise ValueError(f"{message}: MODEL.MASK_ON False trains and evaluates boxes only")
+    logger.warning("%s; skipped", message)
+    for record, annotation in without:
+        record["annotations"].remove(annotation)
+    return True
+
+
+def _note_mask_format(cfg: CfgNode, dataset: DetectionDataset) -> None:
+    if not cfg.MODEL.MASK_ON or cfg.INPUT.MASK_FORMAT != "polygon":
+        return
+    number = sum(
+        isinstance(annotation.get("segmentation"), dict) and not annotation["iscrowd"]
+        for record in dataset.records
+        for annotation in record["annotations"]
+    )
+    if number:
+        logger.info("%s: %d masks are RLE: their images train on bitmasks, whatever "
+                    "INPUT.MASK_FORMAT is", dataset.json_file, number)  # fmt: skip
+
+
+def _to_detectron2(cfg: CfgNode, coco: CocoDataset, ids: dict[int, int]) -> list[Record]:
+    """The images and annotations.
+
+    Args:
+        ids: of the categories -> index of the class.
+    """
     records = []
     for image in coco.records:
-        annotations = [
-            {
+        annotations = []
+        for annotation in image["annotations"]:
+            converted = {
                 "bbox": annotation["bbox"],
                 "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": class_index[annotation["category_id"]],
-                "iscrowd": annotation.get("iscrowd", 0),
-                "segmentation": annotation.get("segmentation"),
+                "category_id": ids[annotation["category_id"]],
+                "iscrowd": annotation["iscrowd"],
             }
-            for annotation in image["annotations"]
-        ]
+            segmentation = annotation.get("segmentation")
+            if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+                segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
+            if segmentation is not None:
+                converted["segmentation"] = segmentation
+            if cfg.MODEL.KEYPOINT_ON:
+                # COCO counts pixels, Detectron2 measures from the image's edge.
+                converted["keypoints"] = [
+                    value if position % 3 == 2 else value + 0.5
+                    for position, value in enumerate(annotation["keypoints"])
+                ]
+            annotations.append(converted)
         records.append({**image, "annotations": annotations})
     return records
 
@@ -164,113 +316,56 @@ def _to_detectron2(coco: CocoDataset, category_ids: Sequence[int]) -> list[Recor
 def register_for_evaluation(cfg: CfgNode, dataset: DetectionDataset) -> Metadata:
     """Detectron2's metadata by which predictions for ``dataset`` are evaluated; in all processes.
 
-    What ``DATASETS.ON_ERROR skip`` skipped is not evaluated either: what is left is written to
-    ``OUTPUT_DIR``, by one process per machine, for pycocotools to read.
+    What was changed or skipped when the file was read is evaluated in the same way: it is then
+    written to ``OUTPUT_DIR``, by one process per machine, for pycocotools to read.
     """
     if dataset.json_file is None:
         return MetadataCatalog.get(dataset.name)
     json_file = dataset.json_file
     if dataset.coco:
-        path = Path(cfg.OUTPUT_DIR, f"cleaned_{Path(json_file).name}")
+        several = len(cfg.DATASETS.TEST) > 1 and dataset.name in cfg.DATASETS.TEST
+        number = f"{cfg.DATASETS.TEST.index(dataset.name) + 1}_" if several else ""
+        path = Path(cfg.OUTPUT_DIR, f"cleaned_{number}{Path(json_file).stem}.json")
         if comm.get_local_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
-                temporary.write_text(json.dumps(_to_coco(dataset.coco)), encoding="utf-8")
+                temporary.write_text(json.dumps(_to_coco(dataset)), encoding="utf-8")
         json_file = str(path)
     comm.synchronize()  # in all processes, even if only one machine's copy has faults
     name = f"{dataset.name} (evaluation)"
+    in_file = sorted(zip(dataset.category_ids, dataset.classes or (), strict=True))
     if name in MetadataCatalog.list():  # entry of the previous evaluation, whose file may differ
         MetadataCatalog.pop(name)
     return MetadataCatalog.get(name).set(
         json_file=json_file,
         image_root=MetadataCatalog.get(dataset.name).image_root,
         evaluator_type="coco",
-        thing_classes=dataset.classes,
+        thing_classes=[name for _, name in in_file],  # in the order of pycocotools' scores
         thing_dataset_id_to_contiguous_id={id_: i for i, id_ in enumerate(dataset.category_ids)},
     )
 
 
-def _to_coco(coco: CocoDataset) -> dict[str, Any]:
+def drawing_metadata(evaluated: Metadata, dataset: DetectionDataset) -> Metadata:
+    """What :func:`register_for_evaluation` gave, with the names of the classes by their index."""
+    if dataset.json_file is None:
+        return evaluated
+    return Metadata(**{**evaluated.as_dict(), "thing_classes": dataset.classes})
+
+
+def _to_coco(dataset: DetectionDataset) -> dict[str, Any]:
+    assert dataset.coco
+    names = zip(dataset.category_ids, dataset.classes or (), strict=True)
+    records = dataset.coco.records
     return {
         "info": {},
         "licenses": [],
-        "categories": [{"id": id_, "name": name} for id_, name in coco.categories],
+        "categories": [{"id": id_, "name": name} for id_, name in names],
         "images": [
             {"id": r["image_id"], **{key: r[key] for key in ("file_name", "height", "width")}}
-            for r in coco.records
+            for r in records
         ],
-        "annotations": [annotation for r in coco.records for annotation in r["annotations"]],
+        "annotations": [annotation for r in records for annotation in r["annotations"]],
     }
-
-
-class Mapper(DatasetMapper):
-    """Detectron2's mapper with our reading of images, our augmentation, and errors with names."""
-
-    def __init__(self, cfg: CfgNode, is_train: bool):
-        super().__init__(
-            is_train,
-            augmentations=build_augmentation(cfg, is_train),
-            image_format=cfg.INPUT.FORMAT,
-            use_instance_mask=cfg.MODEL.MASK_ON,
-            instance_mask_format=cfg.INPUT.MASK_FORMAT,
-        )
-
-    def __call__(self, record: Record) -> Record:
-        return self.transform(*self.read(record))
-
-    def read(self, record: Record) -> tuple[Record, np.ndarray]:
-        """A copy of the record, and its image in ``INPUT.FORMAT``.
-
-        Raises:
-            FileNotFoundError: the image is missing.
-            ValueError: it is truncated, no image, or of another size than its record says.
-        """
-        image = read_image(record["file_name"])
-        record = copy.deepcopy(record)
-        try:
-            d2_utils.check_image_size(record, image)
-        except d2_utils.SizeMismatchError as error:
-            raise ValueError(f"image file {record['file_name']}: {error}") from None
-        if "sem_seg_file_name" in record:  # of data sets in Detectron2's catalogue
-            label = d2_utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
-            record["sem_seg"] = label
-        return record, image[..., ::-1] if self.image_format == "BGR" else image
-
-    def transform(
-        self, record: Record, image: np.ndarray, rng: np.random.Generator | None = None
-    ) -> Record:
-        """Augment what :meth:`read` gave, into an input of Detectron2's models.
-
-        Args:
-            rng: seeds the augmentations, which draw from the global generators; None leaves them.
-
-        Raises:
-            ValueError: the annotations do not fit ``INPUT.MASK_FORMAT``.
-        """
-        aug_input = T.AugInput(image, sem_seg=record.get("sem_seg"))
-        with seeded(int(rng.integers(2**32))) if rng else contextlib.nullcontext():
-            transforms = self.augmentations(aug_input)
-        image = aug_input.image
-        if aug_input.sem_seg is not None:
-            record["sem_seg"] = torch.as_tensor(aug_input.sem_seg.astype("long"))
-        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        if not self.is_train:
-            record.pop("annotations", None)
-            return record
-        if "annotations" not in record:
-            return record
-        try:
-            self._transform_annotations(record, transforms, image.shape[:2])
-        except ValueError as error:
-            raise ValueError(f"annotations of image {record['file_name']}: {error}") from error
-        return record
-
-
-def load_training_datasets(cfg: CfgNode) -> list[DetectionDataset]:
-    """The data sets in ``DATASETS.TRAIN``; raises as :func:`load_dataset`, and for none at all."""
-    if not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN must name at least one data set, got none")
-    return [load_dataset(cfg, name, is_train=True) for name in cfg.DATASETS.TRAIN]
 
 
 def build_train_loader(cfg: CfgNode, datasets: Sequence[DetectionDataset]) -> DataLoader:
@@ -292,7 +387,8 @@ def build_train_loader(cfg: CfgNode, datasets: Sequence[DetectionDataset]) -> Da
         rank=comm.get_rank(),
         world_size=comm.get_world_size(),
     )
-    mapper = Mapper(cfg, is_train=True)
+    flips = datasets[0].keypoints.flip_indices if datasets[0].keypoints else None
+    mapper = Mapper(cfg, is_train=True, flip_indices=flips)
     samples = SkippingDataset(
         records, mapper.read, mapper.transform, seed=seed, on_error=cfg.DATASETS.ON_ERROR
     )

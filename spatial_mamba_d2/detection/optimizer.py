@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from spatial_mamba_d2.models.param_groups import build_adamw
+from spatial_mamba_d2.training.guard import gradient_norm
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
@@ -16,16 +17,20 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
     return build_adamw(model, cfg.SOLVER)
 
 
-def clip_gradients(cfg: CfgNode, parameters: Iterable[torch.Tensor]) -> None:
-    """Clip gradients in place as ``cfg.SOLVER.CLIP_GRADIENTS`` says; does nothing if disabled."""
+def clip_gradients(cfg: CfgNode, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Clip gradients in place as ``cfg.SOLVER.CLIP_GRADIENTS`` says; does nothing if disabled.
+
+    Returns:
+        the norm of all of them together before clipping, a scalar.
+    """
     clip = cfg.SOLVER.CLIP_GRADIENTS
-    if not clip.ENABLED:
-        return
     parameters = [p for p in parameters if p.grad is not None]
-    if clip.CLIP_TYPE == "full_model":
-        nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
-    elif clip.CLIP_TYPE == "norm":
+    if clip.ENABLED and clip.CLIP_TYPE == "full_model":
+        return nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+    norm = gradient_norm(parameters)
+    if clip.ENABLED and clip.CLIP_TYPE == "norm":
         for parameter in parameters:
             nn.utils.clip_grad_norm_(parameter, clip.CLIP_VALUE, clip.NORM_TYPE)
-    else:
+    elif clip.ENABLED:
         nn.utils.clip_grad_value_(parameters, clip.CLIP_VALUE)
+    return norm

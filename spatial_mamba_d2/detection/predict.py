@@ -12,7 +12,8 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
-from spatial_mamba_d2.data.images import Draw
+from spatial_mamba_d2.data.images import Draw, Drawer
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.detection.augmentation import build_augmentation
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.visualize import draw_instances
@@ -56,7 +57,7 @@ def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw
         drawing = draw_instances(image, instances, predictor.metadata, score_thresh)
         return drawing, f"{num_drawn} objects"
 
-    return draw
+    return Drawer(draw, value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE))
 
 
 def _metadata(cfg: CfgNode, classes: list[str] | None) -> Metadata:

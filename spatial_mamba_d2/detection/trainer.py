@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +34,34 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.samplers import ResumableBatchSampler
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
 from spatial_mamba_d2.detection.data import (
     DetectionDataset,
     build_test_loader,
     build_train_loader,
+    drawing_metadata,
     load_dataset,
     load_training_datasets,
     register_for_evaluation,
 )
+from spatial_mamba_d2.detection.hooks import (
+    Evaluation,
+    NamedWriter,
+    StopOnSignal,
+    StoppableLoader,
+)
 from spatial_mamba_d2.detection.optimizer import build_optimizer, clip_gradients
+from spatial_mamba_d2.detection.test_time_augmentation import (
+    build_augmented_model,
+    without_resize,
+)
 from spatial_mamba_d2.detection.visualize import VisualizationWriter
 from spatial_mamba_d2.system.seeding import derive_seed, seed_all
+from spatial_mamba_d2.training.guard import IterationGuard, require_finite_weights
+from spatial_mamba_d2.training.resuming import ConfiguredSchedule, require_iterations_left
+from spatial_mamba_d2.training.run_folder import METRICS, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +113,10 @@ class AccumulatingTrainer(SimpleTrainer):
             for name, value in outputs.items():
                 losses[name] = losses.get(name, 0) + value.detach()
         self.after_backward()
-        self._write_metrics(losses, data_time)
-
         self.scaler.unscale_(self.optimizer)
-        clip_gradients(self.cfg, self.model.parameters())
+        norm = clip_gradients(self.cfg, self.model.parameters())
+        self.guard.check(self.iter, losses, norm, self.optimizer.param_groups[0]["lr"])
+        self._write_metrics(losses, data_time)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -113,7 +130,12 @@ class AccumulatingTrainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.scaler.load_state_dict(state_dict["scaler"])
+        if self.scaler.is_enabled() and state_dict["scaler"]:
+            self.scaler.load_state_dict(state_dict["scaler"])
+
+    def close_loader(self) -> None:
+        """End the processes that load data."""
+        self._data_loader_iter_obj = None
 
 
 class Trainer(DefaultTrainer):
@@ -131,6 +153,10 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = build_optimizer(cfg, model)
         datasets = load_training_datasets(cfg)
+        # Also what is read only at the first evaluation, so that its faults are found now
+        self.classes = datasets[0].classes
+        for name in cfg.DATASETS.TEST:
+            load_dataset(cfg, name, is_train=False, classes=self.classes)
         data_loader = build_train_loader(cfg, datasets)
         on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
         model = create_ddp_model(
@@ -144,18 +170,69 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             skip=tuple(cfg.MODEL.WEIGHTS_SKIP),
-            classes=datasets[0].classes,
+            classes=self.classes,
             trainer=weakref.proxy(self),
+        )
+        self._trainer.guard = IterationGuard(
+            lambda trainer=weakref.proxy(self): trainer.last_checkpoint,
+            lambda scaler=self._trainer.scaler: scaler.get_scale() if scaler.is_enabled() else None,
+            torch.device(cfg.MODEL.DEVICE),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        # Detectron2's hook of evaluation calls self.test(cfg, model).
+        self.test = partial(type(self).test, classes=self.classes)  # type: ignore[method-assign]
+        self.iteration_is_complete = True
         self.register_hooks(self.build_hooks())
 
     @property
     def last_results(self) -> dict[str, Any] | None:
         """Results of the last evaluation, if there was one."""
         return getattr(self, "_last_eval_results", None)
+
+    @property
+    def network(self) -> nn.Module:
+        """The model without its wrapper for several processes."""
+        is_wrapped = isinstance(self.model, DistributedDataParallel)
+        return self.model.module if is_wrapped else self.model
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """Of ``OUTPUT_DIR``, if there is one."""
+        found = self.checkpointer.has_checkpoint()
+        return Path(self.checkpointer.get_checkpoint_file()) if found else None
+
+    @property
+    def signum(self) -> int:
+        """The signal that asked one of the processes to stop, or 0."""
+        return self._trainer.guard.signum
+
+    def before_step(self) -> None:
+        self.iteration_is_complete = False
+        super().before_step()
+
+    def after_step(self) -> None:
+        if comm.is_main_process() and self.iter == self.start_iter:
+            write_config(self.cfg, self.cfg.OUTPUT_DIR)
+        super().after_step()
+        self.iteration_is_complete = True
+
+    def after_train(self) -> None:
+        super().after_train()
+        self._trainer.close_loader()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """State of a checkpoint, with the learning rate and decay that the configuration says.
+
+        Raises:
+            ValueError: the checkpoint's training is longer than ``SOLVER.MAX_ITER``.
+        """
+        done = state_dict["iteration"] + 1
+        require_iterations_left(done, self.max_iter, "SOLVER.MAX_ITER", "the last checkpoint")
+        configured = ConfiguredSchedule(self._trainer.optimizer, self.scheduler)
+        super().load_state_dict(state_dict)
+        configured.restore(done)
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
@@ -169,12 +246,17 @@ class Trainer(DefaultTrainer):
         return max(1, min(20, self.max_iter // 50))
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, with our write period."""
-        built = super().build_hooks()
-        for hook in built:
+        """Detectron2's, with our evaluation and write period, and an ear for signals."""
+        built: list[HookBase | None] = []
+        for hook in super().build_hooks():
+            is_evaluation = isinstance(hook, hooks.EvalHook)
+            built.append(Evaluation(self.cfg, hook._func) if is_evaluation else hook)
+            if is_evaluation and self.cfg.TEST.AUG.ENABLED:
+                test = partial(self.test_augmented, self.cfg, self.model, self.classes)
+                built.append(hooks.EvalHook(0, test))  # at the end
             if isinstance(hook, hooks.PeriodicWriter):
                 hook._period = self._write_period
-        return built
+        return [*built, StopOnSignal()]
 
     def build_writers(self) -> list[EventWriter]:
         """Console, metrics.json (medians over the iterations since the last line), TensorBoard."""
@@ -182,8 +264,10 @@ class Trainer(DefaultTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         return [
             CommonMetricPrinter(self.max_iter),
-            JSONWriter(str(folder / "metrics.json"), window_size=self._write_period),
-            TensorboardXWriter(str(folder)),
+            NamedWriter(
+                JSONWriter(str(folder / METRICS), window_size=self._write_period), folder / METRICS
+            ),
+            NamedWriter(TensorboardXWriter(str(folder)), folder),
         ]
 
     @classmethod
@@ -216,16 +300,26 @@ class Trainer(DefaultTrainer):
         cfg: CfgNode,
         model: nn.Module,
         evaluators: Sequence[DatasetEvaluator] | None = None,
+        classes: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Evaluate on each data set of ``DATASETS.TEST``, which is read once.
 
+        Args:
+            classes: names of the model's, by which those of the data are matched; None: those of
+                the data.
+
         Returns:
             ``{task: {metric: value}}``, for several data sets by their names.
+
+        Raises:
+            FloatingPointError: weights are not finite.
+            Stopped: a signal asked for it.
         """
+        require_finite_weights(model.state_dict(), "weights to evaluate")
         results: dict[str, Any] = {}
         for number, name in enumerate(cfg.DATASETS.TEST):
-            dataset = load_dataset(cfg, name, is_train=False)
-            loader = build_test_loader(cfg, dataset)
+            dataset = load_dataset(cfg, name, is_train=False, classes=classes)
+            loader = StoppableLoader(build_test_loader(cfg, dataset))
             evaluator = evaluators[number] if evaluators else build_evaluator(cfg, dataset)
             results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
@@ -233,21 +327,57 @@ class Trainer(DefaultTrainer):
                 print_csv_format(results[name])
         return results[name] if len(results) == 1 else results
 
+    @classmethod
+    def test_augmented(
+        cls, cfg: CfgNode, model: nn.Module, classes: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """:meth:`test` with ``TEST.AUG``; the keys end in ``_TTA``, as in Detectron2's script."""
+        logger.info("evaluation with test-time augmentation (TEST.AUG)")
+        cfg = without_resize(cfg)
+        evaluators = [
+            build_evaluator(cfg, load_dataset(cfg, name, is_train=False, classes=classes), "_TTA")
+            for name in cfg.DATASETS.TEST
+        ]
+        augmented = build_augmented_model(cfg, model)
+        results = cls.test(cfg, augmented, evaluators, classes)
+        return {f"{key}_TTA": value for key, value in results.items()}
 
-def build_evaluator(cfg: CfgNode, dataset: DetectionDataset) -> DatasetEvaluators:
-    """COCO evaluation by pycocotools and, if asked for, drawings of predictions."""
+
+def build_evaluator(cfg: CfgNode, dataset: DetectionDataset, suffix: str = "") -> DatasetEvaluators:
+    """COCO evaluation by pycocotools and, if asked for, drawings of predictions.
+
+    Args:
+        suffix: of the folders that results are written to.
+    """
     metadata = register_for_evaluation(cfg, dataset)
+    # Each of several data sets has its own files.
+    several = len(cfg.DATASETS.TEST) > 1
+    place = re.sub(r"[^\w.-]+", "_", dataset.name).strip("_") if several else ""
     output_dir = Path(cfg.OUTPUT_DIR)
     evaluators: list[DatasetEvaluator] = [
         COCOEvaluator(
             metadata.name,
-            tasks=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
-            output_dir=str(output_dir / "inference"),
+            tasks=(
+                "bbox",
+                *(["segm"] if cfg.MODEL.MASK_ON else []),
+                *(["keypoints"] if cfg.MODEL.KEYPOINT_ON else []),
+            ),
+            output_dir=str(output_dir / f"inference{suffix}" / place),
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
             max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
             use_fast_impl=False,
         )
     ]
     if cfg.TEST.PICTURES:
-        folder, threshold = output_dir / "pictures", cfg.TEST.PICTURES_SCORE_THRESH
-        evaluators.append(VisualizationWriter(metadata, folder, cfg.TEST.PICTURES, threshold))
+        folder, threshold = output_dir / f"pictures{suffix}" / place, cfg.TEST.PICTURES_SCORE_THRESH
+        value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
+        evaluators.append(
+            VisualizationWriter(
+                drawing_metadata(metadata, dataset),
+                folder,
+                cfg.TEST.PICTURES,
+                threshold,
+                value_range,
+            )
+        )
     return DatasetEvaluators(evaluators)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from pycocotools.coco import COCO
 
 from spatial_mamba_d2.data.drawing import enlargement
 from spatial_mamba_d2.data.images import read_image, write_image
+from spatial_mamba_d2.data.outputs import name_outputs
+from spatial_mamba_d2.data.pixels import PixelRange
 
 logger = logging.getLogger(__name__)
 _SHORTEST_PX = 480  # smaller images are enlarged to this, so that labels can be read
@@ -45,20 +48,35 @@ def draw_instances(
 def draw_ground_truth(
     image: np.ndarray, annotations: list[dict[str, Any]], coco: COCO, metadata: Metadata
 ) -> np.ndarray:
-    """Draw COCO annotations of ``image`` (RGB, ``uint8[H, W, 3]``); see :func:`draw_instances`."""
+    """Draw COCO annotations of ``image`` (RGB, ``uint8[H, W, 3]``); see :func:`draw_instances`.
+
+    Those without a mask are drawn as boxes.
+    """
     classes = metadata.thing_dataset_id_to_contiguous_id
     names = metadata.thing_classes
     visualizer = Visualizer(image, metadata, enlargement(image, _SHORTEST_PX), ColorMode.IMAGE)
     x, y, w, h = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4).T
     output = visualizer.overlay_instances(
         boxes=np.stack((x, y, x + w, y + h), axis=1),
-        masks=[coco.annToMask(a) for a in annotations],
+        masks=[
+            coco.annToMask(a) if a.get("segmentation") else np.zeros(image.shape[:2], np.uint8)
+            for a in annotations
+        ],
+        keypoints=_keypoints(annotations),
         labels=[
             names[classes[a["category_id"]]] + (" (crowd)" if a.get("iscrowd") else "")
             for a in annotations
         ],
     )
     return output.get_image()
+
+
+def _keypoints(annotations: list[dict[str, Any]]) -> np.ndarray | None:
+    """float[N, K, 3], x, y and whether it is visible; None if an annotation has none."""
+    lists = [annotation.get("keypoints", []) for annotation in annotations]
+    if not lists or not all(lists) or len({len(points) for points in lists}) != 1:
+        return None
+    return np.array(lists, float).reshape(len(lists), -1, 3) + (0.5, 0.5, 0)
 
 
 class VisualizationWriter(DatasetEvaluator):
@@ -69,15 +87,29 @@ class VisualizationWriter(DatasetEvaluator):
         folder: where the drawings go.
         num_images: how many images to draw, over all processes.
         score_thresh: lowest score to draw.
+        value_range: see :func:`~spatial_mamba_d2.data.images.read_image`.
     """
 
-    def __init__(self, metadata: Metadata, folder: Path, num_images: int, score_thresh: float):
+    def __init__(
+        self,
+        metadata: Metadata,
+        folder: Path,
+        num_images: int,
+        score_thresh: float,
+        value_range: PixelRange | None = None,
+    ):
         self.metadata = metadata
         self.folder = folder
         self.num_images = math.ceil(num_images / comm.get_world_size())
         self.score_thresh = score_thresh
+        self.value_range = value_range
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             self.coco = COCO(metadata.json_file)
+        root = Path(metadata.get("image_root") or "/")
+        images = self.coco.dataset["images"]
+        files = list(dict.fromkeys(os.path.abspath(root / i["file_name"]) for i in images))
+        names = name_outputs([Path(file) for file in files], root, folder, (".png",))
+        self.names = dict(zip(files, names, strict=True))
 
     def reset(self) -> None:
         self.num_written = 0
@@ -86,14 +118,14 @@ class VisualizationWriter(DatasetEvaluator):
         for record, output in zip(inputs, outputs, strict=True):
             if self.num_written >= self.num_images:
                 return
-            image = read_image(record["file_name"])
-            annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=record["image_id"]))
+            image = read_image(record["file_name"], value_range=self.value_range)
+            annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[record["image_id"]]))
             pair = (
                 draw_ground_truth(image, annotations, self.coco, self.metadata),
                 draw_instances(image, output["instances"], self.metadata, self.score_thresh),
             )
-            name = f"{Path(record['file_name']).stem}.png"
-            write_image(self.folder / name, np.concatenate(pair, axis=1))
+            name = self.names[os.path.abspath(record["file_name"])]
+            write_image(name.with_name(f"{name.name}.png"), np.concatenate(pair, axis=1))
             self.num_written += 1
 
     def evaluate(self) -> dict[str, Any]:

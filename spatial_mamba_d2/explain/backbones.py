@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from spatial_mamba_d2.data.images import find_images, read_image
+from spatial_mamba_d2.data.outputs import check_outputs
 from spatial_mamba_d2.data.shapes import render_image
-from spatial_mamba_d2.models import SpatialMambaClassifier, load_weights
+from spatial_mamba_d2.models import SpatialMambaClassifier, load_weights, read_checkpoint
+from spatial_mamba_d2.models.checkpoints.reading import WeightsError, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,7 @@ def build_model(name: str, weights: Path | None = None, size_px: int = 224) -> A
         size_px: side of the images, which some models of timm need to know.
 
     Raises:
-        ValueError: no such model, or it has no stages, or the weights do not fit one of ours.
-        RuntimeError: the weights do not fit one of timm's.
+        ValueError: no such model, or it has no stages, or the weights do not fit.
         FileNotFoundError: no such file.
     """
     if not timm.is_model(name):
@@ -53,7 +54,10 @@ def build_model(name: str, weights: Path | None = None, size_px: int = 224) -> A
     elif isinstance(model, SpatialMambaClassifier):
         logger.info("%s", load_weights(model, weights, partial=False))
     else:
-        timm.models.load_checkpoint(model, str(weights))
+        try:
+            model.load_state_dict(unwrap(read_checkpoint(weights), str(weights)))
+        except RuntimeError as error:
+            raise WeightsError(f"weights: {weights} does not fit {name}: {error}") from None
     return model.eval()
 
 
@@ -70,6 +74,18 @@ def normalize(model: nn.Module, image: np.ndarray) -> Tensor:
     mean, std = (np.array(config[name], np.float32) for name in ("mean", "std"))
     pixels = (image.astype(np.float32) / 255 - mean) / std
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def check_results(
+    results: Iterable[Path],
+    inputs: Sequence[Path],
+    weights: Iterable[Path | None],
+    *,
+    overwrite: bool,
+) -> None:
+    """Raises ValueError if a result would be written over a file, see :func:`.check_outputs`."""
+    files = find_images(inputs) if inputs else []
+    check_outputs(results, [*files, *filter(None, weights)], overwrite=overwrite)
 
 
 def read_square_images(paths: Iterable[Path], num_images: int, size_px: int) -> list[np.ndarray]:

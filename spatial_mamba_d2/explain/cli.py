@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def add_image_arguments(parser: argparse.ArgumentParser, *, num_images: int) -> None:
-    """Add ``--input``, ``--number``, ``--size-px``, ``--seed`` and ``--output``.
+    """Add ``--input``, ``--number``, ``--size-px``, ``--seed``, ``--output`` and ``--overwrite``.
 
-    They are parsed as ``inputs``, ``num_images``, ``size_px``, ``seed`` and ``output``.
+    They are parsed as ``inputs``, ``num_images``, ``size_px``, ``seed``, ``output``, ``overwrite``.
 
     Args:
         num_images: default of ``--number``.
@@ -28,3 +28,6 @@ def add_image_arguments(parser: argparse.ArgumentParser, *, num_images: int) -> 
     parser.add_argument("--size-px", default=224, type=int, help="side of images (%(default)s)")
     parser.add_argument("--seed", default=0, type=int, help="seed of random weights (%(default)s)")
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace results in --output; never an input"
+    )

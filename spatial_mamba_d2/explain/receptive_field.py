@@ -22,6 +22,7 @@ from torch import Tensor
 
 from spatial_mamba_d2.explain.backbones import (
     build_model,
+    check_results,
     normalize,
     read_square_images,
     stage_maps,
@@ -183,6 +184,7 @@ def plot_receptive_fields(
     size_px: int,
     seed: int,
     device: str,
+    overwrite: bool = True,
 ) -> None:
     """Write ``erf.png``, ``erf.json`` and ``erf.npz`` (the scores) to ``output``.
 
@@ -191,6 +193,7 @@ def plot_receptive_fields(
         weights: one for each model, ``None`` for random ones; if empty, all are random.
         inputs, num_images, size_px: see :func:`~.backbones.read_square_images`.
         seed: seed of random weights.
+        overwrite: replace these files in ``output``; never an input.
 
     Raises:
         FileNotFoundError, ValueError: models, weights or images are unusable.
@@ -202,6 +205,8 @@ def plot_receptive_fields(
         )
     if len(set(models)) != len(models):
         raise ValueError(f"models must be different ones, got {', '.join(models)}")
+    planned = [output / f"erf.{suffix}" for suffix in ("png", "json", "npz")]
+    check_results(planned, inputs, weights, overwrite=overwrite)
     images = read_square_images(inputs, num_images, size_px)
     fields: dict[str, Any] = {}
     titles: dict[str, str] = {}

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spatial_mamba_d2.explain.backbones import build_model, normalize, read_square_images
+from spatial_mamba_d2.explain.backbones import (
+    build_model,
+    check_results,
+    normalize,
+    read_square_images,
+)
 from spatial_mamba_d2.models.spatial_mamba import SpatialMamba
 from spatial_mamba_d2.ops import selective_scan, state_fusion
 
@@ -150,6 +155,7 @@ def plot_states(
     num_images: int,
     size_px: int,
     seed: int,
+    overwrite: bool = True,
 ) -> list[Path]:
     """Write ``states_{i}.png`` for each image to ``output``, and return their paths.
 
@@ -158,10 +164,13 @@ def plot_states(
         inputs, num_images, size_px: see :func:`~.backbones.read_square_images`.
         stage, block, channels: what to draw, see :func:`record_states` and :func:`draw_states`.
         seed: seed of random weights.
+        overwrite: replace figures in ``output``; never an input.
 
     Raises:
         FileNotFoundError, ValueError: model, weights, images or the choice are unusable.
     """
+    planned = [output / f"states_{i}.png" for i in range(num_images)]
+    check_results(planned, inputs, [weights], overwrite=overwrite)
     torch.manual_seed(seed)
     network = build_model(model, weights, size_px)
     if not isinstance(network, SpatialMamba):

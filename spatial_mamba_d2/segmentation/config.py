@@ -8,8 +8,10 @@ from spatial_mamba_d2.config import (
     add_lightning_config,
     config_loader,
     require_at_least,
+    require_between,
     require_low_high,
     require_one_of,
+    require_whole,
 )
 
 
@@ -26,17 +28,38 @@ def segmentation_defaults() -> CfgNode:
     cfg.MODEL.UPERNET.DROPOUT = 0.1
     cfg.MODEL.UPERNET.AUX_CHANNELS = 256
     cfg.MODEL.UPERNET.AUX_WEIGHT = 0.4  # weight of the auxiliary loss
-    cfg.MODEL.CLASS_WEIGHTS = ()  # weight of each class in both losses; (): 1 for all
+    # Weight of each class in both losses; (): 1 for all. ("auto",): the more, the rarer a class is
+    # in the training labels; the median of their frequencies over its own, 0.1 to 10.
+    cfg.MODEL.CLASS_WEIGHTS = ()
+    cfg.MODEL.DICE_WEIGHT = 0.0  # weight of a Dice loss of the decode head, on top
 
-    # Any data set in ADE20K's folder layout: ROOT/images/SPLIT/*, ROOT/annotations/SPLIT/*.png
+    # Any data set in ADE20K's folder layout: ROOT/images/SPLIT/*, ROOT/annotations/SPLIT/*.png,
+    # with or without subfolders.
     cfg.DATASETS.ROOT = "datasets/shapes"
+    # A split is the name of a folder, or a file in ROOT with one name a line, such as
+    # ImageSets/Segmentation/train.txt. TEST may be "": training without evaluation.
     cfg.DATASETS.TRAIN = "training"
     cfg.DATASETS.TEST = "validation"
-    cfg.DATASETS.CLASSES = "objectInfo.txt"  # a file of names in ROOT, ade20k, or "" for numbers
+    # Where images and labels are in ROOT. {split} is left out if the split is a file of names.
+    cfg.DATASETS.IMAGE_FOLDER = "images/{split}"
+    cfg.DATASETS.LABEL_FOLDER = "annotations/{split}"
+    # How file names end after what an image and its label have in common: _leftImg8bit.png and
+    # _gtFine_labelIds.png, for example, or _mask with any suffix of images.
+    cfg.DATASETS.IMAGE_SUFFIX = ""
+    cfg.DATASETS.LABEL_SUFFIX = ""
+    # A file of names in ROOT, one a line; ade20k, cityscapes or voc; or "" for numbers.
+    cfg.DATASETS.CLASSES = "objectInfo.txt"
     cfg.DATASETS.LABEL_OFFSET = 1  # class 0 is stored as this
     cfg.DATASETS.IGNORE_LABELS = (0,)  # stored integers that are ignored in training and scores
+    # The class of each stored value or colour, if LABEL_OFFSET and IGNORE_LABELS, which it
+    # replaces, do not say it: "0: background, 255: 1", "#804080: road, (70, 70, 70): 2, *: ignore",
+    # "0-6: ignore, 7: 0, 8: 1"; a text file in ROOT with such entries, one a line; cityscapes for
+    # its label ids; or voc. A class is an index, a name or "ignore"; * is everything else.
+    cfg.DATASETS.LABEL_MAP = ""
 
-    cfg.INPUT = CfgNode()
+    # Channels of the images. For others than 3, PIXEL_MEAN and PIXEL_STD need as many values, and
+    # the first convolution starts from its RGB weights, summed or repeated.
+    cfg.INPUT.CHANNELS = 3
     # Images are resized to this short side in training and evaluation, unless the long side would
     # exceed LONG_PX.
     cfg.INPUT.SHORT_PX = 512
@@ -45,9 +68,11 @@ def segmentation_defaults() -> CfgNode:
     cfg.INPUT.CROP_PX = 512
     cfg.INPUT.MAX_CLASS_SHARE = 0.75  # a crop with a larger share of one class is drawn again
     cfg.INPUT.FLIP = True
-    cfg.INPUT.PHOTOMETRIC = True
+    cfg.INPUT.PHOTOMETRIC = True  # without 3 channels, only brightness and contrast
 
-    cfg.SOLVER.IMS_PER_BATCH = 16  # over all processes
+    # Over all processes; each needs at least 2 in a micro-batch, for the batch norms, or
+    # MODEL.SPATIAL_MAMBA.BN sync and several processes.
+    cfg.SOLVER.IMS_PER_BATCH = 16
     cfg.SOLVER.BASE_LR = 6e-5
     cfg.SOLVER.WEIGHT_DECAY = 0.01
     cfg.SOLVER.WARMUP_ITERS = 1500
@@ -67,6 +92,9 @@ def segmentation_defaults() -> CfgNode:
     cfg.TEST.SCALES_OF = "frame"  # or "image"
     cfg.TEST.FLIP = False
     cfg.TEST.PICTURES = 8  # test images to draw with ground truth and prediction
+    # Folder for the predicted label maps as PNG, in the values (or colours) that label files store;
+    # "": none.
+    cfg.TEST.SAVE_LABELS = ""
     return cfg
 
 
@@ -83,24 +111,53 @@ def _check(cfg: CfgNode) -> None:
         cfg,
         {
             "SEED": 0,
-            "MODEL.NUM_CLASSES": 1,
+            "MODEL.DICE_WEIGHT": 0,
+            "INPUT.CHANNELS": 1,
             "INPUT.SHORT_PX": 1,
             "INPUT.LONG_PX": cfg.INPUT.SHORT_PX,
             "INPUT.CROP_PX": 1,
             "TEST.CROP_PX": 1,
             "TEST.STRIDE_PX": 1,
+            "DATASETS.LABEL_OFFSET": 0,
+            "DATASETS.IGNORE_LABELS": 0,
+            "MODEL.UPERNET.CHANNELS": 1,
+            "MODEL.UPERNET.AUX_CHANNELS": 1,
+            "MODEL.UPERNET.AUX_WEIGHT": 0,
         },
     )
+    require_between(cfg, ("MODEL.UPERNET.DROPOUT",), 0, 1, include_high=False)
+    require_between(cfg, ("INPUT.MAX_CLASS_SHARE",), 0, 1, include_low=False)
+    require_whole(cfg, ("DATASETS.IGNORE_LABELS",))
     if cfg.TEST.STRIDE_PX > cfg.TEST.CROP_PX:
         raise ValueError(
             f"TEST.STRIDE_PX must be at most TEST.CROP_PX {cfg.TEST.CROP_PX} to cover all pixels, "
             f"got {cfg.TEST.STRIDE_PX}"
         )
-    weights = cfg.MODEL.CLASS_WEIGHTS
-    if weights and (len(weights) != cfg.MODEL.NUM_CLASSES or min(weights) < 0):
+    if cfg.MODEL.NUM_CLASSES < 2:
+        raise ValueError(
+            "MODEL.NUM_CLASSES must be at least 2: one class against a background is two, because "
+            f"background is a class, got {cfg.MODEL.NUM_CLASSES}"
+        )
+    solver = cfg.SOLVER
+    if solver.IMS_PER_BATCH == solver.ACCUMULATION_STEPS:
+        raise ValueError(
+            "SOLVER.IMS_PER_BATCH must be at least 2 x SOLVER.ACCUMULATION_STEPS "
+            f"{solver.ACCUMULATION_STEPS}, because batch norm needs 2 images at a time, got "
+            f"{solver.IMS_PER_BATCH}"
+        )
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN must name a split, got ''")
+    weights = tuple(cfg.MODEL.CLASS_WEIGHTS)
+    if weights == ("auto",):
+        pass
+    elif weights and not (
+        len(weights) == cfg.MODEL.NUM_CLASSES
+        and all(isinstance(w, (int, float)) and w >= 0 for w in weights)
+        and any(weights)
+    ):
         raise ValueError(
             f"MODEL.CLASS_WEIGHTS must be empty or {cfg.MODEL.NUM_CLASSES} (MODEL.NUM_CLASSES) "
-            f"numbers of at least 0, got {weights}"
+            f"numbers of at least 0, not all 0, or ('auto',), got {weights}"
         )
     require_low_high(cfg, ("INPUT.RATIO_RANGE",))
     if not cfg.TEST.SCALES or min(cfg.TEST.SCALES) <= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,17 +12,31 @@ import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import Dataset
 
-from spatial_mamba_d2.data.ade20k import load_split
+from spatial_mamba_d2.data.ade20k import (
+    CheckedSplit,
+    check_split,
+    check_training_counts,
+    load_classes,
+)
+from spatial_mamba_d2.data.class_file import numbered_names
 from spatial_mamba_d2.data.faults import OnError, read_or_skip
-from spatial_mamba_d2.data.label_maps import LabelFormat, Pair, read_pair
+from spatial_mamba_d2.data.label_format import LabelFormat, build_label_format
+from spatial_mamba_d2.data.label_maps import Classes, Pair, read_pair
+from spatial_mamba_d2.data.pair_files import Layout
+from spatial_mamba_d2.data.pixels import PixelRange, build_pixel_range
 from spatial_mamba_d2.data.samplers import SkippingDataset
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform, TrainTransform
 from spatial_mamba_d2.segmentation.inference import Protocol
 from spatial_mamba_d2.training.data_module import DataModule
 
+logger = logging.getLogger(__name__)
+
 
 class TestImages(Dataset[dict[str, Any]]):
-    """One image at a time: ``views``, ``label``, ``index``, ``file``; ``error`` of a broken one."""
+    """One image at a time: ``views``, ``label``, ``index``, ``file``, ``name`` of the pair.
+
+    A broken one has ``error`` instead of ``views`` and ``label``.
+    """
 
     __test__ = False
 
@@ -31,9 +46,13 @@ class TestImages(Dataset[dict[str, Any]]):
         labels: LabelFormat,
         transform: TestTransform,
         on_error: OnError,
+        num_channels: int = 3,
+        value_range: PixelRange | None = None,
     ):
         self.pairs = pairs
-        self.labels = labels
+        self.read = partial(
+            read_pair, labels=labels, num_channels=num_channels, value_range=value_range
+        )
         self.transform = transform
         self.on_error = on_error
 
@@ -42,8 +61,8 @@ class TestImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
-        sample: dict[str, Any] = {"index": index, "file": str(pair.image)}
-        content, error = read_or_skip(partial(read_pair, labels=self.labels), pair, self.on_error)
+        sample: dict[str, Any] = {"index": index, "file": str(pair.image), "name": pair.name}
+        content, error = read_or_skip(self.read, pair, self.on_error)
         if error:
             return {**sample, "error": error}
         image, label = content
@@ -56,10 +75,18 @@ class SegmentationData(DataModule[Pair]):
     Args:
         root, train, test: the folder, and the names of its splits.
         labels: the meaning of the integers in label files.
+        names: of the classes, for messages; None: numbers.
+        layout: where the files are.
+        num_channels, value_range: see :func:`~.images.read_image`.
         **kwargs: see :class:`~spatial_mamba_d2.training.data_module.DataModule`.
 
+    Attributes:
+        check_decode: whether ``setup`` also decodes every image.
+        checked: split -> its pairs, how often the classes occur, and what was left out.
+
     Raises:
-        FileNotFoundError, ValueError: from ``setup``, see :func:`~.ade20k.load_split`.
+        FileNotFoundError, ValueError: from ``setup``, see :func:`~.ade20k.check_split` and
+            :func:`~.ade20k.check_training_counts`.
     """
 
     def __init__(
@@ -70,27 +97,80 @@ class SegmentationData(DataModule[Pair]):
         labels: LabelFormat,
         train_transform: TrainTransform,
         test_transform: TestTransform,
+        *,
+        names: Sequence[str] | None = None,
+        layout: Layout | None = None,
+        num_channels: int = 3,
+        value_range: PixelRange | None = None,
         **kwargs: Any,
     ):
         super().__init__(root, train, test, **kwargs)
-        self.labels = labels
+        self.labels, self.layout = labels, layout
+        self.num_channels, self.value_range = num_channels, value_range
+        self.names = names or numbered_names(labels.num_classes)
         self.train_transform, self.test_transform = train_transform, test_transform
+        self.checked: dict[str, CheckedSplit] = {}
+        self.check_decode = False
 
     def load_split(self, split: str) -> list[Pair]:
-        return load_split(self.root, split, self.labels, on_error=self.on_error)
+        checked = check_split(
+            self.root,
+            split,
+            self.labels,
+            layout=self.layout,
+            num_channels=self.num_channels,
+            value_range=self.value_range,
+            on_error=self.on_error,
+            check_decode=self.check_decode,
+        )
+        self.checked[split] = checked
+        where = f"{self.root}, {split}"
+        logger.info(
+            "%s: %d images with labels\n%s",
+            where,
+            len(checked.pairs),
+            checked.counts.table(self.names),
+        )
+        if split == self.train:
+            check_training_counts(checked.counts, self.names, self.labels, where)
+        return checked.pairs
 
     def training_samples(self, items: list[Pair]) -> SkippingDataset[Pair]:
-        read = partial(read_pair, labels=self.labels)
+        read = partial(
+            read_pair,
+            labels=self.labels,
+            num_channels=self.num_channels,
+            value_range=self.value_range,
+        )
         return SkippingDataset(
             items, read, self.train_transform, seed=self.seed, on_error=self.on_error
         )
 
     def test_samples(self, items: list[Pair]) -> TestImages:
-        return TestImages(items, self.labels, self.test_transform, self.on_error)
+        return TestImages(
+            items,
+            self.labels,
+            self.test_transform,
+            self.on_error,
+            self.num_channels,
+            self.value_range,
+        )
 
 
-def build_data(cfg: CfgNode, protocol: Protocol) -> SegmentationData:
-    """The data module of ``cfg``; it reads nothing yet."""
+def label_format(cfg: CfgNode, names: Sequence[str]) -> LabelFormat:
+    """What label files store, from ``cfg.DATASETS``; raises as :func:`build_label_format`."""
+    data = cfg.DATASETS
+    return build_label_format(
+        names, data.LABEL_OFFSET, data.IGNORE_LABELS, data.LABEL_MAP, data.ROOT
+    )
+
+
+def build_data(
+    cfg: CfgNode, protocol: Protocol, classes: Classes | None = None
+) -> SegmentationData:
+    """The data module of ``cfg``, which has read nothing but names of classes and ``LABEL_MAP``."""
+    data = cfg.DATASETS
+    classes = classes or load_classes(data.CLASSES, data.ROOT, cfg.MODEL.NUM_CLASSES)
     frame = {
         "short_px": cfg.INPUT.SHORT_PX,
         "long_px": cfg.INPUT.LONG_PX,
@@ -98,12 +178,10 @@ def build_data(cfg: CfgNode, protocol: Protocol) -> SegmentationData:
         "std": tuple(cfg.MODEL.PIXEL_STD),
     }
     return SegmentationData(
-        cfg.DATASETS.ROOT,
-        cfg.DATASETS.TRAIN,
-        cfg.DATASETS.TEST,
-        LabelFormat(
-            cfg.MODEL.NUM_CLASSES, cfg.DATASETS.LABEL_OFFSET, tuple(cfg.DATASETS.IGNORE_LABELS)
-        ),
+        data.ROOT,
+        data.TRAIN,
+        data.TEST,
+        label_format(cfg, classes.names),
         TrainTransform(
             ratio_range=tuple(cfg.INPUT.RATIO_RANGE),
             crop_px=cfg.INPUT.CROP_PX,
@@ -113,9 +191,13 @@ def build_data(cfg: CfgNode, protocol: Protocol) -> SegmentationData:
             **frame,
         ),
         TestTransform(scales=protocol.scales, scales_of=protocol.scales_of, **frame),
+        names=classes.names,
+        layout=Layout(data.IMAGE_FOLDER, data.LABEL_FOLDER, data.IMAGE_SUFFIX, data.LABEL_SUFFIX),
+        num_channels=cfg.INPUT.CHANNELS,
+        value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
         seed=cfg.SEED,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        on_error=cfg.DATASETS.ON_ERROR,
+        on_error=data.ON_ERROR,
     )

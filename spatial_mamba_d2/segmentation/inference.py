@@ -35,6 +35,7 @@ class Protocol:
             ``image``, its own size.
         flip: also mirror each view, and average.
         ignored: the stored labels that are not evaluated.
+        label_map: ``DATASETS.LABEL_MAP``, which says instead what the stored labels mean.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Protocol:
     short_px: int
     long_px: int
     ignored: tuple[int, ...]
+    label_map: str = ""
 
     def __str__(self) -> str:
         window = f", crop {self.crop_px}, stride {self.stride_px}" if self.mode == "slide" else ""
@@ -55,10 +57,12 @@ class Protocol:
             if self.scales_of == "image"
             else f"short side {self.short_px}, long <= {self.long_px}"
         )
+        labels = f"stored labels {', '.join(map(str, self.ignored)) or 'none'} ignored"
+        if self.label_map:
+            labels = "stored labels by DATASETS.LABEL_MAP"
         return (
             f"{self.name} ({self.mode}{window}; scales {', '.join(map(str, self.scales))} of {base}"
-            f"{'; with flip' if self.flip else ''}; OpenCV bilinear; stored labels "
-            f"{', '.join(map(str, self.ignored)) or 'none'} ignored)"
+            f"{'; with flip' if self.flip else ''}; OpenCV bilinear; {labels})"
         )
 
 
@@ -76,11 +80,12 @@ def build_protocol(cfg: CfgNode) -> Protocol:
         flip=flip,
         short_px=cfg.INPUT.SHORT_PX,
         long_px=cfg.INPUT.LONG_PX,
-        ignored=tuple(cfg.DATASETS.IGNORE_LABELS),
+        ignored=() if cfg.DATASETS.LABEL_MAP else tuple(cfg.DATASETS.IGNORE_LABELS),
+        label_map=cfg.DATASETS.LABEL_MAP,
     )
 
 
-def _windows(side: int, crop_px: int, stride_px: int) -> Iterator[slice]:
+def windows(side: int, crop_px: int, stride_px: int) -> Iterator[slice]:
     """Windows that cover ``side``; the last one ends with it."""
     num_windows = max(side - crop_px + stride_px - 1, 0) // stride_px + 1
     for i in range(num_windows):
@@ -93,8 +98,8 @@ def slide(model: Model, x: Tensor, crop_px: int, stride_px: int) -> Tensor:
     height, width = x.shape[-2:]
     total: Tensor | None = None
     count = x.new_zeros(height, width)
-    for rows in _windows(height, crop_px, stride_px):
-        for columns in _windows(width, crop_px, stride_px):
+    for rows in windows(height, crop_px, stride_px):
+        for columns in windows(width, crop_px, stride_px):
             logits = whole(model, x[..., rows, columns])
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], height, width)
@@ -107,6 +112,20 @@ def slide(model: Model, x: Tensor, crop_px: int, stride_px: int) -> Tensor:
 def whole(model: Model, x: Tensor) -> Tensor:
     """Logits of ``x``, ``Tensor[B, 3, H, W]``, in its size: float32 ``Tensor[B, K, H, W]``."""
     return resize(model(x).float(), x.shape[-2:])
+
+
+def mirrored_views(views: Sequence[Tensor], protocol: Protocol) -> list[Tensor]:
+    """Each view as ``Tensor[1, C, H_s, W_s]``, with ``protocol.flip`` followed by its mirror image.
+
+    Raises:
+        ValueError: there is no view.
+    """
+    if not views:
+        raise ValueError("views must hold at least one view, got none")
+    inputs = [x[None] for x in views]
+    if not protocol.flip:
+        return inputs
+    return [x for view in inputs for x in (view, view.flip(-1))]
 
 
 @torch.no_grad()
@@ -123,9 +142,7 @@ def segment(
     Returns:
         ``Tensor[K, H, W]``: logits for a single view, else the mean of the views' probabilities.
     """
-    inputs = [x[None] for x in views]
-    if protocol.flip:
-        inputs = [x for view in inputs for x in (view, view.flip(-1))]
+    inputs = mirrored_views(views, protocol)
     total: Tensor | None = None
     for i, x in enumerate(inputs):
         if protocol.mode == "slide":
@@ -138,6 +155,5 @@ def segment(
         if len(inputs) == 1:
             return logits
         total = logits.softmax(0) if total is None else total.add_(logits.softmax(0))
-    if total is None:
-        raise ValueError("views must hold at least one view, got none")
+    assert total is not None  # mirrored_views returns at least one
     return total.div_(len(inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ from torch.nn import functional as F
 from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.data.images import read_image, write_image
 from spatial_mamba_d2.data.label_maps import Classes
+from spatial_mamba_d2.data.outputs import check_outputs
+from spatial_mamba_d2.data.pair_files import LABEL_WITHOUT_IMAGE
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.param_groups import build_adamw
 from spatial_mamba_d2.models.upernet import UPerNet, build_upernet, resize
-from spatial_mamba_d2.segmentation.inference import build_protocol, segment
+from spatial_mamba_d2.segmentation.inference import build_protocol
+from spatial_mamba_d2.segmentation.large_images import predict
 from spatial_mamba_d2.segmentation.metrics import Confusion, format_table
 from spatial_mamba_d2.segmentation.visualize import draw_panels
 from spatial_mamba_d2.training.module import Schedule, TrainingModule
@@ -36,6 +41,7 @@ def build_model(cfg: CfgNode) -> UPerNet:
         channels=upernet.CHANNELS,
         aux_channels=upernet.AUX_CHANNELS,
         dropout=upernet.DROPOUT,
+        in_chans=cfg.INPUT.CHANNELS,
         **backbone_kwargs(cfg),
     )
 
@@ -55,6 +61,36 @@ def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None)
     return losses.mean()
 
 
+def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - Dice coefficient of probabilities, the mean over the classes that the target has.
+
+    Args:
+        logits, target: see :func:`cross_entropy`; ignored pixels do not count.
+    """
+    probabilities = resize(logits, target.shape[-2:]).softmax(1)
+    num_classes = probabilities.shape[1]
+    counted = target != IGNORE
+    truth = F.one_hot(torch.where(counted, target, 0).long(), num_classes).movedim(-1, 1)
+    truth = truth * counted[:, None]
+    probabilities = probabilities * counted[:, None]
+    both = (probabilities * truth).sum((0, 2, 3))
+    either = (probabilities + truth).sum((0, 2, 3))
+    present = truth.sum((0, 2, 3)) > 0
+    losses = torch.where(present, 1 - 2 * both / either.clamp(min=1e-6), 0.0)
+    return losses.sum() / present.sum().clamp(min=1)
+
+
+def balancing_weights(pixels: Sequence[int]) -> list[float]:
+    """Weight of each class by its frequency: the median of all over its own, 0.1 to 10.
+
+    Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels", arXiv 1411.4734. A
+    class that does not occur has weight 1.
+    """
+    occurring = sorted(count for count in pixels if count)
+    median = occurring[len(occurring) // 2] if occurring else 1
+    return [min(10.0, max(0.1, median / count)) if count else 1.0 for count in pixels]
+
+
 def learning_rate_factor(
     iteration: int, warmup_iters: int, warmup_factor: float, max_iter: int
 ) -> float:
@@ -65,7 +101,7 @@ def learning_rate_factor(
     if iteration < warmup_iters:
         progress = iteration / max(1, warmup_iters - 1)
         return warmup_factor + (1 - warmup_factor) * progress
-    return 1 - (iteration - warmup_iters) / max(1, max_iter - warmup_iters - 1)
+    return max(0.0, 1 - (iteration - warmup_iters) / max(1, max_iter - warmup_iters - 1))
 
 
 class Segmentor(TrainingModule):
@@ -90,10 +126,57 @@ class Segmentor(TrainingModule):
         super().__init__(cfg, build_model(cfg), schedule)
         self.classes = classes
         self.protocol = build_protocol(cfg)
-        weights = cfg.MODEL.CLASS_WEIGHTS
+        self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
+        weights = tuple(cfg.MODEL.CLASS_WEIGHTS)
+        self.balance_classes = weights == ("auto",)
+        fixed = weights and not self.balance_classes
         self.register_buffer(
-            "class_weights", torch.tensor(weights, dtype=torch.float32) if weights else None
+            "class_weights", torch.tensor(weights, dtype=torch.float32) if fixed else None
         )
+
+    def setup(self, stage: str) -> None:
+        """Check what depends on processes and data.
+
+        Raises:
+            ValueError: a process has too few images at a time, or a predicted label map would
+                replace a file of the data.
+        """
+        if stage == "fit":
+            self._check_micro_batch()
+            if self.balance_classes:
+                counts = self.trainer.datamodule.checked[self.cfg.DATASETS.TRAIN].counts
+                weights = balancing_weights(counts.pixels)
+                logger.info("MODEL.CLASS_WEIGHTS: %s", ", ".join(f"{w:.3g}" for w in weights))
+                self.class_weights = torch.tensor(weights, dtype=torch.float32)
+        if self.cfg.TEST.SAVE_LABELS and self.cfg.DATASETS.TEST:
+            self._check_saving()
+
+    def _check_micro_batch(self) -> None:
+        solver, world_size = self.cfg.SOLVER, self.trainer.world_size
+        synchronized = self.cfg.MODEL.SPATIAL_MAMBA.BN == "sync" and world_size > 1
+        micro_batch = solver.IMS_PER_BATCH // (world_size * solver.ACCUMULATION_STEPS)
+        if micro_batch < 2 and not synchronized:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH must be at least 2 x {world_size} processes x "
+                f"{solver.ACCUMULATION_STEPS} SOLVER.ACCUMULATION_STEPS, because batch norm needs "
+                f"2 images at a time, or MODEL.SPATIAL_MAMBA.BN sync, got {solver.IMS_PER_BATCH}"
+            )
+
+    def _check_saving(self) -> None:
+        data = self.trainer.datamodule
+        data.labels.to_stored(np.zeros((1, 1), np.uint8))  # or an error that says what is missing
+        inputs = [file for pairs in data.splits.values() for p in pairs for file in p[:2]]
+        outputs = [self._label_path(pair.name) for pair in data.splits[data.test]]
+        check_outputs(outputs, inputs, overwrite=True)
+        if existing := [path for path in outputs if path.exists()]:
+            logger.warning(
+                "TEST.SAVE_LABELS: %d files will be replaced, the first: %s",
+                len(existing),
+                existing[0],
+            )
+
+    def _label_path(self, name: str) -> Path:
+        return Path(self.cfg.TEST.SAVE_LABELS, f"{name}.png")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -120,15 +203,17 @@ class Segmentor(TrainingModule):
         decode = cross_entropy(logits, target, self.class_weights)
         aux = cross_entropy(auxiliary, target, self.class_weights)
         loss = decode + self.cfg.MODEL.UPERNET.AUX_WEIGHT * aux
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("loss", loss.detach(), prog_bar=True)
-        self.log_dict({"loss_decode": decode.detach(), "loss_aux": aux.detach(), "lr": rate})
-        return loss
+        terms = {"loss_decode": decode, "loss_aux": aux}
+        if self.cfg.MODEL.DICE_WEIGHT:
+            dice = self.cfg.MODEL.DICE_WEIGHT * dice_loss(logits, target)
+            loss = loss + dice
+            terms["loss_dice"] = dice
+        return self.report_losses(loss, terms)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self.confusion = Confusion(self.cfg.MODEL.NUM_CLASSES, self.device)
-        self.skipped = 0
+        self.num_images = self.skipped = 0
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if "error" in batch:
@@ -136,32 +221,52 @@ class Segmentor(TrainingModule):
             logger.warning("skipped broken pair no. %d: %s", self.skipped, batch["error"])
             return
         truth = batch["label"]
-        views, size = batch["views"], truth.shape
-        prediction = segment(self.evaluated_model, views, size, self.protocol).argmax(0)
+        prediction = predict(
+            self.evaluated_model,
+            batch["views"],
+            truth.shape,
+            self.protocol,
+            self.cfg.MODEL.NUM_CLASSES,
+        )
+        self.num_images += 1
         self.confusion.update(prediction, truth)
+        if self.cfg.TEST.SAVE_LABELS:
+            stored = self.trainer.datamodule.labels.to_stored(_array(prediction))
+            write_image(self._label_path(batch["name"]), stored)
         if batch["index"] < self.cfg.TEST.PICTURES:
             maps = {"ground truth": _array(truth), "prediction": _array(prediction)}
-            drawing = draw_panels(read_image(batch["file"]), maps, self.classes)
-            name = f"{Path(batch['file']).stem}.png"
-            write_image(Path(self.cfg.OUTPUT_DIR, "pictures", name), drawing)
+            image = read_image(batch["file"], self.cfg.INPUT.CHANNELS, self.value_range)
+            drawing = draw_panels(image, maps, self.classes)
+            write_image(Path(self.cfg.OUTPUT_DIR, "pictures", f"{batch['name']}.png"), drawing)
 
     def on_validation_epoch_end(self) -> None:
         self.confusion.sum_over_processes()
-        skipped = self.sum_over_processes(self.skipped)
+        num_images, broken = map(self.sum_over_processes, (self.num_images, self.skipped))
         if not self.confusion.matrix.any():
             raise ValueError(
                 f"DATASETS.TEST must have labelled pixels, got none in {self.cfg.DATASETS.ROOT}"
             )
         self.finish_evaluation(self.confusion.scores())
         if self.trainer.is_global_zero:
-            self._report(skipped)
+            self._report(num_images, broken)
 
-    def _report(self, skipped: int) -> None:
-        """Log the table; write scores, protocol and confusion matrix to the output folder."""
+    def _report(self, num_images: int, broken: int) -> None:
+        """Log the table; write scores, protocol and confusion matrix to the output folder.
+
+        Args:
+            num_images: that were scored.
+            broken: that turned out to be unusable when they were read.
+        """
+        left_out = dict(self.trainer.datamodule.checked[self.cfg.DATASETS.TEST].left_out)
+        if broken:
+            left_out["broken when read"] = broken
+        skipped = sum(n for kind, n in left_out.items() if kind != LABEL_WITHOUT_IMAGE)
         iou, accuracy = (values.tolist() for values in self.confusion.per_class())
         content = {
             "protocol": asdict(self.protocol),
+            "images": num_images,
             "skipped_images": skipped,
+            "skipped": left_out,  # by kind, also what was left out before the evaluation
             "classes": {
                 name: {"IoU": i if i == i else None, "Acc": a if a == a else None}
                 for name, i, a in zip(self.classes.names, iou, accuracy, strict=True)

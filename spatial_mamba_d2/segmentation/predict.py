@@ -11,12 +11,15 @@ import torch
 from fvcore.common.config import CfgNode
 
 from spatial_mamba_d2.data.ade20k import load_classes
-from spatial_mamba_d2.data.images import Draw, write_image
+from spatial_mamba_d2.data.images import Draw, Drawer, write_image
 from spatial_mamba_d2.data.label_maps import Classes
+from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform
 from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
 from spatial_mamba_d2.segmentation.config import load_config
-from spatial_mamba_d2.segmentation.inference import build_protocol, segment
+from spatial_mamba_d2.segmentation.data import label_format
+from spatial_mamba_d2.segmentation.inference import build_protocol
+from spatial_mamba_d2.segmentation.large_images import predict
 from spatial_mamba_d2.segmentation.module import build_model
 from spatial_mamba_d2.segmentation.visualize import draw_panels
 
@@ -32,6 +35,7 @@ class Predictor:
     """
 
     def __init__(self, cfg: CfgNode):
+        self.num_classes = cfg.MODEL.NUM_CLASSES
         self.device = torch.device(cfg.MODEL.DEVICE)
         self.model = build_model(cfg).eval().to(self.device)
         content = load_for_prediction(self.model, cfg.MODEL.WEIGHTS)
@@ -47,10 +51,10 @@ class Predictor:
         )
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """RGB image, ``uint8[H, W, 3]`` -> class indices, ``uint8[H, W]``."""
+        """Image, ``uint8[H, W, C]``, usually RGB -> class indices, ``uint8[H, W]``."""
         views = [view.to(self.device) for view in self.transform(image)]
-        scores = segment(self.model, views, image.shape[:2], self.protocol)
-        return scores.argmax(0).to("cpu", torch.uint8).numpy()
+        label = predict(self.model, views, image.shape[:2], self.protocol, self.num_classes)
+        return label.cpu().numpy()
 
 
 def _classes(checkpoint: dict[str, Any], cfg: CfgNode) -> Classes:
@@ -61,22 +65,41 @@ def _classes(checkpoint: dict[str, Any], cfg: CfgNode) -> Classes:
     return load_classes(cfg.DATASETS.CLASSES, cfg.DATASETS.ROOT, cfg.MODEL.NUM_CLASSES)
 
 
-def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw:
+def label_folder(config_file: str | Path | None, overrides: Sequence[str]) -> Path | None:
+    """The folder for predicted label maps, ``TEST.SAVE_LABELS``, if there is to be one."""
+    folder = load_config(config_file, overrides).TEST.SAVE_LABELS
+    return Path(folder) if folder else None
+
+
+def build_draw(
+    config_file: str | Path | None, overrides: Sequence[str], output: Path | None = None
+) -> Draw:
     """Draws segmentations for :func:`~.images.visualize_images`, and writes ``NAME_label.png``.
 
-    A label file holds class indices as its integers.
+    A label file holds class indices as its integers. With ``TEST.SAVE_LABELS``, ``NAME.png`` in
+    that folder has them in the values or colours that the label files of the data store.
+
+    Args:
+        output: the folder of the drawings, if there is such a folder.
 
     Raises:
         FileNotFoundError, ValueError: configuration or weights are unusable.
     """
-    predictor = Predictor(load_config(config_file, overrides))
+    cfg = load_config(config_file, overrides)
+    predictor = Predictor(cfg)
+    labels = label_format(cfg, predictor.classes.names)
+    if cfg.TEST.SAVE_LABELS:
+        labels.to_stored(np.zeros((1, 1), np.uint8))  # or an error that says what is missing
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         label = predictor(image)
         write_image(path.with_name(f"{path.name}_label.png"), label)
+        if cfg.TEST.SAVE_LABELS and output is not None:
+            stored = Path(cfg.TEST.SAVE_LABELS) / path.relative_to(output)
+            write_image(stored.with_name(f"{stored.name}.png"), labels.to_stored(label))
         shares = np.bincount(label.ravel()) / label.size
         largest = shares.argsort()[:-4:-1]
         summary = ", ".join(f"{predictor.classes.names[i]} {shares[i]:.0%}" for i in largest)
         return draw_panels(image, {"prediction": label}, predictor.classes), summary
 
-    return draw
+    return Drawer(draw, cfg.INPUT.CHANNELS, build_pixel_range(cfg.INPUT.PIXEL_RANGE))

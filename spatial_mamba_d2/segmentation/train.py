@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from spatial_mamba_d2.data.ade20k import load_classes
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.data import build_data
+from spatial_mamba_d2.segmentation.inference import build_protocol
 from spatial_mamba_d2.segmentation.module import Segmentor
 from spatial_mamba_d2.training.fit import evaluate, fit, start
 
@@ -20,5 +23,18 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     cfg = start(args, load_config)
     classes = load_classes(cfg.DATASETS.CLASSES, cfg.DATASETS.ROOT, cfg.MODEL.NUM_CLASSES)
     segmentor = Segmentor(cfg, classes)
-    data = build_data(cfg, segmentor.protocol)
+    data = build_data(cfg, segmentor.protocol, classes)
     return evaluate(segmentor, data, args) if args.eval_only else fit(segmentor, data, args)
+
+
+def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list[str]:
+    """Check all that a training would read, and decode every image; a line for each split.
+
+    Raises:
+        FileNotFoundError, ValueError: configuration or data are not usable.
+    """
+    cfg = load_config(config_file, overrides)
+    data = build_data(cfg, build_protocol(cfg))
+    data.check_decode = True
+    data.setup("fit")
+    return [f"{data.root}, {split}: {len(items)} images" for split, items in data.splits.items()]

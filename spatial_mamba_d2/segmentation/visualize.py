@@ -5,7 +5,15 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from spatial_mamba_d2.data.drawing import LINE_PX, blank_lines, enlarge, text_width, write_text
+from spatial_mamba_d2.data.drawing import (
+    LINE_PX,
+    as_rgb,
+    blank_lines,
+    enlarge,
+    text_width,
+    widen,
+    write_text,
+)
 from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 
@@ -23,13 +31,13 @@ def draw_panels(image: np.ndarray, maps: dict[str, np.ndarray], classes: Classes
     """The image, then the image under each label map, above a legend of the classes in them.
 
     Args:
-        image: RGB, ``uint8[H, W, 3]``.
+        image: ``uint8[H, W, C]``, RGB or of other channels, see :func:`~.drawing.as_rgb`.
         maps: title -> class indices, ``uint8[H, W]``.
 
     Returns:
         RGB, ``uint8[H', W', 3]``.
     """
-    image = enlarge(image)
+    image = enlarge(as_rgb(image))
     panels = [_titled(image, "image")]
     for title, label in maps.items():
         color = paint(enlarge(label, nearest=True), classes)
@@ -42,6 +50,7 @@ def draw_panels(image: np.ndarray, maps: dict[str, np.ndarray], classes: Classes
 
 
 def _titled(image: np.ndarray, title: str) -> np.ndarray:
+    image = widen(image)
     head = blank_lines(1, image.shape[1])
     write_text(head, title, x=6)
     return np.concatenate([head, image])

@@ -52,7 +52,9 @@ def once_per_machine(
         compute: its result must be JSON.
         keep: whether a result is to be remembered.
     """
-    digest = hashlib.sha256(json.dumps([__version__, parameters]).encode())
+    # The limit on images decides what checks of data find (data/images.py).
+    limit = os.environ.get("SMD2_MAX_PIXELS")
+    digest = hashlib.sha256(json.dumps([__version__, limit, parameters]).encode())
     newest_ns = 0
     try:
         for file in files:

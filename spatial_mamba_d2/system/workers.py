@@ -10,6 +10,8 @@ from typing import Any
 import cv2
 import torch
 
+from spatial_mamba_d2.system.stopping import outlast_signals
+
 
 def worker_options(num_workers: int) -> dict[str, Any]:
     """Arguments of a ``DataLoader`` with that many worker processes."""
@@ -17,7 +19,7 @@ def worker_options(num_workers: int) -> dict[str, Any]:
         single_thread_opencv()
     return {
         "num_workers": num_workers,
-        "worker_init_fn": die_with_parent,
+        "worker_init_fn": start_worker,
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": num_workers > 0,
     }
@@ -26,6 +28,12 @@ def worker_options(num_workers: int) -> dict[str, Any]:
 def single_thread_opencv() -> None:
     """Call before forking: OpenCV's thread pool does not survive it, and workers would deadlock."""
     cv2.setNumThreads(0)
+
+
+def start_worker(worker: int) -> None:
+    """What a process that loads data does first."""
+    die_with_parent(worker)
+    outlast_signals()
 
 
 def die_with_parent(worker: int) -> None:

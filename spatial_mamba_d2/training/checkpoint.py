@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+import lightning
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from spatial_mamba_d2.models import read_checkpoint
-from spatial_mamba_d2.system.atomic import replacing
+from spatial_mamba_d2.models.checkpoints.writing import write_checkpoint
+from spatial_mamba_d2.system import stopping
+from spatial_mamba_d2.training.module import TrainingModule
+from spatial_mamba_d2.training.run_folder import write_config
+
+logger = logging.getLogger(__name__)
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+BEST_SCORE = "best_score"  # key of best.ckpt
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -25,29 +34,124 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
+        """Raises OSError: see :func:`~spatial_mamba_d2.system.atomic.replacing`."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
+        write_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Raises FileNotFoundError or WeightsError: see :func:`read_checkpoint`."""
         return read_checkpoint(path)
 
 
-def build_checkpointing(folder: str | Path, period: int, metric: str) -> list[ModelCheckpoint]:
-    """Callbacks that keep ``last.ckpt``, every ``period`` iterations, and ``best.ckpt``.
+class Checkpoints(Checkpoint):
+    """Keeps ``last.ckpt`` and ``best.ckpt``, and ends the training when a signal asks for it.
+
+    ``last.ckpt`` is written every ``period`` iterations, before each evaluation, at the end and
+    when the training is stopped. So an evaluation has nothing to lose: it ends at once on a signal.
+    After it, ``best.ckpt`` becomes a copy of ``last.ckpt`` if the score is the best, and holds that
+    score itself: whatever is killed or resumed then, only a better one replaces it. The settings are
+    recorded in ``config.yaml`` after the first iteration: what fails earlier leaves nothing behind.
 
     Args:
-        metric: the score that the best checkpoint has most of.
+        folder: of the checkpoints.
+        period: iterations from one ``last.ckpt`` to the next.
     """
-    common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_top_k": 1}
-    return [
-        ModelCheckpoint(filename=Path(LAST).stem, every_n_train_steps=period, **common),
-        ModelCheckpoint(
-            filename=Path(BEST).stem,
-            monitor=metric,
-            mode="max",
-            save_on_train_epoch_end=False,
-            **common,
-        ),
-    ]
+
+    def __init__(self, folder: str | Path, period: int):
+        self.last, self.best = Path(folder, LAST), Path(folder, BEST)
+        self.period = period
+        self.best_score = read_best_score(self.best)
+        self.saved_step = -1
+        self.is_recorded = False
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        stopping.install()  # Lightning's handlers end a training with exit code 0
+        pl_module.iteration_start = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if trainer.is_global_zero and not self.is_recorded:
+            write_config(pl_module.cfg, self.last.parent)
+            self.is_recorded = True
+        step, schedule = trainer.global_step, pl_module.schedule
+        signum = pl_module.guard.signum if pl_module.guard is not None else 0
+        if step % self.period == 0 or schedule.evaluates_after(step) or signum:
+            self._save_last(trainer)
+        if signum:
+            logger.warning(
+                "%s: the state after iteration %d is in %s; continue with --resume",
+                stopping.Stopped(signum), step, self.last,
+            )  # fmt: skip
+        pl_module.iteration_start = time.perf_counter()
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Here the iteration before has also been logged."""
+        self._stop(pl_module)
+
+    @staticmethod
+    def _stop(module: lightning.LightningModule) -> None:
+        assert isinstance(module, TrainingModule)
+        if module.guard is not None and module.guard.signum:
+            raise stopping.Stopped(module.guard.signum)
+
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        self._stop(pl_module)
+        if self.saved_step != pl_module.iteration:
+            if trainer.state.fn == "fit":
+                self._save_last(trainer)
+            else:  # the evaluation of a checkpoint
+                self.saved_step = pl_module.iteration
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        score = pl_module.scores.get(pl_module.main_score, math.nan)
+        if trainer.is_global_zero:
+            self.keep_if_best(score)
+        pl_module.iteration_start = time.perf_counter()
+
+    def keep_if_best(self, score: float) -> None:
+        """Make ``last.ckpt``, whose score this is, the best one if it is."""
+        if score > self.best_score:  # not if it is no number
+            write_checkpoint({**read_checkpoint(self.last), BEST_SCORE: score}, self.best)
+            self.best_score = score
+
+    def _save_last(self, trainer: lightning.Trainer) -> None:
+        if self.saved_step != trainer.global_step:
+            trainer.save_checkpoint(self.last)
+            self.saved_step = trainer.global_step
+
+
+def read_best_score(best: Path) -> float:
+    """The score that ``best.ckpt`` was kept for; minus infinity if there is none."""
+    if not best.is_file():
+        return -math.inf
+    content = read_checkpoint(best)
+    score = content.get(BEST_SCORE)
+    if score is None:  # written by version 0.1.0, with Lightning's own callback
+        kept = content.get("callbacks") or {}
+        states = [state for state in kept.values() if isinstance(state, dict)]
+        score = next((s["best_model_score"] for s in states if s.get("monitor")), None)
+    return -math.inf if score is None else float(score)

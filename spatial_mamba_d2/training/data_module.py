@@ -19,7 +19,7 @@ class DataModule(lightning.LightningDataModule, Generic[Item]):
     The length of the training is the trainer's ``max_steps``.
 
     Args:
-        root, train, test: the folder, and the names of its splits.
+        root, train, test: the folder, and the names of its splits; ``test`` may be "" for training.
         batch_size: images of an iteration, over all processes and accumulation steps.
         accumulation_steps: micro-batches of an iteration.
         test_batch_size: images that are evaluated together; None: one, without a batch axis.
@@ -63,9 +63,13 @@ class DataModule(lightning.LightningDataModule, Generic[Item]):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
+        if stage != "fit" and not self.test:
+            raise ValueError("DATASETS.TEST must name a split to evaluate, got ''")
         for split in (self.train, self.test) if stage == "fit" else (self.test,):
-            if split not in self.splits:
+            if split and split not in self.splits:
                 self.splits[split] = self.load_split(split)
+        if not self.test:
+            return
         _, world_size = self._rank_and_world_size()
         if len(self.splits[self.test]) < world_size:
             raise ValueError(
@@ -94,6 +98,8 @@ class DataModule(lightning.LightningDataModule, Generic[Item]):
 
     def val_dataloader(self) -> DataLoader:
         """Each image in exactly one process; the processes' shares may differ by one."""
+        if not self.test:
+            return DataLoader([])
         rank, world_size = self._rank_and_world_size()
         images = self.test_samples(self.splits[self.test])
         return DataLoader(

@@ -5,27 +5,50 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from fvcore.common.config import CfgNode
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from spatial_mamba_d2.config import check_processes
-from spatial_mamba_d2.models import load_weights
-from spatial_mamba_d2.system.atomic import replacing
+from spatial_mamba_d2.data.class_file import compare_class_names
+from spatial_mamba_d2.data.samplers import check_batch_size
+from spatial_mamba_d2.models import load_weights, read_checkpoint
+from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.system.cli import log_to_stdout, parse_address
-from spatial_mamba_d2.training.checkpoint import BEST, LAST, SafeCheckpointIO, build_checkpointing
-from spatial_mamba_d2.training.metrics_file import MetricsFile
+from spatial_mamba_d2.system.launching import (
+    check_launch,
+    slurm_tasks,
+    under_torchrun,
+    wait_for_machine_0,
+)
+from spatial_mamba_d2.training.checkpoint import BEST, LAST, Checkpoints, SafeCheckpointIO
+from spatial_mamba_d2.training.guard import is_child_of_lightning
+from spatial_mamba_d2.training.metrics_file import MetricsFile, TensorBoard
 from spatial_mamba_d2.training.module import TrainingModule
+from spatial_mamba_d2.training.progress import build_progress, logged_to
+from spatial_mamba_d2.training.resuming import (
+    differing_keys,
+    require_iterations_left,
+    require_same_network,
+    tell_differences,
+)
+from spatial_mamba_d2.training.run_folder import (
+    METRICS,
+    claimed,
+    log_end,
+    score_of_iteration,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +59,7 @@ _HANDLED = (
     ".*does not have many workers.*",
     ".*exists and is not empty.*",
     ".*in eval mode at the start of training.*",
+    ".*`srun` command is available.*",
 )
 
 
@@ -43,9 +67,11 @@ def start(args: argparse.Namespace, load_config: Callable[..., CfgNode]) -> CfgN
     """The configuration, with logging started before it is read and generators seeded after.
 
     Raises:
-        FileNotFoundError, ValueError: from ``load_config``.
+        FileNotFoundError, ValueError: from ``load_config``; the processes cannot be started so.
     """
     log_to_stdout(logging.INFO if is_first_process() else logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    check_launch(args)
     cfg = load_config(args.config_file, args.opts)
     lightning.seed_everything(cfg.SEED, verbose=False)
     for message in _HANDLED:
@@ -63,18 +89,32 @@ def build_trainer(cfg: CfgNode, args: argparse.Namespace, **kwargs: Any) -> ligh
 
     Raises:
         ValueError: more processes than GPUs, or no address of machine 0.
+        ConnectionError: machine 0 cannot be reached.
     """
     num_processes, num_machines = args.num_gpus, args.num_machines
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         num_processes = int(os.environ["LOCAL_WORLD_SIZE"])
         num_machines = int(os.environ["WORLD_SIZE"]) // num_processes
     elif num_machines > 1:
         host, port = parse_address(args.dist_url)
+        if args.machine_rank and not is_child_of_lightning():
+            wait_for_machine_0(args.dist_url)
         os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port), NODE_RANK=str(args.machine_rank))
     device_type, _, gpu = cfg.MODEL.DEVICE.partition(":")
     on_gpu = device_type == "cuda"
     check_processes(cfg, num_processes)
+    if not args.eval_only:
+        check_batch_size(
+            cfg.SOLVER.IMS_PER_BATCH, num_processes * num_machines, cfg.SOLVER.ACCUMULATION_STEPS
+        )
     plugins: list[Any] = [SafeCheckpointIO()]
+    if not under_torchrun():
+        # A job of SLURM has its variables also where srun has started no process for each device.
+        # Its signals are handled by Checkpoints; a job that wants to be queued again says so to
+        # sbatch (--requeue) and passes --resume.
+        by_srun = slurm_tasks() > 1 and slurm_tasks() == num_processes * num_machines
+        environment = SLURMEnvironment(auto_requeue=False) if by_srun else LightningEnvironment()
+        plugins.append(environment)
     if cfg.SOLVER.AMP.ENABLED:
         half = cfg.SOLVER.AMP.PRECISION == "float16"
         scaler = torch.amp.GradScaler(device_type) if half else None
@@ -87,6 +127,7 @@ def build_trainer(cfg: CfgNode, args: argparse.Namespace, **kwargs: Any) -> ligh
         plugins=plugins,
         use_distributed_sampler=False,
         enable_model_summary=False,
+        enable_progress_bar=False,  # ours are among the callbacks
         num_sanity_val_steps=0,
         **kwargs,
     )
@@ -100,26 +141,40 @@ def fit(
     With ``args.resume`` training continues from ``OUTPUT_DIR/last.ckpt``, if that exists.
 
     Raises:
-        FileNotFoundError, ValueError: data, weights or devices are not usable.
+        FileNotFoundError, ValueError: data, weights, devices or OUTPUT_DIR are not usable.
+        FloatingPointError: the training diverged.
+        OSError: OUTPUT_DIR cannot be written.
+        Stopped: a signal ended the training, whose state is saved.
     """
+    folder, first = Path(module.cfg.OUTPUT_DIR), is_first_process()
+    with stopping.noticed(), claimed(folder, resume=args.resume, is_first_process=first):
+        if not first:
+            return _fit(module, data, args)
+        with logged_to(folder), log_end("lightning.pytorch"):
+            return _fit(module, data, args)
+
+
+def _fit(
+    module: TrainingModule, data: lightning.LightningDataModule, args: argparse.Namespace
+) -> dict[str, float]:
     cfg, schedule, output = module.cfg, module.schedule, Path(module.cfg.OUTPUT_DIR)
     solver, iterations = cfg.SOLVER, schedule.iterations
-    if is_first_process():
-        output.mkdir(parents=True, exist_ok=True)
-        with replacing(output / "config.yaml") as temporary:
-            temporary.write_text(cfg.dump(), encoding="utf-8")
     last = output / LAST
-    resuming = args.resume and last.is_file()
-    if resuming:
-        logger.info("resuming from %s", last)
+    done = 0
+    if args.resume and last.is_file():
+        done = _accept(last, module)
     elif cfg.MODEL.WEIGHTS:
         skip = tuple(cfg.MODEL.WEIGHTS_SKIP)
         logger.info("%s", load_weights(module.model, cfg.MODEL.WEIGHTS, skip=skip))
     else:
         logger.warning("MODEL.WEIGHTS is empty: training starts from random weights")
+    if not cfg.DATASETS.TEST:
+        logger.info('DATASETS.TEST is "": no evaluation, and no %s', BEST)
     num_parameters = sum(p.numel() for p in module.model.parameters())
     logger.info("%s parameters, %s iterations", f"{num_parameters:,}", f"{iterations:,}")
 
+    period = max(1, min(solver.LOG_PERIOD, iterations // 20))
+    checkpoints = Checkpoints(output, schedule.checkpoint_period)
     trainer = build_trainer(
         cfg,
         args,
@@ -131,22 +186,90 @@ def fit(
         val_check_interval=(
             min(schedule.eval_period or iterations, iterations) * solver.ACCUMULATION_STEPS
         ),
-        log_every_n_steps=max(1, min(solver.LOG_PERIOD, iterations // 20)),
+        limit_val_batches=None if cfg.DATASETS.TEST else 0,
+        log_every_n_steps=period,
         logger=[
-            MetricsFile(output / "metrics.json"),
-            TensorBoardLogger(output, name="", version="tensorboard"),
+            MetricsFile(output / METRICS),
+            TensorBoard(output, name="", version="tensorboard"),
         ],
-        callbacks=[
-            *build_checkpointing(output, schedule.checkpoint_period, module.main_score),
-            TQDMProgressBar(refresh_rate=10),
-        ],
+        callbacks=[*build_progress(period), checkpoints],
     )
-    trainer.fit(module, datamodule=data, ckpt_path=last if resuming else None)
-    if iterations % schedule.checkpoint_period:
-        trainer.save_checkpoint(last)
-    if module.evaluated_step != iterations:
-        trainer.validate(module, datamodule=data, verbose=False)
+    with _children_end_with(trainer):
+        evaluates = bool(cfg.DATASETS.TEST)
+        if evaluates and done and _misses_evaluation(output, module, checkpoints, done):
+            trainer.validate(module, datamodule=data, ckpt_path=last, verbose=False)
+        if done < iterations:
+            trainer.fit(module, datamodule=data, ckpt_path=last if done else None)
+            if evaluates and module.evaluated_step != iterations:
+                trainer.validate(module, datamodule=data, verbose=False)
     return module.scores
+
+
+def _accept(last: Path, module: TrainingModule) -> int:
+    """The iterations that ``last.ckpt`` has behind it, if it can be resumed with these settings.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    content = read_checkpoint(last)
+    cfg, done = module.cfg, int(content["global_step"])
+    differences = differing_keys(last.parent, cfg)
+    state = content.get("training_model", content["state_dict"])
+    num_trained = [
+        sum(len(group["params"]) for group in groups)
+        for groups in (
+            content["optimizer_states"][0]["param_groups"],
+            module.configure_optimizers()["optimizer"].param_groups,
+        )
+    ]
+    require_same_network(
+        state, module.model, differences, last, num_trained=(num_trained[0], num_trained[1])
+    )
+    if "classes" in content and list(content["classes"]) != module.class_names:
+        raise ValueError(
+            f"--resume: {last} was trained for the classes {', '.join(content['classes'])}, the "
+            f"data now has {', '.join(module.class_names)}; nothing was changed"
+        )
+    key = "SOLVER.EPOCHS" if "EPOCHS" in cfg.SOLVER else "SOLVER.MAX_ITER"
+    require_iterations_left(done, module.schedule.iterations, key, last)
+    tell_differences(differences, last.parent)
+    if done == module.schedule.iterations:
+        logger.info("the training in %s is finished: %d iterations", last.parent, done)
+    else:
+        logger.info("resuming from %s, after iteration %d", last, done)
+    return done
+
+
+def _misses_evaluation(
+    output: Path, module: TrainingModule, checkpoints: Checkpoints, done: int
+) -> bool:
+    """Whether ``last.ckpt``, written before an evaluation, is still to be evaluated.
+
+    A finished training is evaluated again: its scores are what a tool returns.
+    """
+    if done == module.schedule.iterations:
+        return True
+    if not module.schedule.evaluates_after(done):
+        return False
+    score = score_of_iteration(output, done, module.main_score)
+    if score is not None and is_first_process():
+        checkpoints.keep_if_best(score)
+    return score is None
+
+
+@contextmanager
+def _children_end_with(trainer: lightning.Trainer) -> Iterator[None]:
+    """Processes that this one has started would wait for it forever."""
+    try:
+        yield
+    except BaseException as error:
+        kill = getattr(trainer.strategy.launcher, "kill", None)
+        if kill is not None and not is_child_of_lightning():
+            kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+        agreed = isinstance(error, stopping.Stopped | FloatingPointError)
+        if agreed and is_child_of_lightning():
+            raise SystemExit(0) from None  # the first process says it, with the exit code
+        raise
 
 
 def evaluate(
@@ -156,14 +279,25 @@ def evaluate(
 
     Raises:
         FileNotFoundError, ValueError: data, weights or devices are not usable.
+        FloatingPointError: weights are not finite.
+        Stopped: a signal ended the evaluation.
     """
     cfg = module.cfg
     weights = Path(cfg.MODEL.WEIGHTS or Path(cfg.OUTPUT_DIR, BEST))
     if not cfg.MODEL.WEIGHTS and not weights.is_file():
         raise ValueError(f"no weights to evaluate: set MODEL.WEIGHTS ({weights} does not exist)")
     module.ema = None  # the file's weights are evaluated, averaged or not
-    load_weights(module.model, weights, partial=False)
+    content = read_checkpoint(weights)
+    load_weights(module.model, content, partial=False, source_name=str(weights))
+    if difference := compare_class_names(
+        content.get("classes", ()), module.class_names, str(weights)
+    ):
+        logger.warning("%s", difference)
     module.weights_source = str(weights)
-    trainer = build_trainer(cfg, args, logger=False, enable_checkpointing=False)
-    trainer.validate(module, datamodule=data, verbose=False)
+    period = max(1, cfg.SOLVER.LOG_PERIOD)
+    trainer = build_trainer(
+        cfg, args, logger=False, enable_checkpointing=False, callbacks=build_progress(period)
+    )
+    with stopping.noticed(), _children_end_with(trainer):
+        trainer.validate(module, datamodule=data, verbose=False)
     return module.scores

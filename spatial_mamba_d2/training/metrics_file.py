@@ -1,4 +1,4 @@
-"""Metrics as lines of JSON, as Detectron2 writes them too."""
+"""Metrics as lines of JSON, as Detectron2 writes them too, and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+from spatial_mamba_d2.system.atomic import naming
 
 
 class MetricsFile(Logger):
@@ -24,8 +26,17 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": step, **metrics}) + "\n")
+        iteration = None if step is None else int(step)
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: ``config.yaml`` has them."""
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's, whose errors name the folder."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        with naming(self.log_dir):
+            super().log_metrics(metrics, step)

@@ -12,10 +12,12 @@ import lightning
 import torch
 from fvcore.common.config import CfgNode
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from spatial_mamba_d2.system.atomic import replacing
 from spatial_mamba_d2.system.seeding import derive_seed, seed_all
+from spatial_mamba_d2.training.guard import IterationGuard, gradient_norm, require_finite_weights
+from spatial_mamba_d2.training.resuming import ConfiguredSchedule
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Schedule:
     iterations: int
     eval_period: int
     checkpoint_period: int
+
+    def evaluates_after(self, iteration: int) -> bool:
+        """Whether an evaluation follows when so many iterations are done."""
+        at_period = bool(self.eval_period) and iteration % self.eval_period == 0
+        return at_period or iteration == self.iterations
 
 
 class TrainingModule(lightning.LightningModule):
@@ -50,9 +57,14 @@ class TrainingModule(lightning.LightningModule):
         weights_source: of an evaluation without training, for the report.
         scores: of the last evaluation, ``{name: percent}``.
         evaluated_step: the iteration it took place after; -1 before the first.
+        losses: of the last iteration, means over its micro-batches.
+        rate: the learning rate of the last iteration.
+        iteration_start: time at which the one that runs began to wait for its images.
+        classes: of the data: a sequence of names, or an object with ``names``.
     """
 
     main_score: str
+    classes: Any
 
     def __init__(self, cfg: CfgNode, model: nn.Module, schedule: Schedule):
         super().__init__()
@@ -65,6 +77,24 @@ class TrainingModule(lightning.LightningModule):
         self.weights_source = "random weights"
         self.scores: dict[str, float] = {}
         self.evaluated_step = -1
+        self.losses: dict[str, Tensor] = {}
+        self.rate = 0.0
+        self.guard: IterationGuard | None = None  # in training
+        self.iteration_start = 0.0
+        self.loaded_step = 0  # of the checkpoint that was loaded
+
+    @property
+    def iteration(self) -> int:
+        """How many are done, also when a checkpoint is evaluated without training."""
+        return max(self.trainer.global_step, self.loaded_step)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.trainer.optimizers[0].param_groups[0]["lr"]
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(getattr(self.classes, "names", self.classes))
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -84,10 +114,21 @@ class TrainingModule(lightning.LightningModule):
         return self.evaluated_model.load_state_dict(state_dict, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.require_finite_weights()
         if self.ema is not None:
             checkpoint["training_model"] = self.model.state_dict()
 
+    def require_finite_weights(self) -> None:
+        """Raises FloatingPointError if a weight, of the moving average too, is not finite."""
+        networks = {"network": self.model}
+        if self.ema is not None:
+            networks["moving average"] = self.ema.module
+        for name, network in networks.items():
+            what = f"weights of the {name} after iteration {self.iteration}"
+            require_finite_weights(network.state_dict(), what)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.loaded_step = int(checkpoint.get("global_step", 0))
         in_training = checkpoint.get("training_model", checkpoint["state_dict"])
         self.model.load_state_dict(in_training)
         if self.ema is None:
@@ -95,12 +136,58 @@ class TrainingModule(lightning.LightningModule):
             # average it must not be the checkpoint's.
             checkpoint["state_dict"] = in_training
 
+    def on_fit_start(self) -> None:
+        """Before the state of a checkpoint is loaded into optimizer and schedule."""
+        (scheduler,) = (config.scheduler for config in self.trainer.lr_scheduler_configs)
+        self.configured = ConfiguredSchedule(self.trainer.optimizers[0], scheduler)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        last = Path(self.cfg.OUTPUT_DIR, "last.ckpt")
+        self.guard = IterationGuard(
+            last_checkpoint=lambda: last if last.is_file() else None,
+            find_scale=lambda: None if scaler is None else scaler.get_scale(),
+            device=self.device,
+        )
+
     def on_train_start(self) -> None:
-        if self.ema is not None and self.trainer.global_step == 0:
+        if self.trainer.global_step:
+            self.configured.restore(self.trainer.global_step)
+        elif self.ema is not None:
             self.ema.set(self.model)  # the weights may have been loaded after the copy was made
+
+    def report_losses(self, loss: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """Log the loss of a micro-batch, its parts and the learning rate; returns ``loss``."""
+        parts = {name: part.detach() for name, part in parts.items()}
+        self.log("loss", loss.detach(), prog_bar=True)
+        self.rate = self.learning_rate
+        self.log_dict({**parts, "lr": self.rate})
+        for name, value in {"loss": loss.detach(), **parts}.items():
+            share = value / self.cfg.SOLVER.ACCUMULATION_STEPS
+            self.losses[name] = self.losses[name] + share if name in self.losses else share
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of all gradients together, and check that the iteration's numbers are finite.
+
+        Raises:
+            FloatingPointError: they are not: see :class:`~.guard.IterationGuard`.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_val:
+            norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            norm = gradient_norm(parameters)
+        assert self.guard is not None
+        self.guard.check(self.trainer.global_step, self.losses, norm, self.rate)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         num_micro_batches = self.cfg.SOLVER.ACCUMULATION_STEPS
+        if batch_idx % num_micro_batches == 0:
+            self.losses = {}
         micro_batch = self.trainer.global_step * num_micro_batches + batch_idx % num_micro_batches
         seed_all(derive_seed(self.cfg.SEED, "step", micro_batch, self.global_rank))
 
@@ -110,6 +197,7 @@ class TrainingModule(lightning.LightningModule):
             self.ema.update(self.model)
 
     def on_validation_epoch_start(self) -> None:
+        self.require_finite_weights()
         if self.trainer.world_size > 1:  # running statistics of batch norm may differ
             networks = [self.model] if self.ema is None else [self.model, self.evaluated_model]
             for network in networks:  # in the same order in all processes
@@ -123,8 +211,9 @@ class TrainingModule(lightning.LightningModule):
     def finish_evaluation(self, scores: dict[str, float]) -> None:
         """Keep and log scores, which must be the same in all processes."""
         self.scores = scores
-        self.evaluated_step = self.trainer.global_step
-        self.log_dict(scores, sync_dist=True)
+        self.evaluated_step = self.iteration
+        # Lightning takes "step" as the iteration of these scores: the last one that is done.
+        self.log_dict({**scores, "step": float(max(0, self.iteration - 1))}, sync_dist=True)
 
     def write_scores(self, name: str, content: dict[str, Any]) -> Path:
         """Write ``OUTPUT_DIR/scores_{name}.json``: origin of the weights, scores, ``content``."""

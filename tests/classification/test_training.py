@@ -193,7 +193,9 @@ def test_bad_starts_are_named(arguments, tmp_path):
         run(arguments("SOLVER.ACCUMULATION_STEPS", 3))
     with pytest.raises(ValueError, match="NUM_CLASSES must be 5, .*got 6"):
         run(arguments("MODEL.NUM_CLASSES", 6))
-    with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no folder .*datasets/README.md"):
+    with pytest.raises(
+        FileNotFoundError, match="DATASETS.ROOT: no such folder: .*datasets/README.md"
+    ):
         run(arguments("DATASETS.ROOT", tmp_path))
     with pytest.raises(ValueError, match="no weights to evaluate: set MODEL.WEIGHTS"):
         run(arguments(eval_only=True))
@@ -207,7 +209,7 @@ def test_broken_images_are_skipped_and_counted(arguments, tmp_path, sample_image
         path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match="star/000001.jpg cannot be decoded"):
         run(arguments("DATASETS.ROOT", root))
-    run(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip"))
+    run(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip", resume=True))
     content = json.loads((tmp_path / "output/scores_val.json").read_text())
     assert content["skipped_images"] == 1
     for kind, path in zip(("sample", "image"), broken, strict=True):

@@ -17,10 +17,12 @@ from PIL import Image
 
 from spatial_mamba_d2.data import ade20k_classes, label_maps
 from spatial_mamba_d2.data.ade20k import find_pairs, load_classes, load_split, unpack
-from spatial_mamba_d2.data.label_maps import LabelFormat, read_label, read_pair
+from spatial_mamba_d2.data.label_format import LabelFormat
+from spatial_mamba_d2.data.label_maps import read_label, read_pair
 from spatial_mamba_d2.data.samplers import SampleIndex, SkippingDataset
 from spatial_mamba_d2.data.segmentation_transforms import (
     IGNORE,
+    TestTransform,
     TrainTransform,
     fitted_size,
     photometric_distortion,
@@ -69,7 +71,7 @@ def test_classes_of_ade20k(root):
 
 def test_classes_of_other_data(tmp_path):
     (tmp_path / "names.txt").write_text("sky\ntree, plant\n\n")
-    assert load_classes("names.txt", tmp_path, 2).names == ("sky", "tree")
+    assert load_classes("names.txt", tmp_path, 2).names == ("sky", "tree, plant")
     assert load_classes("", tmp_path, 2).names == ("class 0", "class 1")
     with pytest.raises(ValueError, match="NUM_CLASSES must be 2, .*'names.txt', got 3"):
         load_classes("names.txt", tmp_path, 3)
@@ -105,7 +107,7 @@ def test_off_by_one_labels_are_explained(labels, stored, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((256,), r"num_classes must be 1\.\.255, got 256"),
+        ((256,), r"num_classes must be 2\.\.255 .*got 256"),
         ((3, 1, (3,)), r"IGNORE_LABELS must be none of the classes' labels 1\.\.3, got 3"),
     ],
 )
@@ -131,7 +133,7 @@ FAULTS = {
     ),
     "RGB label": (
         lambda root: write_pair(root, "training", "bb", label=np.ones((40, 50, 3), np.uint8)),
-        "bb.png cannot be decoded: expected a single channel of integers, got RGB",
+        "bb.png has channels RGB that are equal: save one of them",
     ),
     "wrong size": (
         lambda root: write_pair(root, "training", "bb", label=np.ones((50, 40), np.uint8)),
@@ -191,7 +193,7 @@ def test_a_truncated_image_shows_when_decoded(tree):
 
 
 def test_empty_and_absent_folders(tree, tmp_path):
-    with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no folder .*images/test"):
+    with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no such folder: /.*images/test"):
         load_split(tree, "test", LABELS)
     for kind in ("images", "annotations"):
         (tree / kind / "test").mkdir()
@@ -284,6 +286,24 @@ def test_colours_change_within_their_limits():
     assert len({r.tobytes() for r in results}) > 150
 
 
+@pytest.mark.parametrize("channels", [1, 4, 6])
+def test_images_of_any_number_of_channels(channels):
+    """Each channel keeps its values and place; brightness and contrast change all alike."""
+    rng = np.random.default_rng(0)
+    image = np.repeat(rng.integers(0, 200, (20, 30, 1), np.uint8), channels, axis=2)
+    image += np.arange(channels, dtype=np.uint8)
+    statistics = tuple(float(i) for i in range(channels)), (1.0,) * channels
+    label = np.zeros((20, 30), np.uint8)
+    exact = TrainTransform(20, 40, (1.0, 1.0), 24, 0.75, False, False, *statistics)
+    pixels, target = exact(image, label, rng)
+    assert pixels.shape == (channels, 24, 24) and target.shape == (24, 24)
+    assert all(torch.equal(pixels[0], channel) for channel in pixels)
+    changed = {photometric_distortion(image, np.random.default_rng(s)).tobytes() for s in range(9)}
+    assert len(changed) > 3
+    (view,) = TestTransform(40, 80, (1.0,), *statistics)(image)
+    assert view.shape == (channels, 40, 60)
+
+
 # Preparation
 
 
@@ -305,8 +325,32 @@ def test_an_archive_is_unpacked_and_checked(root, tree, tmp_path, capsys):
         prepare(root, arguments)
         assert "training: 2 images with" in capsys.readouterr().out
     assert [path.name for path in target.parent.iterdir()] == ["ade"]
-    with pytest.raises(SystemExit, match=r"error: (?s:.*)label 3 is impossible"):
+    with pytest.raises(ValueError, match=r"(?s)label 3 is impossible"):
         prepare(root, [*arguments[:-1], 2])
+
+
+def test_classes_are_counted_and_what_cannot_be_meant_is_refused(root, tmp_path, capsys):
+    label = np.zeros((40, 50), np.uint8)
+    label[:10] = 255
+    for split in ("training", "validation"):
+        write_pair(tmp_path, f"{split}/deep", "a", label=label)
+    common = ["--root", tmp_path, "--num-classes", 2]
+    with pytest.raises(SystemExit, match='(?s)only .class 0. occurs; 500 pixels .*"0: 0, 255: 1"'):
+        prepare(root, [*common, "--label-offset", 0, "--ignore", 255])
+    prepare(root, [*common, "--label-map", "0: 0, 255: 1"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-2:] == [["class", "1", "25.00%", "500", "1"], ["(ignored)", "0.00%", "0"]]
+
+
+def test_a_turned_image_is_named_as_the_cause(tmp_path):
+    write_pair(tmp_path, "training", "a", label=np.ones((40, 50), np.uint8))
+    path = tmp_path / "images/training/a.jpg"
+    image = Image.open(path)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+    with pytest.raises(ValueError, match="is 40x50, its image is 50x40; .*EXIF orientation 6"):
+        load_split(tmp_path, "training", LABELS)
 
 
 def test_a_bad_archive_leaves_nothing(tree, tmp_path):
@@ -338,9 +382,12 @@ def test_a_file_that_could_not_be_read_is_tried_again(tree, monkeypatch):
     assert len(load_split(tree, "training", LABELS)) == 2
 
 
-def test_a_broken_link_is_a_fault(tree):
-    (tree / "images/training/bb.jpg").unlink()
-    (tree / "images/training/bb.jpg").symlink_to(tree / "absent.jpg")
+@pytest.mark.parametrize("file", ["images/training/bb.jpg", "annotations/training/bb.png"])
+def test_a_broken_link_is_a_fault(file, tree):
+    (tree / file).unlink()
+    (tree / file).symlink_to(tree / "absent.jpg")
+    with pytest.raises(ValueError, match=f"(?s)problems found: 1.*unreadable.*{file}"):
+        load_split(tree, "training", LABELS)
     pairs = load_split(tree, "training", LABELS, on_error="skip", check_decode=True)
     assert [pair.image.stem for pair in pairs] == ["a"]
 
@@ -353,7 +400,9 @@ def test_unchanged_files_are_not_checked_again(tree, monkeypatch):
     first = load_split(tree, "training", LABELS, on_error="skip")
     assert [pair.image.stem for pair in first] == ["a"]
     read, calls = label_maps.read_label, []
-    monkeypatch.setattr(label_maps, "read_label", lambda path: calls.append(path) or read(path))
+    monkeypatch.setattr(
+        label_maps, "read_label", lambda path, labels: calls.append(path) or read(path)
+    )
     assert load_split(tree, "training", LABELS, on_error="skip") == first and not calls
     with pytest.raises(ValueError, match="label 9 is impossible"):
         load_split(tree, "training", LABELS)

@@ -97,7 +97,7 @@ def test_faults_are_named_together_or_left_out(tree, caplog):
         ValueError, match="(?s)nothing is usable.*folder .*bird is none of the 1 classes"
     ):
         load_split(tree, "train", ("fox",), on_error="skip")
-    with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no folder .*absent"):
+    with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no such folder: /.*absent"):
         load_split(tree, "absent", classes)
     with pytest.raises(ValueError, match="on_error must be .raise. or .skip., got 'ignore'"):
         load_split(tree, "train", classes, on_error="ignore")
@@ -118,6 +118,26 @@ def test_evaluation_resizes_bicubically_and_crops_the_centre(tree):
     crop = np.asarray(resized.crop((12, 6, 36, 30)), np.float64) / 255
     expected = torch.from_numpy((crop - MEAN) / STD).permute(2, 0, 1).float()
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_middle_of_a_line_of_pixels_is_evaluated(turned):
+    pixels = np.zeros((8, 9000, 3), np.uint8)
+    pixels[:, 4000:5000] = 255  # white between black ends
+    image = Image.fromarray(np.swapaxes(pixels, 0, 1) if turned else pixels)
+    transform = build_test_transform(36, 24, (0, 0, 0), (1, 1, 1))
+    assert (transform(image) == torch.ones(3, 24, 24)).all()
+    assert max(transform.transforms[0](image).size) == 50 * 8  # what is resized
+
+
+def test_litter_of_operating_systems_is_no_image(tree):
+    classes = load_classes("", tree, "train", 2)
+    before = load_split(tree, "train", classes, on_error="skip")
+    for name in (".DS_Store", "Thumbs.db", "._a.JPEG", ".cache/b.JPEG", "__MACOSX/a.JPEG"):
+        path = tree / "train/bird" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    assert load_split(tree, "train", classes, on_error="skip", check_decode=True) == before
 
 
 def test_a_training_sample_depends_on_its_seed_alone(tree):

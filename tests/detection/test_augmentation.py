@@ -37,6 +37,14 @@ def test_sizes_are_those_of_the_recipe(shape, size):
     assert (transform.new_h, transform.new_w) == size
 
 
+@pytest.mark.parametrize("shape", [(1, 3000), (3000, 1), (8, 2400), (1, 1), (3, 100_000)])
+def test_lines_of_pixels_stay_bounded_and_keep_some(shape):
+    image = np.full((*shape, 3), 7, np.uint8)
+    resized = ResizeShortestEdge([800], 1333, "choice").get_transform(image).apply_image(image)
+    assert 1 <= min(resized.shape[:2]) and max(resized.shape[:2]) <= 1333
+    assert (resized == 7).all()
+
+
 def test_integer_coordinates_are_not_truncated():
     polygon = np.array([[1, 1], [3, 5]])
     scaled = ResizeTransform(10, 10, 15, 25).apply_coords(polygon)

@@ -37,7 +37,9 @@ def test_a_detectron2_user_needs_one_call(test_variant):
 def test_pyramid_keeps_its_promise(test_variant):
     cfg = load_config(None, ["MODEL.SPATIAL_MAMBA.VARIANT", test_variant,
                              "MODEL.BACKBONE.NAME", "build_spatial_mamba_fpn_backbone",
-                             "MODEL.FPN.IN_FEATURES", "['res2','res3','res4','res5']"])  # fmt: skip
+                             "MODEL.FPN.IN_FEATURES", "['res2','res3','res4','res5']",
+                             "MODEL.RPN.IN_FEATURES", "p2",
+                             "MODEL.ROI_HEADS.IN_FEATURES", "p2"])  # fmt: skip
     pyramid = build_backbone(cfg)
     outputs = pyramid(torch.randn(1, 3, 64, 96))
     for name, spec in pyramid.output_shape().items():

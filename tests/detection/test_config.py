@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 
-from spatial_mamba_d2.detection.config import load_config
+from spatial_mamba_d2.detection.config import add_spatial_mamba_config, load_config
 
 RECIPES = {
     "mask_rcnn_spatial_mamba_t": ("tiny", 12, "47.6", "42.9"),
@@ -41,12 +42,92 @@ def test_recipes(name, root):
         (["INPUT.FORMAT", "L"], "INPUT.FORMAT must be one of RGB, BGR, got 'L'"),
         (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "sum"], "CLIP_TYPE must be one of full_model, norm"),
         (["DATALOADER.SAMPLER_TRAIN", "Other"], "SAMPLER_TRAIN must be one of TrainingSampler"),
+        (["SOLVER.STEPS", "(20, 10)"], r"SOLVER.STEPS must be ascending, got \(20, 10\)"),
+        (["SOLVER.STEPS", "(10, 10)"], r"SOLVER.STEPS must be ascending, got \(10, 10\)"),
+        (["SOLVER.STEPS", "(0, 10)"], r"SOLVER.STEPS must be above 0, got \(0, 10\)"),
+        (["SOLVER.GAMMA", "0"], r"SOLVER.GAMMA must be in \(0, 1\], got 0.0"),
+        (["SOLVER.GAMMA", "1.5"], r"SOLVER.GAMMA must be in \(0, 1\], got 1.5"),
+        (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "LR_SCHEDULER_NAME must be one of WarmupMulti"),
+        (["SOLVER.WARMUP_METHOD", "exp"], "WARMUP_METHOD must be one of linear, constant, got"),
+        (["INPUT.MIN_SIZE_TRAIN", "()"], "MIN_SIZE_TRAIN must be at least one side"),
+        (["INPUT.MIN_SIZE_TRAIN", "0"], r"MIN_SIZE_TRAIN must be above 0, got \(0,\)"),
+        (["INPUT.MIN_SIZE_TRAIN", "(48.5,)"], "MIN_SIZE_TRAIN must be whole numbers, got"),
+        (["INPUT.MAX_SIZE_TRAIN", "0"], "MAX_SIZE_TRAIN must be above 0, got 0"),
+        (["INPUT.MIN_SIZE_TEST", "-1"], "MIN_SIZE_TEST must be at least 0, got -1"),
+        (
+            ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", "(800, 480)"],
+            r"MIN_SIZE_TRAIN must be \(low, high\)",
+        ),
+        (["INPUT.MASK_FORMAT", "rle"], "MASK_FORMAT must be one of polygon, bitmask, got 'rle'"),
+        (["INPUT.RESIZE_CROP.CROP_RANGE", "(600, 384)"], "CROP_RANGE must be .low, high., both"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "0"], "NUM_CLASSES must be at least 1, got 0"),
+        (["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "5"], r"must be in \[0, 1\], got 5.0"),
+        (["MODEL.ROI_HEADS.NAME", "Heads"], "ROI_HEADS.NAME must be one of .*StandardROIHeads"),
+        (["MODEL.META_ARCHITECTURE", "RCNN"], "META_ARCHITECTURE must be one of .*GeneralizedRCNN"),
+        (
+            ["MODEL.BACKBONE.NAME", "mamba"],
+            "must be one of .*build_spatial_mamba_fpn_backbone",
+        ),
+        (
+            ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32, 0]]"],
+            r"SIZES must be above 0, got .*32, 0",
+        ),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", "32"], r"SIZES must be a list such as .*got '32'"),
+        (["MODEL.RPN.POSITIVE_FRACTION", "0"], r"POSITIVE_FRACTION must be in \(0, 1\], got 0.0"),
+        (["TEST.DETECTIONS_PER_IMAGE", "0"], "DETECTIONS_PER_IMAGE must be at least 1, got 0"),
+        (["TEST.PICTURES_SCORE_THRESH", "50"], r"must be in \[0, 1\], got 50.0"),
+        (["MODEL.FPN.NORM", "Batch"], "MODEL.FPN.NORM must be one of .*FrozenBN.*got 'Batch'"),
+        (["MODEL.RPN.HEAD_NAME", "Head"], "RPN.HEAD_NAME must be one of .*StandardRPNHead"),
+        (["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "Max"], "POOLER_TYPE must be one of ROIAlign, "),
+        (["VERSION", "1"], "VERSION must be one of 2, got 1"),
         (["DATASETS.TRAIN_JSON", "a.json"], "TRAIN_JSON and DATASETS.TRAIN_IMAGES must be given"),
     ],
 )
 def test_bad_values_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["MODEL.FPN.IN_FEATURES", "['res2', 'res4']"],
+            "FPN.IN_FEATURES must be .* or the last ones",
+        ),
+        (["MODEL.FPN.IN_FEATURES", "['c2']"], "FPN.IN_FEATURES must be .*got .'c2'."),
+        (["MODEL.RPN.IN_FEATURES", "['p2', 'p7']"], "must be among p2, p3, p4, p5, p6, .*got p7"),
+        (["MODEL.ROI_HEADS.IN_FEATURES", "['res4']"], "ROI_HEADS.IN_FEATURES must be among p2"),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]"], "must be one list or 5, one for .*got 2"),
+    ],
+)
+def test_names_of_feature_maps(overrides, message, root):
+    with pytest.raises(ValueError, match=message):
+        load_config(root / "configs/mask_rcnn_spatial_mamba_t.yaml", overrides)
+
+
+def test_sides_of_anchors_may_be_fractions():
+    cfg = load_config(None, ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32.5, 64.0]]"])
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[32.5, 64]]
+
+
+@pytest.mark.parametrize("source", ["recipe", "config.yaml of a training"])
+def test_a_script_of_detectron2_reads_our_files(source, root, tmp_path):
+    """With its own ``merge_from_file``, after ``add_spatial_mamba_config``."""
+    paths = sorted((root / "configs").glob("*mask_rcnn*.yaml"))
+    assert len(paths) == 6
+    for path in paths:
+        ours = load_config(path, ["MODEL.WEIGHTS_SKIP", "('a', 'b')"])
+        if source != "recipe":
+            path = tmp_path / "config.yaml"
+            path.write_text(ours.dump())
+        cfg = get_cfg()
+        add_spatial_mamba_config(cfg)
+        cfg.merge_from_file(str(path))
+        assert cfg.MODEL.SPATIAL_MAMBA == ours.MODEL.SPATIAL_MAMBA
+        assert cfg.SOLVER.BETAS == (0.9, 0.999) and cfg.SOLVER.STEPS == ours.SOLVER.STEPS
+        assert cfg.INPUT.RESIZE_CROP == ours.INPUT.RESIZE_CROP
+        assert load_config(path).MODEL.RPN == ours.MODEL.RPN
 
 
 def test_json_files_become_data_sets_before_the_configuration_is_frozen(tmp_path):

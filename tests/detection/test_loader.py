@@ -84,13 +84,21 @@ def test_image_that_vanishes_during_training(broken_loader):
         take(loader, len(loader.dataset))
 
 
-def test_image_of_another_size(broken_loader):
-    def shrink(path):
-        import cv2
+def shrink(path):
+    import cv2
 
-        cv2.imwrite(str(path), cv2.imread(str(path))[:-3])
+    cv2.imwrite(str(path), cv2.imread(str(path))[:-3])
 
-    name, loader = broken_loader(shrink, "raise")
+
+def test_image_of_another_size_is_found_before_training(broken_loader):
+    with pytest.raises(ValueError, match=r"wrong image size: 1\n.* has height \d+ and width \d+"):
+        broken_loader(shrink, "raise")
+
+
+def test_image_that_changes_during_training(broken_loader):
+    name, loader = broken_loader(lambda path: None, "raise")
+    (path,) = {r["file_name"] for r in loader.dataset.items if r["file_name"].endswith(name)}
+    shrink(path)
     with pytest.raises(ValueError, match=f"image file .*{name}: Mismatched image shape"):
         take(loader, len(loader.dataset))
 

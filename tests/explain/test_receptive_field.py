@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -10,11 +11,13 @@ from functools import partial
 import cv2
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
 pytest.importorskip("matplotlib", reason="matplotlib, which draws, is not installed")
 
+from spatial_mamba_d2.data.images import write_image
 from spatial_mamba_d2.explain.backbones import build_model, normalize, stage_maps
 from spatial_mamba_d2.explain.receptive_field import (
     draw_fields,
@@ -148,6 +151,32 @@ def test_what_cannot_be_shown_is_an_error(tmp_path):
             plot_receptive_fields(
                 ["spatial_mamba_tiny"], [], [], tmp_path, **{**options, name: value}
             )
+
+
+def test_figures_replace_no_input_and_other_files_only_when_told(tmp_path):
+    options = {"num_images": 1, "size_px": 64, "seed": 0, "device": "cpu"}
+    write_image(tmp_path / "erf.png", np.zeros((64, 64, 3), np.uint8))
+    before = (tmp_path / "erf.png").read_bytes()
+    for inputs in ([tmp_path], [tmp_path / "erf.png"]):
+        with pytest.raises(ValueError, match=r"erf\.png would be written over the input"):
+            plot_receptive_fields(["spatial_mamba_tiny"], [], inputs, tmp_path, **options)
+    with pytest.raises(ValueError, match=r"1 files exist already.*--overwrite"):
+        plot_receptive_fields(["spatial_mamba_tiny"], [], [], tmp_path, overwrite=False, **options)
+    assert (tmp_path / "erf.png").read_bytes() == before
+
+
+def test_weights_of_other_models_run_no_code_either(tmp_path):
+    path = tmp_path / "resnet.pth"
+    state = timm.create_model("resnet10t").state_dict()
+    torch.save({"state_dict": state}, path)
+    loaded = build_model("resnet10t", path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    torch.save({"state_dict": {"conv1.weight": torch.ones(2)}}, path)
+    with pytest.raises(ValueError, match=r"resnet\.pth does not fit resnet10t"):
+        build_model("resnet10t", path)
+    torch.save({"state_dict": state, "run": os.system}, path)
+    with pytest.raises(ValueError, match=r"refers to posix\.system, which is not data"):
+        build_model("resnet10t", path)
 
 
 def test_images_are_normalised_as_in_training(caplog):

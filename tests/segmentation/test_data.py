@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spatial_mamba_d2.data.ade20k import load_split
-from spatial_mamba_d2.data.label_maps import LabelFormat
+from spatial_mamba_d2.data.label_format import LabelFormat
 from spatial_mamba_d2.data.samplers import ResumableBatchSampler
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform, TrainTransform
 from spatial_mamba_d2.segmentation.data import SegmentationData, TestImages

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
+from argparse import Namespace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spatial_mamba_d2 import config
+from spatial_mamba_d2.data.label_format import build_label_format
 from spatial_mamba_d2.data.label_maps import Classes, read_label
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.shapes import SEMANTIC_NAMES
 from spatial_mamba_d2.models import build_classifier, build_upernet, load_weights
 from spatial_mamba_d2.models.checkpoints.names import to_official
 from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.data import build_data
 from spatial_mamba_d2.segmentation.inference import build_protocol
+from spatial_mamba_d2.segmentation.metrics import Confusion
 from spatial_mamba_d2.segmentation.module import (
     Segmentor,
+    balancing_weights,
     cross_entropy,
+    dice_loss,
     learning_rate_factor,
 )
 from spatial_mamba_d2.segmentation.train import run
@@ -97,7 +105,8 @@ def test_resume_continues_the_same_curve(more, arguments, tmp_path, interrupted,
     whole = run(arguments(*more, "OUTPUT_DIR", tmp_path / "whole"))
     with interrupted(Segmentor, 5):
         run(arguments(*more))
-    assert read_checkpoint(tmp_path / "output/last.ckpt")["global_step"] == 3
+    saved = 4 if more else 3  # also before each evaluation
+    assert read_checkpoint(tmp_path / "output/last.ckpt")["global_step"] == saved
     torch.rand(7)  # whatever the generators' state
     resumed = run(arguments(*more, resume=True))
     expected = curve(tmp_path / "whole")
@@ -145,9 +154,10 @@ def test_mixed_precision_on_the_cpu(precision, arguments, tmp_path, curve, monke
     assert all(v.dtype != torch.bfloat16 for v in content["state_dict"].values())
 
 
-def test_weightless_classes_do_not_train(arguments, tmp_path, curve):
-    run(arguments("MODEL.CLASS_WEIGHTS", "(0, 0, 0, 0, 0, 0)", "SOLVER.MAX_ITER", 1))
-    assert curve(tmp_path / "output") == {0: 0.0}
+def test_weightless_classes_do_not_train():
+    """Also in a crop that has no others."""
+    logits, target = torch.randn(2, 6, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long)
+    assert cross_entropy(logits, target, torch.tensor([0.0, 1, 1, 1, 1, 1])) == 0
 
 
 def test_average_is_evaluated_and_saved(arguments, tmp_path):
@@ -252,10 +262,149 @@ def test_broken_pairs_are_skipped_and_counted(arguments, tmp_path, shapes, caplo
         path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match="000000000002.jpg"):
         run(arguments("DATASETS.ROOT", root))
-    run(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip"))
+    run(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip", resume=True))
     assert scores_of(tmp_path / "output")["skipped_images"] == 1
     for kind, path in zip(("sample", "pair"), broken, strict=True):
         assert f"skipped broken {kind} no. 1: image file {path}" in caplog.text
+
+
+def test_everything_that_is_left_out_is_in_the_scores(arguments, tmp_path, shapes):
+    """Of 5 images, 2 are found unusable at the start, and 1 when it is read."""
+    root = tmp_path / "shapes"
+    shutil.copytree(shapes, root)
+    images = sorted((root / "images/validation").iterdir())
+    labels = sorted((root / "annotations/validation").iterdir())
+    images[0].write_bytes(images[0].read_bytes()[:-300])
+    labels[1].unlink()
+    labels[1].symlink_to("gone.png")
+    Image.new("L", (5, 5), 1).save(labels[2])
+    (root / "annotations/validation/extra.png").write_bytes(labels[3].read_bytes())
+    run(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip", "SOLVER.MAX_ITER", 1))
+    content = scores_of(tmp_path / "output")
+    assert (content["images"], content["skipped_images"]) == (2, 3)
+    assert content["skipped"] == {
+        "label without image": 1,
+        "unreadable label file": 1,
+        "wrong size": 1,
+        "broken when read": 1,
+    }
+    read = [read_label(path) for path in labels[3:]]
+    assert np.sum(content["confusion"]) == sum(np.count_nonzero(label) for label in read)
+
+
+def test_training_without_a_test_split(arguments, tmp_path):
+    no_test = ("DATASETS.TEST", "", "SOLVER.MAX_ITER", 1)
+    assert run(arguments(*no_test, "TEST.EVAL_PERIOD", 1)) == {}
+    output = tmp_path / "output"
+    assert (output / "last.ckpt").is_file() and not (output / "best.ckpt").exists()
+    weights = ("MODEL.WEIGHTS", output / "last.ckpt")
+    with pytest.raises(ValueError, match="DATASETS.TEST must name a split to evaluate, got ''"):
+        run(arguments(*no_test, *weights, eval_only=True))
+
+
+def test_predicted_labels_are_written_as_they_are_stored(arguments, tmp_path, shapes):
+    """The files, read back, have the scores that were reported; no file of the data is replaced."""
+    stored, names = (7, 70, 700, 8, 9, 10), SEMANTIC_NAMES
+    root, folder = tmp_path / "mapped", tmp_path / "labels"
+    shutil.copytree(shapes, root)
+    for path in (root / "annotations").rglob("*.png"):
+        label = read_label(path)
+        Image.fromarray(np.array((3, *stored), np.uint16)[label]).save(path)
+    entries = [f"{value}: {name}" for value, name in zip(stored, names, strict=True)]
+    (root / "map.txt").write_text("\n".join([*entries, "3: ignore"]))
+    words = ("DATASETS.ROOT", root, "DATASETS.LABEL_MAP", "map.txt", "SOLVER.MAX_ITER", 1)
+    run(arguments(*words, "TEST.SAVE_LABELS", folder))
+    confusion = Confusion(6)
+    labels = build_label_format(names, 1, (0,), "map.txt", root)
+    truths = sorted((root / "annotations/validation").iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == [path.name for path in truths]
+    for truth in truths:
+        prediction, true = (
+            torch.from_numpy(labels.to_indices(read_label(path)))
+            for path in (folder / truth.name, truth)
+        )
+        confusion.update(prediction, true)
+    assert confusion.matrix.tolist() == scores_of(tmp_path / "output")["confusion"]
+
+    last = ("MODEL.WEIGHTS", tmp_path / "output/last.ckpt")
+    before = truths[0].read_bytes()
+    unsafe = root / "annotations/validation"
+    with pytest.raises(ValueError, match="would be written over the input"):
+        run(arguments(*words, *last, "TEST.SAVE_LABELS", unsafe, eval_only=True))
+    assert truths[0].read_bytes() == before
+
+
+def test_a_checkpoint_with_the_same_classes_in_another_order(arguments, tmp_path, caplog):
+    run(arguments("DATASETS.TEST", "", "SOLVER.MAX_ITER", 1))
+    names, file = list(SEMANTIC_NAMES), tmp_path / "names.txt"
+    words = ("DATASETS.CLASSES", file, "MODEL.WEIGHTS", tmp_path / "output/last.ckpt")
+    file.write_text("\n".join([names[1], names[0], *names[2:]]))
+    with pytest.raises(ValueError, match="same names in another order: class 0 is"):
+        run(arguments(*words, eval_only=True))
+    file.write_text("\n".join([*names[:-1], "something else"]))
+    run(arguments(*words, eval_only=True))
+    assert "names of 1 classes differ: class 5 is" in caplog.text
+
+
+def test_frozen_stages_balanced_classes_and_dice(arguments, tmp_path, curve, caplog):
+    caplog.set_level(logging.INFO, "spatial_mamba_d2")
+    keys = ("MODEL.BACKBONE.FREEZE_AT", 2, "MODEL.CLASS_WEIGHTS", "('auto',)",
+            "MODEL.DICE_WEIGHT", 0.5, "DATASETS.TEST", "")  # fmt: skip
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = Segmentor.optimizer_step
+
+        def record(self, *args, **kwargs):
+            steps.append({k: v.detach().clone() for k, v in self.model.named_parameters()})
+            step(self, *args, **kwargs)
+
+        patch.setattr(Segmentor, "optimizer_step", record)
+        run(arguments(*keys, "SOLVER.MAX_ITER", 3, "SOLVER.WARMUP_ITERS", 0))
+    changed = {name for name, value in steps[-1].items() if not torch.equal(value, steps[0][name])}
+    frozen = ("backbone.stem", "backbone.stages.0")
+    assert not any(name.startswith(frozen) for name in changed)
+    assert any(name.startswith("backbone.stages.1") for name in changed)
+    assert "MODEL.CLASS_WEIGHTS: 0.1" in caplog.text  # background fills the images
+    decode, auxiliary, dice, loss = (
+        curve(tmp_path / "output", key)[0]
+        for key in ("loss_decode", "loss_aux", "loss_dice", "loss")
+    )
+    assert loss == pytest.approx(decode + 0.4 * auxiliary + dice, rel=1e-5)
+
+
+def test_weights_of_classes_by_their_frequency():
+    assert balancing_weights([100, 10, 1, 0]) == pytest.approx([0.1, 1.0, 10.0, 1.0])
+
+
+def test_dice_is_that_of_the_definition():
+    logits = torch.randn(2, 4, 6, 6)
+    target = torch.randint(0, 3, (2, 6, 6)).to(torch.uint8)  # class 3 does not occur
+    target[0, :2] = IGNORE
+    counted = target != IGNORE
+    losses = []
+    for k in range(3):
+        p, t = logits.softmax(1)[:, k][counted], (target == k)[counted]
+        losses.append(1 - 2 * p[t].sum() / (p.sum() + t.sum()))
+    torch.testing.assert_close(dice_loss(logits, target), torch.stack(losses).mean())
+    perfect = 50 * torch.nn.functional.one_hot(target.clamp(max=3).long(), 4).movedim(-1, 1)
+    assert dice_loss(perfect.float(), target) < 1e-6
+    assert dice_loss(logits, torch.full_like(target, IGNORE)) == 0
+
+
+@pytest.mark.parametrize(
+    ("world_size", "bn", "fits"), [(4, "train", False), (2, "train", True), (4, "sync", True)]
+)
+def test_each_process_needs_two_images(world_size, bn, fits, overrides, monkeypatch):
+    cfg = load_config(None, overrides).clone()
+    cfg.defrost()
+    cfg.MODEL.SPATIAL_MAMBA.BN = bn
+    segmentor = Segmentor(cfg, Classes(SEMANTIC_NAMES, ((0, 0, 0),) * 6))
+    monkeypatch.setattr(Segmentor, "trainer", Namespace(world_size=world_size))
+    if fits:
+        segmentor.setup("fit")
+    else:
+        with pytest.raises(ValueError, match="2 x 4 processes x 1 .*or .*SPATIAL_MAMBA.BN sync"):
+            segmentor.setup("fit")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ shape, is refused, so that a partial file is written only on request.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -211,6 +212,7 @@ def convert_weights(
     *,
     only: str | None = None,
     sha256: str | None = None,
+    overwrite: bool = True,
 ) -> Contents:
     """Read a checkpoint of ours or of the authors and write it in another format.
 
@@ -223,13 +225,15 @@ def convert_weights(
             names in a ``.safetensors`` file.
         only: ``"backbone"`` leaves out all other parts.
         sha256: that ``source`` must have.
+        overwrite: replace ``target`` if it exists; never ``source``.
 
     Returns:
         what was written.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown ``to`` or ``only``, or a name of ``target`` that does not fit ``to``.
+        ValueError: an unknown ``to`` or ``only``, a name of ``target`` that does not fit ``to``, or
+            ``target`` is ``source``, or exists and may not be replaced.
         WeightsError: ``source`` is not readable, no complete model, or has parts that the format
             cannot hold.
     """
@@ -243,6 +247,11 @@ def convert_weights(
             f"target must end with .safetensors for safetensors and for nothing else, "
             f"got {target} for {to}"
         )
+    target = Path(os.path.abspath(target))  # new/../x is there once new is made
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise ValueError(f"target must be another file than the source, got {target} for {source}")
+    if target.exists() and not overwrite:
+        raise ValueError(f"target exists already: {target}; --overwrite replaces it")
     state = translate(unwrap(read_checkpoint(source, sha256), str(source)), str(source))
     contents = inspect_state(state, str(source))
     if only == "backbone":

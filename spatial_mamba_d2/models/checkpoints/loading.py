@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from timm.models import adapt_input_conv
 from torch import nn
 
 from spatial_mamba_d2.models.checkpoints.names import (
@@ -21,7 +22,12 @@ from spatial_mamba_d2.models.checkpoints.names import (
     model_kind,
     translate,
 )
-from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint, unwrap
+from spatial_mamba_d2.models.checkpoints.reading import (
+    WeightsError,
+    check_finite,
+    read_checkpoint,
+    unwrap,
+)
 from spatial_mamba_d2.system.tables import console_table
 
 
@@ -32,17 +38,21 @@ class LoadReport:
     Attributes:
         source: file name, or the caller's ``source_name``.
         loaded: names of the model's parameters and buffers that were set.
+        inflated: the one among them whose RGB weights became those of other channels, if any.
         new: names of the model that were not set and keep their initial values.
         ignored: names in the checkpoint, under its own prefix, that the model does not use.
     """
 
     source: str
     loaded: list[str] = field(default_factory=list)
+    inflated: str = ""
     new: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"weights from {self.source}: {len(self.loaded)} tensors loaded"]
+        if self.inflated:
+            lines.append(f"  from RGB to other channels: {self.inflated}")
         if self.new:
             groups = _groups(self.new, most=len(self.new))
             lines.append(f"  new, at their initial values ({len(self.new)}): {groups}")
@@ -94,14 +104,17 @@ def load_weights(
         source: file, or the content of one.
         skip: prefixes of the model's (our) names that keep their initial values even if the file
             has them: for example ``["head."]`` to fine-tune a classifier to other classes.
-        partial: accept the exceptions; if False, every parameter of the model must be loaded.
+        partial: accept the exceptions, and RGB weights for images of other channels, which are
+            summed or repeated as timm does it; if False, every parameter of the model must be
+            loaded.
         source_name: what the report and the errors call ``source``.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a prefix in ``skip`` matches no parameter of the model.
         WeightsError: the file is broken or no Spatial-Mamba checkpoint, of another variant or
-            another number of classes, or a parameter has no value. The model is then unchanged.
+            another number of classes, a parameter has no value, or not a finite one. The model is
+            then unchanged.
     """
     if isinstance(source, Mapping):
         name, content = source_name or "the given state dict", source
@@ -110,6 +123,8 @@ def load_weights(
     target = model.state_dict()
     _check_skip(skip, target)
     state = translate(unwrap(content, name), name)
+    if isinstance(source, Mapping):  # files have been checked when they were read
+        check_finite(state, name)
     file_names = _names_in_model(state, target)  # {name in the model: name in the file}
     may_be_new, may_be_unused = _exceptions(state, target)
 
@@ -133,9 +148,14 @@ def load_weights(
     unknown = [n for n in report.ignored if _part(n, prefix) not in may_be_unused]
     if unknown:
         problems.append(f"unknown to the model ({len(unknown)}): {_groups(unknown)}")
+    if partial and (key := _other_channels(report.loaded, state, file_names, target)):
+        weight = state[file_names[key]]
+        num_channels = target[key].shape[1]
+        state = {**state, file_names[key]: adapt_input_conv(num_channels, weight)}
+        report.inflated = key
     shapes = {key: (state[file_names[key]].shape, target[key].shape) for key in report.loaded}
     if wrong := [key for key, (found, needed) in shapes.items() if found != needed]:
-        problems.append(_other_shapes(wrong, shapes))
+        problems.append(_other_shapes(wrong, shapes, target))
     if not report.loaded:
         problems.append("no key matches")
     if problems:
@@ -150,6 +170,21 @@ def load_weights(
         )
     model.load_state_dict({key: state[file_names[key]] for key in report.loaded}, strict=False)
     return report
+
+
+def _other_channels(
+    loaded: Sequence[str],
+    state: Mapping[str, Any],
+    file_names: Mapping[str, str],
+    target: Mapping[str, Any],
+) -> str | None:
+    """The first convolution, if it has RGB weights in the file and other channels in the model."""
+    key = f"{backbone_prefix(target)}stem.conv1.conv.weight"
+    if key not in loaded:
+        return None
+    (out_dim, channels, *kernel), needed = state[file_names[key]].shape, list(target[key].shape)
+    is_rgb = channels == 3 and needed[1] != 3
+    return key if is_rgb and [out_dim, *kernel] == [needed[0], *needed[2:]] else None
 
 
 def load_for_prediction(model: nn.Module, path: str) -> dict[str, Any]:
@@ -238,16 +273,28 @@ def _exceptions(state: Iterable[str], target: Iterable[str]) -> tuple[set[str], 
     return new, unused
 
 
-def _other_shapes(wrong: Sequence[str], shapes: Mapping[str, tuple[Any, Any]]) -> str:
+def _other_shapes(
+    wrong: Sequence[str], shapes: Mapping[str, tuple[Any, Any]], target: Iterable[str]
+) -> str:
     examples = ", ".join(
         f"{key} is {list(shapes[key][0])}, must be {list(shapes[key][1])}" for key in wrong[:3]
     )
-    prefixes = ", ".join(repr(p) for p in dict.fromkeys(key.rsplit(".", 1)[0] for key in wrong))
-    hint = (
-        f"; to train them from scratch, skip ({prefixes},) (MODEL.WEIGHTS_SKIP)"
-        if len(wrong) < 9
-        else ""
-    )
+    prefixes = _prefixes(wrong, target)
+    hint = ""
+    if len(wrong) < 20 and len(prefixes) < 6:  # heads, and not another variant of the model
+        words = f"({', '.join(map(repr, prefixes))},)"
+        hint = f'; to train them from their initial values: MODEL.WEIGHTS_SKIP "{words}"'
     return (
         f"{len(wrong)} have another shape (another variant or number of classes): {examples}{hint}"
     )
+
+
+def _prefixes(names: Sequence[str], target: Iterable[str]) -> list[str]:
+    """The shortest names of modules, or parameters, that have all of ``names`` and no others."""
+    others = [name for name in target if name not in names]
+    prefixes: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        candidates = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        prefixes[next(c for c in candidates if not any(o.startswith(c) for o in others))] = None
+    return list(prefixes)

@@ -4,7 +4,8 @@ A PyTorch checkpoint is a pickle, and a pickle can call anything. Here tensors c
 or through ``torch.load(weights_only=True)``, which calls PyTorch's own rebuilding functions only.
 Real checkpoints also carry objects of foreign classes (configurations, logs, dates). These are
 never imported: whatever belongs to a known package becomes :class:`OpaqueObject`, and a file that
-refers to anything else is refused.
+refers to anything else is refused. So is one that would unpack to many times its size, and one
+whose weights are not finite numbers, which no training makes that went well.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
+
+from spatial_mamba_d2.system.missing import no_such
 
 # Objects of these packages occur in published checkpoints next to the weights.
 _OPAQUE_PACKAGES = (
@@ -49,6 +52,8 @@ _PLAIN_NAMES = {
 _WRAPPERS = ("state_dict", "model", "model_ema")
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before PyTorch 1.6
 _LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of the storages
+# PyTorch does not compress. Files that another program did may unpack to a few times their size.
+_MAX_EXPANSION, _MAX_UNPACKED = 4, 64 << 20  # bytes; the larger limit counts
 _NEWEST_PROTOCOL = 3  # of those that PyTorch's safe unpickler understands
 # How files begin that were downloaded and are no checkpoints.
 _NO_CHECKPOINTS = (
@@ -96,11 +101,12 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, An
     Raises:
         FileNotFoundError: no such file.
         ValueError: ``sha256`` is no SHA-256.
-        WeightsError: truncated, not a checkpoint, of another hash, or it refers to code.
+        WeightsError: truncated, not a checkpoint, of another hash, it refers to code, would unpack
+            to many times its size, or holds weights that are not finite.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"weights: no such file: {path}")
+        raise no_such("weights", path)
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
@@ -112,12 +118,55 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, An
         _verify(path, sha256)
     try:
         if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        return _read_pickled(path, head)
+            content: dict[str, Any] = _read_safetensors(path)
+        else:
+            content = _read_pickled(path, head)
+        for state in (content, *(content.get(key) for key in _WRAPPERS)):
+            check_finite(state, str(path))
+        return content
     except WeightsError:
         raise
     except Exception as error:  # a dozen types are raised below here, all of them about this file
         raise _unreadable(path, error) from error
+
+
+def check_finite(state: object, source: str) -> None:
+    """Refuse weights that are not finite, or that take far more memory than their file has.
+
+    Args:
+        state: names and tensors; other values, and anything but a mapping, are passed over.
+        source: file, for the message.
+
+    Raises:
+        WeightsError: a tensor, batch-norm statistics included, holds NaN or infinity; or it repeats
+            a few numbers so often that it is large.
+    """
+    tensors = state if isinstance(state, Mapping) else {}
+    wrong = []
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            continue
+        num_bytes = tensor.numel() * tensor.element_size()
+        if num_bytes > max(_MAX_UNPACKED, _MAX_EXPANSION * tensor.untyped_storage().nbytes()):
+            raise WeightsError(
+                f"weights: {source} holds {name}, {num_bytes} bytes that repeat "
+                f"{tensor.untyped_storage().nbytes()}; refused"
+            )
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            wrong.append(str(name))
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise WeightsError(
+            f"weights: {source} holds numbers that are not finite, in {len(wrong)} of "
+            f"{len(tensors)} entries: {', '.join(wrong[:3])}{more}. Its training diverged; take an "
+            "earlier checkpoint"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.element_size() == 1:  # float8, for which PyTorch has no test
+        tensor = tensor.float()
+    return bool(tensor.isfinite().all())
 
 
 def unwrap(content: Mapping[str, Any], source: str = "checkpoint") -> dict[str, Tensor]:
@@ -165,6 +214,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickled(path: Path, head: bytes) -> dict[str, Any]:
     is_zip = head.startswith(b"PK")
+    if is_zip:
+        _check_unpacked_size(path)
     if head.startswith(b"\x80") and not (is_zip or head.startswith(_LEGACY_MAGIC)):
         raise WeightsError(
             f"weights: {path} is a raw pickle, as in Detectron2's model zoo; refused, because "
@@ -186,6 +237,17 @@ def _read_pickled(path: Path, head: bytes) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise WeightsError(f"weights: {path} must hold a dictionary, got {type(content).__name__}")
     return dict(content)
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Refuse what would fill the memory: compressed, or with entries that share their data."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > max(_MAX_UNPACKED, _MAX_EXPANSION * (size := path.stat().st_size)):
+        raise WeightsError(
+            f"weights: {path} ({size} bytes) would unpack to {unpacked} bytes; refused, because "
+            f"checkpoints are not compressed (at most {_MAX_EXPANSION} times are accepted)"
+        )
 
 
 def _becomes_opaque(name: str) -> bool:

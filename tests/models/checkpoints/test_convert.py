@@ -183,6 +183,20 @@ def test_arguments_are_checked(official_classifier, tmp_path):
         convert_weights(tmp_path / "r50.pth", tmp_path / "a.pth", "ours")
 
 
+def test_no_file_is_written_over(official_classifier, tmp_path):
+    before = official_classifier.read_bytes()
+    (tmp_path / "link.pth").symlink_to(official_classifier)
+    for target in (official_classifier, tmp_path / "link.pth", tmp_path / "x/../link.pth"):
+        with pytest.raises(ValueError, match="target must be another file than the source"):
+            convert_weights(official_classifier, target, "ours")
+    (tmp_path / "mine.pth").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"target exists already: .*mine\.pth; --overwrite"):
+        convert_weights(official_classifier, tmp_path / "mine.pth", "ours", overwrite=False)
+    assert official_classifier.read_bytes() == before
+    assert (tmp_path / "mine.pth").read_bytes() == b"mine"
+    convert_weights(official_classifier, tmp_path / "mine.pth", "ours")
+
+
 def test_the_tool(official_classifier, root, tmp_path):
     target = tmp_path / "new folder/ours.safetensors"
     command = [sys.executable, "tools/convert_weights.py", official_classifier, target]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import pytest
 import torch
 
@@ -252,3 +255,47 @@ def test_unused_heads_are_reported(segmentor):
     report = load_weights(build_backbone("tiny", **SMALL), state)
     heads = [name for name in state if not name.startswith("backbone.")]
     assert report.ignored == heads
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (build_classifier, "('head',)"),
+        (build_upernet, "('decode_head.classify', 'auxiliary_head.classify',)"),
+    ],
+)
+def test_the_key_that_skips_what_does_not_fit_is_named_with_its_value(build, expected):
+    def of(num_classes):
+        return build("tiny", num_classes=num_classes, **SMALL)
+
+    with pytest.raises(WeightsError) as caught:
+        load_weights(of(3), of(2).state_dict())
+    (skip,) = re.findall(r'MODEL\.WEIGHTS_SKIP "(.+)"', str(caught.value))
+    assert skip == expected
+    report = load_weights(of(3), of(2).state_dict(), skip=ast.literal_eval(skip))
+    assert report.new and all(name.startswith(ast.literal_eval(skip)) for name in report.new)
+    with pytest.raises(WeightsError) as caught:  # another variant has no such hint
+        load_weights(of(3), build("tiny", num_classes=3, embed_dim=8, depths=(1,) * 4).state_dict())
+    assert "WEIGHTS_SKIP" not in str(caught.value)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_rgb_weights_start_other_channels(channels, test_variant):
+    """Equal channels give what an RGB image of them gave; only where a training starts."""
+    torch.manual_seed(0)
+    rgb = build_backbone(test_variant).eval()
+    other = build_backbone(test_variant, in_chans=channels).eval()
+    name = "stem.conv1.conv.weight"
+    report = load_weights(other, rgb.state_dict())
+    assert report.inflated == name and f"from RGB to other channels: {name}" in str(report)
+    weight = rgb.state_dict()[name]
+    repeated = weight.repeat(1, 2, 1, 1)[:, :channels] * 3 / channels
+    expected = weight.sum(1, keepdim=True) if channels == 1 else repeated
+    torch.testing.assert_close(other.state_dict()[name], expected)
+    if channels == 1:
+        grey = torch.rand(1, 1, 32, 32)
+        outputs = other(grey)["res2"], rgb(grey.repeat(1, 3, 1, 1))["res2"]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(WeightsError, match=r"stem\.conv1\.conv\.weight is"):
+        load_weights(other, rgb.state_dict(), partial=False)
+    assert load_weights(rgb, rgb.state_dict()).inflated == ""

@@ -6,12 +6,15 @@ import argparse
 import collections
 import datetime
 import hashlib
+import json
 import os
 import pathlib
 import pickle
+import struct
 import subprocess
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -284,3 +287,94 @@ def test_a_hash_in_the_name_is_only_a_name(save):
     path = save({"a": torch.ones(2)})
     renamed = path.rename(path.with_name("spatialmamba-0123abcd.pth"))
     assert "a" in read_checkpoint(renamed)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_ema"])
+def test_weights_that_are_not_finite_are_refused(wrapper, value, save):
+    state = {"a": torch.ones(3), "bn.running_var": torch.tensor([1.0, value]), "n": torch.tensor(1)}
+    path = save(state if wrapper is None else {wrapper: state, "epoch": value})
+    with pytest.raises(WeightsError, match=rf"{path.name} .*not finite.* 1 of 3 .*bn\.running_var"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float64])
+def test_other_types_are_looked_into(dtype, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(3).to(dtype)}, path)
+    read_checkpoint(path)
+    torch.save({"a": torch.tensor([1, float("nan")]).to(dtype)}, path)
+    with pytest.raises(WeightsError, match="not finite"):
+        read_checkpoint(path)
+
+
+def test_weights_that_are_not_finite_leave_the_model_unchanged(test_variant, tmp_path):
+    from safetensors.torch import save_file
+
+    model = build_classifier(test_variant, num_classes=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in before.items()}
+    next(iter(state.values())).view(-1)[0] = float("nan")
+    save_file(state, tmp_path / "a.safetensors")
+    for source in (state, tmp_path / "a.safetensors"):
+        with pytest.raises(WeightsError, match="not finite"):
+            load_weights(model, source)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def zip_again(path, compression=zipfile.ZIP_STORED, **entries):
+    """Rewrite a checkpoint's archive with another compression and other or further entries."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    stem = next(iter(contents)).split("/")[0]
+    contents.update({f"{stem}/{name}": content for name, content in entries.items()})
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_file_that_unpacks_to_many_times_its_size_is_refused(tmp_path):
+    torch.save({"model": {"a": torch.zeros(30 << 20)}}, tmp_path / "a.pth")
+    path = zip_again(tmp_path / "a.pth", zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(WeightsError, match=r"a\.pth \(\d+ bytes\) would unpack to 1258\d+ bytes"):
+        read_checkpoint(path)
+
+
+def test_a_compressed_checkpoint_of_usual_size_is_read(tmp_path):
+    weights = torch.rand(1000)
+    torch.save({"a": weights}, tmp_path / "a.pth")
+    content = read_checkpoint(zip_again(tmp_path / "a.pth", zipfile.ZIP_DEFLATED))
+    assert torch.equal(content["a"], weights)
+
+
+def test_a_tensor_that_repeats_a_number_is_refused(save):
+    path = save({"a": torch.ones(1).expand(1 << 20, 1 << 20)})
+    with pytest.raises(WeightsError, match="holds a, 4398046511104 bytes that repeat 4; refused"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
+        {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+        {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        },
+    ],
+)
+def test_safetensors_with_a_header_that_lies(header, tmp_path):
+    text = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(WeightsError, match=r"a\.safetensors"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_safetensors_with_a_header_of_any_length(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    with pytest.raises(WeightsError, match=r"a\.safetensors"):
+        read_checkpoint(tmp_path / "a.safetensors")

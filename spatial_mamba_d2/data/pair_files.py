@@ -1,0 +1,200 @@
+"""Which image file belongs to which label file.
+
+By default as ADE20K has them, in folders of any depth; :class:`Layout` describes others::
+
+    ROOT/images/SPLIT/NAME.jpg          any format that Pillow reads
+    ROOT/annotations/SPLIT/NAME.png     as large as the image
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from spatial_mamba_d2.data.faults import Fault
+from spatial_mamba_d2.data.images import SUFFIXES, files_below
+from spatial_mamba_d2.data.label_maps import Pair
+from spatial_mamba_d2.data.text_file import read_text_file
+from spatial_mamba_d2.system.missing import no_such
+
+logger = logging.getLogger(__name__)
+
+LABEL_WITHOUT_IMAGE = "label without image"  # the kind of fault that costs no image
+TREE = "datasets/README.md shows the tree"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where images and labels are below the root, and how their files end.
+
+    Attributes:
+        image_folder, label_folder: with ``{split}`` for the name of the split, which is left out if
+            the split is a file of names.
+        image_suffix, label_suffix: what follows the name that an image and its label have in
+            common, such as ``_leftImg8bit.png`` and ``_gtFine_labelIds.png``, or ``_mask`` with any
+            suffix of images; "": nothing but such a suffix.
+    """
+
+    image_folder: str = "images/{split}"
+    label_folder: str = "annotations/{split}"
+    image_suffix: str = ""
+    label_suffix: str = ""
+
+
+def find_pairs(
+    root: str | Path, split: str, layout: Layout | None = None
+) -> tuple[list[Pair], list[Fault]]:
+    """The pairs of a split, in the order of their names, and what is wrong with the other files.
+
+    Args:
+        split: the name of a folder, or a text file in ``root`` with one name a line.
+
+    Raises:
+        FileNotFoundError: a folder or the file of names does not exist.
+        ValueError: the file of names is not text.
+    """
+    root, layout = Path(root), layout or Layout()
+    listed = _read_names(root, split) if split.lower().endswith(".txt") else None
+    folders = [
+        _folder(root, template, None if listed is not None else split)
+        for template in (layout.image_folder, layout.label_folder)
+    ]
+    image_files, label_files = ({}, {}) if listed == [] else map(_files, folders)
+    labels, same_labels = _by_name(label_files, layout.label_suffix)
+    if folders[0] == folders[1]:  # a file is a label or an image
+        taken = set(labels.values())
+        image_files = {k: path for k, path in image_files.items() if path not in taken}
+    images, same_images = _by_name(image_files, layout.image_suffix)
+    same = {**same_labels, **same_images}
+    if listed is not None:
+        return _listed_pairs(root, split, listed, images, labels, layout, same)
+    faults = list(same.values())
+    pairs = [Pair(path, labels[name], name) for name, path in images.items() if name in labels]
+    label_end = layout.label_suffix or ".png"
+    faults += [
+        Fault("image without label", f"{path}: no {folders[1] / name}{label_end}")
+        for name, path in images.items()
+        if name not in labels and name not in same
+    ]
+    faults += [
+        Fault(LABEL_WITHOUT_IMAGE, f"{path}: no image {name} in {folders[0]}")
+        for name, path in labels.items()
+        if name not in images and name not in same
+    ]
+    if not pairs and images and labels:
+        faults.append(_no_common_name(images, labels, folders))
+    return pairs, faults
+
+
+def _folder(root: Path, template: str, split: str | None) -> Path:
+    parts = [part.replace("{split}", split or "") for part in Path(template).parts]
+    folder = Path(root, *filter(None, parts))
+    if not folder.is_dir():
+        raise no_such("DATASETS.ROOT", folder, "folder", TREE)
+    return folder
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Path below the folder, with ``/`` -> file."""
+    return {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
+
+
+def _name(file: str, suffix: str) -> str | None:
+    """What is left of a path without the suffix, or None if it does not end so."""
+    suffix = suffix.removeprefix("*").lower()
+    ends_as_image = Path(file).suffix.lower() in SUFFIXES
+    if suffix and Path(f"x{suffix}").suffix:  # "x": a suffix of its own has none
+        end = len(suffix)
+        fits = file.lower().endswith(suffix)
+    else:
+        end = len(suffix) + len(Path(file).suffix)
+        fits = ends_as_image and file[: -len(Path(file).suffix)].lower().endswith(suffix)
+    name = file[:-end]
+    return name if fits and name and not name.endswith("/") else None
+
+
+def _by_name(files: Mapping[str, Path], suffix: str) -> tuple[dict[str, Path], dict[str, Fault]]:
+    """``{name: file}``, and a fault for each name that several files have."""
+    named: dict[str, list[Path]] = {}
+    other: list[Path] = []
+    for file, path in files.items():
+        name = _name(file, suffix)
+        if name is None:
+            other.append(path)
+        else:
+            named.setdefault(name, []).append(path)
+    if other:
+        logger.info(
+            "not used, because of their names: %d files, the first: %s", len(other), other[0]
+        )
+    faults = {
+        name: Fault("several files of one name", f"{', '.join(map(str, paths))}")
+        for name, paths in named.items()
+        if len(paths) > 1
+    }
+    return {name: paths[0] for name, paths in named.items() if len(paths) == 1}, faults
+
+
+def _read_names(root: Path, split: str) -> list[str]:
+    text = read_text_file(Path(root, split), "DATASETS.TRAIN or TEST")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _listed_pairs(
+    root: Path,
+    split: str,
+    listed: list[str],
+    images: Mapping[str, Path],
+    labels: Mapping[str, Path],
+    layout: Layout,
+    same: Mapping[str, Fault],
+) -> tuple[list[Pair], list[Fault]]:
+    """The pairs that a file names, each by its name, its image's file, or both files."""
+    pairs: dict[str, Pair] = {}
+    faults: list[Fault] = []
+    for line in listed:
+        name = _stem(line, layout)
+        pair = None
+        if name in images and name in labels:
+            pair = Pair(images[name], labels[name], name)
+        elif len(files := line.replace(",", " ").split()) == 2:
+            image, label = (Path(root, file.lstrip("/")) for file in files)
+            if image.is_file() and label.is_file():
+                name = Path(files[0].lstrip("/")).with_suffix("").as_posix()
+                pair = Pair(image, label, name)
+        if pair is None and name in same:
+            faults.append(same[name])
+        elif pair is None:
+            missing = "image" if name not in images else "label"
+            reason = f"{Path(root, split)}: {line!r} has no {missing}"
+            faults.append(Fault(f"listed name without {missing}", reason))
+        elif name in pairs:
+            faults.append(Fault("name listed twice", f"{Path(root, split)}: {line!r}"))
+        else:
+            pairs[name] = pair
+    return list(pairs.values()), faults
+
+
+def _stem(line: str, layout: Layout) -> str:
+    """The name that a line of a file of names means; it may have the image's suffix."""
+    return _name(line, layout.image_suffix) or _name(line, "") or line
+
+
+def _no_common_name(
+    images: Mapping[str, Path], labels: Mapping[str, Path], folders: list[Path]
+) -> Fault:
+    """A fault that says which keys would make pairs."""
+    hint = ""
+    image, label = next(iter(images)), next(iter(labels))
+    for label in labels:
+        common = next((name for name in images if label.startswith(name)), None)
+        if common:
+            hint = f": DATASETS.LABEL_SUFFIX {labels[label].name[len(Path(common).name) :]}"
+            break
+    return Fault(
+        "no image and label of one name",
+        f"{folders[0]} has {image}, {folders[1]} has {label}; DATASETS.IMAGE_SUFFIX and "
+        f"LABEL_SUFFIX say what follows the common name{hint}",
+    )

@@ -1,0 +1,336 @@
+"""From the pixels that image files hold to 8-bit channels: right values, or a refusal.
+
+===================================  ==============================================================
+in the file                          read as
+===================================  ==============================================================
+up to 8 bits, palette, CMYK, YCbCr   8-bit grey or RGB, as Pillow converts it
+alpha                                dropped, as Detectron2 does: the colours under it stay
+16 bits, integers from 0             0..255 for the range of the type, or for a :class:`PixelRange`
+...of which a small part is used     refused without a range: 12 bits, for example, are nearly black
+signed, 32 bits, float               refused without a range
+bands that are no colours            refused, unless as many as ``num_channels``
+several images of the same size      refused: stacks and animations; not so previews and overviews
+===================================  ==============================================================
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from spatial_mamba_d2.data import tiff
+
+RANGE_KEY = "INPUT.PIXEL_RANGE"
+ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
+# Without a range, 16-bit values must exceed a quarter of the range of their type, and span a
+# sixteenth: what 14-bit and 12-bit sensors write would lose most of its levels.
+_LEAST_MAXIMUM, _LEAST_SPAN = 1 / 4, 1 / 16
+_PNG_MARK = b"\x89PNG\r\n\x1a\n"
+_PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by color type
+_MODE_BANDS = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 1, "RGBA": 4, "RGBX": 4, "RGBa": 4}
+_DEEP_MODES = {"I;16": (16, "uint"), "I;16B": (16, "uint"), "I;16L": (16, "uint")}
+
+
+class PixelRange(NamedTuple):
+    """The stored values, of files with more than 8 bits, that become 0 and 255."""
+
+    low: float
+    high: float
+
+
+def build_pixel_range(values: Sequence[float]) -> PixelRange | None:
+    """From ``INPUT.PIXEL_RANGE``; None, the range of the file's type, if that is empty.
+
+    Raises:
+        ValueError: it is neither empty nor (low, high).
+    """
+    if not values:
+        return None
+    numbers = [v for v in values if isinstance(v, (int, float)) and np.isfinite(v)]
+    if len(values) != 2 or len(numbers) != 2 or not values[0] < values[1]:
+        raise ValueError(f"{RANGE_KEY} must be () or (low, high) with low < high, got {values!r}")
+    return PixelRange(*map(float, values))
+
+
+class ImageFormatError(ValueError):
+    """An image file is not damaged, but holds pixels that are not read as it is."""
+
+
+class Layout(NamedTuple):
+    """What the pixels of an image file are.
+
+    Attributes:
+        height, width: as stored.
+        orientation: as in EXIF.
+        bits: of a value.
+        kind: of a value: ``"uint"``, ``"int"`` or ``"float"``.
+        bands: values of a pixel, alpha included.
+        has_alpha: whether the last band is alpha.
+        are_colors: whether the others are grey, a palette's index, or colours.
+        header: of a TIFF.
+    """
+
+    height: int
+    width: int
+    orientation: int
+    bits: int
+    kind: str
+    bands: int
+    has_alpha: bool
+    are_colors: bool
+    header: tiff.TiffHeader | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether Pillow reads it right."""
+        return self.bits <= 8 and self.kind == "uint" and self.are_colors
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image when it is upright."""
+        size = self.height, self.width
+        return size[::-1] if self.orientation >= 5 else size
+
+
+def valid_orientation(value: Any) -> int:
+    """1, which changes nothing, for what is no orientation."""
+    return value if value in range(1, 9) else 1
+
+
+def read_layout(file: BinaryIO) -> Layout:
+    """From the header of a file.
+
+    Raises:
+        ValueError, OSError: it is no image, or damaged.
+        ImageFormatError: it holds several images.
+    """
+    start = file.read(len(_PNG_MARK) + 18)
+    if start.startswith(tiff.MARKS):
+        return _tiff_layout(tiff.read_tiff_header(file))
+    file.seek(0)
+    with Image.open(file) as image:
+        width, height = image.size
+        num_images = getattr(image, "n_frames", 1)
+        # The further images of an MPO file, a telephone's JPEG, are previews and depth.
+        if num_images > 1 and image.format != "MPO":
+            raise ImageFormatError(f"holds {num_images} images; save the one that is meant")
+        if image.mode in ("LAB", "HSV"):
+            raise ImageFormatError(f"has {image.mode} colours; save it as RGB")
+        orientation = valid_orientation(image.getexif().get(ORIENTATION))
+        bits, kind = _DEEP_MODES.get(image.mode, (8, "uint"))
+        if image.mode in ("I", "F"):
+            # Pillow's 32 bits hold the 16 of netpbm's greys.
+            bits = 16 if image.format == "PPM" else 32
+            kind = "uint" if image.format == "PPM" and image.mode == "I" else "int"
+            kind = "float" if image.mode == "F" else kind
+        bands = _MODE_BANDS.get(image.mode, len(image.getbands()))
+        has_alpha = image.mode in ("LA", "RGBA", "RGBa")
+    if start.startswith(_PNG_MARK):
+        bit_depth, color_type = struct.unpack(">BB", start[24:26])
+        bits, kind = max(bit_depth, 8), "uint"
+        bands = _PNG_BANDS.get(color_type, bands)
+        has_alpha = color_type in (4, 6)
+    if image.mode in ("CMYK", "YCbCr"):
+        bands = 3  # as which they are read
+    return Layout(height, width, orientation, bits, kind, bands, has_alpha, True)
+
+
+def _tiff_layout(header: tiff.TiffHeader) -> Layout:
+    if header.num_images > 1:
+        raise ImageFormatError(f"holds {header.num_images} images; save the one that is meant")
+    if header.photometric == tiff.LAB:
+        raise ImageFormatError("has LAB colours; save it as RGB")
+    if header.bits not in (1, 2, 4, 8, 16, 32, 64):
+        raise ImageFormatError(f"has values of {header.bits} bits; save it with 8 or 16")
+    has_alpha = header.has_alpha
+    are_colors = bool(header.colors) and header.bands == header.colors + has_alpha
+    is_deep = header.bits > 8 or header.kind != "uint"
+    if is_deep and header.photometric in (tiff.PALETTE, tiff.CMYK, tiff.YCBCR):
+        raise ImageFormatError("has a palette, CMYK or YCbCr colours of 16 bits; save it as RGB")
+    if (is_deep or not are_colors) and header.bands > 4:
+        raise ImageFormatError(f"has {header.bands} bands; at most 4 can be read")
+    if is_deep and header.extra[:1] == (1,):
+        raise ImageFormatError("has more than 8 bits, multiplied with alpha; save it without alpha")
+    if is_deep and header.bands > 1 and header.is_planar:
+        # OpenCV would mix them up.
+        raise ImageFormatError(
+            "has more than 8 bits and stores one band after the other; save it pixel by pixel "
+            "(INTERLEAVE=PIXEL, PlanarConfiguration 1)"
+        )
+    bands = header.bands
+    if are_colors and header.photometric in (tiff.CMYK, tiff.YCBCR):
+        bands = 3 + has_alpha
+    return Layout(
+        header.height,
+        header.width,
+        valid_orientation(header.orientation),
+        header.bits,
+        header.kind,
+        bands,
+        has_alpha,
+        are_colors,
+        header,
+    )
+
+
+def check_layout(layout: Layout, num_channels: int, value_range: PixelRange | None) -> None:
+    """Raises ImageFormatError for what :func:`read_pixels` refuses, as far as the header says."""
+    colors = layout.bands - layout.has_alpha
+    fits = layout.bands == num_channels or (layout.are_colors and num_channels in (1, 3))
+    if not fits:
+        what = f"{layout.bands} bands" + (", the last one alpha" if layout.has_alpha else "")
+        hint = ""
+        if not layout.are_colors and colors > 3:
+            hint = " (they are not declared as RGB and alpha, so none is dropped)"
+        raise ImageFormatError(
+            f"has {what}{hint}, the model takes {num_channels} channels (of a segmentor: "
+            "INPUT.CHANNELS)"
+        )
+    if value_range is None and (layout.kind != "uint" or layout.bits > 16):
+        name = {"int": "signed integers", "uint": "integers", "float": "float values"}[layout.kind]
+        raise ImageFormatError(
+            f"has {name} of {layout.bits} bits: {RANGE_KEY} (low, high) must say which values are "
+            "black and white"
+        )
+
+
+def read_pixels(
+    file: BinaryIO,
+    layout: Layout,
+    num_channels: int,
+    value_range: PixelRange | None,
+    upright: bool,
+) -> np.ndarray:
+    """Decode a file that :func:`check_layout` has accepted.
+
+    Args:
+        upright: apply the EXIF orientation. That of a TIFF file is always applied, as Pillow does.
+
+    Returns:
+        ``uint8[H, W, num_channels]``; grey becomes equal channels, colours become grey by
+        luminance.
+
+    Raises:
+        ValueError, OSError: the file is damaged or cut off.
+        ImageFormatError: its values do not fit the range.
+    """
+    file.seek(0)
+    if layout.is_plain:
+        try:
+            return _read_plain(file, num_channels, upright)
+        except UnidentifiedImageError:  # Pillow knows fewer kinds of TIFF
+            header = layout.header
+            if not header or header.bits < 8 or header.photometric > tiff.RGB:
+                raise
+            file.seek(0)
+    stored: np.ndarray = _read_deep(file, layout)
+    if stored.shape[:2] != (layout.height, layout.width):
+        raise ValueError(f"is {stored.shape[:2]}, its header says {layout.size}")
+    pixels: np.ndarray
+    if layout.bits <= 8 and layout.kind == "uint":
+        pixels = stored.astype(np.uint8)
+    else:
+        pixels = _to_8_bits(stored, layout, value_range)
+    if layout.header and layout.header.photometric == tiff.GREY_INVERTED:
+        pixels = 255 - pixels
+    if upright or layout.header:
+        pixels = _turned(pixels, layout.orientation)
+    if layout.has_alpha and layout.bands != num_channels:
+        pixels = pixels[..., :-1]
+    if num_channels == 1 and pixels.shape[2] == 3:
+        pixels = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)[..., None]
+    if num_channels == 3 and pixels.shape[2] == 1:
+        pixels = np.repeat(pixels, 3, axis=2)
+    return np.ascontiguousarray(pixels)
+
+
+def _read_plain(file: BinaryIO, num_channels: int, upright: bool) -> np.ndarray:
+    with Image.open(file) as image:
+        turned = ImageOps.exif_transpose(image) if upright else image
+        return np.array(to_mode(turned, num_channels)).reshape(
+            turned.height, turned.width, num_channels
+        )
+
+
+def to_mode(image: Image.Image, num_channels: int) -> Image.Image:
+    """Pillow's image with that many channels; alpha, unless it is the last of them, is dropped."""
+    if image.mode == "RGBa":
+        image = image.convert("RGBA")
+    mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[num_channels]
+    if num_channels == 1 and image.mode not in ("1", "L", "LA"):
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def _read_deep(file: BinaryIO, layout: Layout) -> np.ndarray:
+    """Stored values, ``[H, W, bands]``, colours in the order R, G, B."""
+    content = file.read()
+    if layout.header is None:
+        file.seek(0)
+        with Image.open(file) as image:
+            image.load()  # OpenCV takes some files that are cut off for complete ones
+            if layout.bands == 1:
+                return np.asarray(image)[..., None]
+    else:
+        content = layout.header.as_plain_bands(content)
+    decoded: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if decoded is None:
+        raise ValueError("OpenCV cannot read it; it is damaged, or of a rare type")
+    pixels: np.ndarray = np.atleast_3d(decoded)
+    if pixels.shape[2] >= 3:
+        pixels = pixels[..., [2, 1, 0, *range(3, pixels.shape[2])]]
+    if layout.bands == 2 and pixels.shape[2] == 4:  # OpenCV's grey with alpha
+        pixels = pixels[..., 2:]
+    if layout.bands == 3 and pixels.shape[2] == 4:  # a PNG's transparent color
+        pixels = pixels[..., :3]
+    if pixels.shape[2] != layout.bands:
+        raise ValueError(f"{pixels.shape[2]} of {layout.bands} bands can be decoded")
+    return pixels
+
+
+def _to_8_bits(stored: np.ndarray, layout: Layout, value_range: PixelRange | None) -> np.ndarray:
+    """Values of more than 8 bits -> ``uint8``, by the range."""
+    colors = stored[..., : layout.bands - layout.has_alpha]
+    low, high = colors.min(), colors.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ImageFormatError("has values that are not finite")
+    if value_range is None:
+        top = 2**layout.bits - 1
+        is_narrow = high < _LEAST_MAXIMUM * top or high - low < _LEAST_SPAN * top
+        if is_narrow and not low == high in (0, top):
+            raise ImageFormatError(
+                f"has {layout.bits} bits of which it uses {low}..{high} only, and would be nearly "
+                f"uniform: {RANGE_KEY} (low, high) must say which values are black and white, for "
+                f"all files; (0, {top}) takes them as they are"
+            )
+        value_range = PixelRange(0, top)
+    elif low >= value_range.high and low < high:
+        raise ImageFormatError(
+            f"has values {low}..{high}, all white by {RANGE_KEY} ({value_range.low:g}, "
+            f"{value_range.high:g})"
+        )
+    if stored.dtype.itemsize == 2 and stored.dtype.kind == "u":
+        table = _scaled(np.arange(1 << 16, dtype=np.float64), value_range)
+        return table[stored]
+    return _scaled(stored.astype(np.float64), value_range)
+
+
+def _scaled(values: np.ndarray, value_range: PixelRange) -> np.ndarray:
+    low, high = value_range
+    return np.rint((values.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """As :func:`PIL.ImageOps.exif_transpose`."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    vertical = orientation in (3, 4, 7, 8)
+    horizontal = orientation in (2, 3, 6, 7)
+    if vertical:
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if horizontal else pixels

@@ -1,0 +1,96 @@
+"""Which class of a detector a category of a file is: the one of the same name, whatever its id."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from detectron2.config import CfgNode
+
+from spatial_mamba_d2.data.coco import CocoDataset
+
+logger = logging.getLogger(__name__)
+
+
+def num_classes_key(cfg: CfgNode) -> str:
+    """The key that has the number of classes."""
+    single_stage = cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS")
+    return "MODEL.RETINANET.NUM_CLASSES" if single_stage else "MODEL.ROI_HEADS.NUM_CLASSES"
+
+
+def check_num_classes(cfg: CfgNode, classes: Sequence[str], source: str) -> None:
+    """Raises ValueError if the detector has another number of classes than its data."""
+    key = num_classes_key(cfg)
+    node = cfg.MODEL.RETINANET if "RETINANET" in key else cfg.MODEL.ROI_HEADS
+    if len(classes) != node.NUM_CLASSES:
+        raise ValueError(
+            f"{key} must be {len(classes)}, the number of categories in {source}, "
+            f"got {node.NUM_CLASSES}; they are {_shown(classes)}"
+        )
+
+
+def merge_classes(files: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """The classes of several files: those of the first, then what the others have in addition.
+
+    Args:
+        files: name and classes of each.
+    """
+    files = list(files)
+    merged = list(dict.fromkeys(name for _, names in files for name in names))
+    for source, names in files:
+        if missing := [name for name in merged if name not in names]:
+            logger.warning(
+                "%s has no category %s, which other files have: its images must not show any, "
+                "because they would train as background", source, _shown(missing),
+            )  # fmt: skip
+    return merged
+
+
+def match_classes(coco: CocoDataset, classes: Sequence[str], source: str) -> dict[int, int]:
+    """``{id of a category: index of its class}``.
+
+    A category that no class is named after is left out if it has no annotation.
+
+    Raises:
+        ValueError: an annotation's category is no class.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    ids = {id_: index[name] for id_, name in coco.categories if name in index}
+    used = {a["category_id"] for record in coco.records for a in record["annotations"]}
+    unknown = [name for id_, name in coco.categories if id_ not in ids and id_ in used]
+    names = [name for _, name in coco.categories]
+    if unknown:
+        raise ValueError(
+            f"{source}: classes are matched by name, and the detector has no {_shown(unknown)}\n"
+            f"  in the file: {_shown(names)}\n"
+            f"  the detector's: {_shown(classes)}"
+        )
+    if unused := [name for name in names if name not in index]:
+        logger.info("%s: left out, because no class: %s", source, _shown(unused))
+    if names != list(classes) and len(ids) == len(names) == len(classes):
+        logger.info("%s has its categories in another order: matched by name", source)
+    elif absent := [name for name in classes if name not in names]:
+        logger.info("%s has no category %s", source, _shown(absent))
+    return ids
+
+
+def category_ids(ids: dict[int, int], num_classes: int) -> list[int]:
+    """The id of each class in the file, or one that is free if the file does not have the class."""
+    by_class = {index: id_ for id_, index in ids.items()}
+    free = max(ids, default=0) + 1
+    return [by_class.get(index, free + index) for index in range(num_classes)]
+
+
+def compare_classes(of_weights: Sequence[str] | None, of_data: Sequence[str] | None) -> str | None:
+    """How the classes that weights were trained on differ from those of the data, or None."""
+    if not of_weights or not of_data or list(of_weights) == list(of_data):
+        return None
+    how = "in another order" if sorted(of_weights) == sorted(of_data) else "others"
+    return (
+        f"the classes of the weights are {how}: {_shown(of_weights)}; "
+        f"those of the data are {_shown(of_data)}"
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, names[:20]))}{', ...' if len(names) > 20 else ''}"

@@ -1,0 +1,138 @@
+"""From a record of an image and its annotations to an input of Detectron2's models."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as d2_utils
+from detectron2.data import transforms as T
+from fvcore.transforms.transform import TransformList
+
+from spatial_mamba_d2.data.images import orientation_hint, read_image
+from spatial_mamba_d2.data.pixels import build_pixel_range
+from spatial_mamba_d2.detection.augmentation import build_augmentation
+from spatial_mamba_d2.system.seeding import seeded
+
+Record = dict[str, Any]
+
+
+class Mapper(DatasetMapper):
+    """Detectron2's mapper with our reading of images, our augmentation, and errors with names.
+
+    Args:
+        flip_indices: int[K], which keypoint each one becomes in the mirror image.
+    """
+
+    def __init__(self, cfg: CfgNode, is_train: bool, flip_indices: np.ndarray | None = None):
+        super().__init__(
+            is_train,
+            augmentations=build_augmentation(cfg, is_train),
+            image_format=cfg.INPUT.FORMAT,
+            use_instance_mask=cfg.MODEL.MASK_ON,
+            use_keypoint=cfg.MODEL.KEYPOINT_ON,
+            instance_mask_format=cfg.INPUT.MASK_FORMAT,
+            keypoint_hflip_indices=flip_indices,
+            # As in Detectron2, where this crop is the only one: boxes of what is left of masks
+            recompute_boxes=is_train and cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON,
+        )
+        self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
+
+    def __call__(self, record: Record) -> Record:
+        return self.transform(*self.read(record))
+
+    def read(self, record: Record) -> tuple[Record, np.ndarray]:
+        """A copy of the record, and its image in ``INPUT.FORMAT``.
+
+        Raises:
+            FileNotFoundError: the image is missing.
+            ValueError: it is truncated, no image, or of another size than its record says.
+        """
+        image = read_image(record["file_name"], value_range=self.value_range)
+        record = copy.deepcopy(record)
+        try:
+            d2_utils.check_image_size(record, image)
+        except d2_utils.SizeMismatchError as error:
+            hint = orientation_hint(record["file_name"], (record["height"], record["width"]))
+            raise ValueError(f"image file {record['file_name']}: {error}{hint}") from None
+        if "sem_seg_file_name" in record:  # of data sets in Detectron2's catalogue
+            label = d2_utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
+            record["sem_seg"] = label
+        return record, image[..., ::-1] if self.image_format == "BGR" else image
+
+    def transform(
+        self, record: Record, image: np.ndarray, rng: np.random.Generator | None = None
+    ) -> Record:
+        """Augment what :meth:`read` gave, into an input of Detectron2's models.
+
+        Args:
+            rng: seeds the augmentations, which draw from the global generators; None leaves them.
+
+        Raises:
+            ValueError: the annotations do not fit the image or each other.
+        """
+        aug_input = T.AugInput(image, sem_seg=record.get("sem_seg"))
+        with seeded(int(rng.integers(2**32))) if rng else contextlib.nullcontext():
+            transforms = self.augmentations(aug_input)
+        image = aug_input.image
+        if aug_input.sem_seg is not None:
+            record["sem_seg"] = torch.as_tensor(aug_input.sem_seg.astype("long"))
+        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if not self.is_train:
+            record.pop("annotations", None)
+            return record
+        if "annotations" not in record:
+            return record
+        try:
+            self._check_masks(record)
+            self._transform_annotations(record, transforms, image.shape[:2])
+        except ValueError as error:
+            raise ValueError(f"annotations of image {record['file_name']}: {error}") from error
+        return record
+
+    def _check_masks(self, record: Record) -> None:
+        """Detectron2 would stretch a mask of another size."""
+        size = [record["height"], record["width"]]
+        for annotation in record["annotations"]:
+            mask = annotation.get("segmentation")
+            if self.use_instance_mask and isinstance(mask, dict) and list(mask["size"]) != size:
+                raise ValueError(f"RLE of size {mask['size']} in an image of size {size}")
+
+    def _transform_annotations(
+        self, dataset_dict: Record, transforms: TransformList, image_shape: tuple[int, int]
+    ) -> None:
+        """Detectron2's, in which ``INPUT.MASK_FORMAT polygon`` does not exclude RLE.
+
+        An image with RLE has bitmasks, which heads and losses take as well as polygons.
+        """
+        annotations = []
+        for annotation in dataset_dict.pop("annotations"):
+            if annotation.get("iscrowd", 0):
+                continue
+            if not self.use_instance_mask:
+                annotation.pop("segmentation", None)
+            if not self.use_keypoint:
+                annotation.pop("keypoints", None)
+            annotations.append(annotation)
+        has_rle = any(isinstance(a.get("segmentation"), dict) for a in annotations)
+        instances = d2_utils.annotations_to_instances(
+            [
+                d2_utils.transform_instance_annotations(
+                    annotation,
+                    transforms,
+                    image_shape,
+                    keypoint_hflip_indices=self.keypoint_hflip_indices,
+                )
+                for annotation in annotations
+            ],
+            image_shape,
+            mask_format="bitmask" if has_rle else self.instance_mask_format,
+        )
+        if self.recompute_boxes and instances.has("gt_masks"):
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        dataset_dict["instances"] = d2_utils.filter_empty_instances(instances)

@@ -1,0 +1,148 @@
+"""Detectron2's keys that have no effect here: refused if they are set, instead of ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from detectron2.config import CfgNode
+
+
+class Unused(NamedTuple):
+    """A key, or several by a pattern, that must keep its default.
+
+    Attributes:
+        pattern: of names of keys.
+        reason: why it has no effect, or what to use instead.
+        has_effect: for which configurations it has one after all.
+    """
+
+    pattern: str
+    reason: str
+    has_effect: Callable[[CfgNode], bool] = lambda cfg: False
+
+
+def _single_stage(cfg: CfgNode) -> bool:
+    return cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+
+
+def _schedule(*names: str) -> Callable[[CfgNode], bool]:
+    return lambda cfg: cfg.SOLVER.LR_SCHEDULER_NAME in names
+
+
+_PROPOSALS = "proposals are always computed, by the RPN"
+_SAMPLER = "images are drawn equally often (DATALOADER.SAMPLER_TRAIN TrainingSampler)"
+_ADAMW = "the optimizer is AdamW, which has SOLVER.BETAS"
+_DECAY = (
+    "SOLVER.WEIGHT_DECAY and BASE_LR hold for all parameters, except that those with norm in their "
+    "name have no decay"
+)
+_SEMANTIC = "detection has no semantic labels (tools/train_seg.py has)"
+_FED_LOSS = "only LVIS says how many images each class has"
+_STEP, _COSINE, _FIXED = "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"
+
+UNUSED = (
+    Unused("MODEL.LOAD_PROPOSALS", _PROPOSALS),
+    Unused("DATASETS.PROPOSAL_FILES_*", _PROPOSALS),
+    Unused("DATASETS.PRECOMPUTED_PROPOSAL_TOPK_*", _PROPOSALS),
+    Unused("DATALOADER.REPEAT_*", _SAMPLER),
+    Unused("SOLVER.MOMENTUM", _ADAMW),
+    Unused("SOLVER.NESTEROV", _ADAMW),
+    Unused("SOLVER.WEIGHT_DECAY_*", _DECAY),
+    Unused("SOLVER.BIAS_LR_FACTOR", _DECAY),
+    Unused("SOLVER.BASE_LR_END", f"only {_COSINE} has it", _schedule(_COSINE)),
+    Unused("SOLVER.NUM_DECAYS", f"only {_FIXED} has it", _schedule(_FIXED)),
+    Unused("SOLVER.GAMMA", f"only {_STEP} and {_FIXED} have it", _schedule(_STEP, _FIXED)),
+    Unused("MODEL.SEM_SEG_HEAD.*", _SEMANTIC),
+    Unused("MODEL.PANOPTIC_FPN.*", _SEMANTIC),
+    Unused("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", _FED_LOSS),
+    Unused("MODEL.ROI_BOX_HEAD.FED_LOSS_*", _FED_LOSS),
+    Unused("MODEL.ANCHOR_GENERATOR.ANGLES", "boxes are not rotated"),
+    Unused("GLOBAL.HACK", "nothing reads it"),
+    Unused(
+        "MODEL.RESNETS.*",
+        "the backbone is no ResNet (MODEL.SPATIAL_MAMBA has its keys)",
+        lambda cfg: (
+            "resnet" in cfg.MODEL.BACKBONE.NAME or cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads"
+        ),
+    ),
+    Unused("MODEL.RETINANET.*", "MODEL.META_ARCHITECTURE is not RetinaNet", _single_stage),
+    Unused(
+        "MODEL.ROI_BOX_CASCADE_HEAD.*",
+        "MODEL.ROI_HEADS.NAME is not CascadeROIHeads",
+        lambda cfg: cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads",
+    ),
+)
+# Values of Detectron2's keys for which there are no data here
+_IMPOSSIBLE = {
+    "MODEL.META_ARCHITECTURE": {"PanopticFPN": _SEMANTIC, "SemanticSegmentor": _SEMANTIC},
+    "MODEL.PROPOSAL_GENERATOR.NAME": {
+        "PrecomputedProposals": _PROPOSALS,
+        "RRPN": "boxes are not rotated",
+    },
+    "MODEL.ANCHOR_GENERATOR.NAME": {"RotatedAnchorGenerator": "boxes are not rotated"},
+    "MODEL.ROI_HEADS.NAME": {"RROIHeads": "boxes are not rotated"},
+}
+
+
+def check_unused_keys(cfg: CfgNode, defaults: CfgNode) -> None:
+    """Raises ValueError if a key without effect, or one without effect on others, is set."""
+    found = [
+        f"{key} {value}: {entry.reason}"
+        for key, value, default in _leaves(cfg, defaults)
+        if _plain(value) != _plain(default)
+        for entry in UNUSED
+        if fnmatchcase(key, entry.pattern) and not entry.has_effect(cfg)
+    ]
+    values = {key: value for key, value, _ in _leaves(cfg, defaults)}
+    found += [
+        f"{key} {values[key]}: {reasons[values[key]]}"
+        for key, reasons in _IMPOSSIBLE.items()
+        if values[key] in reasons
+    ]
+    found += _without_partner(cfg)
+    if found:
+        lines = "".join(f"\n  {line}" for line in found)
+        raise ValueError(f"keys that have no effect must keep their defaults:{lines}")
+
+
+def _without_partner(cfg: CfgNode) -> Iterator[str]:
+    """Keys that another one excludes."""
+    model, test = cfg.MODEL, cfg.TEST
+    if _single_stage(cfg):
+        for key in ("MASK_ON", "KEYPOINT_ON"):
+            if model[key]:
+                yield f"MODEL.{key} True: MODEL.META_ARCHITECTURE RetinaNet finds boxes only"
+        if test.AUG.ENABLED:
+            yield "TEST.AUG.ENABLED True: only MODEL.META_ARCHITECTURE GeneralizedRCNN has it"
+    if not model.KEYPOINT_ON:
+        if len(test.KEYPOINT_OKS_SIGMAS):
+            yield "TEST.KEYPOINT_OKS_SIGMAS: MODEL.KEYPOINT_ON is False"
+        return
+    if test.AUG.ENABLED:
+        yield "TEST.AUG.ENABLED True: not for keypoints (MODEL.KEYPOINT_ON)"
+    if cfg.INPUT.RANDOM_FLIP == "vertical":
+        yield "INPUT.RANDOM_FLIP vertical: not for keypoints (MODEL.KEYPOINT_ON)"
+    number = model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    num_sigmas = len(test.KEYPOINT_OKS_SIGMAS) or 17  # COCO's
+    if num_sigmas != number:
+        yield (
+            f"TEST.KEYPOINT_OKS_SIGMAS {list(test.KEYPOINT_OKS_SIGMAS)}: must have "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {number} numbers, which are the tolerances of "
+            "the keypoints in the score; () is COCO's 17"
+        )
+
+
+def _leaves(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and default of each key."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, defaults[key], f"{prefix}{key}.")
+        else:
+            yield prefix + key, value, defaults[key]
+
+
+def _plain(value: Any) -> Any:
+    """A list for a tuple, also in lists."""
+    return [_plain(element) for element in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,87 @@
+"""Configuration files: plain YAML without surprises, and the files that it inherits from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from spatial_mamba_d2.system.missing import no_such
+from spatial_mamba_d2.system.unicode_text import decode_unicode
+
+BASE = "_BASE_"
+
+
+class Document(NamedTuple):
+    """The content of one file, without ``_BASE_``."""
+
+    path: Path
+    content: dict[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, in which a key may not occur twice in a section."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"line {line}: not a key")
+            if key in lines:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} occurs twice, in lines {lines[key]} and {line}"
+                )
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> list[Document]:
+    """A file and what it inherits from, in the order in which they count: the file itself is last.
+
+    ``_BASE_`` names one file or a list of files, relative to the file in which it stands.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: a file is not UTF-8, not plain YAML, empty, no mapping, or its own base.
+    """
+    return _read(Path(path), (), "config file")
+
+
+def _read(path: Path, readers: tuple[Path, ...], what: str) -> list[Document]:
+    if path.is_dir():
+        raise ValueError(f"{what}: must be a file, got the folder {path.absolute()}")
+    if not path.exists():
+        raise no_such(what, path)
+    if path.resolve() in map(Path.resolve, readers):
+        chain = " -> ".join(map(str, (*readers, path)))
+        raise ValueError(f"{path}: {BASE} leads back to the file itself: {chain}")
+    content = _parse(path)
+    bases = content.pop(BASE, [])
+    documents = []
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str) or "://" in base:
+            raise ValueError(f"{path}: {BASE} must name a file or a list of files, got {base!r}")
+        base_path = path.parent / Path(base).expanduser()
+        documents += _read(base_path, (*readers, path), f"{path}: {BASE}")
+    return [*documents, Document(path, content)]
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    try:
+        content = yaml.load(decode_unicode(data), _Loader)  # derived from SafeLoader: runs no code
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be text in UTF-8: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: impossible dates
+        raise ValueError(f"{path}: not plain YAML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+    if content is None:
+        raise ValueError(f"{path}: is empty; it must hold KEY: VALUE, at least {BASE}: FILE")
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: must hold KEY: VALUE, got {type(content).__name__} {str(content)[:60]!r}"
+        )
+    return content

@@ -1,0 +1,117 @@
+"""What is decided once per iteration, in all processes alike: go on, stop, or give up."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spatial_mamba_d2.system import stopping
+
+logger = logging.getLogger(__name__)
+
+
+class IterationGuard:
+    """Checks the numbers of an iteration before the optimizer's step, and asks for signals.
+
+    With several processes that is one reduction of two integers per iteration, so that all of
+    them stop at the same one.
+
+    Args:
+        last_checkpoint: returns the path of the last good one, or None.
+        find_scale: returns the scale of the loss in mixed precision with float16, or None.
+        device: of the network.
+    """
+
+    def __init__(
+        self,
+        last_checkpoint: Callable[[], Path | None],
+        find_scale: Callable[[], float | None],
+        device: torch.device,
+    ):
+        self.last_checkpoint, self.find_scale, self.device = last_checkpoint, find_scale, device
+        self.signum = 0
+
+    def check(
+        self, iteration: int, losses: Mapping[str, Tensor], norm: Tensor, rate: float
+    ) -> None:
+        """Call once per iteration, in all processes, before the weights change.
+
+        Args:
+            iteration: counted from 0.
+            losses: of this process, by name, scalars.
+            norm: of all gradients together, before clipping; a scalar.
+            rate: the learning rate.
+
+        Raises:
+            FloatingPointError: a number is not finite. With float16, gradients overflow when the
+                scale of the loss is too high, which then falls; it is an error at a scale of 1.
+        """
+        # one transfer from the device for all of them
+        values = torch.stack([value.detach().float() for value in (*losses.values(), norm)])
+        *numbers, norm_value = values.tolist()
+        scale = None if math.isfinite(norm_value) else self.find_scale()
+        bad = [name for name, x in zip(losses, numbers, strict=True) if not math.isfinite(x)]
+        if not math.isfinite(norm_value) and (scale is None or scale <= 1):
+            bad.append("the norm of the gradients")
+        self.signum, failed = reduce_max((stopping.requested(), int(bool(bad))), self.device)
+        if not failed:
+            return
+        shown = ", ".join(f"{n} {x:.4g}" for n, x in zip(losses, numbers, strict=True))
+        checkpoint = self.last_checkpoint()
+        raise FloatingPointError(
+            f"training diverged at iteration {iteration}: not finite: "
+            f"{', '.join(bad) or 'numbers of another process'}; losses: {shown}; norm of the "
+            f"gradients {norm_value:.4g}; learning rate {rate:.4g}"
+            + (f"; scale of the loss {scale:.4g}" if scale is not None else "")
+            + f". Last good checkpoint: {checkpoint or 'none'}. A lower SOLVER.BASE_LR, a longer "
+            "warmup, or SOLVER.CLIP_GRADIENTS.ENABLED may help"
+        )
+
+
+def reduce_max(values: Iterable[int], device: torch.device) -> list[int]:
+    """The maxima over all processes."""
+    values = list(values)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    if torch.distributed.get_world_size() == 1:
+        return values
+    tensor = torch.tensor(values, device=device)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return [int(value) for value in tensor.tolist()]
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Of all gradients together, a scalar."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+
+def require_finite_weights(state: Mapping[str, Tensor], what: str) -> None:
+    """All floating point values of a state dict are finite.
+
+    Raises:
+        FloatingPointError: they are not; names ``what`` and the first such tensor.
+    """
+    tensors = {n: t.detach() for n, t in state.items() if t.is_floating_point()}
+    if torch.isfinite(nn.utils.get_total_norm([*tensors.values()])):
+        return
+    # finite values can have a norm that is not
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise FloatingPointError(
+            f"{what}: {len(bad)} tensors have values that are not finite, such as {bad[0]}"
+        )
+
+
+def is_child_of_lightning() -> bool:
+    """Whether Lightning in the first process of this machine has started this one.
+
+    It kills the first one when such a process ends with an error, which then cannot say its own.
+    """
+    return int(os.environ.get("LOCAL_RANK", 0)) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ

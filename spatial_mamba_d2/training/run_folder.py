@@ -1,0 +1,179 @@
+"""``OUTPUT_DIR`` as the folder of one training: who writes it, and what it holds already.
+
+Nothing here needs Lightning or Detectron2: all trainers use it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from spatial_mamba_d2.system.atomic import replacing
+
+logger = logging.getLogger(__name__)
+
+CONFIG, METRICS = "config.yaml", "metrics.json"
+# What a training leaves behind, in any task.
+TRACES = (CONFIG, METRICS, "last_checkpoint", "*.ckpt", "*.pth")
+_LOCK, _HOLDER = ".training.lock", ".training.json"
+# The processes that loaded data for a killed training keep its lock until they have ended too.
+_FREED_S = 15
+
+
+@contextmanager
+def claimed(folder: str | Path, *, resume: bool, is_first_process: bool = True) -> Iterator[None]:
+    """Within it, no other training writes to ``folder``; only the first process of a run asks.
+
+    The operating system frees the lock when the process ends, however it ends. On a network file
+    system this holds between machines only if that has locks (NFS 4 has).
+
+    Raises:
+        ValueError: another training is running in ``folder``, or without ``resume``, it holds one.
+        OSError: ``folder`` cannot be written.
+    """
+    if not is_first_process:
+        yield
+        return
+    folder = Path(folder)
+    lock = _acquire(folder)
+    try:
+        if not resume:
+            refuse_another_run(folder)
+        yield
+    finally:
+        (folder / _HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def refuse_another_run(folder: Path) -> None:
+    """Raises ValueError if ``folder`` holds a training, whose files a new one would replace."""
+    files = {path for trace in TRACES for path in folder.glob(trace)}
+    found = sorted(path.name for path in files if path.stat().st_size)
+    if found:
+        shown = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
+        raise ValueError(
+            f"OUTPUT_DIR {folder} holds another training ({shown}): continue it with --resume, "
+            "or choose another OUTPUT_DIR; nothing was changed"
+        )
+
+
+def _acquire(folder: Path) -> FileLock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            holder = _read_holder(folder)
+            if not _has_ended(holder):
+                raise ValueError(_in_use(folder, holder)) from None
+            try:
+                lock.acquire(timeout=_FREED_S)
+            except Timeout:
+                raise ValueError(_in_use(folder, holder)) from None
+        holder = {"pid": os.getpid(), "host": platform.node()}
+        (folder / _HOLDER).write_text(json.dumps(holder), encoding="utf-8")
+    except NotImplementedError:
+        logger.warning("%s: its file system has no locks; start no second training in it", folder)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"OUTPUT_DIR {folder} cannot be written: {error.strerror or error}"
+        ) from None
+    return lock
+
+
+def _in_use(folder: Path, holder: dict[str, Any]) -> str:
+    who = f"process {holder['pid']} on {holder['host']}" if holder else "an unknown process"
+    return (
+        f"OUTPUT_DIR {folder} is used by another training ({who}): wait for its end, or choose "
+        "another OUTPUT_DIR"
+    )
+
+
+def _read_holder(folder: Path) -> dict[str, Any]:
+    try:
+        holder = json.loads((folder / _HOLDER).read_text(encoding="utf-8"))
+        return {"pid": int(holder["pid"]), "host": str(holder["host"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _has_ended(holder: dict[str, Any]) -> bool:
+    """Whether it was a process of this machine that is no more."""
+    if not holder or holder["host"] != platform.node():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def write_config(cfg: Any, folder: str | Path) -> None:
+    """``config.yaml``, the record of a run's settings: call once an iteration has succeeded."""
+    with replacing(Path(folder, CONFIG)) as temporary:
+        temporary.write_text(cfg.dump(), encoding="utf-8")
+
+
+class _WithoutTraceback(logging.Filter):
+    """Drops what a library logs about exceptions that explain themselves."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0] if record.exc_info else None
+        return kind is None or not issubclass(kind, FloatingPointError | OSError | ValueError)
+
+
+@contextmanager
+def log_end(library_logger: str) -> Iterator[None]:
+    """Within it, an exception is written into ``log.txt``; standard error gets it from the tool.
+
+    Args:
+        library_logger: the one that would print it too.
+    """
+    library, only_ours = logging.getLogger(library_logger), _WithoutTraceback()
+    library.addFilter(only_ours)
+    try:
+        yield
+    except Exception as error:
+        text = f"ended by {type(error).__name__}: {error}"
+        record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), None)
+        for handler in logging.getLogger("spatial_mamba_d2").handlers:
+            if getattr(handler, "stream", None) not in (sys.stdout, sys.stderr):
+                handler.handle(record)
+        raise
+    finally:
+        library.removeFilter(only_ours)
+
+
+def score_of_iteration(folder: str | Path, iteration: int, name: str) -> float | None:
+    """The score that ``metrics.json`` has of the evaluation after so many iterations, if any."""
+    score = None
+    try:
+        with Path(folder, METRICS).open(encoding="utf-8") as file:
+            for line in file:
+                if f'"{name}"' in line:
+                    content = _parse(line)
+                    if content.get("iteration") == iteration - 1 and name in content:
+                        score = float(content[name])
+    except OSError:
+        pass
+    return score
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except ValueError:  # the last line of a killed process
+        return {}
+    return content if isinstance(content, dict) else {}
