@@ -88,7 +88,8 @@ def read_label(path: Path, labels: LabelFormat | None = None) -> np.ndarray:
 
 def _raw_mode(image: Image.Image) -> str:
     """How the pixels are stored, in Pillow's words, as far as it tells."""
-    arguments = image.tile[0][3] if image.tile else ""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
     mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return mode if isinstance(mode, str) else ""
 
