@@ -161,7 +161,8 @@ def _listed_pairs(
         elif len(files := line.replace(",", " ").split()) == 2:
             image, label = (Path(root, file.lstrip("/")) for file in files)
             if image.is_file() and label.is_file():
-                name = Path(files[0].lstrip("/")).with_suffix("").as_posix()
+                parts = Path(files[0].lstrip("/")).with_suffix("").parts
+                name = "/".join(part for part in parts if part != "..")
                 pair = Pair(image, label, name)
         if pair is None and name in same:
             faults.append(same[name])
