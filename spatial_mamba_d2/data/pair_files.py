@@ -55,7 +55,7 @@ def find_pairs(
         ValueError: the file of names is not text.
     """
     root, layout = Path(root), layout or Layout()
-    listed = _read_names(root, split) if split.lower().endswith(".txt") else None
+    listed = _read_names(root, split) if is_list(root, split) else None
     folders = [
         _folder(root, template, None if listed is not None else split)
         for template in (layout.image_folder, layout.label_folder)
@@ -87,9 +87,24 @@ def find_pairs(
     return pairs, faults
 
 
+def is_list(root: str | Path, split: str) -> bool:
+    """Whether a split is a file of names, and not a folder."""
+    return split.lower().endswith(".txt") or Path(root, split).is_file()
+
+
+def data_folders(root: str | Path, layout: Layout | None = None) -> list[Path]:
+    """The folders that the images and the labels of all splits are in."""
+    layout = layout or Layout()
+    return [Path(root, *_parts(t, "")) for t in (layout.image_folder, layout.label_folder)]
+
+
+def _parts(template: str, split: str) -> list[str]:
+    parts = (part.replace("{split}", split) for part in Path(template).parts)
+    return [part for part in parts if part]
+
+
 def _folder(root: Path, template: str, split: str | None) -> Path:
-    parts = [part.replace("{split}", split or "") for part in Path(template).parts]
-    folder = Path(root, *filter(None, parts))
+    folder = Path(root, *_parts(template, split or ""))
     if not folder.is_dir():
         raise FileNotFoundError(f"DATASETS.ROOT: no folder {folder} ({TREE})")
     return folder

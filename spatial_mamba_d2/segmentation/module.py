@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatial_mamba_d2.config import backbone_kwargs
-from spatial_mamba_d2.data.images import read_image, write_image
+from spatial_mamba_d2.data.images import files_below, read_image, write_image
 from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.outputs import check_outputs
-from spatial_mamba_d2.data.pair_files import LABEL_WITHOUT_IMAGE
+from spatial_mamba_d2.data.pair_files import LABEL_WITHOUT_IMAGE, data_folders
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.param_groups import build_adamw
@@ -172,6 +172,10 @@ class Segmentor(TrainingModule):
         data = self.data
         data.labels.to_stored(np.zeros((1, 1), np.uint8))  # or an error that says what is missing
         inputs = [file for pairs in data.splits.values() for p in pairs for file in p[:2]]
+        # Those of splits that are not in use, too
+        inputs += [
+            f for folder in data_folders(data.root, data.layout) for f in files_below(folder)
+        ]
         outputs = [self._label_path(pair.name) for pair in data.splits[data.test]]
         check_outputs(outputs, inputs, overwrite=True)
         if existing := [path for path in outputs if path.exists()]:
