@@ -22,6 +22,7 @@ from spatial_mamba_d2.detection.trainer import Trainer
 from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.training.resuming import (
+    count_trained,
     differing_keys,
     require_same_network,
     tell_differences,
@@ -107,21 +108,18 @@ def accept(checkpoint: Path, trainer: Trainer) -> None:
     content = read_checkpoint(checkpoint)
     differences = differing_keys(trainer.cfg.OUTPUT_DIR, trainer.cfg)
     saved, ours = content["trainer"]["_trainer"]["optimizer"], trainer.optimizer.state_dict()
-    num_trained = [
-        sum(len(group["params"]) for group in optimizer["param_groups"])
-        for optimizer in (saved, ours)
-    ]
     require_same_network(
         content["model"],
         trainer.network,
         differences,
         checkpoint,
-        num_trained=(num_trained[0], num_trained[1]),
+        num_trained=(count_trained(saved), count_trained(ours)),
     )
-    if content.get("classes") and list(content["classes"]) != trainer.checkpointer.classes:
+    classes = trainer.checkpointer.classes or []
+    if content.get("classes") and list(content["classes"]) != classes:
         raise ValueError(
             f"--resume: {checkpoint} was trained for the classes {', '.join(content['classes'])}, "
-            f"the data now has {', '.join(trainer.checkpointer.classes)}; nothing was changed"
+            f"the data now has {', '.join(classes)}; nothing was changed"
         )
     tell_differences(differences, trainer.cfg.OUTPUT_DIR)
 

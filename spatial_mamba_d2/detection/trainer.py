@@ -125,6 +125,10 @@ class AccumulatingTrainer(SimpleTrainer):
         if self.scaler.is_enabled() and state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
 
+    def find_scale(self) -> float | None:
+        """Of the loss, with float16."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() else None
+
     def close_loader(self) -> None:
         """End the processes that load data."""
         self._data_loader_iter_obj = None
@@ -161,9 +165,10 @@ class Trainer(DefaultTrainer):
             classes=datasets[0].classes,
             trainer=weakref.proxy(self),
         )
+        trainer = weakref.proxy(self)
         self._trainer.guard = IterationGuard(
-            lambda trainer=weakref.proxy(self): trainer.last_checkpoint,
-            lambda scaler=self._trainer.scaler: scaler.get_scale() if scaler.is_enabled() else None,
+            lambda: trainer.last_checkpoint,
+            self._trainer.find_scale,
             torch.device(cfg.MODEL.DEVICE),
         )
         self.start_iter = 0

@@ -36,6 +36,7 @@ from spatial_mamba_d2.training.metrics_file import MetricsFile, TensorBoard
 from spatial_mamba_d2.training.module import TrainingModule
 from spatial_mamba_d2.training.progress import build_progress, logged_to
 from spatial_mamba_d2.training.resuming import (
+    count_trained,
     differing_keys,
     require_iterations_left,
     require_same_network,
@@ -209,15 +210,14 @@ def _accept(last: Path, module: TrainingModule) -> int:
     cfg, done = module.cfg, int(content["global_step"])
     differences = differing_keys(last.parent, cfg)
     state = content.get("training_model", content["state_dict"])
-    num_trained = [
-        sum(len(group["params"]) for group in groups)
-        for groups in (
-            content["optimizer_states"][0]["param_groups"],
-            module.configure_optimizers()["optimizer"].param_groups,
-        )
-    ]
+    configured: Any = module.configure_optimizers()
+    saved, ours = content["optimizer_states"][0], configured["optimizer"].state_dict()
     require_same_network(
-        state, module.model, differences, last, num_trained=(num_trained[0], num_trained[1])
+        state,
+        module.model,
+        differences,
+        last,
+        num_trained=(count_trained(saved), count_trained(ours)),
     )
     if "classes" in content and list(content["classes"]) != module.class_names:
         raise ValueError(

@@ -36,7 +36,8 @@ def stopped(owner, name, signum, when=lambda *args: True):
         return method(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as ended:
-        patch.setattr(owner, name, wrapped)
+        is_of_the_class = isinstance(vars(owner)[name], classmethod)
+        patch.setattr(owner, name, staticmethod(wrapped) if is_of_the_class else wrapped)
         yield
     assert ended.value.code == 128 + signum
 
@@ -66,7 +67,9 @@ def test_signals_save_and_resuming_is_exact(run_arguments, tmp_path):
     assert resumed["segm"] == pytest.approx(whole["segm"], rel=1e-6, nan_ok=True)
     scores = [score for score in curve(output, "segm/AP").values() if score == score]
     if scores:
-        assert read_checkpoint(output / "model_best.pth")["best_score"] == pytest.approx(max(scores))
+        assert read_checkpoint(output / "model_best.pth")["best_score"] == pytest.approx(
+            max(scores)
+        )
 
 
 def test_the_best_weights_survive_resuming(make_cfg):
@@ -87,7 +90,8 @@ def test_what_is_not_finite_ends_the_training(run_arguments, tmp_path, monkeypat
     """In the last iteration, so that an evaluation would follow."""
     monkeypatch.setattr(Trainer, "test", None)
     more = ("SOLVER.BASE_LR", "1e30", "SOLVER.CLIP_GRADIENTS.ENABLED", False,
-            "SOLVER.WARMUP_ITERS", 0, "SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1)  # fmt: skip
+            "SOLVER.WARMUP_ITERS", 0, "SOLVER.MAX_ITER", 2,
+            "SOLVER.CHECKPOINT_PERIOD", 1)  # fmt: skip
     message = "diverged at iteration 1: not finite: .*loss_cls.*Last good checkpoint: .*0000000.pth"
     with pytest.raises(FloatingPointError, match=message):
         run(run_arguments(*more))
