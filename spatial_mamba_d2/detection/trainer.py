@@ -45,8 +45,8 @@ from spatial_mamba_d2.detection.data import (
 from spatial_mamba_d2.detection.hooks import (
     Evaluation,
     NamedWriter,
-    StoppableLoader,
     StopOnSignal,
+    StoppableLoader,
 )
 from spatial_mamba_d2.detection.optimizer import build_optimizer, clip_gradients
 from spatial_mamba_d2.detection.visualize import VisualizationWriter
