@@ -104,7 +104,7 @@ def train(cfg: CfgNode, *, resume: bool) -> dict[str, Any] | None:
 
 
 def accept(checkpoint: Path, trainer: Trainer) -> None:
-    """Raises ValueError if a checkpoint cannot be resumed with these settings; tells differences."""
+    """Tell what differs from the run; ValueError if a checkpoint cannot be resumed so."""
     content = read_checkpoint(checkpoint)
     differences = differing_keys(trainer.cfg.OUTPUT_DIR, trainer.cfg)
     saved, ours = content["trainer"]["_trainer"]["optimizer"], trainer.optimizer.state_dict()

@@ -99,7 +99,7 @@ class AccumulatingTrainer(SimpleTrainer):
                 with torch.autocast(
                     self.device_type, self.precision, enabled=self.cfg.SOLVER.AMP.ENABLED
                 ):
-                    outputs = self.model(micro_batch)
+                    outputs = self._compute_losses(micro_batch)
                 outputs = {name: value / self.accumulation_steps for name, value in outputs.items()}
                 self.scaler.scale(sum(outputs.values())).backward()
             for name, value in outputs.items():
@@ -111,6 +111,13 @@ class AccumulatingTrainer(SimpleTrainer):
         self._write_metrics(losses, data_time)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _compute_losses(self, micro_batch: Any) -> dict[str, torch.Tensor]:
+        try:
+            return self.model(micro_batch)
+        except FloatingPointError as error:  # Detectron2's, about boxes and scores of proposals
+            rate = self.optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(self.guard.explain(self.iter, str(error), rate)) from error
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
         if isinstance(self.model, DistributedDataParallel):

@@ -141,7 +141,8 @@ def fit(
         OSError: OUTPUT_DIR cannot be written.
         Stopped: a signal ended the training, whose state is saved.
     """
-    folder, first = Path(module.cfg.OUTPUT_DIR), is_first_process()
+    folder = Path(module.cfg.OUTPUT_DIR)
+    first = is_first_process() and not args.machine_rank
     with stopping.noticed(), claimed(folder, resume=args.resume, is_first_process=first):
         if not first:
             return _fit(module, data, args)
@@ -212,13 +213,8 @@ def _accept(last: Path, module: TrainingModule) -> int:
     state = content.get("training_model", content["state_dict"])
     configured: Any = module.configure_optimizers()
     saved, ours = content["optimizer_states"][0], configured["optimizer"].state_dict()
-    require_same_network(
-        state,
-        module.model,
-        differences,
-        last,
-        num_trained=(count_trained(saved), count_trained(ours)),
-    )
+    num_trained = count_trained(saved), count_trained(ours)
+    require_same_network(state, module.model, differences, last, num_trained=num_trained)
     if "classes" in content and list(content["classes"]) != module.class_names:
         raise ValueError(
             f"--resume: {last} was trained for the classes {', '.join(content['classes'])}, the "

@@ -171,7 +171,7 @@ class TrainingModule(lightning.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of all gradients together, and check that the iteration's numbers are finite.
+        """Clip the norm of all gradients together; check that the iteration's numbers are finite.
 
         Raises:
             FloatingPointError: they are not: see :class:`~.guard.IterationGuard`.

@@ -49,15 +49,15 @@ def curve(folder, key):
 
 def test_signals_save_and_resuming_is_exact(run_arguments, tmp_path):
     """In an iteration, then in an evaluation, which the resumed training makes up for."""
-    more = ("TEST.EVAL_PERIOD", 4, "SOLVER.CHECKPOINT_PERIOD", 100)
+    more = ("SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 100)
     whole = run(run_arguments(*more, "OUTPUT_DIR", tmp_path / "whole"))
     output = tmp_path / "output"
-    with stopped(AccumulatingTrainer, "run_step", signal.SIGTERM, lambda self: self.iter == 2):
+    with stopped(AccumulatingTrainer, "run_step", signal.SIGTERM, lambda self: self.iter == 0):
         run(run_arguments(*more))
-    assert (output / "last_checkpoint").read_text() == "model_0000002.pth"
+    assert (output / "last_checkpoint").read_text() == "model_0000000.pth"
     with stopped(Trainer, "test", signal.SIGINT):
         run(run_arguments(*more, resume=True))
-    assert (output / "last_checkpoint").read_text() == "model_0000003.pth"
+    assert (output / "last_checkpoint").read_text() == "model_0000001.pth"
     assert not curve(output, "bbox/AP")
     resumed = run(run_arguments(*more, resume=True))
 
@@ -92,7 +92,7 @@ def test_what_is_not_finite_ends_the_training(run_arguments, tmp_path, monkeypat
     more = ("SOLVER.BASE_LR", "1e30", "SOLVER.CLIP_GRADIENTS.ENABLED", False,
             "SOLVER.WARMUP_ITERS", 0, "SOLVER.MAX_ITER", 2,
             "SOLVER.CHECKPOINT_PERIOD", 1)  # fmt: skip
-    message = "diverged at iteration 1: not finite: .*loss_cls.*Last good checkpoint: .*0000000.pth"
+    message = "diverged at iteration 1: Predicted boxes or scores contain Inf/NaN.*0000000.pth"
     with pytest.raises(FloatingPointError, match=message):
         run(run_arguments(*more))
     output = tmp_path / "output"
@@ -138,6 +138,7 @@ def test_resuming_with_other_settings(run_arguments, tmp_path, caplog):
     assert "learning rate at iteration 2: " in log
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_run_with_its_code():
     with pytest.raises(SystemExit) as ended:
         launch(os._exit, 2, args=(143,))
