@@ -1,4 +1,4 @@
-"""Hooks of Detectron2's training loop: evaluation, the best checkpoint, and signals that stop it."""
+"""Hooks of Detectron2's training loop: evaluation, the best checkpoint, signals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Evaluation(hooks.EvalHook):
     """Detectron2's, and the weights with the best score are kept as ``model_best.pth``.
 
-    A signal ends it at once, with the state saved; a resumed training repeats what was not finished.
+    A signal ends it at once, with the state saved; a resumed training begins with it then.
     After an iteration that failed there is none.
 
     Args:

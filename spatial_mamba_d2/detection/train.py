@@ -21,6 +21,7 @@ from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.trainer import Trainer
 from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.system import stopping
+from spatial_mamba_d2.training.guard import require_finite_weights
 from spatial_mamba_d2.training.resuming import (
     count_trained,
     differing_keys,
@@ -106,6 +107,7 @@ def train(cfg: CfgNode, *, resume: bool) -> dict[str, Any] | None:
 def accept(checkpoint: Path, trainer: Trainer) -> None:
     """Tell what differs from the run; ValueError if a checkpoint cannot be resumed so."""
     content = read_checkpoint(checkpoint)
+    require_finite_weights(content["model"], str(checkpoint))
     differences = differing_keys(trainer.cfg.OUTPUT_DIR, trainer.cfg)
     saved, ours = content["trainer"]["_trainer"]["optimizer"], trainer.optimizer.state_dict()
     require_same_network(
@@ -139,4 +141,5 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
         )
     weights = checkpointer.path_manager.get_local_path(weights)
     load_weights(model, weights, partial=False)
+    require_finite_weights(model.state_dict(), str(weights))
     return Trainer.test(cfg, model)

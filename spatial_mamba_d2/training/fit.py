@@ -8,7 +8,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from spatial_mamba_d2.system.launching import (
     wait_for_machine_0,
 )
 from spatial_mamba_d2.training.checkpoint import BEST, LAST, Checkpoints, SafeCheckpointIO
-from spatial_mamba_d2.training.guard import is_child_of_lightning
+from spatial_mamba_d2.training.guard import is_child_of_lightning, require_finite_weights
 from spatial_mamba_d2.training.metrics_file import MetricsFile, TensorBoard
 from spatial_mamba_d2.training.module import TrainingModule
 from spatial_mamba_d2.training.progress import build_progress, logged_to
@@ -211,6 +211,7 @@ def _accept(last: Path, module: TrainingModule) -> int:
     cfg, done = module.cfg, int(content["global_step"])
     differences = differing_keys(last.parent, cfg)
     state = content.get("training_model", content["state_dict"])
+    require_finite_weights(state, str(last))
     configured: Any = module.configure_optimizers()
     saved, ours = content["optimizer_states"][0], configured["optimizer"].state_dict()
     num_trained = count_trained(saved), count_trained(ours)
@@ -278,11 +279,13 @@ def evaluate(
         raise ValueError(f"no weights to evaluate: set MODEL.WEIGHTS ({weights} does not exist)")
     module.ema = None  # the file's weights are evaluated, averaged or not
     load_weights(module.model, weights, partial=False)
+    require_finite_weights(module.model.state_dict(), str(weights))
     module.weights_source = str(weights)
     period = max(1, cfg.SOLVER.LOG_PERIOD)
     trainer = build_trainer(
         cfg, args, logger=False, enable_checkpointing=False, callbacks=build_progress(period)
     )
-    with stopping.noticed(), _children_end_with(trainer):
+    log = logged_to(cfg.OUTPUT_DIR) if trainer.is_global_zero else nullcontext()
+    with stopping.noticed(), log, _children_end_with(trainer):
         trainer.validate(module, datamodule=data, verbose=False)
     return module.scores

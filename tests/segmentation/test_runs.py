@@ -109,6 +109,16 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_scored(arguments, tmp
     assert read_checkpoint(tmp_path / "output/last.ckpt")["global_step"] == 3
     assert not (tmp_path / "output/best.ckpt").exists()
 
+    last = tmp_path / "output/last.ckpt"
+    content = read_checkpoint(last)
+    content["state_dict"]["decode_head.classify.bias"][0] = math.nan
+    torch.save(content, last)
+    message = "last.ckpt: 1 tensors have values that are not finite, such as decode_head.classify.b"
+    with pytest.raises(FloatingPointError, match=message):
+        run(arguments(resume=True))
+    with pytest.raises(FloatingPointError, match=message):
+        run(arguments("MODEL.WEIGHTS", last, eval_only=True))
+
 
 def test_resuming_is_refused_before_anything_is_rewritten(arguments, tmp_path, caplog):
     output = tmp_path / "output"
