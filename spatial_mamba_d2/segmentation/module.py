@@ -88,7 +88,7 @@ class Segmentor(TrainingModule):
             checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
         )
         super().__init__(cfg, build_model(cfg), schedule)
-        self.classes = classes
+        self.classes, self.class_names = classes, classes.names
         self.protocol = build_protocol(cfg)
         weights = cfg.MODEL.CLASS_WEIGHTS
         self.register_buffer(

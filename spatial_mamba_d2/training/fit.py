@@ -216,7 +216,7 @@ def _accept(last: Path, module: TrainingModule) -> int:
     saved, ours = content["optimizer_states"][0], configured["optimizer"].state_dict()
     num_trained = count_trained(saved), count_trained(ours)
     require_same_network(state, module.model, differences, last, num_trained=num_trained)
-    if "classes" in content and list(content["classes"]) != module.class_names:
+    if "classes" in content and tuple(content["classes"]) != module.class_names:
         raise ValueError(
             f"--resume: {last} was trained for the classes {', '.join(content['classes'])}, the "
             f"data now has {', '.join(module.class_names)}; nothing was changed"

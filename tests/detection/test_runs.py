@@ -88,7 +88,11 @@ def test_the_best_weights_survive_resuming(make_cfg):
 
 def test_what_is_not_finite_ends_the_training(run_arguments, tmp_path, monkeypatch):
     """In the last iteration, so that an evaluation would follow."""
-    monkeypatch.setattr(Trainer, "test", None)
+
+    def never(*args, **kwargs):
+        raise AssertionError("evaluated")
+
+    monkeypatch.setattr(Trainer, "test", never)
     more = ("SOLVER.BASE_LR", "1e30", "SOLVER.CLIP_GRADIENTS.ENABLED", False,
             "SOLVER.WARMUP_ITERS", 0, "SOLVER.MAX_ITER", 2,
             "SOLVER.CHECKPOINT_PERIOD", 1)  # fmt: skip
