@@ -89,7 +89,7 @@ class Checkpoints(Checkpoint):
         signum = pl_module.guard.signum if pl_module.guard is not None else 0
         if step % self.period == 0 or schedule.evaluates_after(step) or signum:
             self._save_last(trainer)
-        if signum:
+        if signum and trainer.is_global_zero:
             logger.warning(
                 "%s: the state after iteration %d is in %s; continue with --resume",
                 stopping.Stopped(signum), step, self.last,

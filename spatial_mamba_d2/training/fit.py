@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -122,7 +123,7 @@ def build_trainer(cfg: CfgNode, args: argparse.Namespace, **kwargs: Any) -> ligh
         plugins=plugins,
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_progress_bar=False,  # ours are among the callbacks
+        enable_progress_bar=sys.stdout.isatty(),  # ours is among the callbacks then
         num_sanity_val_steps=0,
         **kwargs,
     )
@@ -216,7 +217,7 @@ def _accept(last: Path, module: TrainingModule) -> int:
     saved, ours = content["optimizer_states"][0], configured["optimizer"].state_dict()
     num_trained = count_trained(saved), count_trained(ours)
     require_same_network(state, module.model, differences, last, num_trained=num_trained)
-    if "classes" in content and tuple(content["classes"]) != module.class_names:
+    if "classes" in content and tuple(content["classes"]) != tuple(module.class_names):
         raise ValueError(
             f"--resume: {last} was trained for the classes {', '.join(content['classes'])}, the "
             f"data now has {', '.join(module.class_names)}; nothing was changed"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -146,3 +148,13 @@ def test_a_longer_schedule_has_its_own_rates(arguments, tmp_path, curve, caplog)
     assert [rates[i] for i in (3, 4, 5)] == pytest.approx([2e-3 / 3, 1e-3 / 3, 0])
     assert "SOLVER.MAX_ITER: 3 -> 6: counts from here on: the learning rate is" in caplog.text
     assert "learning rate at iteration 3: 0 by the run so far, 0.000666667 by" in caplog.text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_everywhere_and_a_bar_on_a_terminal(terminal, arguments, monkeypatch, capfd):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    run(arguments("SOLVER.MAX_ITER", 1))
+    out, err = capfd.readouterr()
+    assert re.search(r"eta: 0:00:00  iter: 0  loss: .* loss_aux: .* data_time: .* lr: 1e-09", out)
+    assert "v_num" not in out + err
+    assert ("\r" in out + err) == terminal
