@@ -12,7 +12,7 @@ from detectron2.engine import hooks
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 
 from spatial_mamba_d2.detection.checkpoint import BEST
 from spatial_mamba_d2.system import stopping
@@ -130,6 +130,20 @@ class StoppableLoader:
         for batch in self.loader:
             stopping.stop_if_requested()
             yield batch
+
+
+class ProgressPrinter(CommonMetricPrinter):
+    """Detectron2's, which cannot tell of an iteration twice: when a training ends early it would."""
+
+    def __init__(self, max_iter: int):
+        super().__init__(max_iter)
+        self.told = -1
+
+    def write(self, **kwargs: Any) -> None:
+        iteration = get_event_storage().iter
+        if iteration != self.told:
+            self.told = iteration
+            super().write(**kwargs)
 
 
 class NamedWriter(EventWriter):

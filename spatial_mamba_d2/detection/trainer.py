@@ -23,7 +23,6 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 from detectron2.utils.events import (
-    CommonMetricPrinter,
     EventWriter,
     JSONWriter,
     TensorboardXWriter,
@@ -45,6 +44,7 @@ from spatial_mamba_d2.detection.data import (
 from spatial_mamba_d2.detection.hooks import (
     Evaluation,
     NamedWriter,
+    ProgressPrinter,
     StopOnSignal,
     StoppableLoader,
 )
@@ -258,7 +258,7 @@ class Trainer(DefaultTrainer):
         folder = Path(self.cfg.OUTPUT_DIR)
         folder.mkdir(parents=True, exist_ok=True)
         return [
-            CommonMetricPrinter(self.max_iter),
+            ProgressPrinter(self.max_iter),
             NamedWriter(
                 JSONWriter(str(folder / METRICS), window_size=self._write_period), folder / METRICS
             ),
