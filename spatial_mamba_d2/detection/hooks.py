@@ -133,7 +133,7 @@ class StoppableLoader:
 
 
 class ProgressPrinter(CommonMetricPrinter):
-    """Detectron2's, which cannot tell of an iteration twice: when a training ends early it would."""
+    """Detectron2's, which fails if it is asked twice for an early iteration, as at a stop."""
 
     def __init__(self, max_iter: int):
         super().__init__(max_iter)
