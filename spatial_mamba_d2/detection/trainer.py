@@ -112,7 +112,7 @@ class AccumulatingTrainer(SimpleTrainer):
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def _compute_losses(self, micro_batch: Any) -> dict[str, torch.Tensor]:
+    def _compute_losses(self, micro_batch: Any) -> dict[str, Any]:
         try:
             return self.model(micro_batch)
         except FloatingPointError as error:  # Detectron2's, about boxes and scores of proposals

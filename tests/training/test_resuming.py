@@ -8,6 +8,8 @@ from fvcore.common.config import CfgNode
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+pytest.importorskip("lightning", reason="Lightning is not installed")
+
 from spatial_mamba_d2.segmentation.module import learning_rate_factor
 from spatial_mamba_d2.training.resuming import (
     ConfiguredSchedule,
