@@ -148,20 +148,26 @@ def load_coco(
         }
         for position, image in usable("images")
     }
+    num_lost = 0
     for number, (_, annotation) in enumerate(usable("annotations"), start=1):
         if found["renumber"]:
             annotation["id"] = number
         if record := records.get(annotation["image_id"]):
             record["annotations"].append(annotation)
+        else:
+            num_lost += 1
     faults = [Fault(kind, reason) for _, _, kind, reason in found["faults"]]
     settle_faults(faults, on_error, where=json_file, num_usable=len(records), harmless=HARMLESS)
-    for note, is_warning in found["notes"]:
+    notes = list(found["notes"])
+    if num_lost:
+        notes.append((f"{num_lost} annotations belong to images that are not used", True))
+    for note, is_warning in notes:
         logger.log(logging.WARNING if is_warning else logging.INFO, "%s: %s", json_file, note)
     return CocoDataset(
         [(id_, name) for id_, name in found["categories"]],
         list(records.values()),
         [fault for fault in faults if fault.kind not in HARMLESS],
-        [note for note, _ in found["notes"]],
+        [note for note, _ in notes],
         bool(found["changes"] or found["renumber"]) or not _is_plain(json_file, content),
         {
             category["id"]: [str(name) for name in category["keypoints"]]
@@ -198,7 +204,6 @@ def _examine(
     found = Findings(faults=[], changes=[], categories=[], renumber=False, problem=None, notes=[])
     classes = _examine_categories(content["categories"], found)
     images, key = examine_images(content["images"], paths, measure, found)
-
     reader = AnnotationReader(images, key, classes)
     for position, annotation in enumerate(content["annotations"]):
         result = reader.read(annotation)
@@ -216,33 +221,29 @@ def _note_annotations(reader: AnnotationReader, found: Findings, unusual: list[s
     notes = found["notes"]
     notes += [(f"{what}: {number}", what in LOSSES) for what, number in reader.counts.items()]
     notes += [(note, True) for note in unusual]
+    number, crowds = reader.num_usable, reader.num_crowds
     if found["renumber"]:
-        notes.append(
-            (
-                "annotation ids are missing, repeated, below 1 or no integers: all "
-                f"{reader.num_usable} annotations were numbered anew",
-                False,
-            )
+        note = (
+            f"annotation ids are missing, repeated, below 1 or no integers: all {number} "
+            "annotations were numbered anew"
         )
-    if reader.num_crowds:
-        unusual_many = reader.num_crowds > USUAL_CROWDS * reader.num_usable
-        hint = "; if they are single objects, as brush masks of some tools, set iscrowd to 0"
-        notes.append(
-            (
-                f"{reader.num_crowds} of {reader.num_usable} annotations are crowds (iscrowd 1): "
-                f"they neither train nor count{hint if unusual_many else ''}",
-                unusual_many,
-            )
+        notes.append((note, False))
+    if crowds:
+        is_unusual = crowds > USUAL_CROWDS * number
+        note = (
+            f"{crowds} of {number} annotations are crowds (iscrowd 1): they neither train nor count"
         )
+        if is_unusual:
+            note += "; if they are single objects, as brush masks of some tools, set iscrowd to 0"
+        notes.append((note, is_unusual))
     unused = [name for id_, name in found["categories"] if not reader.num_objects[id_]]
-    if unused and reader.num_usable:
-        notes.append(
-            (
-                f"{len(unused)} of {len(found['categories'])} categories have no annotation: "
-                f"{', '.join(map(repr, unused[:10]))}{', ...' if len(unused) > 10 else ''}",
-                False,
-            )
+    if unused and number:
+        note = (
+            f"{len(unused)} of {len(found['categories'])} categories have no annotation"
+            f"{' that is no crowd' if crowds else ''}: "
+            f"{', '.join(map(repr, unused[:10]))}{', ...' if len(unused) > 10 else ''}"
         )
+        notes.append((note, False))
 
 
 def _examine_categories(entries: list[Any], found: Findings) -> dict[int, int]:

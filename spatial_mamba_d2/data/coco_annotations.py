@@ -31,7 +31,7 @@ EMPTY_BOX = "box without area"
 STRAY = "stray parts of polygons (below 3 points, or an odd number of numbers) were left out"
 LOSSES = (STRAY,)  # counts of what is not used, not only rewritten
 _CROWD_WORDS = {"0": 0, "1": 1, "false": 0, "true": 1}
-_WHOLE = re.compile(r"-?\d+(\.0*)?")
+_WHOLE = re.compile(r"-?\d{1,18}(\.0*)?")
 _NO_MASK_BOX = (math.nan,) * 4
 
 
@@ -175,28 +175,24 @@ class AnnotationReader:
                 self.counts["segmentation is written in another way, and was rewritten"] += 1
 
         if box is None or not (box[2] and box[3]):
-            if segmentation is None:
-                return (
-                    _empty_box(box)
-                    if box
-                    else Fault("degenerate box", f"bbox must be 4 finite numbers, got {short(box)}")
-                )
             x1, y1, x2, y2 = around
-            if x1 == x2 or y1 == y2:
-                return _empty_box([x1, y1, x2 - x1, y2 - y1])
+            if box is None and segmentation is None:
+                return Fault("degenerate box", f"bbox must be 4 finite numbers, got {short(given)}")
+            if not (x2 > x1 and y2 > y1):  # nor are NaN
+                return _empty_box(box or [x1, y1, x2 - x1, y2 - y1])
             box = [x1, y1, x2 - x1, y2 - y1]
             self.counts["bbox is missing or empty, and was computed from the mask"] += 1
+        x, y, w, h = box
         if box is not given:
             change["bbox"] = box
-            if given and box[2:] == [float(side) for side in given[2:]]:
+            if given and any(isinstance(side, str) for side in given):
                 self.counts["bbox holds strings, and was read as numbers"] += 1
         height, width = size
-        x, y, w, h = box
         is_outside = x >= width or y >= height or x + w <= 0 or y + h <= 0
         given = annotation.get("area")
         area = finite_numbers([given])
         if not is_crowd:
-            self._boxes.extend(box)
+            self._boxes.extend((x, y, w, h))
             self._mask_boxes.extend(around)
             self._sizes.extend(size)
             self._areas.append(area[0] if area else math.nan)

@@ -138,12 +138,14 @@ def _recorded_size(image: dict[str, Any], measured: Size | Fault | None) -> Size
     if sides == [None, None] or sides == [0, 0]:
         if isinstance(measured, tuple) and not isinstance(measured, Fault):
             return measured
+    numbers = []
     for side, value in zip(("height", "width"), sides, strict=True):
         number = whole_number(value)
-        if number is None or number < 1:
+        if number is None or not 1 <= number < 2**31:
             reason = f"{side} must be an integer above 0, got {value!r}"
             return Fault("malformed image", reason)
-    return int(float(sides[0])), int(float(sides[1]))
+        numbers.append(number)
+    return numbers[0], numbers[1]
 
 
 def measure_image(path: str, check_decode: bool, value_range: PixelRange | None) -> Size | Fault:

@@ -99,13 +99,15 @@ def finite_numbers(values: Any) -> list[float] | None:
     try:
         if math.isfinite(sum(values)):  # inf and NaN survive a sum
             return values
+    except OverflowError:
+        return None
     except TypeError:
         pass
     else:
         return None
     try:
         numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return numbers if math.isfinite(sum(numbers)) else None
 

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from spatial_mamba_d2.data.faults import InaccessibleFileError
 from spatial_mamba_d2.data.outputs import (
@@ -70,6 +70,10 @@ def naming_file(kind: str, path: str | Path) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise FileNotFoundError(f"no {kind} file {Path(path).absolute()}") from None
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{kind} file {path} cannot be decoded: it is no image in a known format"
+        ) from None
     except OSError as error:
         # Only the system's errors have a number; those of Pillow are about the content.
         kind_of_error = ValueError if error.errno is None else InaccessibleFileError
@@ -184,15 +188,20 @@ def orientation_hint(path: str | Path, size: Sequence[int] | None = None) -> str
     return ""
 
 
-def is_litter(path: Path) -> bool:
-    """Whether operating systems leave such files and folders: hidden ones, ``Thumbs.db``, ..."""
-    return path.name.startswith(".") or path.name.lower() in _LITTER
+def is_litter(path: Path | str) -> bool:
+    """Whether operating systems leave such files and folders: hidden ones, ``Thumbs.db``, ...
+
+    Args:
+        path: a path, or a name.
+    """
+    name = path if isinstance(path, str) else path.name
+    return name.startswith(".") or name.lower() in _LITTER
 
 
 def is_image(path: Path, root: Path) -> bool:
     """Whether ``path``, which is in or below ``root``, is an image by its name, and no litter."""
-    is_hidden = any(is_litter(Path(part)) for part in path.relative_to(root).parts)
-    return path.suffix.lower() in SUFFIXES and not is_hidden and not path.is_dir()
+    is_hidden = any(map(is_litter, path.relative_to(root).parts))
+    return path.suffix.lower() in SUFFIXES and not is_hidden
 
 
 def find_images(paths: Iterable[Path], *, leave_out: Path | None = None) -> list[Path]:
@@ -251,11 +260,11 @@ def _walk(folder: Path, leave_out: Path | None) -> Iterator[Path]:
         folders[:] = sorted(
             name
             for name in folders
-            if not is_litter(Path(name))
+            if not is_litter(name)
             and (real := os.path.realpath(Path(parent, name))) not in seen
             and real != left_out
         )
-        yield from (Path(parent, name) for name in sorted(names) if not is_litter(Path(name)))
+        yield from (Path(parent, name) for name in sorted(names) if not is_litter(name))
 
 
 def encode_image(image: np.ndarray, suffix: str) -> bytes:

@@ -95,8 +95,8 @@ def check_outputs(
         listed = "".join(f"\n  {path}" for path in existing[:MAX_NAMED])
         more = f"\n  and {len(existing) - MAX_NAMED} more" if len(existing) > MAX_NAMED else ""
         raise ValueError(
-            f"output: {len(existing)} of {len(outputs)} files exist already; choose another "
-            f"place, or replace them with --overwrite{listed}{more}"
+            f"output: {len(existing)} files exist already; choose another place, or replace them "
+            f"with --overwrite{listed}{more}"
         )
     for folder in {output.parent for output in outputs}:
         there = next(path for path in (folder, *_absolute(folder).parents) if path.exists())

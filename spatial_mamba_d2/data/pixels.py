@@ -97,6 +97,11 @@ class Layout(NamedTuple):
         return size[::-1] if self.orientation >= 5 else size
 
 
+def valid_orientation(value: Any) -> int:
+    """1, which changes nothing, for what is no orientation."""
+    return value if value in range(1, 9) else 1
+
+
 def read_layout(file: BinaryIO) -> Layout:
     """From the header of a file.
 
@@ -116,7 +121,7 @@ def read_layout(file: BinaryIO) -> Layout:
             raise ImageFormatError(f"holds {num_images} images; save the one that is meant")
         if image.mode in ("LAB", "HSV"):
             raise ImageFormatError(f"has {image.mode} colours; save it as RGB")
-        orientation = image.getexif().get(ORIENTATION, 1)
+        orientation = valid_orientation(image.getexif().get(ORIENTATION))
         bits, kind = _DEEP_MODES.get(image.mode, (8, "uint"))
         if image.mode in ("I", "F"):
             # Pillow's 32 bits hold the 16 of netpbm's greys.
@@ -140,6 +145,8 @@ def _tiff_layout(header: tiff.TiffHeader) -> Layout:
         raise ImageFormatError(f"holds {header.num_images} images; save the one that is meant")
     if header.photometric == tiff.LAB:
         raise ImageFormatError("has LAB colours; save it as RGB")
+    if header.bits not in (1, 2, 4, 8, 16, 32, 64):
+        raise ImageFormatError(f"has values of {header.bits} bits; save it with 8 or 16")
     has_alpha = header.has_alpha
     are_colors = bool(header.colors) and header.bands == header.colors + has_alpha
     is_deep = header.bits > 8 or header.kind != "uint"
@@ -161,7 +168,7 @@ def _tiff_layout(header: tiff.TiffHeader) -> Layout:
     return Layout(
         header.height,
         header.width,
-        header.orientation,
+        valid_orientation(header.orientation),
         header.bits,
         header.kind,
         bands,
@@ -180,7 +187,10 @@ def check_layout(layout: Layout, num_channels: int, value_range: PixelRange | No
         hint = ""
         if not layout.are_colors and colors > 3:
             hint = " (they are not declared as RGB and alpha, so none is dropped)"
-        raise ImageFormatError(f"has {what}{hint}, the model takes {num_channels} channels")
+        raise ImageFormatError(
+            f"has {what}{hint}, the model takes {num_channels} channels (of a segmentor: "
+            "INPUT.CHANNELS)"
+        )
     if value_range is None and (layout.kind != "uint" or layout.bits > 16):
         name = {"int": "signed integers", "uint": "integers", "float": "float values"}[layout.kind]
         raise ImageFormatError(
@@ -221,6 +231,7 @@ def read_pixels(
     stored: np.ndarray = _read_deep(file, layout)
     if stored.shape[:2] != (layout.height, layout.width):
         raise ValueError(f"is {stored.shape[:2]}, its header says {layout.size}")
+    pixels: np.ndarray
     if layout.bits <= 8 and layout.kind == "uint":
         pixels = stored.astype(np.uint8)
     else:

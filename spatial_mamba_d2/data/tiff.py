@@ -26,7 +26,7 @@ _UNUSED = 65000  # a private tag, which readers pass over
 _SHORT = 3
 _TYPES = {1: "B", _SHORT: "H", 4: "I", 16: "Q"}  # of integer fields
 _MOST_VALUES = 1024  # read of one field
-_MOST_PAGES = 1000
+_MOST_PAGES, _MOST_FIELDS = 100, 1000  # looked at: a file can claim any number
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _read_page(
     values: dict[int, tuple[int, ...]] = {}
     places: dict[int, int] = {}
     first = file.tell()
-    for index in range(min(num_fields, 1 << 16)):
+    for index in range(min(num_fields, _MOST_FIELDS)):
         file.seek(first + index * entry_bytes)
         tag, kind, count = _unpack(file, f"{order}HH{count_code}")
         if kind not in _TYPES or not 1 <= count <= _MOST_VALUES:

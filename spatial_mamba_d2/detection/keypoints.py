@@ -46,10 +46,11 @@ def read_keypoints(cfg: CfgNode, coco: CocoDataset, json_file: str) -> tuple[Key
     annotations = [a for record in coco.records for a in record["annotations"]]
     missing = changed = 0
     for annotation in annotations:
-        if not (points := annotation.get("keypoints")):
+        points: list[float] = annotation.get("keypoints")
+        if not points:
             annotation["keypoints"] = [0] * (3 * number)
             annotation["num_keypoints"] = 0
-            missing += not annotation["iscrowd"]
+            missing += 1 - annotation["iscrowd"]
             changed += 1
             continue
         if finite_numbers(points) is not points or len(points) != 3 * number:
@@ -57,11 +58,11 @@ def read_keypoints(cfg: CfgNode, coco: CocoDataset, json_file: str) -> tuple[Key
                 f"{json_file}: annotation {annotation['id']} must have 3 x {number} finite numbers "
                 f"as keypoints (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS), got {len(points)}"
             )
-        visible = sum(1 for v in points[2::3] if v > 0)
+        visible = len([v for v in points[2::3] if v > 0])
         if annotation.get("num_keypoints") != visible:
             annotation["num_keypoints"] = visible
             changed += 1
-    num_objects = sum(not a["iscrowd"] for a in annotations)
+    num_objects = sum(1 - a["iscrowd"] for a in annotations)
     if num_objects and missing == num_objects:
         raise ValueError(f"{json_file}: no annotation has keypoints, which MODEL.KEYPOINT_ON needs")
     if missing:

@@ -73,7 +73,7 @@ def draw_ground_truth(
 
 def _keypoints(annotations: list[dict[str, Any]]) -> np.ndarray | None:
     """float[N, K, 3], x, y and whether it is visible; None if an annotation has none."""
-    lists = [annotation.get("keypoints") for annotation in annotations]
+    lists = [annotation.get("keypoints", []) for annotation in annotations]
     if not lists or not all(lists) or len({len(points) for points in lists}) != 1:
         return None
     return np.array(lists, float).reshape(len(lists), -1, 3) + (0.5, 0.5, 0)

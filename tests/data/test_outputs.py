@@ -138,7 +138,7 @@ def test_what_exists_is_replaced_only_when_told(tmp_path):
     photo(tmp_path / "in/a.png", 3), photo(tmp_path / "in/b.png", 4)
     out = tmp_path / "out"
     photo(out / "b_label.png", 200)
-    message = r"1 of 4 files exist already; .*--overwrite(.|\n)*b_label\.png"
+    message = r"1 files exist already; .*--overwrite\n  .*b_label\.png"
     refuse([tmp_path / "in"], out, match=message)
     assert tree(out) == ["b_label.png"] and read_image(out / "b_label.png").mean() == 200
     visualize_images([tmp_path / "in"], out, lambda: draw, overwrite=True)

@@ -380,6 +380,25 @@ def test_16_bits_that_are_cut_off(suffix, channels, tmp_path):
             read_image(path)
 
 
+def test_headers_of_tiff_that_lie(tmp_path):
+    path = write_tiff(tmp_path / "a.tif", EIGHT[..., :3], tags={274: 9})
+    assert (read_image(path) == EIGHT[..., :3]).all()
+    with pytest.raises(ImageFormatError, match="has values of 12 bits"):
+        read_image(write_tiff(path, SIXTEEN[..., 0], tags={258: 12}))
+    content = write_tiff(path, SIXTEEN[..., 0]).read_bytes()
+    start = 8
+    for number in (b"\xff\xff", b"\x00\x00"):  # of fields
+        path.write_bytes(content[:start] + number + content[start + 2 :])
+        with pytest.raises(ValueError, match=r"image file .*a\.tif cannot be decoded"):
+            read_image(path)
+    # A page that is the next one of itself
+    (num_fields,) = struct.unpack("<H", content[start : start + 2])
+    following = start + 2 + 12 * num_fields
+    path.write_bytes(content[:following] + struct.pack("<I", start) + content[following + 4 :])
+    with pytest.raises(ImageFormatError, match="holds 100 images"):
+        read_image(path)
+
+
 def test_classification_reads_depths_too(tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), SIXTEEN[..., 0])
     image = open_image(tmp_path / "a.png", upright=False)

@@ -7,11 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 
-from spatial_mamba_d2.detection.data import load_dataset, register_for_evaluation
+from spatial_mamba_d2.detection.data import (
+    load_dataset,
+    load_training_datasets,
+    register_for_evaluation,
+)
+from spatial_mamba_d2.detection.trainer import Trainer
 
 
 @pytest.fixture
@@ -127,3 +133,53 @@ def test_masks_are_needed_for_a_mask_head(make_cfg, shapes, tmp_path):
         load_dataset(cfg, cfg.DATASETS.TRAIN[0], is_train=True)
     boxes_only = make_cfg("DATASETS.TRAIN_JSON", path, "MODEL.MASK_ON", False)
     assert load_dataset(boxes_only, boxes_only.DATASETS.TRAIN[0], is_train=True).records
+
+
+# --- before the first iteration --------------------------------------------------------------
+
+
+def test_the_test_set_is_checked_before_training(make_cfg, damaged):
+    path, folder, _ = damaged
+    cfg = make_cfg("DATASETS.TEST_JSON", path, "DATASETS.TEST_IMAGES", folder)
+    with pytest.raises(ValueError, match="damaged.json: problems found: 3"):
+        Trainer(cfg)
+
+
+def test_a_test_set_that_is_not_there_is_named_with_the_way_out(make_cfg, monkeypatch, tmp_path):
+    coco = MetadataCatalog.get("coco_2017_val").__dict__
+    monkeypatch.setitem(coco, "json_file", f"{tmp_path}/none.json")
+    monkeypatch.setitem(coco, "image_root", str(tmp_path))
+    words = ("DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", "")
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no file .*none\.json \(of DATASETS\.TEST "
+        r"'coco_2017_val'; DATASETS\.TEST_JSON .*DATASETS\.TEST \(\) trains",
+    ):
+        Trainer(make_cfg(*words))  # fmt: skip
+    with pytest.raises(ValueError, match="no data set is registered as 'nowhere'"):
+        Trainer(make_cfg(*words, "DATASETS.TEST", "('nowhere',)"))
+    assert Trainer(make_cfg(*words, "DATASETS.TEST", "()")).classes
+
+
+def test_all_objects_are_crowds(make_cfg, shapes, tmp_path):
+    content = json.loads((shapes / "instances_train.json").read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    path = tmp_path / "crowds.json"
+    path.write_text(json.dumps(content))
+    number = len(content["annotations"])
+    message = f"none of its 12 images has an object: all {number} annotations are crowds"
+    with pytest.raises(ValueError, match=message):
+        load_training_datasets(make_cfg("DATASETS.TRAIN_JSON", path))
+
+
+def test_other_classes_of_the_weights_are_said(make_cfg, tmp_path, caplog):
+    cfg = make_cfg("MODEL.WEIGHTS", tmp_path / "other.pth")
+    trainer = Trainer(cfg)
+    classes = list(trainer.classes)
+    for names, words in ((classes, ""), (classes[::-1], "in another order"), (["a"], "others")):
+        torch.save({"model": trainer.network.state_dict(), "classes": names}, cfg.MODEL.WEIGHTS)
+        caplog.clear()
+        trainer.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
+        assert ("the classes of the weights are" in caplog.text) == bool(words)
+        assert words in caplog.text
