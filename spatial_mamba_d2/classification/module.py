@@ -51,7 +51,7 @@ class Classifier(TrainingModule):
             checkpoint_period=cfg.SOLVER.CHECKPOINT_EPOCHS * epoch_iterations,
         )
         super().__init__(cfg, build_model(cfg), schedule)
-        self.classes = classes
+        self.classes = self.class_names = classes
         self.epoch_iterations = epoch_iterations
         self.loss = SoftTargetCrossEntropy()
         mixing = cfg.INPUT.MIXING

@@ -1,4 +1,4 @@
-"""Hooks of Detectron2's training loop: evaluation, the best checkpoint, and signals that stop it."""
+"""Hooks of Detectron2's training loop: evaluation, the best checkpoint, signals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from detectron2.engine import hooks
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 
 from spatial_mamba_d2.detection.checkpoint import BEST
 from spatial_mamba_d2.system import stopping
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Evaluation(hooks.EvalHook):
     """Detectron2's, and the weights with the best score are kept as ``model_best.pth``.
 
-    A signal ends it at once, with the state saved; a resumed training repeats what was not finished.
+    A signal ends it at once, with the state saved; a resumed training begins with it then.
     After an iteration that failed there is none.
 
     Args:
@@ -130,6 +130,20 @@ class StoppableLoader:
         for batch in self.loader:
             stopping.stop_if_requested()
             yield batch
+
+
+class ProgressPrinter(CommonMetricPrinter):
+    """Detectron2's, which fails if it is asked twice for an early iteration, as at a stop."""
+
+    def __init__(self, max_iter: int):
+        super().__init__(max_iter)
+        self.told = -1
+
+    def write(self, **kwargs: Any) -> None:
+        iteration = get_event_storage().iter
+        if iteration != self.told:
+            self.told = iteration
+            super().write(**kwargs)
 
 
 class NamedWriter(EventWriter):

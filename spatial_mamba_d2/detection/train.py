@@ -28,7 +28,9 @@ from spatial_mamba_d2.detection.data import load_dataset, load_training_datasets
 from spatial_mamba_d2.detection.trainer import Trainer
 from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.system import stopping
+from spatial_mamba_d2.training.guard import require_finite_weights
 from spatial_mamba_d2.training.resuming import (
+    count_trained,
     differing_keys,
     require_same_network,
     tell_differences,
@@ -113,25 +115,23 @@ def train(cfg: CfgNode, *, resume: bool) -> dict[str, Any] | None:
 
 
 def accept(checkpoint: Path, trainer: Trainer) -> None:
-    """Raises ValueError if a checkpoint cannot be resumed with these settings; tells differences."""
+    """Tell what differs from the run; ValueError if a checkpoint cannot be resumed so."""
     content = read_checkpoint(checkpoint)
+    require_finite_weights(content["model"], str(checkpoint))
     differences = differing_keys(trainer.cfg.OUTPUT_DIR, trainer.cfg)
     saved, ours = content["trainer"]["_trainer"]["optimizer"], trainer.optimizer.state_dict()
-    num_trained = [
-        sum(len(group["params"]) for group in optimizer["param_groups"])
-        for optimizer in (saved, ours)
-    ]
     require_same_network(
         content["model"],
         trainer.network,
         differences,
         checkpoint,
-        num_trained=(num_trained[0], num_trained[1]),
+        num_trained=(count_trained(saved), count_trained(ours)),
     )
-    if content.get("classes") and list(content["classes"]) != trainer.checkpointer.classes:
+    classes = trainer.checkpointer.classes or []
+    if content.get("classes") and list(content["classes"]) != classes:
         raise ValueError(
             f"--resume: {checkpoint} was trained for the classes {', '.join(content['classes'])}, "
-            f"the data now has {', '.join(trainer.checkpointer.classes)}; nothing was changed"
+            f"the data now has {', '.join(classes)}; nothing was changed"
         )
     tell_differences(differences, trainer.cfg.OUTPUT_DIR)
 
@@ -152,6 +152,7 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     weights = checkpointer.path_manager.get_local_path(weights)
     content = read_checkpoint(weights)
     load_weights(model, content, partial=False, source_name=weights)
+    require_finite_weights(model.state_dict(), str(weights))
     classes = content.get("classes")  # ours have them, others do not
     results = Trainer.test(cfg, model, classes=classes)
     if cfg.TEST.AUG.ENABLED:

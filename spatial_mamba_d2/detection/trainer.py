@@ -25,7 +25,6 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 from detectron2.utils.events import (
-    CommonMetricPrinter,
     EventWriter,
     JSONWriter,
     TensorboardXWriter,
@@ -49,6 +48,7 @@ from spatial_mamba_d2.detection.data import (
 from spatial_mamba_d2.detection.hooks import (
     Evaluation,
     NamedWriter,
+    ProgressPrinter,
     StopOnSignal,
     StoppableLoader,
 )
@@ -107,7 +107,7 @@ class AccumulatingTrainer(SimpleTrainer):
                 with torch.autocast(
                     self.device_type, self.precision, enabled=self.cfg.SOLVER.AMP.ENABLED
                 ):
-                    outputs = self.model(micro_batch)
+                    outputs = self._compute_losses(micro_batch)
                 outputs = {name: value / self.accumulation_steps for name, value in outputs.items()}
                 self.scaler.scale(sum(outputs.values())).backward()
             for name, value in outputs.items():
@@ -119,6 +119,13 @@ class AccumulatingTrainer(SimpleTrainer):
         self._write_metrics(losses, data_time)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _compute_losses(self, micro_batch: Any) -> dict[str, Any]:
+        try:
+            return self.model(micro_batch)
+        except FloatingPointError as error:  # Detectron2's, about boxes and scores of proposals
+            rate = self.optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(self.guard.explain(self.iter, str(error), rate)) from error
 
     def _no_sync(self) -> contextlib.AbstractContextManager:
         if isinstance(self.model, DistributedDataParallel):
@@ -132,6 +139,10 @@ class AccumulatingTrainer(SimpleTrainer):
         super().load_state_dict(state_dict)
         if self.scaler.is_enabled() and state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
+
+    def find_scale(self) -> float | None:
+        """Of the loss, with float16."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() else None
 
     def close_loader(self) -> None:
         """End the processes that load data."""
@@ -173,9 +184,10 @@ class Trainer(DefaultTrainer):
             classes=self.classes,
             trainer=weakref.proxy(self),
         )
+        trainer = weakref.proxy(self)
         self._trainer.guard = IterationGuard(
-            lambda trainer=weakref.proxy(self): trainer.last_checkpoint,
-            lambda scaler=self._trainer.scaler: scaler.get_scale() if scaler.is_enabled() else None,
+            lambda: trainer.last_checkpoint,
+            self._trainer.find_scale,
             torch.device(cfg.MODEL.DEVICE),
         )
         self.start_iter = 0
@@ -263,7 +275,7 @@ class Trainer(DefaultTrainer):
         folder = Path(self.cfg.OUTPUT_DIR)
         folder.mkdir(parents=True, exist_ok=True)
         return [
-            CommonMetricPrinter(self.max_iter),
+            ProgressPrinter(self.max_iter),
             NamedWriter(
                 JSONWriter(str(folder / METRICS), window_size=self._write_period), folder / METRICS
             ),

@@ -124,7 +124,7 @@ class Segmentor(TrainingModule):
             checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
         )
         super().__init__(cfg, build_model(cfg), schedule)
-        self.classes = classes
+        self.classes, self.class_names = classes, classes.names
         self.protocol = build_protocol(cfg)
         self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
         weights = tuple(cfg.MODEL.CLASS_WEIGHTS)

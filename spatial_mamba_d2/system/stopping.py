@@ -26,7 +26,7 @@ WORKER_GRACE_S = 30
 
 
 class Stopped(SystemExit):
-    """A training ended because a signal asked for it; its exit code is 128 + the signal's number."""
+    """A training ended because a signal asked for it; the exit code is 128 + its number."""
 
     def __init__(self, signum: int):
         super().__init__(128 + signum)
@@ -73,7 +73,7 @@ def stop_if_requested() -> None:
 
 
 def install() -> None:
-    """Set our handlers again, after a library has set its own; without effect outside ``noticed``."""
+    """Set our handlers again, after a library has set its own; only within ``noticed``."""
     if _request is not None and threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
             signal.signal(signum, _request.handle)

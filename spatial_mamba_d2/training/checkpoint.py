@@ -49,8 +49,8 @@ class Checkpoints(Checkpoint):
     ``last.ckpt`` is written every ``period`` iterations, before each evaluation, at the end and
     when the training is stopped. So an evaluation has nothing to lose: it ends at once on a signal.
     After it, ``best.ckpt`` becomes a copy of ``last.ckpt`` if the score is the best, and holds that
-    score itself: whatever is killed or resumed then, only a better one replaces it. The settings are
-    recorded in ``config.yaml`` after the first iteration: what fails earlier leaves nothing behind.
+    score itself: whatever is killed or resumed then, only a better one replaces it. The settings
+    are recorded in ``config.yaml`` after the first iteration: what fails earlier leaves nothing.
 
     Args:
         folder: of the checkpoints.
@@ -89,7 +89,7 @@ class Checkpoints(Checkpoint):
         signum = pl_module.guard.signum if pl_module.guard is not None else 0
         if step % self.period == 0 or schedule.evaluates_after(step) or signum:
             self._save_last(trainer)
-        if signum:
+        if signum and trainer.is_global_zero:
             logger.warning(
                 "%s: the state after iteration %d is in %s; continue with --resume",
                 stopping.Stopped(signum), step, self.last,

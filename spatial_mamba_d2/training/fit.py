@@ -6,9 +6,10 @@ import argparse
 import logging
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ from spatial_mamba_d2.system.launching import (
     wait_for_machine_0,
 )
 from spatial_mamba_d2.training.checkpoint import BEST, LAST, Checkpoints, SafeCheckpointIO
-from spatial_mamba_d2.training.guard import is_child_of_lightning
+from spatial_mamba_d2.training.guard import is_child_of_lightning, require_finite_weights
 from spatial_mamba_d2.training.metrics_file import MetricsFile, TensorBoard
 from spatial_mamba_d2.training.module import TrainingModule
 from spatial_mamba_d2.training.progress import build_progress, logged_to
 from spatial_mamba_d2.training.resuming import (
+    count_trained,
     differing_keys,
     require_iterations_left,
     require_same_network,
@@ -127,7 +129,7 @@ def build_trainer(cfg: CfgNode, args: argparse.Namespace, **kwargs: Any) -> ligh
         plugins=plugins,
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_progress_bar=False,  # ours are among the callbacks
+        enable_progress_bar=sys.stdout.isatty(),  # ours is among the callbacks then
         num_sanity_val_steps=0,
         **kwargs,
     )
@@ -146,7 +148,8 @@ def fit(
         OSError: OUTPUT_DIR cannot be written.
         Stopped: a signal ended the training, whose state is saved.
     """
-    folder, first = Path(module.cfg.OUTPUT_DIR), is_first_process()
+    folder = Path(module.cfg.OUTPUT_DIR)
+    first = is_first_process() and not args.machine_rank
     with stopping.noticed(), claimed(folder, resume=args.resume, is_first_process=first):
         if not first:
             return _fit(module, data, args)
@@ -215,17 +218,12 @@ def _accept(last: Path, module: TrainingModule) -> int:
     cfg, done = module.cfg, int(content["global_step"])
     differences = differing_keys(last.parent, cfg)
     state = content.get("training_model", content["state_dict"])
-    num_trained = [
-        sum(len(group["params"]) for group in groups)
-        for groups in (
-            content["optimizer_states"][0]["param_groups"],
-            module.configure_optimizers()["optimizer"].param_groups,
-        )
-    ]
-    require_same_network(
-        state, module.model, differences, last, num_trained=(num_trained[0], num_trained[1])
-    )
-    if "classes" in content and list(content["classes"]) != module.class_names:
+    require_finite_weights(state, str(last))
+    configured: Any = module.configure_optimizers()
+    saved, ours = content["optimizer_states"][0], configured["optimizer"].state_dict()
+    num_trained = count_trained(saved), count_trained(ours)
+    require_same_network(state, module.model, differences, last, num_trained=num_trained)
+    if "classes" in content and tuple(content["classes"]) != tuple(module.class_names):
         raise ValueError(
             f"--resume: {last} was trained for the classes {', '.join(content['classes'])}, the "
             f"data now has {', '.join(module.class_names)}; nothing was changed"
@@ -293,11 +291,13 @@ def evaluate(
         content.get("classes", ()), module.class_names, str(weights)
     ):
         logger.warning("%s", difference)
+    require_finite_weights(module.model.state_dict(), str(weights))
     module.weights_source = str(weights)
     period = max(1, cfg.SOLVER.LOG_PERIOD)
     trainer = build_trainer(
         cfg, args, logger=False, enable_checkpointing=False, callbacks=build_progress(period)
     )
-    with stopping.noticed(), _children_end_with(trainer):
+    log = logged_to(cfg.OUTPUT_DIR) if trainer.is_global_zero else nullcontext()
+    with stopping.noticed(), log, _children_end_with(trainer):
         trainer.validate(module, datamodule=data, verbose=False)
     return module.scores

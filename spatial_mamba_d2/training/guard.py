@@ -63,14 +63,18 @@ class IterationGuard:
         if not failed:
             return
         shown = ", ".join(f"{n} {x:.4g}" for n, x in zip(losses, numbers, strict=True))
-        checkpoint = self.last_checkpoint()
-        raise FloatingPointError(
-            f"training diverged at iteration {iteration}: not finite: "
-            f"{', '.join(bad) or 'numbers of another process'}; losses: {shown}; norm of the "
-            f"gradients {norm_value:.4g}; learning rate {rate:.4g}"
-            + (f"; scale of the loss {scale:.4g}" if scale is not None else "")
-            + f". Last good checkpoint: {checkpoint or 'none'}. A lower SOLVER.BASE_LR, a longer "
-            "warmup, or SOLVER.CLIP_GRADIENTS.ENABLED may help"
+        what = f"not finite: {', '.join(bad) or 'numbers of another process'}; losses: {shown}; "
+        what += f"norm of the gradients {norm_value:.4g}"
+        if scale is not None:
+            what += f"; scale of the loss {scale:.4g}"
+        raise FloatingPointError(self.explain(iteration, what, rate))
+
+    def explain(self, iteration: int, what: str, rate: float) -> str:
+        """Why the training ended, and what a user can do."""
+        return (
+            f"training diverged at iteration {iteration}: {what}; learning rate {rate:.4g}. Last "
+            f"good checkpoint: {self.last_checkpoint() or 'none'}. A lower SOLVER.BASE_LR, a "
+            "longer warmup, or SOLVER.CLIP_GRADIENTS.ENABLED may help"
         )
 
 

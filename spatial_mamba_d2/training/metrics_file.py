@@ -37,6 +37,6 @@ class MetricsFile(Logger):
 class TensorBoard(TensorBoardLogger):
     """Lightning's, whose errors name the folder."""
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         with naming(self.log_dir):
             super().log_metrics(metrics, step)

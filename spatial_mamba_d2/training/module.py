@@ -53,6 +53,7 @@ class TrainingModule(lightning.LightningModule):
         schedule: of the training.
 
     Attributes:
+        class_names: of the data.
         main_score: name of the score by which ``best.ckpt`` is chosen.
         weights_source: of an evaluation without training, for the report.
         scores: of the last evaluation, ``{name: percent}``.
@@ -60,11 +61,10 @@ class TrainingModule(lightning.LightningModule):
         losses: of the last iteration, means over its micro-batches.
         rate: the learning rate of the last iteration.
         iteration_start: time at which the one that runs began to wait for its images.
-        classes: of the data: a sequence of names, or an object with ``names``.
     """
 
     main_score: str
-    classes: Any
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, cfg: CfgNode, model: nn.Module, schedule: Schedule):
         super().__init__()
@@ -91,10 +91,6 @@ class TrainingModule(lightning.LightningModule):
     @property
     def learning_rate(self) -> float:
         return self.trainer.optimizers[0].param_groups[0]["lr"]
-
-    @property
-    def class_names(self) -> list[str]:
-        return list(getattr(self.classes, "names", self.classes))
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -171,7 +167,7 @@ class TrainingModule(lightning.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of all gradients together, and check that the iteration's numbers are finite.
+        """Clip the norm of all gradients together; check that the iteration's numbers are finite.
 
         Raises:
             FloatingPointError: they are not: see :class:`~.guard.IterationGuard`.

@@ -102,7 +102,7 @@ class ProgressLines(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if not is_child_of_lightning():
-            if stopping.requested() and trainer.state.fn == "fit":
+            if stopping.requested() and trainer.state.fn == "fit" and trainer.is_global_zero:
                 logger.warning("the evaluation is not finished: --resume begins with it")
             stopping.stop_if_requested()
 

@@ -24,8 +24,8 @@ _EFFECTS = (
     ("OUTPUT_DIR", None),  # the folder may have been moved
     ("MODEL.WEIGHTS*", "without effect: a resumed training has its own weights"),
     ("SOLVER.IMS_PER_BATCH",
-     "counts from here on: the stream of images continues at iteration x batch size of now, so some "
-     "images of this pass are repeated or left out; learning rates that scale with it change too"),
+     "counts from here on: the stream of images continues at iteration x batch size of now, so "
+     "some images of this pass are repeated or left out; learning rates that scale with it change"),
     ("SOLVER.ACCUMULATION_STEPS", "counts from here on; the same images in other micro-batches"),
     ("SOLVER.EMA_DECAY", "counts from here on; a new average starts at the weights of now"),
     ("SOLVER.*_PERIOD", "counts from here on"),
@@ -133,6 +133,11 @@ def require_same_network(
     )
 
 
+def count_trained(optimizer_state: Mapping[str, Any]) -> int:
+    """How many parameters an optimizer has, by its state dict."""
+    return sum(len(group["params"]) for group in optimizer_state["param_groups"])
+
+
 def require_iterations_left(done: int, iterations: int, key: str, checkpoint: str | Path) -> None:
     """Raises ValueError if a training was resumed that is longer already than ``key`` says."""
     if done > iterations:
@@ -176,7 +181,8 @@ class ConfiguredSchedule:
         now = self.optimizer.param_groups[0]["lr"]
         if abs(now - before) > 1e-6 * max(abs(now), abs(before)):
             logger.warning(
-                "learning rate at iteration %d: %.6g by the run so far, %.6g by the settings of now",
+                "learning rate at iteration %d: %.6g by the run so far, "
+                "%.6g by the settings of now",
                 iteration, before, now,
             )  # fmt: skip
         else:

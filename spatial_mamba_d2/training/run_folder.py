@@ -109,7 +109,7 @@ def _read_holder(folder: Path) -> dict[str, Any]:
 
 def _has_ended(holder: dict[str, Any]) -> bool:
     """Whether it was a process of this machine that is no more."""
-    if not holder or holder["host"] != platform.node():
+    if not holder or holder["host"] != platform.node() or sys.platform == "win32":
         return False
     try:
         os.kill(holder["pid"], 0)

@@ -16,18 +16,25 @@ from spatial_mamba_d2.system.atomic import naming, replacing
 def test_a_full_disk_is_named(number, tmp_path):
     path = tmp_path / "last.ckpt"
     path.write_text("earlier")
-    message = r"last.ckpt cannot be written: .*needs at least 9,000 bytes, [\d,]+ bytes are free in "
+    message = (
+        r"last.ckpt cannot be written: .*needs at least 9,000 bytes, [\d,]+ bytes are free in "
+    )
     with pytest.raises(OSError, match=message + ".*earlier file is unchanged") as raised:
         with replacing(path, num_bytes=9000) as temporary:
             temporary.write_text("half of it")
-            raise RuntimeError("[enforce fail at inline_container.cc:672]") from OSError(number, "x")
+            raise RuntimeError("[enforce fail at inline_container.cc:672]") from OSError(
+                number, "x"
+            )
     assert raised.value.errno == number
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
     assert path.read_text() == "earlier"
 
 
 def test_other_errors_stay_as_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="of the content"), replacing(tmp_path / "a") as temporary:
+    with (
+        pytest.raises(RuntimeError, match="of the content"),
+        replacing(tmp_path / "a") as temporary,
+    ):
         temporary.write_text("half of it")
         raise RuntimeError("of the content")
     assert not list(tmp_path.iterdir())

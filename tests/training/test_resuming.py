@@ -8,6 +8,8 @@ from fvcore.common.config import CfgNode
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+pytest.importorskip("lightning", reason="Lightning is not installed")
+
 from spatial_mamba_d2.segmentation.module import learning_rate_factor
 from spatial_mamba_d2.training.resuming import (
     ConfiguredSchedule,
@@ -120,8 +122,8 @@ def test_differing_keys_and_their_effects(config, tmp_path, caplog):
     config.NEW_KEY = 1  # of a later version
     found = differing_keys(tmp_path, config)
     assert found == {
-        "SOLVER.BASE_LR": (0.1, 0.2), "SOLVER.STEPS": ([3, 4], [3]), "OUTPUT_DIR": ("here", "there"),
-        "SOLVER.IMS_PER_BATCH": (2, 4),
+        "SOLVER.BASE_LR": (0.1, 0.2), "SOLVER.STEPS": ([3, 4], [3]),
+        "OUTPUT_DIR": ("here", "there"), "SOLVER.IMS_PER_BATCH": (2, 4),
     }  # fmt: skip
     tell_differences(found, tmp_path)
     assert "SOLVER.BASE_LR: 0.1 -> 0.2: counts from here on: the learning rate is" in caplog.text
