@@ -14,7 +14,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from spatial_mamba_d2.classification.data import BROKEN
+from spatial_mamba_d2.classification.data import BROKEN, ClassificationData
 from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.data.imagenet import EMPTY_CLASS, NO_CLASS
 from spatial_mamba_d2.models import SpatialMambaClassifier, build_classifier
@@ -148,6 +148,11 @@ class Classifier(TrainingModule):
         """
         return self.evaluated_model(image).float().softmax(dim=-1)
 
+    @property
+    def data(self) -> ClassificationData:
+        """The data that the trainer uses."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]  # which Lightning sets
+
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self.num_images = self.skipped = 0
@@ -189,7 +194,7 @@ class Classifier(TrainingModule):
         self.finish_evaluation(scores)
         if self.trainer.is_global_zero:
             protocol = {"short_px": self.cfg.TEST.SHORT_PX, "crop_px": self.cfg.INPUT.CROP_PX}
-            left_out = dict(self.trainer.datamodule.left_out[self.cfg.DATASETS.TEST])
+            left_out = dict(self.data.left_out[self.cfg.DATASETS.TEST])
             if broken:
                 left_out["broken when read"] = broken
             skipped = sum(n for k, n in left_out.items() if k not in (NO_CLASS, EMPTY_CLASS))

@@ -33,7 +33,7 @@ from spatial_mamba_d2.data.faults import (
 )
 from spatial_mamba_d2.data.label_format import KEY, LabelFormat
 from spatial_mamba_d2.data.label_maps import Classes, Pair, check_pair, distinct_colors
-from spatial_mamba_d2.data.pair_files import Layout, find_pairs
+from spatial_mamba_d2.data.pair_files import Layout, find_pairs, is_list
 from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.system.once import once_per_machine
@@ -183,8 +183,7 @@ def check_split(
     found = {index: Fault(kind, reason) for index, kind, reason in content["faults"]}
     usable = [pair for index, pair in enumerate(pairs) if index not in found]
     faults += found.values()
-    is_file = split.lower().endswith(".txt")
-    where = Path(root, split) if is_file else Path(root) / "*" / split
+    where = Path(root, split) if is_list(root, split) else Path(root) / "*" / split
     settle_faults(faults, on_error, where=where, num_usable=len(usable))
     pixels, images = content["pixels"], content["images"]
     counts = ClassCounts(

@@ -75,7 +75,7 @@ def load_classes(source: str, root: str | Path, split: str, num_classes: int) ->
         names = tuple(folder.name for folder in _folders(Path(root, split)))
         if not names:
             raise ValueError(
-                f"DATASETS.ROOT: {Path(root, split)} must have a folder for each class"
+                f"DATASETS.ROOT: {Path(root, split)} must have a folder for each class, got none"
             )
     if len(names) != num_classes:
         source = source or f"the folders of {Path(root, split)}"

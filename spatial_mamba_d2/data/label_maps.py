@@ -16,6 +16,7 @@ from spatial_mamba_d2.data.images import naming_file, orientation_hint, read_ima
 from spatial_mamba_d2.data.label_format import KEY, LabelFormat
 from spatial_mamba_d2.data.pixels import ImageFormatError, PixelRange
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.tiff import read_tiff_header
 
 # Pillow's names for one channel of integers
 _INTEGER_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -78,6 +79,8 @@ def read_label(path: Path, labels: LabelFormat | None = None) -> np.ndarray:
             if stored.dtype == bool:
                 return stored.astype(np.uint8)
             return stored // stretch if stretch > 1 else stored
+        if image.mode.startswith("I"):
+            raise ImageFormatError(f"has integers of {image.mode}, and {KEY} lists only colours")
         colors = np.asarray(image.convert("RGBA"))
         if image.mode != "P" and (colors[..., 3] != 255).any():
             raise ImageFormatError("has transparent pixels: their label is not known")
@@ -88,7 +91,8 @@ def read_label(path: Path, labels: LabelFormat | None = None) -> np.ndarray:
 
 def _raw_mode(image: Image.Image) -> str:
     """How the pixels are stored, in Pillow's words, as far as it tells."""
-    arguments = image.tile[0][3] if image.tile else ""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
     mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return mode if isinstance(mode, str) else ""
 
@@ -103,8 +107,8 @@ def _not_a_label(image: Image.Image, path: Path) -> str:
             f"is {kind}, a lossy format, which changes labels: save label maps as PNG, from the "
             "original annotations"
         )
-    if getattr(image, "n_frames", 1) > 1:
-        return f"must hold one image, and has {getattr(image, 'n_frames', 1)}"
+    if (num_images := _num_images(image, path)) > 1:
+        return f"must hold one image, and has {num_images}"
     if image.mode == "F":
         return "must hold integers, and has fractions (mode F): round them and save 8 or 16 bits"
     if image.mode not in (*_INTEGER_MODES, *_COLOR_MODES):
@@ -112,6 +116,14 @@ def _not_a_label(image: Image.Image, path: Path) -> str:
     if image.mode in _COLOR_MODES and ";16" in _raw_mode(image):
         return "must have colours of 8 bits, and has 16"
     return ""
+
+
+def _num_images(image: Image.Image, path: Path) -> int:
+    """How many images a file holds, without the reduced copies that maps have."""
+    if image.format != "TIFF":
+        return getattr(image, "n_frames", 1)
+    with path.open("rb") as file:
+        return read_tiff_header(file).num_images
 
 
 def _is_lossy_webp(path: Path) -> bool:

@@ -56,7 +56,7 @@ def find_pairs(
         ValueError: the file of names is not text.
     """
     root, layout = Path(root), layout or Layout()
-    listed = _read_names(root, split) if split.lower().endswith(".txt") else None
+    listed = _read_names(root, split) if is_list(root, split) else None
     folders = [
         _folder(root, template, None if listed is not None else split)
         for template in (layout.image_folder, layout.label_folder)
@@ -88,9 +88,24 @@ def find_pairs(
     return pairs, faults
 
 
+def is_list(root: str | Path, split: str) -> bool:
+    """Whether a split is a file of names, and not a folder."""
+    return split.lower().endswith(".txt") or Path(root, split).is_file()
+
+
+def data_folders(root: str | Path, layout: Layout | None = None) -> list[Path]:
+    """The folders that the images and the labels of all splits are in."""
+    layout = layout or Layout()
+    return [Path(root, *_parts(t, "")) for t in (layout.image_folder, layout.label_folder)]
+
+
+def _parts(template: str, split: str) -> list[str]:
+    parts = (part.replace("{split}", split) for part in Path(template).parts)
+    return [part for part in parts if part]
+
+
 def _folder(root: Path, template: str, split: str | None) -> Path:
-    parts = [part.replace("{split}", split or "") for part in Path(template).parts]
-    folder = Path(root, *filter(None, parts))
+    folder = Path(root, *_parts(template, split or ""))
     if not folder.is_dir():
         raise no_such("DATASETS.ROOT", folder, "folder", TREE)
     return folder
@@ -162,7 +177,8 @@ def _listed_pairs(
         elif len(files := line.replace(",", " ").split()) == 2:
             image, label = (Path(root, file.lstrip("/")) for file in files)
             if image.is_file() and label.is_file():
-                name = Path(files[0].lstrip("/")).with_suffix("").as_posix()
+                parts = Path(files[0].lstrip("/")).with_suffix("").parts
+                name = "/".join(part for part in parts if part != "..")
                 pair = Pair(image, label, name)
         if pair is None and name in same:
             faults.append(same[name])

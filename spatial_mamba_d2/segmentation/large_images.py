@@ -7,6 +7,7 @@ wanted. So large images are handled class by class or in strips of rows, never a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,8 +140,8 @@ class _Rows:
 class _WholeRows(_Rows):
     """Of a view that the model sees at once."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self.scores = self.model(self.x)[0].float()
 
     def view_rows(self, start: int, stop: int) -> Tensor:
@@ -152,8 +153,8 @@ class _WholeRows(_Rows):
 class _SlidingRows(_Rows):
     """Of sliding windows: holds only rows to which windows may still be added, or not yet read."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         height, width = self.view
         crop_px, stride_px = self.protocol.crop_px, self.protocol.stride_px
         self.bands = list(windows(height, crop_px, stride_px))

@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatial_mamba_d2.config import backbone_kwargs
-from spatial_mamba_d2.data.images import read_image, write_image
+from spatial_mamba_d2.data.images import files_below, read_image, write_image
 from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.outputs import check_outputs
-from spatial_mamba_d2.data.pair_files import LABEL_WITHOUT_IMAGE
+from spatial_mamba_d2.data.pair_files import LABEL_WITHOUT_IMAGE, data_folders
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.param_groups import build_adamw
 from spatial_mamba_d2.models.upernet import UPerNet, build_upernet, resize
+from spatial_mamba_d2.segmentation.data import SegmentationData
 from spatial_mamba_d2.segmentation.inference import build_protocol
 from spatial_mamba_d2.segmentation.large_images import predict
 from spatial_mamba_d2.segmentation.metrics import Confusion, format_table
@@ -134,6 +135,11 @@ class Segmentor(TrainingModule):
             "class_weights", torch.tensor(weights, dtype=torch.float32) if fixed else None
         )
 
+    @property
+    def data(self) -> SegmentationData:
+        """The data that the trainer uses."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]  # which Lightning sets
+
     def setup(self, stage: str) -> None:
         """Check what depends on processes and data.
 
@@ -144,7 +150,7 @@ class Segmentor(TrainingModule):
         if stage == "fit":
             self._check_micro_batch()
             if self.balance_classes:
-                counts = self.trainer.datamodule.checked[self.cfg.DATASETS.TRAIN].counts
+                counts = self.data.checked[self.cfg.DATASETS.TRAIN].counts
                 weights = balancing_weights(counts.pixels)
                 logger.info("MODEL.CLASS_WEIGHTS: %s", ", ".join(f"{w:.3g}" for w in weights))
                 self.class_weights = torch.tensor(weights, dtype=torch.float32)
@@ -163,9 +169,13 @@ class Segmentor(TrainingModule):
             )
 
     def _check_saving(self) -> None:
-        data = self.trainer.datamodule
+        data = self.data
         data.labels.to_stored(np.zeros((1, 1), np.uint8))  # or an error that says what is missing
         inputs = [file for pairs in data.splits.values() for p in pairs for file in p[:2]]
+        # Those of splits that are not in use, too
+        inputs += [
+            f for folder in data_folders(data.root, data.layout) for f in files_below(folder)
+        ]
         outputs = [self._label_path(pair.name) for pair in data.splits[data.test]]
         check_outputs(outputs, inputs, overwrite=True)
         if existing := [path for path in outputs if path.exists()]:
@@ -231,7 +241,7 @@ class Segmentor(TrainingModule):
         self.num_images += 1
         self.confusion.update(prediction, truth)
         if self.cfg.TEST.SAVE_LABELS:
-            stored = self.trainer.datamodule.labels.to_stored(_array(prediction))
+            stored = self.data.labels.to_stored(_array(prediction))
             write_image(self._label_path(batch["name"]), stored)
         if batch["index"] < self.cfg.TEST.PICTURES:
             maps = {"ground truth": _array(truth), "prediction": _array(prediction)}
@@ -257,7 +267,7 @@ class Segmentor(TrainingModule):
             num_images: that were scored.
             broken: that turned out to be unusable when they were read.
         """
-        left_out = dict(self.trainer.datamodule.checked[self.cfg.DATASETS.TEST].left_out)
+        left_out = dict(self.data.checked[self.cfg.DATASETS.TEST].left_out)
         if broken:
             left_out["broken when read"] = broken
         skipped = sum(n for kind, n in left_out.items() if kind != LABEL_WITHOUT_IMAGE)

@@ -87,14 +87,15 @@ def build_draw(
     """
     cfg = load_config(config_file, overrides)
     predictor = Predictor(cfg)
-    labels = label_format(cfg, predictor.classes.names)
-    if cfg.TEST.SAVE_LABELS:
+    labels = None
+    if cfg.TEST.SAVE_LABELS and output is not None:
+        labels = label_format(cfg, predictor.classes.names)
         labels.to_stored(np.zeros((1, 1), np.uint8))  # or an error that says what is missing
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         label = predictor(image)
         write_image(path.with_name(f"{path.name}_label.png"), label)
-        if cfg.TEST.SAVE_LABELS and output is not None:
+        if labels is not None and output is not None:
             stored = Path(cfg.TEST.SAVE_LABELS) / path.relative_to(output)
             write_image(stored.with_name(f"{stored.name}.png"), labels.to_stored(label))
         shares = np.bincount(label.ravel()) / label.size

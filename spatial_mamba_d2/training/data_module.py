@@ -99,7 +99,7 @@ class DataModule(lightning.LightningDataModule, Generic[Item]):
     def val_dataloader(self) -> DataLoader:
         """Each image in exactly one process; the processes' shares may differ by one."""
         if not self.test:
-            return DataLoader([])
+            return DataLoader([])  # type: ignore[arg-type]  # a list is enough of a data set
         rank, world_size = self._rank_and_world_size()
         images = self.test_samples(self.splits[self.test])
         return DataLoader(

@@ -209,11 +209,19 @@ def test_broken_images_are_skipped_and_counted(arguments, tmp_path, sample_image
         path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(ValueError, match="star/000001.jpg cannot be decoded"):
         run(arguments("DATASETS.ROOT", root))
+    (root / "val/no_class").mkdir()
     run(arguments("DATASETS.ROOT", root, "DATASETS.ON_ERROR", "skip", resume=True))
     content = json.loads((tmp_path / "output/scores_val.json").read_text())
-    assert content["skipped_images"] == 1
+    assert (content["images"], content["skipped_images"]) == (14, 1)
+    assert content["skipped"] == {"broken when read": 1, "folder that is not a class": 1}
     for kind, path in zip(("sample", "image"), broken, strict=True):
         assert f"skipped broken {kind} no. 1: image file {path}" in caplog.text
+
+
+def test_training_without_a_test_split(arguments, tmp_path):
+    assert run(arguments("DATASETS.TEST", "", "SOLVER.EPOCHS", 1, "SOLVER.WARMUP_EPOCHS", 0)) == {}
+    assert (tmp_path / "output/last.ckpt").is_file()
+    assert not (tmp_path / "output/best.ckpt").exists()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from spatial_mamba_d2.data.imagenet import (
     ClassifiedImage,
     TrainTransform,
     build_test_transform,
+    check_split,
     load_classes,
     load_split,
     read_sample,
@@ -80,6 +81,24 @@ def test_class_names_from_elsewhere(tree):
         701,
     ]
     assert list(imagenet) == sorted(imagenet)
+
+
+def test_litter_links_and_stray_images(tree, caplog):
+    """What systems leave is no class and no image; images outside of class folders are named."""
+    for name in ("__MACOSX/bird", "@eaDir", ".ipynb_checkpoints", "bird/__MACOSX"):
+        (tree / "train" / name).mkdir(parents=True)
+    for name in ("__MACOSX/x.jpg", "bird/._a.JPEG", "bird/__MACOSX/a.jpg", "stray.jpg"):
+        (tree / "train" / name).write_bytes(b"")
+    (tree / "train/cat/gone.jpg").symlink_to("nowhere.jpg")
+    assert load_classes("", tree, "train", 2) == ("bird", "cat")
+    with pytest.raises(ValueError, match="(?s)problems found: 1.*gone.jpg"):
+        load_split(tree, "train", ("bird", "cat"), check_decode=True)
+    checked = check_split(tree, "train", ("bird", "cat"), on_error="skip", check_decode=True)
+    assert len(checked.samples) == 5 and sum(checked.left_out.values()) == 1
+    assert "in no class folder: 1 images, the first: " in caplog.text
+    with pytest.raises(ValueError, match="train/bird must have a folder for each class, got none"):
+        (tree / "train/bird/__MACOSX/a.jpg").unlink()
+        load_classes("", tree, "train/bird", 2)
 
 
 def test_faults_are_named_together_or_left_out(tree, caplog):

@@ -88,6 +88,12 @@ def test_voc_as_it_is(touch):
         find_pairs(root, "val.txt", layout)
 
 
+def test_any_file_may_be_a_list(touch):
+    root = touch("images/a.jpg", "annotations/a.png", "train.lst")
+    (root / "train.lst").write_text("a\n")
+    assert [p.name for p in find_pairs(root, "train.lst")[0]] == ["a"]
+
+
 def test_a_list_of_two_files_a_line(touch):
     root = touch("a/x 1.jpg", "a/x.jpg", "b/y.png", "images/.keep", "annotations/.keep", "t.txt")
     (root / "t.txt").write_text("/a/x.jpg b/y.png\na/x.jpg b/none.png\n")
