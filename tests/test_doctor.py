@@ -335,3 +335,41 @@ def test_keys_need_a_task(capsys):
     with pytest.raises(SystemExit, match="2"):
         doctor.main(["DATASETS.ROOT", "x"])
     assert "need --task, one of detection, segmentation, class" in capsys.readouterr().err
+
+
+def test_a_detector_s_data(coco_folder, capsys):
+    pytest.importorskip("detectron2")
+    words = ["--task", "detection", "MODEL.ROI_HEADS.NUM_CLASSES", "1"]
+    for split in ("TRAIN", "TEST"):
+        words += [f"DATASETS.{split}_JSON", str(coco_folder / "instances.json")]
+        words += [f"DATASETS.{split}_IMAGES", str(coco_folder)]
+    assert doctor.main(words) == 0
+    assert capsys.readouterr().out.count("instances.json of ") >= 2
+    assert doctor.main([*words, "MODEL.ROI_HEADS.NUM_CLASSES", "2"]) == 1
+    assert "MODEL.ROI_HEADS.NUM_CLASSES must be 1" in capsys.readouterr().out
+    damaged = coco_folder / "1.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    assert doctor.main(words) == 1
+    assert "1.jpg" in capsys.readouterr().out
+
+
+def test_a_segmentor_s_data(tmp_path, capsys):
+    pytest.importorskip("lightning")
+    image = pytest.importorskip("PIL.Image")
+    for split in ("training", "validation"):
+        for kind, mode in (("images", "RGB"), ("annotations", "L")):
+            folder = tmp_path / kind / split
+            folder.mkdir(parents=True)
+            picture = image.new(mode, (32, 24), 1)
+            if mode == "L":
+                picture.paste(2, (0, 0, 16, 24))
+            picture.save(folder / "a.png")
+    words = ["--task", "segmentation", "DATASETS.ROOT", str(tmp_path), "DATASETS.CLASSES", "",
+             "MODEL.NUM_CLASSES", "2"]  # fmt: skip
+    assert doctor.main(words) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}, training: 1 images; {tmp_path}, validation: 1 images" in out
+    label = tmp_path / "annotations/validation/a.png"
+    image.new("L", (32, 24), 9).save(label)
+    assert doctor.main(words) == 1
+    assert "label 9 is impossible" in capsys.readouterr().out

@@ -152,6 +152,7 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     weights = checkpointer.path_manager.get_local_path(weights)
     content = read_checkpoint(weights)
     load_weights(model, content, partial=False, source_name=weights)
+    require_finite_weights(model.state_dict(), str(weights))
     classes = content.get("classes")  # ours have them, others do not
     results = Trainer.test(cfg, model, classes=classes)
     if cfg.TEST.AUG.ENABLED:
