@@ -69,6 +69,8 @@ def load_config(request):
         (("SEED.VALUE", "1"), "SEED must be a value, got a section with SEED.VALUE"),
         (("SOLVER.WEIGHT_DECAY",), "KEY VALUE pairs, got 1 words: SOLVER.WEIGHT_DECAY"),
         (("SOLVER.IMS_PER_BATCH", "many"), "IMS_PER_BATCH must be a whole number such as"),
+        (("INPUT.PIXEL_RANGE", "(5, 5)"), r"INPUT.PIXEL_RANGE must be \(\) or \(low, high\)"),
+        (("INPUT.PIXEL_RANGE", "(0, 1, 2)"), r"INPUT.PIXEL_RANGE must be \(\) or \(low, high\)"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -49,6 +49,7 @@ READERS: dict[tuple[str, ...], set[str]] = {
     },
 }  # fmt: skip
 BUILT_IN = {"eval", "exec", "__import__"}
+LAST_PARTS = {reader.rsplit(".", 1)[-1] for readers in READERS for reader in readers} | BUILT_IN
 CODE_RUNNING_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 OURS = [path for path in SOURCES if path.parts[0] in (PACKAGE, "ops", "tools", "datasets")]
@@ -57,14 +58,22 @@ OURS = [path for path in SOURCES if path.parts[0] in (PACKAGE, "ops", "tools", "
 def names_in(tree: ast.AST):
     """The dotted names that a file uses: what is called, or passed on to be called."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
-            yield ast.unparse(node)
+        if isinstance(node, ast.Name):
+            yield node.id
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if parts:
+            yield ".".join([node.id if isinstance(node, ast.Name) else "", *reversed(parts)])
 
 
 def violations(source: str, path: str) -> list[str]:
     tree = ast.parse(source)
     found = []
     for name in names_in(tree):
+        if name.rsplit(".", 1)[-1] not in LAST_PARTS:
+            continue
         for readers, places in READERS.items():
             if path not in places and any(f".{name}".endswith(f".{reader}") for reader in readers):
                 found.append(f"{path}: {name}")
