@@ -160,8 +160,8 @@ class Segmentor(TrainingModule):
     def _check_micro_batch(self) -> None:
         solver, world_size = self.cfg.SOLVER, self.trainer.world_size
         synchronized = self.cfg.MODEL.SPATIAL_MAMBA.BN == "sync" and world_size > 1
-        micro_batch = solver.IMS_PER_BATCH // (world_size * solver.ACCUMULATION_STEPS)
-        if micro_batch < 2 and not synchronized:
+        num_micro_batches = world_size * solver.ACCUMULATION_STEPS  # of an iteration
+        if solver.IMS_PER_BATCH == num_micro_batches and not synchronized:
             raise ValueError(
                 f"SOLVER.IMS_PER_BATCH must be at least 2 x {world_size} processes x "
                 f"{solver.ACCUMULATION_STEPS} SOLVER.ACCUMULATION_STEPS, because batch norm needs "
