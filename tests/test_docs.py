@@ -116,3 +116,17 @@ def test_supported_pythons_are_those_of_pyproject():
     for file in ("README.md", "CONTRIBUTING.md", "dev.py"):
         ranges = re.findall(r"Python (3\.\d+) to (3\.\d+)", (ROOT / file).read_text("utf-8"))
         assert set(ranges) == {(f"3.{oldest}", f"3.{newest}")}, file
+
+
+def test_the_tests_of_situations_exist():
+    """Written ``file.py::test``; an ellipsis and ``*`` stand for anything, F and G for files."""
+    text = (ROOT / "docs/situations.md").read_text(encoding="utf-8")
+    letters = dict(re.findall(r"`([A-Z])` is\s+`([\w/]+\.py)`", text))
+    assert set(letters) == {"F", "G"}
+    references = re.findall(r"`([A-Z]|[\w/*]+\.py)(?:::(\w+)(…?))?`", text)
+    assert len(references) > 50
+    for file, name, more in references:
+        pattern = r"^def {}{}\(".format(name, r"\w*" if more else "") if name else ""
+        files = list(ROOT.glob(f"tests/{letters.get(file, file)}"))
+        texts = [path.read_text(encoding="utf-8") for path in files]
+        assert any(re.search(pattern, t, re.MULTILINE) for t in texts), (file, name)
