@@ -398,6 +398,11 @@ class SpatialMamba(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def drop_stages(self, last: int) -> None:
+        """Keep the stages up to the index ``last``, without what leads to the next one."""
+        self.stages = self.stages[: last + 1]
+        self.stages[-1].downsample = None  # type: ignore[assignment]  # ModuleList hides it
+
     def _frozen_parts(self) -> list[nn.Module]:
         return [self.stem, *self.stages][: self.freeze_at]
 
@@ -449,7 +454,8 @@ class SpatialMambaBackbone(SpatialMamba):
     """Feature pyramid for detection and segmentation; ``Backbone_SpatialMamba`` of the authors.
 
     Args:
-        out_features: which of ``res2 .. res5`` to return; each has its own layer norm.
+        out_features: which of ``res2 .. res5`` to return; each has its own layer norm. Later stages
+            do not exist.
         **kwargs: see :class:`SpatialMamba`.
 
     Raises:
@@ -464,6 +470,7 @@ class SpatialMambaBackbone(SpatialMamba):
                 f"out_features must be some of {', '.join(STAGES)}, got {list(out_features)}"
             )
         self.out_features = tuple(name for name in STAGES if name in out_features)
+        self.drop_stages(STAGES.index(self.out_features[-1]))
         self.output_norms = nn.ModuleDict(
             {
                 name: nn.LayerNorm(dim)
