@@ -63,7 +63,7 @@ class SpatialMambaClassifier(SpatialMamba):
         super().__init__(**kwargs)
         self.num_features = self.head_hidden_size = self.dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": STRIDES[name], "module": f"stages.{i}"}
+            {"num_chs": dim, "reduction": STRIDES[name], "module": f"stages.{i}.blocks"}
             for i, (name, dim) in enumerate(zip(STAGES, self.dims, strict=True))
         ]
         self.norm: nn.Module = nn.LayerNorm(self.num_features)

@@ -74,9 +74,10 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
 
     The copy takes the same inputs and returns the same outputs, within 1e-4 of the largest value in
     float32. It raises ``RuntimeError`` on ``train()``, on gradients, on ``state_dict()`` and
-    ``load_state_dict()``, on ``.to()`` with another dtype or device, under ``torch.func``, and if it
-    is traced or exported. Its matrix products and convolutions ignore autocast. If oneDNN is unavailable (on devices other than CPUs, in
-    float64, in a PyTorch built without it), weights are folded but not packed.
+    ``load_state_dict()``, on ``.to()`` with another dtype or device, under ``torch.func``, and if
+    it is traced or exported. Its matrix products and convolutions ignore autocast. If oneDNN is
+    unavailable (on devices other than CPUs, in float64, in a PyTorch built without it), weights are
+    folded but not packed. It can be pickled.
 
     Args:
         model: a backbone, a classifier, a UPerNet, or any module that contains them, such as a

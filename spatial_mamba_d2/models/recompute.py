@@ -10,8 +10,8 @@ that pass alone, as by ``torch.func.functional_call``.
 The mechanism is a pair of saved-tensor hooks. PyTorch applies only the innermost pair, so ours pass
 what is really kept to the pair around them; this makes ``save_on_cpu`` and
 ``torch.utils.checkpoint`` work as usual. ``torch.compile`` traces no such hooks: there the forward
-method is a selective checkpoint. Everything is computed plainly in exported and traced graphs, under
-``torch.func`` and where forward-mode derivatives are computed, which hooks would lose.
+method is a selective checkpoint. Everything is computed plainly in exported and traced graphs,
+under ``torch.func``, and for forward-mode derivatives, which hooks would lose.
 """
 
 from __future__ import annotations

@@ -309,22 +309,29 @@ class Block(nn.Module):
         return x + self.drop_path2(self.mlp(self.ln2(x)))
 
 
-class Stage(nn.Module):
-    """Blocks of one width; ``downsample`` leads to the next stage and is None in the last one."""
+class Blocks(nn.Sequential):
+    """The blocks of a stage, ``Tensor[B, H, W, C]`` -> the same shape."""
 
-    def __init__(self, blocks: list[Block], downsample: Downsample | None):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:
-        """``Tensor[B, H, W, C]`` -> the same shape, before downsampling."""
-        for block in self.blocks:
+    def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:  # type: ignore[override]
+        for block in self:
             if grad_checkpointing and torch.is_grad_enabled() and hooks_are_possible():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
         return x
+
+
+class Stage(nn.Module):
+    """Blocks of one width; ``downsample`` leads to the next stage and is None in the last one."""
+
+    def __init__(self, blocks: list[Block], downsample: Downsample | None):
+        super().__init__()
+        self.blocks = Blocks(*blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:
+        """``Tensor[B, H, W, C]`` -> the same shape, before downsampling."""
+        return self.blocks(x, grad_checkpointing)
 
 
 class SpatialMamba(nn.Module):
@@ -423,8 +430,8 @@ class SpatialMamba(nn.Module):
     def __prepare_scriptable__(self) -> NoReturn:
         """What ``torch.jit.script`` calls first."""
         raise NotImplementedError(
-            f"torch.jit.script does not support {type(self).__name__}, whose operators check shapes "
-            "in Python; use torch.jit.trace or torch.export"
+            f"torch.jit.script does not support {type(self).__name__}, because its operators check "
+            "shapes in Python; use torch.jit.trace or torch.export"
         )
 
     def forward_stages(self, x: Tensor, last: str = STAGES[-1]) -> dict[str, Tensor]:

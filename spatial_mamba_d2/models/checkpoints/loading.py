@@ -26,7 +26,6 @@ from spatial_mamba_d2.models.checkpoints.names import (
 from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint, unwrap
 from spatial_mamba_d2.system.tables import console_table
 
-
 _COUNTERS = ".num_batches_tracked"  # some trainers do not save it, and nothing here depends on it
 
 
@@ -96,8 +95,10 @@ def load_weights(
 
     Prefixes that trainers leave in names are removed, and a module around one model of ours, such
     as an encoder, gets that one's weights. Every parameter of the model gets a value, with the
-    exceptions in the table at :func:`_exceptions`: a backbone needs no classifier layers, for example, and any checkpoint
-    with a backbone can initialise that of a detector or a segmentor, whose heads are then new.
+    exceptions in the table at :func:`_exceptions`: a backbone needs no classifier layers, for
+    example, and any checkpoint with a backbone can initialise that of a detector or a segmentor,
+    whose heads are then new. Stages that the model does not have may be unused, and the counters
+    ``num_batches_tracked`` may be missing.
 
     Args:
         model: a backbone, a classifier, or a detector or segmentor around one.
