@@ -258,7 +258,9 @@ def forbid_gradients(name: str, differentiable: str) -> None:
             with torch._C._AutoDispatchBelowAutograd():
                 return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-        backward = staticmethod(refuse)
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor) -> NoReturn:
+            raise RuntimeError(message)
 
     def autograd(keyset: Any, *inputs: Any) -> Any:
         records = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
@@ -298,7 +300,9 @@ def gradients_of(function: Callable, num_outputs: int = 1) -> Callable:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         others = inputs[len(tensors) :]
         if torch._C._are_functorch_transforms_active():
-            outputs, pull_back = torch.func.vjp(lambda *x: function(*x, *others), *tensors)
+            outputs, pull_back = torch.func.vjp(  # type: ignore[misc]  # three if has_aux
+                lambda *x: function(*x, *others), *tensors
+            )
             return pull_back(grad_outputs if isinstance(outputs, tuple) else grad_outputs[0])
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):

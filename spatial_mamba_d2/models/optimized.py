@@ -102,24 +102,25 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     optimized = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
         _replace_children(optimized, dtype)
-    optimized.__class__ = _inference_only(type(model))
+    model_class: Any = type(model)
+    optimized.__class__ = _inference_only(model_class)
     optimized.register_forward_pre_hook(_refuse_gradients)
     return optimized.eval()
 
 
 @cache
-def _inference_only(model_class: type[nn.Module]) -> type[nn.Module]:
+def _inference_only(model_class: Any) -> type[nn.Module]:
     """A subclass of the model's own class, so that its methods and ``isinstance`` still work."""
 
     def reduce(self: Any, protocol: Any) -> tuple:  # pickle finds no class made at run time
-        _, _, *state = model_class.__reduce_ex__(self, protocol)
+        state = model_class.__reduce_ex__(self, protocol)[2:]
         return _new, (model_class,), *state
 
     name, bases = f"Optimized{model_class.__name__}", (InferenceOnly, model_class)
     return type(name, bases, {"__reduce_ex__": reduce, "__module__": __name__})
 
 
-def _new(model_class: type[nn.Module]) -> nn.Module:
+def _new(model_class: Any) -> nn.Module:
     """An optimised model without content, for pickle."""
     optimized = _inference_only(model_class)
     return optimized.__new__(optimized)

@@ -160,6 +160,8 @@ def _can_record() -> bool:
 
 def hooks_are_possible() -> bool:
     """Whether saved-tensor hooks, and checkpointing, may be used and lose no derivative."""
+    if torch.compiler.is_compiling():
+        return True
     return (
         torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
         and not torch._C._are_functorch_transforms_active()

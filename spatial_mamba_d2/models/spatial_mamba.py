@@ -312,7 +312,7 @@ class Block(nn.Module):
 class Blocks(nn.Sequential):
     """The blocks of a stage, ``Tensor[B, H, W, C]`` -> the same shape."""
 
-    def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:
         for block in self:
             if grad_checkpointing and torch.is_grad_enabled() and hooks_are_possible():
                 x = checkpoint(block, x, use_reentrant=False)

@@ -135,12 +135,14 @@ def test_the_one_model_inside_another(classifier):
     )
     holder = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(features)})
     holder["decoder"] = torch.nn.Linear(2, 2)
-    report = load_weights(holder, classifier.state_dict(), skip=["encoder.0.stem."])
-    new = [name for name in holder.state_dict() if name.startswith(("encoder.0.stem", "decoder"))]
+    report = load_weights(holder, classifier.state_dict(), skip=["encoder.0.model.stem."])
+    new = [
+        name for name in holder.state_dict() if name.startswith(("encoder.0.model.stem", "decoder"))
+    ]
     assert report.new == new
     assert len(report.loaded) == len(holder.state_dict()) - len(new)
     expected = classifier.state_dict()["stages.2.blocks.0.ln1.weight"]
-    assert torch.equal(features.state_dict()["stages.2.blocks.0.ln1.weight"], expected)
+    assert torch.equal(features.state_dict()["model.stages.2.blocks.0.ln1.weight"], expected)
     assert any(name.startswith("stages.3.") for name in report.ignored)
     with pytest.raises(WeightsError, match=r"must hold all parameters of ModuleDict"):
         load_weights(holder, classifier.state_dict(), partial=False)
