@@ -12,6 +12,7 @@ place has PyTorch's trailing underscore in addition, in the function and the sch
 import warnings
 from typing import Any
 
+from spatial_mamba_d2.ops._flops import register_formulas
 from spatial_mamba_d2.ops.depthwise_conv3x3 import depthwise_conv3x3
 from spatial_mamba_d2.ops.depthwise_conv3x3_layer_norm import depthwise_conv3x3_layer_norm
 from spatial_mamba_d2.ops.gated_layer_norm import gated_layer_norm
@@ -30,6 +31,8 @@ __all__ = [
     "structure_aware_ssm",
     "structure_aware_ssm_from_dt_",
 ]
+
+register_formulas()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,12 +14,13 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spatial_mamba_d2.ops._precision import empty_output
 
@@ -114,6 +115,7 @@ def define(
     eager: Callable,
     reference: Callable,
     eager_backward: Callable | None = None,
+    differentiable: Callable | None = None,
     by_design: tuple[str, ...] = (),
 ) -> None:
     """Define ``spatial_mamba::<schema>`` with all that needs no compiler.
@@ -126,10 +128,14 @@ def define(
         eager_backward: ``(grad_output, *inputs) -> gradients`` of all tensors, in order. With it,
             the operator has one output and is differentiable; the backward pass is an operator
             ``<name>_backward`` of its own, and keeps nothing but the inputs.
+        differentiable: plain PyTorch that autograd, forward-mode derivatives and ``torch.func`` see
+            through, by default ``eager``. It computes what ``eager_backward`` does not: second
+            derivatives, forward-mode derivatives, and everything under ``torch.func``.
         by_design: device types where plain PyTorch is the intended implementation. Elsewhere, using
             it logs a warning, or raises if ``SMD2_BACKEND`` is ``native``.
     """
-    _define(schema, fake, reference if FORCED_BACKEND == "reference" else eager, by_design)
+    is_reference = FORCED_BACKEND == "reference"
+    _define(schema, fake, reference if is_reference else eager, by_design)
     if eager_backward is None:
         return
     name, _, inputs = schema.partition(") ->")[0].partition("(")
@@ -141,35 +147,86 @@ def define(
     _define(
         f"{name}_backward(Tensor grad_output, {inputs}) -> ({', '.join(['Tensor'] * num_tensors)})",
         fake_backward,
-        gradients_of(reference) if FORCED_BACKEND == "reference" else eager_backward,
+        gradients_of(reference) if is_reference else eager_backward,
         by_design,
     )
+    plain = without_autocast(reference if is_reference else differentiable or eager)
+    LIBRARY.impl(name, plain, "FuncTorchBatched")
+    plain_backward = gradients_of(plain)
+    backward_operator = getattr(torch.ops.spatial_mamba, f"{name}_backward")
+    _register_derivatives(name, plain, plain_backward, backward_operator)
+    if is_reference:  # its kernel needs autograd, which is off below the operator's own
+        LIBRARY.impl(f"{name}_backward", plain_backward, "Autograd")
+    else:
+        second = gradients_of(plain_backward, num_outputs=num_tensors)
+        _register_derivatives(f"{name}_backward", plain_backward, second, second)
 
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:num_tensors])
-        ctx.others = inputs[num_tensors:]
 
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        operator = getattr(torch.ops.spatial_mamba, f"{name}_backward")
-        gradients = operator(grad_output, *ctx.saved_tensors, *ctx.others)
-        return *gradients, *(None for _ in ctx.others)
+def _register_derivatives(
+    name: str, plain: Callable, plain_backward: Callable, backward: Callable
+) -> None:
+    """Register all derivatives of ``spatial_mamba::<name>``.
 
-    torch.library.register_autograd(
-        f"spatial_mamba::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    Args:
+        plain: computes the same as the operator in differentiable PyTorch.
+        plain_backward: ``(*grad_outputs, *inputs) -> gradients`` of all tensors, of ``plain``.
+        backward: the same, as fast as possible.
+    """
+    operator = getattr(torch.ops.spatial_mamba, name).default
+
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            ctx.save_for_backward(*tensors)
+            ctx.others = inputs[len(tensors) :]
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+            inputs = (*ctx.saved_tensors, *ctx.others)
+            is_batched = torch._C._are_functorch_transforms_active()  # by is_grads_batched
+            gradients = (plain_backward if is_batched else backward)(*grad_outputs, *inputs)
+            return None, *gradients, *(None for _ in ctx.others)
+
+    def autograd(keyset: Any, *inputs: Any) -> Any:
+        if is_transformed(inputs):
+            return plain(*inputs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return Operator.apply(keyset, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    Operator.__name__ = Operator.__qualname__ = name  # in the names of autograd's nodes
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def is_transformed(inputs: tuple) -> bool:
+    """Whether a transform of ``torch.func`` or a forward-mode derivative is being computed."""
+    return torch._C._are_functorch_transforms_active() or any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
     )
+
+
+def without_autocast(function: Callable) -> Callable:
+    """``function`` with autocast off inside, which would change the precision of its operations."""
+
+    @wraps(function)
+    def called(first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest)
+
+    return called
 
 
 def _define(schema: str, fake: Callable, function: Callable, by_design: tuple[str, ...]) -> None:
     """Define one operator, implemented by ``function`` on all devices without compiled kernels.
 
-    It is a CompositeExplicitAutograd kernel: a compiled one for a device takes precedence. Autocast
-    is off inside, where it would change the operations' precision: the function knows its own.
+    It is a CompositeExplicitAutograd kernel: a compiled one for a device takes precedence.
     """
     name = schema.partition("(")[0]
-
-    def kernel(first: Tensor, *rest: Any) -> Tensor | tuple[Tensor, ...]:
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *rest)
+    kernel = without_autocast(function)
 
     def fallback(first: Tensor, *rest: Any) -> Tensor | tuple[Tensor, ...]:
         if first.device.type not in by_design:
@@ -183,28 +240,39 @@ def _define(schema: str, fake: Callable, function: Callable, by_design: tuple[st
 
 
 def forbid_gradients(name: str, differentiable: str) -> None:
-    """Make gradients of ``spatial_mamba::<name>`` an error: in the backward pass, or at the call.
+    """Make derivatives of ``spatial_mamba::<name>`` an error.
 
-    At the call if it works in place, because autograd does not record such operators.
+    Gradients are refused in the backward pass, or at the call if the operator works in place,
+    because autograd does not record such operators; everything else is refused at the call.
     ``differentiable`` names, for the message, the operators to use instead.
     """
     operator = getattr(torch.ops.spatial_mamba, name).default
     message = f"{name} is for inference and has no gradients; use {differentiable} for training"
 
-    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+    def refuse(*inputs: Any) -> NoReturn:
         raise RuntimeError(message)
 
-    def in_place(*inputs: Any) -> None:
-        tensors = (x for x in inputs if isinstance(x, Tensor))
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            raise RuntimeError(message)
-        with torch._C._AutoDispatchBelowAutograd():
-            operator(*inputs)
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    if operator._schema.is_mutable:
-        LIBRARY.impl(name, in_place, "Autograd")
-    else:
-        torch.library.register_autograd(f"spatial_mamba::{name}", backward, lib=LIBRARY)
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor) -> NoReturn:
+            raise RuntimeError(message)
+
+    def autograd(keyset: Any, *inputs: Any) -> Any:
+        records = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        if is_transformed(inputs) or (records and operator._schema.is_mutable):
+            raise RuntimeError(message)
+        if records:
+            return Operator.apply(keyset, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    LIBRARY.impl(name, refuse, "FuncTorchBatched")
 
 
 @contextmanager
@@ -220,17 +288,33 @@ def without_compiled_kernels() -> Iterator[None]:
         override._destroy()
 
 
-def gradients_of(reference: Callable) -> Callable:
-    """The backward kernel of ``reference`` by autograd: ``(grad_output, *inputs) -> gradients``.
+def gradients_of(function: Callable, num_outputs: int = 1) -> Callable:
+    """The gradients of ``function`` by autograd: ``(*grad_outputs, *inputs) -> gradients``.
 
-    Inputs that are not tensors come after the tensors and have no gradient.
+    Inputs that are not tensors come after the tensors and have no gradient. If gradients are
+    enabled, the results are differentiable themselves.
     """
 
-    def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    def backward(*arguments: Any) -> tuple[Tensor, ...]:
+        grad_outputs, inputs = arguments[:num_outputs], arguments[num_outputs:]
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in tensors]
-            output = reference(*leaves, *inputs[len(leaves) :])
-        return torch.autograd.grad(output, leaves, grad_output)
+        others = inputs[len(tensors) :]
+        if torch._C._are_functorch_transforms_active():
+            outputs, pull_back = torch.func.vjp(  # type: ignore[misc]  # three if has_aux
+                lambda *x: function(*x, *others), *tensors
+            )
+            return pull_back(grad_outputs if isinstance(outputs, tuple) else grad_outputs[0])
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            # Aliases, because one input may have been computed from another.
+            aliases = [x.view_as(x) for x in tensors]
+            leaves = [x if x.requires_grad else x.requires_grad_() for x in aliases]
+            return torch.autograd.grad(
+                function(*leaves, *others),
+                leaves,
+                grad_outputs,
+                create_graph=create_graph,
+                materialize_grads=True,
+            )
 
     return backward

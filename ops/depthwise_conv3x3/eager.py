@@ -26,6 +26,16 @@ def depthwise_conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: bool) -
     return out.to(x.dtype).contiguous()
 
 
+def differentiable_depthwise_conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: bool
+) -> Tensor:
+    """:func:`depthwise_conv3x3`, whose gradient has forward-mode derivatives; SiLU's has none."""
+    x_, weight, bias = precise(x, weight, bias)
+    conv = _convolve(x_, weight, bias)
+    out = x_ + conv if residual else conv * torch.sigmoid(conv)
+    return out.to(x.dtype).contiguous()
+
+
 def depthwise_conv3x3_backward(
     grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ _extension.define(
     eager=eager.depthwise_conv3x3,
     reference=reference.depthwise_conv3x3,
     eager_backward=eager.depthwise_conv3x3_backward,
+    differentiable=eager.differentiable_depthwise_conv3x3,
     by_design=("cuda",),
 )
 

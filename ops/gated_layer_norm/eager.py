@@ -16,6 +16,15 @@ def gated_layer_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: fl
     return (norm * F.silu(z_)).to(y.dtype).contiguous()
 
 
+def differentiable_gated_layer_norm(
+    y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """:func:`gated_layer_norm`, whose gradient has forward-mode derivatives; SiLU's has none."""
+    y_, z_, weight, bias = precise(y, z, weight, bias)
+    norm = F.layer_norm(y_, y_.shape[-1:], weight, bias, eps)
+    return (norm * z_ * torch.sigmoid(z_)).to(y.dtype).contiguous()
+
+
 def gated_layer_norm_backward(
     grad_output: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

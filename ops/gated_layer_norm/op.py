@@ -17,6 +17,7 @@ _extension.define(
     eager=eager.gated_layer_norm,
     reference=reference.gated_layer_norm,
     eager_backward=eager.gated_layer_norm_backward,
+    differentiable=eager.differentiable_gated_layer_norm,
     by_design=("cuda",),
 )
 

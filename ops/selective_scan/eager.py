@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from spatial_mamba_d2.ops._precision import accumulation_dtype
+from spatial_mamba_d2.ops._precision import accumulation_dtype, precise
 
 # Longer chunks mean more operations one after the other, each on fewer tokens; shorter ones mean
 # more levels of carries. On two cores of an AMD EPYC, 24 is fastest for the largest map of the tiny
@@ -65,6 +66,26 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: T
     step = softplus(delta.to(dtype) + delta_bias.to(dtype))
     drive = (step * u).mul_(B.to(dtype).unsqueeze(-1))
     return linear_recurrence_(step.mul_(A.to(dtype)).exp_(), drive)
+
+
+def linear_recurrence(decay: Tensor, drive: Tensor) -> Tensor:
+    """:func:`linear_recurrence_` for autograd: ``log2 L`` doublings of the reach, none in place."""
+    reach = 1
+    while reach < drive.shape[1]:
+        far = drive[:, reach:] + decay[:, reach:] * drive[:, :-reach]
+        drive = torch.cat((drive[:, :reach], far), dim=1)
+        decay = torch.cat((decay[:, :reach], decay[:, reach:] * decay[:, :-reach]), dim=1)
+        reach *= 2
+    return drive
+
+
+def differentiable_selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor
+) -> Tensor:
+    """:func:`selective_scan` of operations that all derivatives pass through."""
+    u, delta, A, B, delta_bias = precise(u, delta, A, B, delta_bias)
+    step = F.softplus(delta + delta_bias)
+    return linear_recurrence(torch.exp(step * A), step * u * B.unsqueeze(-1))
 
 
 def selective_scan_backward(

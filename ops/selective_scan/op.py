@@ -17,6 +17,7 @@ _extension.define(
     eager=eager.selective_scan,
     reference=reference.selective_scan,
     eager_backward=eager.selective_scan_backward,
+    differentiable=eager.differentiable_selective_scan,
 )
 
 

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from spatial_mamba_d2.ops.selective_scan.eager import selective_scan, selective_scan_backward
+from spatial_mamba_d2.ops._precision import precise
+from spatial_mamba_d2.ops.selective_scan.eager import (
+    differentiable_selective_scan,
+    selective_scan,
+    selective_scan_backward,
+)
 from spatial_mamba_d2.ops.state_fusion.eager import state_fusion, state_fusion_backward
 
 
@@ -17,6 +22,16 @@ def structure_aware_ssm(*inputs: Tensor) -> Tensor:
     h = selective_scan(u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1), delta_bias)
     y = state_fusion(h.view(u.shape), taps)
     y.mul_(C.to(y.dtype).unsqueeze(-1)).addcmul_(u.to(y.dtype), D.to(y.dtype))
+    return y.to(u.dtype)
+
+
+def differentiable_structure_aware_ssm(*inputs: Tensor) -> Tensor:
+    """:func:`structure_aware_ssm` of operations that all derivatives pass through."""
+    u, delta, A, B, C, D, delta_bias, taps = inputs
+    sequence = (u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1), delta_bias)
+    h = differentiable_selective_scan(*sequence)
+    u_, C, D = precise(u, C, D)
+    y = C.unsqueeze(-1) * state_fusion(h.view(u.shape), taps) + D * u_
     return y.to(u.dtype)
 
 

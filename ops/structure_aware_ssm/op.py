@@ -19,6 +19,7 @@ _extension.define(
     eager=eager.structure_aware_ssm,
     reference=reference.structure_aware_ssm,
     eager_backward=eager.structure_aware_ssm_backward,
+    differentiable=eager.differentiable_structure_aware_ssm,
 )
 
 

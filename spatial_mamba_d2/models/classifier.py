@@ -63,7 +63,7 @@ class SpatialMambaClassifier(SpatialMamba):
         super().__init__(**kwargs)
         self.num_features = self.head_hidden_size = self.dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": STRIDES[name], "module": f"stages.{i}"}
+            {"num_chs": dim, "reduction": STRIDES[name], "module": f"stages.{i}.blocks"}
             for i, (name, dim) in enumerate(zip(STAGES, self.dims, strict=True))
         ]
         self.norm: nn.Module = nn.LayerNorm(self.num_features)
@@ -148,8 +148,7 @@ class SpatialMambaClassifier(SpatialMamba):
         """Drop what the outputs ``indices`` do not need; returns them as positive indices."""
         taken, last = feature_take_indices(len(self.stages), indices)
         cut = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        self.stages[-1].downsample = None  # type: ignore[assignment]  # ModuleList hides it
+        self.drop_stages(last)
         if cut:
             self.num_features = self.head_hidden_size = self.dims[last]
         if prune_norm or cut:

@@ -21,9 +21,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NoReturn
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -46,6 +48,7 @@ from spatial_mamba_d2.ops import (
     gated_layer_norm,
     structure_aware_ssm_from_dt_,
 )
+from spatial_mamba_d2.ops._extension import is_transformed
 
 #: Size of the widest activation of a tile. Tuned on two cores of an AMD EPYC that share 32 MiB of
 #: cache, for the tiny backbone: 8 MiB is faster than 2 or 4.
@@ -55,6 +58,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu_,
     "gelu": F.gelu,
 }
+# oneDNN's name and slope of each activation. Its ReLU makes 0 of NaN, which would hide a broken
+# image or weight. A leaky one does not; the slope is too small for any other difference.
+_ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[float]]] = {
+    "none": ("none", []),
+    "relu": ("leaky_relu", [1e-30]),
+    "gelu": ("gelu", []),
+}
+
+_NO_GRAPH = "cannot be traced, scripted or exported"
 
 
 def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -62,9 +74,10 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
 
     The copy takes the same inputs and returns the same outputs, within 1e-4 of the largest value in
     float32. It raises ``RuntimeError`` on ``train()``, on gradients, on ``state_dict()`` and
-    ``load_state_dict()``, and on ``.to()`` with another dtype or device. Its matrix products and
-    convolutions ignore autocast. If oneDNN is unavailable (on devices other than CPUs, in
-    float64, in a PyTorch built without it), weights are folded but not packed.
+    ``load_state_dict()``, on ``.to()`` with another dtype or device, under ``torch.func``, and if
+    it is traced or exported. Its matrix products and convolutions ignore autocast. If oneDNN is
+    unavailable (on devices other than CPUs, in float64, in a PyTorch built without it), weights are
+    folded but not packed. It can be pickled.
 
     Args:
         model: a backbone, a classifier, a UPerNet, or any module that contains them, such as a
@@ -89,11 +102,28 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     optimized = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
         _replace_children(optimized, dtype)
-    # A subclass of the model's own class, so that its methods and isinstance() still work.
-    bases = (InferenceOnly, type(optimized))
-    optimized.__class__ = type(f"Optimized{type(model).__name__}", bases, {})
+    model_class: Any = type(model)
+    optimized.__class__ = _inference_only(model_class)
     optimized.register_forward_pre_hook(_refuse_gradients)
     return optimized.eval()
+
+
+@cache
+def _inference_only(model_class: Any) -> type[nn.Module]:
+    """A subclass of the model's own class, so that its methods and ``isinstance`` still work."""
+
+    def reduce(self: Any, protocol: Any) -> tuple:  # pickle finds no class made at run time
+        state = model_class.__reduce_ex__(self, protocol)[2:]
+        return _new, (model_class,), *state
+
+    name, bases = f"Optimized{model_class.__name__}", (InferenceOnly, model_class)
+    return type(name, bases, {"__reduce_ex__": reduce, "__module__": __name__})
+
+
+def _new(model_class: Any) -> nn.Module:
+    """An optimised model without content, for pickle."""
+    optimized = _inference_only(model_class)
+    return optimized.__new__(optimized)
 
 
 def _refusal(module: nn.Module, reason: str) -> RuntimeError:
@@ -104,8 +134,16 @@ def _refusal(module: nn.Module, reason: str) -> RuntimeError:
 
 
 def _refuse_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if any(isinstance(x, torch.fx.Proxy) for x in inputs) or _is_captured():
+        raise _refusal(module, _NO_GRAPH)
+    if not torch.compiler.is_compiling() and is_transformed(inputs):
+        raise _refusal(module, "has no gradients and no transforms of torch.func")
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         raise _refusal(module, "has no gradients")
+
+
+def _is_captured() -> bool:
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 class InferenceOnly(nn.Module):
@@ -120,6 +158,9 @@ class InferenceOnly(nn.Module):
         if requires_grad:
             raise _refusal(self, "has no gradients")
         return super().requires_grad_(False)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise _refusal(self, _NO_GRAPH)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         raise _refusal(self, "cannot load a state dict")
@@ -204,7 +245,7 @@ class PackedLinear(_Packed):
         if self.packed:
             gelu = "none"  # no approximation
             linear = torch.ops.mkldnn._linear_pointwise
-            return linear(x, self.weight, self.bias, self.act, [], gelu)
+            return linear(x, self.weight, self.bias, *_ONEDNN_ACTIVATIONS[self.act], gelu)
         return ACTIVATIONS[self.act](F.linear(x, self.weight, self.bias))
 
 
@@ -233,7 +274,8 @@ class PackedConv(_Packed):
         x = x.to(self.dtype)
         if self.packed:
             convolution = torch.ops.mkldnn._convolution_pointwise
-            y = convolution(x, self.weight, self.bias, *self.geometry, self.act, [], "")
+            act = _ONEDNN_ACTIVATIONS[self.act]
+            y = convolution(x, self.weight, self.bias, *self.geometry, *act, "")
         else:
             padding, stride, dilation, groups = self.geometry
             y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
@@ -300,7 +342,7 @@ class OptimizedStem(_Part):
 
     def __init__(self, stem: Stem, dtype: torch.dtype | None):
         super().__init__()
-        self.in_chans = stem.in_chans
+        self.in_chans, self.dtype = stem.in_chans, stem.dtype  # of the images
         self.conv1 = _packed_conv(stem.conv1, dtype)
         self.conv2 = nn.Sequential(*(_packed_conv(layer, dtype) for layer in stem.conv2))
         widen, narrow = stem.conv3

@@ -9,6 +9,7 @@ memory, so CPUs compute it as one.
 from __future__ import annotations
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,10 +25,18 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: ``Tensor[O, I]``.
         bias: ``Tensor[O]``.
     """
-    if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES:
+    if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES or _is_composed(weight):
         return F.linear(x, weight, bias)
     y = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1)
+
+
+def _is_composed(x: Tensor) -> bool:
+    """Whether ``x`` consists of other tensors: quantised or sharded, with few operators."""
+    return hasattr(x, "__tensor_flatten__")
+
+
+torch.fx.wrap("pointwise")  # which operator it calls depends on what tracing does not know
 
 
 class Pointwise(nn.Linear):

@@ -10,8 +10,8 @@ that pass alone, as by ``torch.func.functional_call``.
 The mechanism is a pair of saved-tensor hooks. PyTorch applies only the innermost pair, so ours pass
 what is really kept to the pair around them; this makes ``save_on_cpu`` and
 ``torch.utils.checkpoint`` work as usual. ``torch.compile`` traces no such hooks: there the forward
-method is a selective checkpoint. Everything is computed plainly in exported and traced graphs and
-under ``torch.func``.
+method is a selective checkpoint. Everything is computed plainly in exported and traced graphs,
+under ``torch.func``, and for forward-mode derivatives, which hooks would lose.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx import Proxy
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -70,7 +72,7 @@ def keeps_recipes(forward: Callable[Parameters, Result]) -> Callable[Parameters,
     def recorded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         if torch.compiler.is_compiling():
             return _compiled(forward, args, kwargs)
-        if not _can_record():
+        if not _can_record() or any(isinstance(x, Proxy) for x in args):
             return forward(*args, **kwargs)
         with _Recorder():
             return forward(*args, **kwargs)
@@ -144,16 +146,26 @@ def _checkpoint_policy(
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# The next three functions are all that use private parts of PyTorch.
+# The next four functions are all that use private parts of PyTorch.
 
 
 def _can_record() -> bool:
     return (
         _state.enabled
         and torch.is_grad_enabled()
-        and torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
-        and not torch._C._are_functorch_transforms_active()
+        and hooks_are_possible()
         and not torch.jit.is_tracing()
+    )
+
+
+def hooks_are_possible() -> bool:
+    """Whether saved-tensor hooks, and checkpointing, may be used and lose no derivative."""
+    if torch.compiler.is_compiling():
+        return True
+    return (
+        torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 

@@ -11,17 +11,24 @@ paper; C is the width of a stage, D = ``ssm_ratio`` C the width inside the SSM.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
+import torch.fx
 from timm.layers import DropPath, trunc_normal_
+from timm.layers.drop import drop_path as stochastic_depth
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from spatial_mamba_d2.models.pointwise import Mlp, Pointwise
-from spatial_mamba_d2.models.recompute import cast_for_autocast, keeps_recipes, recompute
+from spatial_mamba_d2.models.recompute import (
+    cast_for_autocast,
+    hooks_are_possible,
+    keeps_recipes,
+    recompute,
+)
 from spatial_mamba_d2.models.variants import variant_kwargs
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3,
@@ -29,6 +36,14 @@ from spatial_mamba_d2.ops import (
     merge_taps,
     structure_aware_ssm,
 )
+
+# These look at shapes, which are unknown while torch.fx traces, so they become nodes of its graph.
+torch.fx.wrap("check_images")
+torch.fx.wrap("depthwise_conv3x3")
+torch.fx.wrap("gated_layer_norm")
+torch.fx.wrap("merge_taps")
+torch.fx.wrap("stochastic_depth")
+torch.fx.wrap("structure_aware_ssm")
 
 STAGES = ("res2", "res3", "res4", "res5")
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -43,6 +58,22 @@ def nchw(x: Tensor) -> Tensor:
 def nhwc(x: Tensor) -> Tensor:
     """``[B, C, H, W]`` -> ``[B, H, W, C]``, a view."""
     return x.permute(0, 2, 3, 1)
+
+
+def check_images(x: Tensor, in_chans: int, dtype: torch.dtype | None) -> None:
+    """Raise ``ValueError`` unless ``x`` is ``Tensor[B, in_chans, H, W]`` in ``dtype``, if known.
+
+    Autocast converts floating point types except float64, so that they are right as well.
+    """
+    if x.dim() != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
+        raise ValueError(f"x must be [B, {in_chans}, H, W] with H, W >= 1, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, normalised as in training, got {x.dtype}")
+    if dtype not in (None, x.dtype):
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if not autocast or torch.float64 in (x.dtype, dtype):
+            raise ValueError(f"x must be in the model's dtype {dtype}, got {x.dtype}")
 
 
 class Conv2d(nn.Conv2d):
@@ -120,8 +151,14 @@ class Stem(nn.Module):
             ConvLayer(dim // 2, dim * 4, 3, stride=2), ConvLayer(dim * 4, dim, 1, act=False)
         )
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of its images; None if a foreign layer without a weight takes them."""
+        weight = getattr(self.conv1.conv, "weight", None)
+        return weight.dtype if isinstance(weight, Tensor) else None
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv1(nchw(nhwc(x).contiguous()))  # channels_last
         return nhwc(self.conv3(x + self.conv2(x)))
 
 
@@ -156,6 +193,13 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return recompute(depthwise_conv3x3, x, self.weight, self.bias, self.residual)
+
+
+class StochasticDepth(DropPath):
+    """timm's ``DropPath``, in a form that torch.fx can trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return stochastic_depth(x, self.drop_prob, self.training, self.scale_by_keep)
 
 
 class StateFusion(nn.Module):
@@ -254,8 +298,8 @@ class Block(nn.Module):
         self.cpe2 = DepthwiseConv(dim, residual=True)
         self.ln2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path1 = DropPath(drop_path)
-        self.drop_path2 = DropPath(drop_path)
+        self.drop_path1 = StochasticDepth(drop_path)
+        self.drop_path2 = StochasticDepth(drop_path)
 
     @keeps_recipes
     def forward(self, x: Tensor) -> Tensor:
@@ -265,22 +309,29 @@ class Block(nn.Module):
         return x + self.drop_path2(self.mlp(self.ln2(x)))
 
 
+class Blocks(nn.Sequential):
+    """The blocks of a stage, ``Tensor[B, H, W, C]`` -> the same shape."""
+
+    def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:
+        for block in self:
+            if grad_checkpointing and torch.is_grad_enabled() and hooks_are_possible():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
 class Stage(nn.Module):
     """Blocks of one width; ``downsample`` leads to the next stage and is None in the last one."""
 
     def __init__(self, blocks: list[Block], downsample: Downsample | None):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Blocks(*blocks)
         self.downsample = downsample
 
     def forward(self, x: Tensor, grad_checkpointing: bool = False) -> Tensor:
         """``Tensor[B, H, W, C]`` -> the same shape, before downsampling."""
-        for block in self.blocks:
-            if grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+        return self.blocks(x, grad_checkpointing)
 
 
 class SpatialMamba(nn.Module):
@@ -337,8 +388,13 @@ class SpatialMamba(nn.Module):
             for dim, depth in zip(self.dims, depths, strict=True)
         )
         self.apply(self._init_weights)
-        self._fixed_bn: list[nn.Module] = []
-        self._set_bn_policy(bn_policy, freeze_at)
+        self.bn_policy, self.freeze_at = bn_policy, freeze_at
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+        if bn_policy == "sync":
+            nn.SyncBatchNorm.convert_sync_batchnorm(self)
+        for norm in self._fixed_norms():
+            norm.eval().requires_grad_(False)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -349,24 +405,34 @@ class SpatialMamba(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def _set_bn_policy(self, bn_policy: str, freeze_at: int) -> None:
-        frozen = [self.stem, *self.stages][:freeze_at]
-        for part in frozen:
-            part.requires_grad_(False)
-        if bn_policy == "sync":
-            nn.SyncBatchNorm.convert_sync_batchnorm(self)
-        everywhere = [self] if bn_policy == "frozen" else []
-        for part in frozen + everywhere:
+    def drop_stages(self, last: int) -> None:
+        """Keep the stages up to the index ``last``, without what leads to the next one."""
+        self.stages = self.stages[: last + 1]
+        self.stages[-1].downsample = None  # type: ignore[assignment]  # ModuleList hides it
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        return [self.stem, *self.stages][: self.freeze_at]
+
+    def _fixed_norms(self) -> Iterator[nn.Module]:
+        """The batch norms with fixed statistics, found anew because tools replace them."""
+        parts = [self] if self.bn_policy == "frozen" else self._frozen_parts()
+        for part in parts:
             for module in part.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.requires_grad_(False)
-                    self._fixed_bn.append(module.eval())
+                    yield module
 
     def train(self, mode: bool = True) -> SpatialMamba:
         super().train(mode)
-        for module in self._fixed_bn:
-            module.eval()
+        for norm in self._fixed_norms():
+            norm.eval()
         return self
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` calls first."""
+        raise NotImplementedError(
+            f"torch.jit.script does not support {type(self).__name__}, because its operators check "
+            "shapes in Python; use torch.jit.trace or torch.export"
+        )
 
     def forward_stages(self, x: Tensor, last: str = STAGES[-1]) -> dict[str, Tensor]:
         """Outputs of the stages up to ``last``, before downsampling.
@@ -380,9 +446,7 @@ class SpatialMamba(nn.Module):
         Raises:
             ValueError: ``x`` is not such a tensor.
         """
-        in_chans = self.stem.in_chans
-        if x.dim() != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
-            raise ValueError(f"x must be [B, {in_chans}, H, W] with H, W >= 1, got {list(x.shape)}")
+        check_images(x, self.stem.in_chans, self.stem.dtype)
         x = self.stem(x)
         outputs = {}
         for name, stage in zip(STAGES, self.stages, strict=False):
@@ -397,7 +461,8 @@ class SpatialMambaBackbone(SpatialMamba):
     """Feature pyramid for detection and segmentation; ``Backbone_SpatialMamba`` of the authors.
 
     Args:
-        out_features: which of ``res2 .. res5`` to return; each has its own layer norm.
+        out_features: which of ``res2 .. res5`` to return; each has its own layer norm. Later stages
+            do not exist.
         **kwargs: see :class:`SpatialMamba`.
 
     Raises:
@@ -412,6 +477,7 @@ class SpatialMambaBackbone(SpatialMamba):
                 f"out_features must be some of {', '.join(STAGES)}, got {list(out_features)}"
             )
         self.out_features = tuple(name for name in STAGES if name in out_features)
+        self.drop_stages(STAGES.index(self.out_features[-1]))
         self.output_norms = nn.ModuleDict(
             {
                 name: nn.LayerNorm(dim)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +23,7 @@ from spatial_mamba_d2.models.spatial_mamba import STAGES, SpatialMambaBackbone
 from spatial_mamba_d2.models.variants import variant_kwargs
 
 POOL_SIZES = (1, 2, 3, 6)
+torch.fx.wrap("resize")  # a node of torch.fx's graphs, where sizes are unknown
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spatial_mamba_d2.ops._flops import MULTIPLY_ADDS
+
 
 def _convolution(output: Tensor, x: Tensor, weight: Tensor, *arguments: Any) -> int:
     transposed = arguments[4]  # after bias, stride, padding and dilation
@@ -37,6 +39,10 @@ def _batch_norm(output: Sequence[Tensor], x: Tensor, *arguments: Any) -> int:
     return (5 if training else 2) * x.numel()
 
 
+def _per_element(count: int) -> Callable[..., int]:
+    return lambda output, x, *_: count * x.numel()
+
+
 #: Name of an ATen or our operator -> its count from output and inputs.
 OFFICIAL_COUNTS: dict[str, Callable[..., int]] = {
     "convolution": _convolution,
@@ -48,9 +54,7 @@ OFFICIAL_COUNTS: dict[str, Callable[..., int]] = {
     "upsample_nearest2d": lambda output, *_: output.numel(),
     "upsample_bilinear2d": lambda output, *_: 4 * output.numel(),
     "_adaptive_avg_pool2d": lambda output, x, *_: x.numel(),
-    "structure_aware_ssm": lambda output, u, *_: (7 + 27) * u.numel(),
-    "depthwise_conv3x3": lambda output, *_: 9 * output.numel(),
-    "gated_layer_norm": lambda output, *_: 5 * output.numel(),
+    **{name: _per_element(count) for name, count in MULTIPLY_ADDS.items()},
 }
 
 

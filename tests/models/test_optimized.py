@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from spatial_mamba_d2.models import (
     build_backbone,
@@ -184,6 +188,72 @@ def test_what_is_refused(model):
     assert not any(module.training for module in optimized.modules())
     assert optimized.eval() is optimized.to("cpu").float().requires_grad_(False)
     assert error(run(optimized, x), run(model, x)) < 1e-4
+
+
+def test_capture_and_transforms_are_refused(model):
+    optimized = optimize_for_inference(model)
+    x = torch.randn(1, 3, 40, 56)
+    graph = "cannot be traced, scripted or exported"
+    derivative = "has no gradients and no transforms of torch.func"
+
+    def forward_mode():
+        with forward_ad.dual_level():
+            optimized(forward_ad.make_dual(x, torch.ones_like(x)))
+
+    refused = [
+        (graph, lambda: torch.jit.trace(optimized, x)),
+        (graph, lambda: torch.jit.script(optimized)),
+        (graph, lambda: torch.export.export(optimized, (x,), strict=False)),
+        (graph, lambda: torch.fx.symbolic_trace(optimized)),
+        (derivative, forward_mode),
+        (derivative, lambda: torch.func.vmap(lambda image: optimized(image[None]))(x)),
+        (derivative, lambda: torch.func.jvp(optimized, (x,), (x,))),
+    ]
+    for message, call in refused:
+        with pytest.raises(RuntimeError, match=f"{message}: its weights are folded"):
+            call()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_is_not_finite_stays_so(value, packed, model, monkeypatch):
+    if not packed:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    x = torch.randn(1, 3, 70, 48)
+    x[0, 1, 30, 20] = float(value)
+    for dtype in (None, torch.bfloat16):
+        outputs = run(optimize_for_inference(model, dtype), x)
+        for output, expected in zip(outputs, run(model, x), strict=True):
+            hidden = output.isfinite() & ~expected.isfinite()
+            assert not hidden.any() and not output.isfinite().all()
+
+
+def test_a_weight_that_is_not_a_number_is_not_hidden(backbone):
+    with torch.no_grad():
+        backbone.stem.conv1.conv.weight[0, 0, 0, 0] = torch.nan
+    outputs = run(optimize_for_inference(backbone), torch.randn(1, 3, 40, 56))
+    assert all(output.isnan().all() for output in outputs)
+
+
+def test_it_travels_to_another_process(backbone, tmp_path):
+    """Which has imported nothing of ours."""
+    x = torch.randn(1, 3, 40, 56)
+    optimized = optimize_for_inference(backbone)
+    expected = run(optimized, x)
+    torch.save((optimized, x), tmp_path / "model.pth")
+    loaded, _ = torch.load(tmp_path / "model.pth", weights_only=False)
+    assert type(loaded) is type(optimized)
+    with pytest.raises(RuntimeError, match="OptimizedSpatialMambaBackbone has no train mode"):
+        pickle.loads(pickle.dumps(optimized)).train()
+    program = (
+        "import torch\n"
+        f"model, x = torch.load({str(tmp_path / 'model.pth')!r}, weights_only=False)\n"
+        "with torch.no_grad(): outputs = list(model(x).values())\n"
+        f"torch.save(outputs, {str(tmp_path / 'outputs.pth')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    for outputs in (run(loaded, x), torch.load(tmp_path / "outputs.pth")):
+        assert error(outputs, expected) < 1e-6
 
 
 def test_a_gradient_that_starts_inside_is_refused(backbone):

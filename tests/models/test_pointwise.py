@@ -42,3 +42,38 @@ def test_autocast():
     layer = Pointwise(4, 9)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(1, 3, 3, 4)).dtype == torch.bfloat16
+
+
+class Scaled(torch.Tensor):
+    """A weight that consists of other tensors, as quantised ones do, and knows linear layers."""
+
+    @staticmethod
+    def __new__(cls, weight, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=torch.float32)
+
+    def __init__(self, weight, scale):
+        self.weight, self.scale = weight, scale
+
+    def __tensor_flatten__(self):
+        return ["weight"], self.scale
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            x, weight, *bias = args
+            return F.linear(x, weight.weight * weight.scale, *bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].weight, args[0].scale)
+        raise NotImplementedError(func)
+
+
+def test_weights_that_quantisers_put_in_place():
+    layer, x = Pointwise(4, 9), torch.randn(1, 3, 5, 4)
+    expected = F.linear(x, layer.weight * 2, layer.bias)
+    layer.weight = torch.nn.Parameter(Scaled(layer.weight.detach(), 2), requires_grad=False)
+    torch.testing.assert_close(layer(x), expected)

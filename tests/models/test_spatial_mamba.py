@@ -16,6 +16,7 @@ from spatial_mamba_d2.models import (
     build_backbone,
     build_classifier,
     load_weights,
+    optimize_for_inference,
 )
 from spatial_mamba_d2.models.checkpoints.names import to_official
 
@@ -216,10 +217,49 @@ def test_freeze_at():
     assert all(bn.training for bn in batch_norms(model.stages[1]))
 
 
-def test_out_features_stop_early():
-    model = build_backbone("tiny", out_features=("res4", "res3"), **SMALL)
-    assert list(model(torch.randn(1, 3, 32, 32))) == ["res3", "res4"]
-    assert set(model.output_norms) == {"res3", "res4"}
+@pytest.mark.parametrize("arguments", [{"bn_policy": "frozen"}, {"freeze_at": 2}], ids=str)
+def test_fixed_norms_stay_fixed_when_they_are_replaced(arguments):
+    """As trainers do with ``sync_batchnorm=True``."""
+    model = build_backbone("tiny", **arguments, **SMALL).train()
+    before = [bn.training for bn in batch_norms(model)]
+    holder = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(model)).train()
+    assert all(isinstance(bn, nn.SyncBatchNorm) for bn in batch_norms(holder))
+    assert [bn.training for bn in batch_norms(holder)] == before and not all(before)
+    assert not any(bn.weight.requires_grad for bn in batch_norms(model.stem))
+
+
+@pytest.mark.parametrize("features", [("res2",), ("res4", "res3")], ids=str)
+def test_out_features_build_only_what_they_need(features):
+    """DDP refuses parameters without a gradient."""
+    model = build_backbone("tiny", out_features=features, **SMALL)
+    outputs = model(torch.randn(2, 3, 32, 32))
+    assert list(outputs) == list(model.output_norms) == sorted(features)
+    assert model.output_shape().keys() == outputs.keys()
+    sum(output.pow(3).sum() for output in outputs.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    complete = build_backbone("tiny", **SMALL)
+    report = load_weights(model, complete.state_dict())
+    assert not report.new and len(report.loaded) == len(model.state_dict())
+    assert all(name.startswith(("stages.", "output_norms.")) for name in report.ignored)
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+def test_images_of_another_type_are_named(optimize, small_backbone):
+    model = optimize_for_inference(small_backbone) if optimize else small_backbone
+    x = torch.zeros(1, 3, 32, 32)
+    wrong = {
+        "x must be floating point, normalised as in training, got torch.uint8": x.byte(),
+        "x must be in the model's dtype torch.float32, got torch.float64": x.double(),
+        r"x must be \[B, 3, H, W\] with H, W >= 1, got \[1, 1, 3, 32, 32\]": x[None],
+        r"x must be \[B, 3, H, W\] with H, W >= 1, got \[1, 4, 32, 32\]": torch.zeros(1, 4, 32, 32),
+    }
+    for message, images in wrong.items():
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            model(images)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(x.bfloat16())["res5"].isfinite().all()
+        with pytest.raises(ValueError, match="got torch.float64"):
+            model(x.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spatial_mamba_d2 import ops
 from spatial_mamba_d2.ops import _extension
@@ -121,6 +122,19 @@ class InferenceSuite:
             self.call(tensors, of)[-1].sum().backward()
         with torch.no_grad():
             assert not any(output.requires_grad for output in self.call(tensors, of))
+
+    def test_other_derivatives_are_refused(self, inputs):
+        first, *rest = (x.detach() for x in inputs(1, 3, 4, 5))
+        message = f"{self.name} is for inference and has no gradients"
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
+            self.call([forward_ad.make_dual(first, torch.ones_like(first)), *rest])
+        second, *others = rest
+        for transform, x in (
+            (torch.func.grad, second),
+            (torch.func.vmap, torch.stack((second, second))),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                transform(lambda x: self.call([first, x, *others])[-1].sum())(x)
 
     def refuses(self, tensors, index, shape, message):
         """Assert that the tensor at ``index`` is named if it has another shape."""

@@ -25,6 +25,18 @@ total = y.abs().sum() + sum(g.abs().sum() for g in torch.autograd.grad(y.square(
 print(_extension.status(), total.item(), sep="|")
 """
 
+# the same with second and forward-mode derivatives
+MORE_DERIVATIVES = PROGRAM.replace(
+    "print(",
+    """
+gradients = torch.autograd.grad(ops.structure_aware_ssm(*inputs).square().sum(), inputs,
+                                create_graph=True)
+penalty = sum(g.square().sum() for g in gradients) / 1e5
+total = total + sum(g.abs().sum() for g in torch.autograd.grad(penalty, inputs))
+tangents = tuple(map(torch.ones_like, inputs))
+total = total + torch.func.jvp(ops.structure_aware_ssm, tuple(inputs), tangents)[1].abs().sum()
+print(""",
+)
 
 NO_LIBRARY = """
 import pathlib, torch
@@ -40,7 +52,7 @@ def run(backend: str, program: str = PROGRAM, **more: str) -> subprocess.Complet
 def test_forced_backends_agree():
     sums = []
     for backend in ("reference", "eager"):
-        done = run(backend)
+        done = run(backend, MORE_DERIVATIVES)
         assert done.returncode == 0, done.stderr
         status, total = done.stdout.split("|")
         assert status == f"{backend} on every device: SMD2_BACKEND is {backend}"

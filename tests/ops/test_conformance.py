@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from spatial_mamba_d2 import ops
 from spatial_mamba_d2.ops import _extension
@@ -187,6 +187,37 @@ def test_inputs_are_left_alone(case, ssm_inputs):
 def test_gradcheck(case, ssm_inputs):
     args = arguments(case, ssm_inputs(1, 3, 4, 2, torch.float64))
     assert gradcheck(lambda *x: call(case, x), [x.requires_grad_() for x in args])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_derivatives(case, ssm_inputs):
+    """Forward mode, second derivatives in each order of modes, and batches of cotangents."""
+    args = arguments(case, ssm_inputs(1, 3, 3, 2, torch.float64))
+    args = [x.requires_grad_() for x in args]
+
+    def function(*tensors):
+        return call(case, tensors)
+
+    assert gradcheck(function, args, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, args, check_fwd_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_functional_derivatives(case, ssm_inputs):
+    """One direction of each input for each sample of a batch, under ``torch.func``."""
+    args = arguments(case, ssm_inputs(1, 3, 3, 2, torch.float64))
+    directions = [torch.randn(2, *x.shape, dtype=x.dtype, device=x.device) for x in args]
+
+    def of_directions(*tangents):
+        return torch.func.jvp(lambda *x: call(case, x), tuple(args), tangents)[1]
+
+    batched = torch.func.vmap(of_directions)(*directions)
+    cotangent = torch.randn_like(batched[0])
+    _, pull_back = torch.func.vjp(lambda *x: call(case, x), *args)
+    for index, output in enumerate(batched):
+        one = [x[index] for x in directions]
+        expected = sum((g * v).sum() for g, v in zip(pull_back(cotangent), one, strict=True))
+        torch.testing.assert_close((output * cotangent).sum(), expected)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from spatial_mamba_d2.models import build_classifier, build_upernet
+from spatial_mamba_d2.models.spatial_mamba import GatedLayerNorm
 from spatial_mamba_d2.profiling.flops import official_flops
 
 
@@ -33,3 +36,32 @@ def test_upernets(variant, published):
     """At 512 x 2048 in eval mode, without the auxiliary head."""
     flops = official_flops(build_upernet(variant).eval(), (1, 3, 512, 2048))
     assert round(flops["total"]) == published
+
+
+def test_pytorchs_counter():
+    """It leaves out norms, and counts the additions of products too."""
+    with torch.device("meta"):
+        model, x = build_classifier("tiny"), torch.empty(1, 3, 224, 224)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(4.46768128, rel=0.03)
+
+
+def test_pytorchs_counter_backward():
+    x = torch.randn(1, 8, 8, 16, requires_grad=True)
+    norm = GatedLayerNorm(16)
+    with FlopCounterMode(display=False) as forward:
+        output = norm(x, x)
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    assert forward.get_total_flops() == 2 * 5 * x.numel()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+
+
+def test_fvcores_counter():
+    """Which is told when a program imports it."""
+    count = pytest.importorskip("fvcore.nn").FlopCountAnalysis
+    model = build_classifier("tiny", embed_dim=16, depths=(1, 1, 1, 1)).train()
+    shape = (1, 3, 64, 64)
+    total = count(model, torch.randn(shape)).unsupported_ops_warnings(False).total() / 1e9
+    assert total == pytest.approx(official_flops(model, shape)["total"], rel=0.03)

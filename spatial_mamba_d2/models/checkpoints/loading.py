@@ -19,7 +19,9 @@ from torch import nn
 
 from spatial_mamba_d2.models.checkpoints.names import (
     backbone_prefix,
+    enclosing_prefix,
     model_kind,
+    strip_wrappers,
     translate,
 )
 from spatial_mamba_d2.models.checkpoints.reading import (
@@ -29,6 +31,8 @@ from spatial_mamba_d2.models.checkpoints.reading import (
     unwrap,
 )
 from spatial_mamba_d2.system.tables import console_table
+
+_COUNTERS = ".num_batches_tracked"  # some trainers do not save it, and nothing here depends on it
 
 
 @dataclass
@@ -41,6 +45,7 @@ class LoadReport:
         inflated: the one among them whose RGB weights became those of other channels, if any.
         new: names of the model that were not set and keep their initial values.
         ignored: names in the checkpoint, under its own prefix, that the model does not use.
+        stripped: what was removed from names in the checkpoint, such as ``module.``.
     """
 
     source: str
@@ -48,11 +53,14 @@ class LoadReport:
     inflated: str = ""
     new: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    stripped: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"weights from {self.source}: {len(self.loaded)} tensors loaded"]
         if self.inflated:
             lines.append(f"  from RGB to other channels: {self.inflated}")
+        if self.stripped:
+            lines.append(f"  removed from names: {', '.join(self.stripped)}")
         if self.new:
             groups = _groups(self.new, most=len(self.new))
             lines.append(f"  new, at their initial values ({len(self.new)}): {groups}")
@@ -95,9 +103,12 @@ def load_weights(
 ) -> LoadReport:
     """Load a checkpoint of ours or of the authors into ``model``, strictly.
 
-    Every parameter of the model gets a value, with the exceptions in the table at
-    :func:`_exceptions`: a backbone needs no classifier layers, for example, and any checkpoint
-    with a backbone can initialise that of a detector or a segmentor, whose heads are then new.
+    Prefixes that trainers leave in names are removed, and a module around one model of ours, such
+    as an encoder, gets that one's weights. Every parameter of the model gets a value, with the
+    exceptions in the table at :func:`_exceptions`: a backbone needs no classifier layers, for
+    example, and any checkpoint with a backbone can initialise that of a detector or a segmentor,
+    whose heads are then new. Stages that the model does not have may be unused, and the counters
+    ``num_batches_tracked`` may be missing.
 
     Args:
         model: a backbone, a classifier, or a detector or segmentor around one.
@@ -122,9 +133,11 @@ def load_weights(
         name, content = source_name or str(source), read_checkpoint(source)
     target = model.state_dict()
     _check_skip(skip, target)
-    state = translate(unwrap(content, name), name)
-    if isinstance(source, Mapping):  # files have been checked when they were read
-        check_finite(state, name)
+    if place := enclosing_prefix(target):
+        return _load_inside(model, place, content, skip, partial, name)
+    wrapped = unwrap(content, name)
+    state = translate(wrapped, name)
+    check_finite(state, name)
     file_names = _names_in_model(state, target)  # {name in the model: name in the file}
     may_be_new, may_be_unused = _exceptions(state, target)
 
@@ -138,14 +151,21 @@ def load_weights(
         loaded=[key for key in target if key in file_names and not is_skipped(key)],
         new=[key for key in target if key not in file_names or is_skipped(key)],
         ignored=[name for name in state if name not in used],
+        stripped=_stripped_parts(strip_wrappers(wrapped)),
     )
     problems = []
     prefix = backbone_prefix(target)
-    missing = [n for n in report.new if not is_skipped(n) and _part(n, prefix) not in may_be_new]
+    new = [n for n in report.new if not n.endswith(_COUNTERS)]
+    missing = [n for n in new if not is_skipped(n) and _part(n, prefix) not in may_be_new]
     if missing:
         problems.append(f"missing from the file ({len(missing)}): {_groups(missing)}")
     prefix = backbone_prefix(state)
-    unknown = [n for n in report.ignored if _part(n, prefix) not in may_be_unused]
+    last_stage = _last_stage(target)
+    unknown = [
+        n
+        for n in report.ignored
+        if _part(n, prefix) not in may_be_unused and not _is_behind(n, prefix, last_stage)
+    ]
     if unknown:
         problems.append(f"unknown to the model ({len(unknown)}): {_groups(unknown)}")
     if partial and (key := _other_channels(report.loaded, state, file_names, target)):
@@ -163,11 +183,8 @@ def load_weights(
             f"weights: {name} does not fit {type(model).__name__}; nothing was loaded:\n  "
             + "\n  ".join(problems)
         )
-    if report.new and not partial:
-        raise WeightsError(
-            f"weights: {name} must hold all parameters of {type(model).__name__}; nothing was "
-            f"loaded:\n  missing or skipped ({len(report.new)}): {_groups(report.new)}"
-        )
+    if new and not partial:
+        raise _incomplete(model, new, name)
     model.load_state_dict({key: state[file_names[key]] for key in report.loaded}, strict=False)
     return report
 
@@ -185,6 +202,55 @@ def _other_channels(
     (out_dim, channels, *kernel), needed = state[file_names[key]].shape, list(target[key].shape)
     is_rgb = channels == 3 and needed[1] != 3
     return key if is_rgb and [out_dim, *kernel] == [needed[0], *needed[2:]] else None
+
+
+def _incomplete(model: nn.Module, new: Sequence[str], source: str) -> WeightsError:
+    return WeightsError(
+        f"weights: {source} must hold all parameters of {type(model).__name__}; nothing was "
+        f"loaded:\n  missing or skipped ({len(new)}): {_groups(new)}"
+    )
+
+
+def _load_inside(
+    model: nn.Module,
+    place: str,
+    content: Mapping[str, Any],
+    skip: Sequence[str],
+    partial: bool,
+    source: str,
+) -> LoadReport:
+    """Load the one Spatial-Mamba model inside ``model``, whose names begin with ``place``."""
+    outside = [name for name in model.state_dict() if not name.startswith(place)]
+    if outside and not partial:
+        raise _incomplete(model, outside, source)
+    inner = model.get_submodule(place.removesuffix("."))
+    inner_skip = [prefix.removeprefix(place) for prefix in skip if prefix.startswith(place)]
+    report = load_weights(inner, content, skip=inner_skip, partial=partial, source_name=source)
+    report.loaded = [place + name for name in report.loaded]
+    report.new = [place + name for name in report.new] + outside
+    return report
+
+
+def _stripped_parts(stripped: Mapping[str, str]) -> list[str]:
+    """``{"module.model.head.bias": "head.bias"}`` -> ``["module.", "model."]``."""
+    parts = Counter()  # type: Counter[str]
+    for name, rest in stripped.items():
+        parts |= Counter(name.split(".")) - Counter(rest.split("."))
+    return [f"{part}." for part in parts]
+
+
+def _last_stage(target: Iterable[str]) -> int:
+    found = (re.search(r"(?:^|\.)stages\.(\d+)\.", name) for name in target)
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def _is_behind(name: str, prefix: str, last_stage: int) -> bool:
+    """Whether a parameter belongs to a stage that a model with fewer stages does not have."""
+    match = re.match(r"stages\.([0-3])\.(downsample\.)?", name.removeprefix(prefix))
+    if not match:
+        return False
+    stage = int(match[1])
+    return stage > last_stage or (stage == last_stage < 3 and match[2] is not None)
 
 
 def load_for_prediction(model: nn.Module, path: str) -> dict[str, Any]:

@@ -69,6 +69,12 @@ MASK_RCNN_HEADS = tuple(ours for _, ours in _MASK_RCNN_NAMES)
 _OFFICIAL_BACKBONE_PREFIX = "backbone."
 DETECTOR_BACKBONE_PREFIX = "backbone.bottom_up."
 SEGMENTOR_BACKBONE_PREFIX = "backbone."
+# What PyTorch's wrappers put anywhere into names, and trainers in front of them.
+_WRAPPER_PARTS = re.compile(
+    r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_OWNER = r"(?:model|net|network|encoder)\."
+_STEM = r"(?:backbone\.(?:bottom_up\.)?)?(?:stem|patch_embed)\."
 _SEGMENTOR_MARK = "decode_head."  # prefix of names that only a segmentor has, theirs and ours
 
 
@@ -120,12 +126,45 @@ def is_official(names: Iterable[str]) -> bool:
     return any(re.match(r"(backbone\.)?patch_embed\.", name) for name in names)
 
 
+def strip_wrappers(names: Iterable[str], source: str = "checkpoint") -> dict[str, str]:
+    """``{name: name without what trainers put around it}``.
+
+    ``module.`` and its like are removed anywhere, and ``model.``, ``net.`` or ``encoder.`` in front
+    of the Spatial-Mamba, in any number. Names outside of it stay.
+
+    Raises:
+        WeightsError: this is ambiguous, because several models are in ``names``.
+    """
+    stripped = {name: _WRAPPER_PARTS.sub("", name) for name in names}
+    found = (re.match(rf"((?:{_OWNER})*){_STEM}", name) for name in stripped.values())
+    owners = {match[1] for match in found if match}
+    if len(owners) == 1:
+        (owner,) = owners
+        stripped = {name: rest.removeprefix(owner) for name, rest in stripped.items()}
+    if len(owners) > 1 or len(set(stripped.values())) < len(stripped):
+        several = ", ".join(repr(owner) for owner in sorted(owners))
+        raise WeightsError(
+            f"weights: {source} holds several Spatial-Mamba models, under {several}; give one of "
+            "them, as a dictionary"
+        )
+    return stripped
+
+
+def enclosing_prefix(names: Iterable[str]) -> str:
+    """What precedes the names of the one Spatial-Mamba model inside another module."""
+    found = (re.match(rf"(.*?){_STEM}", name) for name in names)
+    prefixes = {match[1] for match in found if match}
+    return prefixes.pop() if len(prefixes) == 1 else ""
+
+
 def translate(state: Mapping[str, Tensor], source: str = "checkpoint") -> StateDict:
     """``state`` under our names; whose names it has is recognised by its keys.
 
     Raises:
-        WeightsError: neither an official Spatial-Mamba checkpoint nor one of ours.
+        WeightsError: neither an official Spatial-Mamba checkpoint nor one of ours, or several.
     """
+    stripped = strip_wrappers(state, source)
+    state = {stripped[name]: value for name, value in state.items()}
     ours = any(re.match(r"(backbone\.(bottom_up\.)?)?stem\.", name) for name in state)
     if is_official(state):
         segmentor = any(name.startswith(_SEGMENTOR_MARK) for name in state)

@@ -49,7 +49,11 @@ _PLAIN_NAMES = {
 }  # fmt: skip
 
 # Keys under which checkpoints hold the state dict, in the order of preference.
-_WRAPPERS = ("state_dict", "model", "model_ema")
+_WRAPPERS = (
+    "state_dict", "model", "model_ema", "model_state_dict", "state_dict_ema", "ema_state_dict",
+    "params", "params_ema", "net", "network", "module",
+)  # fmt: skip
+_MAX_WRAPPERS = 4  # around one another
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before PyTorch 1.6
 _LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of the storages
 # PyTorch does not compress. Files that another program did may unpack to a few times their size.
@@ -170,26 +174,34 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def unwrap(content: Mapping[str, Any], source: str = "checkpoint") -> dict[str, Tensor]:
-    """The state dict in ``content``: bare, or under ``state_dict``, ``model`` or ``model_ema``.
+    """The state dict in ``content``: bare, or under keys such as ``state_dict`` and ``model``.
 
     Raises:
         WeightsError: there is none.
     """
-    for key in _WRAPPERS:
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    state = {
-        name.removeprefix("module."): value
-        for name, value in content.items()
-        if isinstance(value, Tensor)
-    }
-    if not state:
+    keys = _way_to_tensors(content)
+    for key in keys or ():
+        content = content[key]
+    if keys is None:
         raise WeightsError(
             f"weights: {source} holds no tensors, neither bare nor under {', '.join(_WRAPPERS)}; "
             f"its keys: {', '.join(map(str, list(content)[:8])) or 'none'}"
         )
-    return state
+    return {
+        name.removeprefix("module."): value
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _way_to_tensors(content: object, depth: int = _MAX_WRAPPERS) -> tuple[str, ...] | None:
+    """The keys that lead to the first mapping with tensors in it; None if there is none."""
+    if not isinstance(content, Mapping):
+        return None
+    for key in _WRAPPERS if depth else ():
+        if (rest := _way_to_tensors(content.get(key), depth - 1)) is not None:
+            return key, *rest
+    return () if any(isinstance(value, Tensor) for value in content.values()) else None
 
 
 def _verify(path: Path, sha256: str) -> None:

@@ -6,6 +6,7 @@ import ast
 import re
 
 import pytest
+import timm
 import torch
 
 from spatial_mamba_d2.models import (
@@ -63,6 +64,91 @@ def test_ours_and_safetensors_and_data_parallel(classifier, tmp_path):
         model = build_classifier("tiny", num_classes=7, **SMALL)
         load_weights(model, tmp_path / name)
         assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "removed"),
+    [
+        ("_orig_mod.", ["_orig_mod."]),
+        ("module.module.", ["module."]),
+        ("model.", ["model."]),
+        ("net.encoder._orig_mod.", ["net.", "encoder.", "_orig_mod."]),
+        ("module.model.", ["model."]),
+    ],
+)
+@pytest.mark.parametrize(
+    "wrappers", [(), ("model_state_dict",), ("state_dict_ema",), ("params", "state_dict")], ids=str
+)
+@pytest.mark.parametrize("names", ["ours", "official"])
+def test_what_trainers_put_around_weights(
+    prefix, removed, wrappers, names, classifier, official, tmp_path
+):
+    state = classifier.state_dict() if names == "ours" else official
+    content = {prefix + name: value for name, value in state.items()}
+    for key in wrappers:
+        content = {
+            key: content,
+            "optimizer": {"state": {}},
+            "params": content if key == "params" else {},
+        }
+    torch.save(content, tmp_path / "checkpoint.pth")
+    model = build_classifier("tiny", num_classes=7, **SMALL)
+    report = load_weights(model, tmp_path / "checkpoint.pth", partial=False)
+    assert not report.new and not report.ignored
+    assert [part for part in removed if part not in str(report)] == []
+    for name, value in classifier.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def test_wrappers_inside_of_names(classifier):
+    """Of compiled, sharded or checkpointed parts of a model."""
+    state = {
+        name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module._orig_mod."): value
+        for name, value in classifier.state_dict().items()
+    }
+    report = load_weights(build_classifier("tiny", num_classes=7, **SMALL), state, partial=False)
+    assert len(report.loaded) == len(state)
+
+
+def test_strict_in_spite_of_prefixes(classifier):
+    state = {f"model.{name}": value for name, value in classifier.state_dict().items()}
+    model = build_classifier("tiny", num_classes=7, **SMALL)
+    with pytest.raises(WeightsError, match=r"unknown to the model \(1\): criterion"):
+        load_weights(model, {**state, "criterion.weight": torch.zeros(7)})
+    other = {f"net.{name}": value for name, value in classifier.state_dict().items()}
+    with pytest.raises(WeightsError, match=r"several .* models, under 'model\.', 'net\.'"):
+        load_weights(model, {**state, **other})
+    state.pop("model.head.bias")
+    with pytest.raises(WeightsError, match=r"missing from the file \(1\): head"):
+        load_weights(model, state)
+
+
+def test_counters_of_batches_may_be_missing(classifier):
+    counters = [n for n in classifier.state_dict() if n.endswith("num_batches_tracked")]
+    state = {name: x for name, x in classifier.state_dict().items() if name not in counters}
+    model = build_classifier("tiny", num_classes=7, **SMALL)
+    report = load_weights(model, state, partial=False)
+    assert report.new == counters and len(counters) == 8
+
+
+def test_the_one_model_inside_another(classifier):
+    """An encoder of another library, whose decoder is new."""
+    features = timm.create_model(
+        "spatial_mamba_tiny", features_only=True, out_indices=(0, 2), **SMALL
+    )
+    holder = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(features)})
+    holder["decoder"] = torch.nn.Linear(2, 2)
+    report = load_weights(holder, classifier.state_dict(), skip=["encoder.0.model.stem."])
+    new = [
+        name for name in holder.state_dict() if name.startswith(("encoder.0.model.stem", "decoder"))
+    ]
+    assert report.new == new
+    assert len(report.loaded) == len(holder.state_dict()) - len(new)
+    expected = classifier.state_dict()["stages.2.blocks.0.ln1.weight"]
+    assert torch.equal(features.state_dict()["model.stages.2.blocks.0.ln1.weight"], expected)
+    assert any(name.startswith("stages.3.") for name in report.ignored)
+    with pytest.raises(WeightsError, match=r"must hold all parameters of ModuleDict"):
+        load_weights(holder, classifier.state_dict(), partial=False)
 
 
 def test_classifier_into_backbone_is_reported(official):

@@ -1,0 +1,59 @@
+"""Graphs of the model by torch.fx, as extractors of intermediate features use them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import create_feature_extractor as timm_feature_extractor
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from spatial_mamba_d2.models import build_backbone, build_classifier, build_upernet
+
+SMALL = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.5}
+BUILDERS = {
+    "backbone": lambda: build_backbone("tiny", **SMALL),
+    "classifier": lambda: build_classifier("tiny", num_classes=3, **SMALL),
+    "segmentor": lambda: build_upernet("tiny", 3, channels=8, aux_channels=8, **SMALL),
+}
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_a_graph_of_torch_fx_computes_the_same(build):
+    model = build().eval()
+    graph = torch.fx.symbolic_trace(model)
+    for size in ((64, 64), (33, 70)):
+        x = torch.randn(1, 3, *size)
+        expected, actual = model(x), graph(x)
+        if isinstance(expected, torch.Tensor):
+            expected, actual = {"": expected}, {"": actual}
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"x must be \[B, 3, H, W\]"):
+        graph(torch.randn(1, 4, 32, 32))
+
+
+@pytest.mark.parametrize("create", [create_feature_extractor, timm_feature_extractor])
+def test_extractors_of_features(create):
+    model = build_classifier("tiny", num_classes=3, **SMALL)
+    nodes = {
+        "stages.1.blocks": "middle",
+        "stages.3.blocks.0.ssm.out_norm": "norm",
+        "head": "logits",
+    }
+    extractor = create(model, nodes)
+    x = torch.randn(2, 3, 64, 64)
+    outputs = extractor.train()(x)  # with stochastic depth
+    outputs["logits"].sum().backward()
+    assert all(p.grad is not None for p in extractor.parameters())
+    seen = []
+    model.stages[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    outputs, expected = extractor.eval()(x), model.eval()(x)
+    assert torch.equal(outputs["logits"], expected) and torch.equal(outputs["middle"], seen[0])
+    assert outputs["norm"].shape == (2, 2, 2, 256)
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_torch_jit_script_says_what_to_use(build):
+    with pytest.raises(NotImplementedError, match="use torch.jit.trace or torch.export"):
+        torch.jit.script(build())
