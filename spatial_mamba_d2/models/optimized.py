@@ -21,16 +21,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from spatial_mamba_d2.models.inference_only import (
+    InferenceOnly,
+    inference_only,
+    refuse_gradients,
+)
 from spatial_mamba_d2.models.spatial_mamba import (
     Block,
     ConvLayer,
@@ -48,7 +51,6 @@ from spatial_mamba_d2.ops import (
     gated_layer_norm,
     structure_aware_ssm_from_dt_,
 )
-from spatial_mamba_d2.ops._extension import is_transformed
 
 #: Size of the widest activation of a tile. Tuned on two cores of an AMD EPYC that share 32 MiB of
 #: cache, for the tiny backbone: 8 MiB is faster than 2 or 4.
@@ -65,8 +67,6 @@ _ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[float]]] = {
     "relu": ("leaky_relu", [1e-30]),
     "gelu": ("gelu", []),
 }
-
-_NO_GRAPH = "cannot be traced, scripted or exported"
 
 
 def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -103,77 +103,9 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     with torch.no_grad():
         _replace_children(optimized, dtype)
     model_class: Any = type(model)
-    optimized.__class__ = _inference_only(model_class)
-    optimized.register_forward_pre_hook(_refuse_gradients)
+    optimized.__class__ = inference_only(model_class)
+    optimized.register_forward_pre_hook(refuse_gradients)
     return optimized.eval()
-
-
-@cache
-def _inference_only(model_class: Any) -> type[nn.Module]:
-    """A subclass of the model's own class, so that its methods and ``isinstance`` still work."""
-
-    def reduce(self: Any, protocol: Any) -> tuple:  # pickle finds no class made at run time
-        state = model_class.__reduce_ex__(self, protocol)[2:]
-        return _new, (model_class,), *state
-
-    name, bases = f"Optimized{model_class.__name__}", (InferenceOnly, model_class)
-    return type(name, bases, {"__reduce_ex__": reduce, "__module__": __name__})
-
-
-def _new(model_class: Any) -> nn.Module:
-    """An optimised model without content, for pickle."""
-    optimized = _inference_only(model_class)
-    return optimized.__new__(optimized)
-
-
-def _refusal(module: nn.Module, reason: str) -> RuntimeError:
-    return RuntimeError(
-        f"{type(module).__name__} {reason}: its weights are folded and packed for inference; use "
-        "the model that it was made from, then call optimize_for_inference again"
-    )
-
-
-def _refuse_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if any(isinstance(x, torch.fx.Proxy) for x in inputs) or _is_captured():
-        raise _refusal(module, _NO_GRAPH)
-    if not torch.compiler.is_compiling() and is_transformed(inputs):
-        raise _refusal(module, "has no gradients and no transforms of torch.func")
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        raise _refusal(module, "has no gradients")
-
-
-def _is_captured() -> bool:
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
-
-
-class InferenceOnly(nn.Module):
-    """Methods that raise ``RuntimeError`` on an optimised model and its parts."""
-
-    def train(self, mode: bool = True) -> InferenceOnly:
-        if mode:
-            raise _refusal(self, "has no train mode")
-        return super().train(False)
-
-    def requires_grad_(self, requires_grad: bool = True) -> InferenceOnly:
-        if requires_grad:
-            raise _refusal(self, "has no gradients")
-        return super().requires_grad_(False)
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        raise _refusal(self, _NO_GRAPH)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        raise _refusal(self, "cannot load a state dict")
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        raise _refusal(self, "has no state dict")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceOnly:
-        for tensor in [*self.parameters(), *self.buffers()]:
-            probe = fn(tensor.new_empty(0))
-            if (probe.dtype, probe.device) != (tensor.dtype, tensor.device):
-                raise _refusal(self, "cannot change its dtype or device")
-        return super()._apply(fn, recurse)
 
 
 class _Part(InferenceOnly):
@@ -181,7 +113,7 @@ class _Part(InferenceOnly):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_forward_pre_hook(_refuse_gradients)
+        self.register_forward_pre_hook(refuse_gradients)
 
 
 class _Packed(_Part):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from spatial_mamba_d2.models.image_checks import check_images
 from spatial_mamba_d2.models.pointwise import Mlp, Pointwise
 from spatial_mamba_d2.models.recompute import (
     cast_for_autocast,
@@ -58,22 +59,6 @@ def nchw(x: Tensor) -> Tensor:
 def nhwc(x: Tensor) -> Tensor:
     """``[B, C, H, W]`` -> ``[B, H, W, C]``, a view."""
     return x.permute(0, 2, 3, 1)
-
-
-def check_images(x: Tensor, in_chans: int, dtype: torch.dtype | None) -> None:
-    """Raise ``ValueError`` unless ``x`` is ``Tensor[B, in_chans, H, W]`` in ``dtype``, if known.
-
-    Autocast converts floating point types except float64, so that they are right as well.
-    """
-    if x.dim() != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
-        raise ValueError(f"x must be [B, {in_chans}, H, W] with H, W >= 1, got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, normalised as in training, got {x.dtype}")
-    if dtype not in (None, x.dtype):
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if not autocast or torch.float64 in (x.dtype, dtype):
-            raise ValueError(f"x must be in the model's dtype {dtype}, got {x.dtype}")
 
 
 class Conv2d(nn.Conv2d):
