@@ -12,7 +12,7 @@ place has PyTorch's trailing underscore in addition, in the function and the sch
 import warnings
 from typing import Any
 
-from spatial_mamba_d2.ops._flops import register_formulas
+from spatial_mamba_d2.ops._flops import fvcore_handles, register_formulas
 from spatial_mamba_d2.ops.depthwise_conv3x3 import depthwise_conv3x3
 from spatial_mamba_d2.ops.depthwise_conv3x3_layer_norm import depthwise_conv3x3_layer_norm
 from spatial_mamba_d2.ops.gated_layer_norm import gated_layer_norm
@@ -24,6 +24,7 @@ from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import structure_aware_ssm
 __all__ = [
     "depthwise_conv3x3",
     "depthwise_conv3x3_layer_norm",
+    "fvcore_handles",
     "gated_layer_norm",
     "merge_taps",
     "selective_scan",
