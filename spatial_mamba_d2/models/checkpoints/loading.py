@@ -26,7 +26,6 @@ from spatial_mamba_d2.models.checkpoints.names import (
 )
 from spatial_mamba_d2.models.checkpoints.reading import (
     WeightsError,
-    check_finite,
     read_checkpoint,
     unwrap,
 )
@@ -137,7 +136,6 @@ def load_weights(
         return _load_inside(model, place, content, skip, partial, name)
     wrapped = unwrap(content, name)
     state = translate(wrapped, name)
-    check_finite(state, name)
     file_names = _names_in_model(state, target)  # {name in the model: name in the file}
     may_be_new, may_be_unused = _exceptions(state, target)
 
