@@ -128,7 +128,9 @@ def read_layout(file: BinaryIO) -> Layout:
         if image.mode in ("LAB", "HSV"):
             raise ImageFormatError(f"has {image.mode} colours; save it as RGB")
         if image.format == "PPM" and image.mode == "RGB" and _tile_maximum(image) > 255:
-            raise ImageFormatError("has colours of 16 bits in a netpbm file; save it as PNG or TIFF")
+            raise ImageFormatError(
+                "has colours of 16 bits in a netpbm file; save it as PNG or TIFF"
+            )
         # Of PNG, Pillow decodes the pixels to get at what may follow them.
         is_simple_png = start.startswith(_PNG_MARK) and not _has_text_behind_pixels(file)
         exif = Image.Image.getexif(image) if is_simple_png else image.getexif()
