@@ -345,6 +345,13 @@ def test_a_checkpoint_with_the_same_classes_in_another_order(arguments, tmp_path
     file.write_text("\n".join([*names[:-1], "something else"]))
     run(arguments(*words, eval_only=True))
     assert "names of 1 classes differ: class 5 is" in caplog.text
+    # A training that starts from there says so, too.
+    start = arguments(
+        *words, "DATASETS.TEST", "", "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path / "b"
+    )
+    caplog.clear()
+    run(start)
+    assert "names of 1 classes differ: class 5 is" in caplog.text
 
 
 def test_frozen_stages_balanced_classes_and_dice(arguments, tmp_path, curve, caplog):

@@ -34,6 +34,10 @@ from spatial_mamba_d2.system.tables import console_table
 _COUNTERS = ".num_batches_tracked"  # some trainers do not save it, and nothing here depends on it
 
 
+# Of classifiers, segmentors and detectors
+_CLASS_LAYERS = re.compile(r"(^|\.)(head|classify|cls_score|cls_logits)\.weight$")
+
+
 @dataclass
 class LoadReport:
     """What :func:`load_weights` did.
@@ -53,6 +57,11 @@ class LoadReport:
     new: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     stripped: list[str] = field(default_factory=list)
+
+    @property
+    def has_class_layers(self) -> bool:
+        """Whether a layer with an output for each class was loaded, so that their order counts."""
+        return any(_CLASS_LAYERS.search(name) for name in self.loaded)
 
     def __str__(self) -> str:
         lines = [f"weights from {self.source}: {len(self.loaded)} tensors loaded"]
