@@ -37,32 +37,45 @@ def numbered_names(num_classes: int) -> tuple[str, ...]:
     return tuple(f"class {index}" for index in range(num_classes))
 
 
-def compare_class_names(checkpoint: Sequence[str], data: Sequence[str], source: str) -> str:
+def compare_class_names(
+    checkpoint: Sequence[str] | None,
+    data: Sequence[str] | None,
+    source: str,
+    *,
+    where: str = KEY,
+    order_counts: bool = True,
+) -> str:
     """A sentence about names of a checkpoint that differ from the data's, or "".
 
     Numbered names match any others.
 
     Args:
+        checkpoint: None if it has no names.
         source: the checkpoint's file.
+        where: what names the data's classes.
+        order_counts: whether the same names in another order are an error. If weights are only
+            where a training starts, that is a difference as any other.
 
     Raises:
         ValueError: the checkpoint has the same classes in another order: every prediction would be
             taken for another class.
     """
-    if len(checkpoint) != len(data):
-        return ""  # the shapes of the weights tell
+    if not isinstance(checkpoint, list | tuple) or not data or len(checkpoint) != len(data):
+        return ""  # of another number, the shapes of the weights tell
     differing = [
         (index, theirs, ours)
         for index, (theirs, ours) in enumerate(zip(checkpoint, data, strict=True))
-        if theirs != ours and not any(re.fullmatch(r"class \d+", name) for name in (theirs, ours))
+        if theirs != ours and not any(re.fullmatch(r"class \d+", str(n)) for n in (theirs, ours))
     ]
     if not differing:
         return ""
     index, theirs, ours = differing[0]
-    first = f"class {index} is {theirs!r} in {source}, and {ours!r} in {KEY}"
-    if sorted(checkpoint) == sorted(data):
+    first = f"class {index} is {theirs!r} in {source}, and {ours!r} in {where}"
+    if sorted(map(str, checkpoint)) != sorted(data):
+        return f"names of {len(differing)} classes differ: {first}"
+    if order_counts:
         raise ValueError(
-            f"{KEY} must have the order of the checkpoint's classes, got the same names in another "
-            f"order: {first}"
+            f"{where} must have the order of the checkpoint's classes, got the same names in "
+            f"another order: {first}"
         )
-    return f"names of {len(differing)} classes differ: {first}"
+    return f"names of classes are the same in another order: {first}"

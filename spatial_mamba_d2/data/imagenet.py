@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,13 +34,22 @@ from spatial_mamba_d2.data.faults import (
     check_once,
     settle_faults,
 )
-from spatial_mamba_d2.data.images import is_image, is_litter, open_image
+from spatial_mamba_d2.data.images import (
+    SUFFIXES,
+    files_below,
+    is_image,
+    is_litter,
+    open_image,
+    read_size,
+)
 from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.seeding import seeded
 
 logger = logging.getLogger(__name__)
 
+# Of files that may have more than 8 bits: their values decide whether they can be read.
+_DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
 _LONGEST_SHAPE = 50  # long side / short side of images that are resized as they are
 
 
@@ -131,7 +139,8 @@ def check_split(
     Args:
         on_error: ``"raise"`` reports all faults together; ``"skip"`` skips what they concern and
             warns with their number.
-        check_decode: also decode every image, which finds damaged and truncated ones; once per
+        check_decode: also decode every image, which finds damaged and truncated ones; if not, only
+            the headers of PNG and TIFF are read, and files of more than 8 bits decoded. Once per
             machine, and remembered for unchanged files.
         value_range: see :func:`~.images.read_image`.
 
@@ -150,18 +159,30 @@ def check_split(
             reason = f"folder {folder} is none of the {len(classes)} classes"
             faults.append(Fault(NO_CLASS, reason))
             continue
-        files = sorted(f for f in folder.rglob("*") if is_image(f, folder))
+        files = [f for f in files_below(folder) if f.suffix.lower() in SUFFIXES]
         if not files:
             faults.append(Fault(EMPTY_CLASS, f"folder {folder} holds no image"))
         samples += [ClassifiedImage(file, index[folder.name]) for file in files]
-    if check_decode:
-        files = [sample.path for sample in samples]
-        read = partial(read_sample, value_range=value_range)
+    looked_at = [s for s in samples if check_decode or s.path.suffix.lower() in _DEEP_SUFFIXES]
+    if looked_at:
+        files = [sample.path for sample in looked_at]
+
+        def read(sample: ClassifiedImage) -> object:
+            if check_decode:
+                return read_sample(sample, value_range)
+            return read_size(sample.path, value_range=value_range)
+
         found = dict(
-            check_once("imagenet", files, [value_range], lambda: _decoding_faults(samples, read))
+            check_once(
+                "imagenet",
+                files,
+                [value_range, check_decode],
+                lambda: _decoding_faults(looked_at, read),
+            )
         )
         faults += found.values()
-        samples = [sample for index, sample in enumerate(samples) if index not in found]
+        wrong = {files[index] for index in found}
+        samples = [sample for sample in samples if sample.path not in wrong]
     settle_faults(faults, on_error, where=where, num_usable=len(samples))
     if absent := len(classes) - len({sample.target for sample in samples}):
         logger.warning("%s: %d of %d classes have no image", where, absent, len(classes))

@@ -157,13 +157,17 @@ def read_image(
 def read_size(
     path: str | Path, num_channels: int = 3, value_range: PixelRange | None = None
 ) -> tuple[int, int]:
-    """Height and width that :func:`read_image` would return, from the file's header alone.
+    """Height and width that :func:`read_image` would return, from the file's header.
+
+    A file of more than 8 bits is also decoded: its values decide whether it can be read.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not an image, or its header says that it cannot be read.
+        ValueError: the file is not an image, or it can be said so far that it cannot be read.
     """
-    with _opened(path, num_channels, value_range) as (_, layout):
+    with _opened(path, num_channels, value_range) as (file, layout):
+        if layout.is_deep:
+            read_pixels(file, layout, num_channels, value_range, upright=True)
         return layout.size
 
 

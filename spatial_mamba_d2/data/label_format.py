@@ -24,7 +24,8 @@ _ENTRY = re.compile(
       | \#(?P<hex>[0-9a-fA-F]{6})
       | [\[(]? \s* (?P<r>\d+) \s*[,\s]\s* (?P<g>\d+) \s*[,\s]\s* (?P<b>\d+) \s* [\])]?
       | (?P<other>\*|other)
-    ) (?P=quote) \s* :\s* (?P<class>"[^"]*"|'[^']*'|[^,;\n]*?) \s* (?:[,;\n]|$)""",
+    ) (?P=quote) \s* :\s* (?P<class>"[^"]*"|'[^']*'|[^,;\n]*?)
+    (?: [^\S\n]+\#(?=\s|$)[^\n]* | \s* ) (?:[,;\n]|$)""",
     re.VERBOSE,
 )
 _COMMENT = re.compile(r"\s*(?:\#(?=\s|$).*)?(?:\n|$)")
@@ -218,7 +219,7 @@ def parse_label_map(
     An entry is ``STORED: CLASS``, and entries are separated by commas or lines. STORED is an
     integer, a range such as ``0-6``, a colour as ``#rrggbb`` or ``(r, g, b)``, or ``*`` for
     everything that is not listed. CLASS is an index, a name of a class, in quotation marks if it
-    has a comma, or ``ignore``.
+    has a comma, or ``ignore``. A comment begins with ``# `` and ends with its line.
 
     Args:
         text: the entries, the name of a file in ``root`` with them, ``cityscapes`` for its label
@@ -229,8 +230,8 @@ def parse_label_map(
         FileNotFoundError: no such file.
         ValueError: something is no entry, listed twice, or mapped to an unknown class.
     """
-    if text in label_conventions.LABEL_MAPS:
-        return (*label_conventions.LABEL_MAPS[text], None)
+    if text.strip() in label_conventions.LABEL_MAPS:
+        return (*label_conventions.LABEL_MAPS[text.strip()], None)
     where = KEY
     if _FILE.fullmatch(text.strip()) and ":" not in text:
         path = Path(root, text.strip())

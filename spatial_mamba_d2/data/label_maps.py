@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from spatial_mamba_d2.data.faults import INACCESSIBLE, Fault, InaccessibleFileError
 from spatial_mamba_d2.data.images import naming_file, orientation_hint, read_image, read_size
@@ -57,7 +57,7 @@ class Pair(NamedTuple):
 
 
 def read_label(path: Path, labels: LabelFormat | None = None) -> np.ndarray:
-    """Read a label file as it is stored.
+    """Read a label file: the stored values, upright as its EXIF orientation says, as an image's.
 
     Returns:
         integers ``[H, W]``; colours ``uint8[H, W, 3]`` if the file has them, or if ``labels`` knows
@@ -68,11 +68,14 @@ def read_label(path: Path, labels: LabelFormat | None = None) -> np.ndarray:
         ValueError: it is damaged, cut off, of a lossy format, of fractions, or of several images or
             channels, unless ``labels`` gives colours a meaning.
     """
-    with naming_file("label", path), Image.open(path) as image:
+    # Pillow maps a file that it opens itself into the memory, and mixes up turned pixels then.
+    with naming_file("label", path), path.open("rb") as file, Image.open(file) as opened:
+        image: Image.Image = opened
         if reason := _not_a_label(image, path):
             raise ImageFormatError(reason)
         stretch = _STRETCHED.get(_raw_mode(image), 1)
         image.load()
+        image = ImageOps.exif_transpose(image)
         only_colors = labels is not None and labels.only_colors
         if image.mode in _INTEGER_MODES and not only_colors:
             stored = np.asarray(image)

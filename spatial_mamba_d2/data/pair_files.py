@@ -9,8 +9,10 @@ By default as ADE20K has them, in folders of any depth; :class:`Layout` describe
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from spatial_mamba_d2.data.faults import Fault
@@ -21,6 +23,7 @@ from spatial_mamba_d2.system.missing import no_such
 
 logger = logging.getLogger(__name__)
 
+_MOST_TRIED = 20  # labels, each of which is compared with every image
 LABEL_WITHOUT_IMAGE = "label without image"  # the kind of fault that costs no image
 TREE = "datasets/README.md shows the tree"
 
@@ -119,15 +122,19 @@ def _files(folder: Path) -> dict[str, Path]:
 def _name(file: str, suffix: str) -> str | None:
     """What is left of a path without the suffix, or None if it does not end so."""
     suffix = suffix.removeprefix("*").lower()
-    ends_as_image = Path(file).suffix.lower() in SUFFIXES
-    if suffix and Path(f"x{suffix}").suffix:  # "x": a suffix of its own has none
+    stem, ending = os.path.splitext(file)  # Path is ten times slower
+    if suffix and _has_ending(suffix):
         end = len(suffix)
         fits = file.lower().endswith(suffix)
     else:
-        end = len(suffix) + len(Path(file).suffix)
-        fits = ends_as_image and file[: -len(Path(file).suffix)].lower().endswith(suffix)
+        end = len(suffix) + len(ending)
+        fits = ending.lower() in SUFFIXES and stem.lower().endswith(suffix)
     name = file[:-end]
     return name if fits and name and not name.endswith("/") else None
+
+
+def _has_ending(suffix: str) -> bool:
+    return bool(os.path.splitext(f"x{suffix}")[1])  # "x": a suffix of its own has none
 
 
 def _by_name(files: Mapping[str, Path], suffix: str) -> tuple[dict[str, Path], dict[str, Fault]]:
@@ -169,15 +176,19 @@ def _listed_pairs(
     """The pairs that a file names, each by its name, its image's file, or both files."""
     pairs: dict[str, Pair] = {}
     faults: list[Fault] = []
+    name_of: dict[str, str] = {}
+    if any(map(os.path.isabs, listed)):
+        name_of = {os.path.abspath(path): name for name, path in images.items()}
     for line in listed:
-        name = _stem(line, layout)
+        name = name_of.get(os.path.normpath(line)) or _stem(line, layout, images)
         pair = None
         if name in images and name in labels:
             pair = Pair(images[name], labels[name], name)
         elif len(files := line.replace(",", " ").split()) == 2:
-            image, label = (Path(root, file.lstrip("/")) for file in files)
+            image, label = (_listed_file(root, file) for file in files)
             if image.is_file() and label.is_file():
-                parts = Path(files[0].lstrip("/")).with_suffix("").parts
+                below = image.relative_to(root) if image.is_relative_to(root) else image
+                parts = below.with_suffix("").relative_to(below.anchor).parts
                 name = "/".join(part for part in parts if part != "..")
                 pair = Pair(image, label, name)
         if pair is None and name in same:
@@ -193,9 +204,22 @@ def _listed_pairs(
     return list(pairs.values()), faults
 
 
-def _stem(line: str, layout: Layout) -> str:
+def _listed_file(root: Path, file: str) -> Path:
+    """A file that a list names, below the root also if it begins with ``/``, or anywhere."""
+    path = Path(root, file.lstrip("/"))
+    return Path(file) if os.path.isabs(file) and not path.exists() else path
+
+
+def _stem(line: str, layout: Layout, images: Mapping[str, Path]) -> str:
     """The name that a line of a file of names means; it may have the image's suffix."""
-    return _name(line, layout.image_suffix) or _name(line, "") or line
+    suffix = layout.image_suffix.removeprefix("*")
+    if _has_ending(suffix):
+        suffix = os.path.splitext(f"x{suffix}")[0][1:]
+    names = [_name(line, layout.image_suffix), _name(line, ""), line]
+    if suffix and line.lower().endswith(suffix.lower()):  # all but the file's ending
+        names.append(line[: -len(suffix)])
+    found = [name for name in names if name]
+    return next((name for name in found if name in images), found[0])
 
 
 def _no_common_name(
@@ -204,7 +228,7 @@ def _no_common_name(
     """A fault that says which keys would make pairs."""
     hint = ""
     image, label = next(iter(images)), next(iter(labels))
-    for label in labels:
+    for label in islice(labels, _MOST_TRIED):
         common = next((name for name in images if label.startswith(name)), None)
         if common:
             hint = f": DATASETS.LABEL_SUFFIX {labels[label].name[len(Path(common).name) :]}"

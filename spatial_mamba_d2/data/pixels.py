@@ -30,6 +30,7 @@ ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
 # Without a range, 16-bit values must exceed a quarter of the range of their type, and span a
 # sixteenth: what 14-bit and 12-bit sensors write would lose most of its levels.
 _LEAST_MAXIMUM, _LEAST_SPAN = 1 / 4, 1 / 16
+_TEXT_CHUNKS = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")  # of PNG, which may hold the orientation
 _PNG_MARK = b"\x89PNG\r\n\x1a\n"
 _PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by color type
 _MODE_BANDS = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 1, "RGBA": 4, "RGBX": 4, "RGBa": 4}
@@ -88,7 +89,12 @@ class Layout(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether Pillow reads it right."""
-        return self.bits <= 8 and self.kind == "uint" and self.are_colors
+        return not self.is_deep and self.are_colors
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether its values, and not only its header, decide if it can be read right."""
+        return self.bits > 8 or self.kind != "uint"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -121,7 +127,14 @@ def read_layout(file: BinaryIO) -> Layout:
             raise ImageFormatError(f"holds {num_images} images; save the one that is meant")
         if image.mode in ("LAB", "HSV"):
             raise ImageFormatError(f"has {image.mode} colours; save it as RGB")
-        orientation = valid_orientation(image.getexif().get(ORIENTATION))
+        if image.format == "PPM" and image.mode == "RGB" and _tile_maximum(image) > 255:
+            raise ImageFormatError(
+                "has colours of 16 bits in a netpbm file; save it as PNG or TIFF"
+            )
+        # Of PNG, Pillow decodes the pixels to get at what may follow them.
+        is_simple_png = start.startswith(_PNG_MARK) and not _has_text_behind_pixels(file)
+        exif = Image.Image.getexif(image) if is_simple_png else image.getexif()
+        orientation = valid_orientation(exif.get(ORIENTATION))
         bits, kind = _DEEP_MODES.get(image.mode, (8, "uint"))
         if image.mode in ("I", "F"):
             # Pillow's 32 bits hold the 16 of netpbm's greys.
@@ -138,6 +151,26 @@ def read_layout(file: BinaryIO) -> Layout:
     if image.mode in ("CMYK", "YCbCr"):
         bands = 3  # as which they are read
     return Layout(height, width, orientation, bits, kind, bands, has_alpha, True)
+
+
+def _has_text_behind_pixels(file: BinaryIO) -> bool:
+    """Whether a PNG file has, after its pixels, a chunk that could hold the orientation."""
+    position, behind = len(_PNG_MARK), False
+    while True:
+        file.seek(position)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] == b"IEND":
+            return False
+        behind |= head[4:] == b"IDAT"
+        if behind and head[4:] in _TEXT_CHUNKS:
+            return True
+        position += 12 + int.from_bytes(head[:4], "big")  # with the chunk's head and checksum
+
+
+def _tile_maximum(image: Image.Image) -> int:
+    """The largest value that an opened netpbm file may hold."""
+    arguments = image.tile[0][3] if getattr(image, "tile", None) else None  # type: ignore[attr-defined]
+    return int(arguments[-1]) if isinstance(arguments, tuple) else 255
 
 
 def _tiff_layout(header: tiff.TiffHeader) -> Layout:
@@ -309,15 +342,32 @@ def _to_8_bits(stored: np.ndarray, layout: Layout, value_range: PixelRange | Non
                 f"all files; (0, {top}) takes them as they are"
             )
         value_range = PixelRange(0, top)
-    elif low >= value_range.high and low < high:
-        raise ImageFormatError(
-            f"has values {low}..{high}, all white by {RANGE_KEY} ({value_range.low:g}, "
-            f"{value_range.high:g})"
-        )
+    else:
+        _check_fit(float(low), float(high), layout, value_range)
     if stored.dtype.itemsize == 2 and stored.dtype.kind == "u":
         table = _scaled(np.arange(1 << 16, dtype=np.float64), value_range)
         return table[stored]
     return _scaled(stored.astype(np.float64), value_range)
+
+
+def _check_fit(low: float, high: float, layout: Layout, value_range: PixelRange) -> None:
+    """Refuse values ``low..high`` of which the range leaves no more than one step of 255.
+
+    Not if all are equal, nor if the range is that of the type, which cannot be a mistaken unit.
+    """
+    is_whole = layout.kind == "uint" and value_range == (0, 2**layout.bits - 1)
+    left = min(high, value_range.high) - max(low, value_range.low)
+    if low == high or is_whole or left > (value_range.high - value_range.low) / 255:
+        return
+    what = "nearly uniform"
+    if low >= value_range.high:
+        what = "all white"
+    elif high <= value_range.low:
+        what = "all black"
+    raise ImageFormatError(
+        f"has values {low:g}..{high:g}, {what} by {RANGE_KEY} ({value_range.low:g}, "
+        f"{value_range.high:g})"
+    )
 
 
 def _scaled(values: np.ndarray, value_range: PixelRange) -> np.ndarray:

@@ -10,7 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
 
-from spatial_mamba_d2.detection.classes import compare_classes
+from spatial_mamba_d2.data.class_file import compare_class_names
 from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.models.checkpoints.writing import write_checkpoint
 from spatial_mamba_d2.system.atomic import replacing
@@ -100,8 +100,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         )
         self.logger.info("%s", report)
         if not resuming:
-            if difference := compare_classes(content.get("classes"), self.classes):
-                self.logger.warning("%s: %s", path, difference)
+            names = content.get("classes") if report.has_class_layers else None
+            if difference := compare_class_names(
+                names, self.classes, path, where="the data", order_counts=False
+            ):
+                self.logger.warning("%s", difference)
             return {}
         for key, item in self.checkpointables.items():
             item.load_state_dict(content[key])

@@ -81,15 +81,15 @@ def category_ids(ids: dict[int, int], num_classes: int) -> list[int]:
     return [by_class.get(index, free + index) for index in range(num_classes)]
 
 
-def compare_classes(of_weights: Sequence[str] | None, of_data: Sequence[str] | None) -> str | None:
-    """How the classes that weights were trained on differ from those of the data, or None."""
-    if not of_weights or not of_data or list(of_weights) == list(of_data):
-        return None
-    how = "in another order" if sorted(of_weights) == sorted(of_data) else "others"
-    return (
-        f"the classes of the weights are {how}: {_shown(of_weights)}; "
-        f"those of the data are {_shown(of_data)}"
-    )
+def require_equal_classes(
+    source: str, names: Sequence[str] | None, classes: Sequence[str] | None
+) -> None:
+    """Raises ValueError if a data set without a COCO file has other classes than the detector."""
+    if names and classes and list(names) != list(classes):
+        raise ValueError(
+            f"data set {source} must have the detector's classes {_shown(classes)}, "
+            f"got {_shown(names)}"
+        )
 
 
 def _shown(names: Sequence[str]) -> str:

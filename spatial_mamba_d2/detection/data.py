@@ -28,9 +28,9 @@ from spatial_mamba_d2.data.samplers import ResumableBatchSampler, SkippingDatase
 from spatial_mamba_d2.detection.classes import (
     category_ids,
     check_num_classes,
-    compare_classes,
     match_classes,
     merge_classes,
+    require_equal_classes,
 )
 from spatial_mamba_d2.detection.keypoints import Keypoints, count_visible, read_keypoints
 from spatial_mamba_d2.detection.mapper import Mapper, Record
@@ -186,8 +186,8 @@ def _build(
         dataset = _build_coco(cfg, source, source.coco, source.json_file, classes)
         if is_train:
             _note_mask_format(cfg, dataset)
-    elif classes and source.classes and list(classes) != list(source.classes):
-        raise ValueError(f"data set {source.name}: {compare_classes(classes, source.classes)}")
+    else:
+        require_equal_classes(source.name, source.classes, classes)
     if not is_train:
         return dataset
     num_images = len(dataset.records)

@@ -32,6 +32,7 @@ from spatial_mamba_d2.training.guard import require_finite_weights
 from spatial_mamba_d2.training.resuming import (
     count_trained,
     differing_keys,
+    require_same_classes,
     require_same_network,
     tell_differences,
 )
@@ -127,12 +128,7 @@ def accept(checkpoint: Path, trainer: Trainer) -> None:
         checkpoint,
         num_trained=(count_trained(saved), count_trained(ours)),
     )
-    classes = trainer.checkpointer.classes or []
-    if content.get("classes") and list(content["classes"]) != classes:
-        raise ValueError(
-            f"--resume: {checkpoint} was trained for the classes {', '.join(content['classes'])}, "
-            f"the data now has {', '.join(classes)}; nothing was changed"
-        )
+    require_same_classes(content.get("classes"), trainer.checkpointer.classes, checkpoint)
     tell_differences(differences, trainer.cfg.OUTPUT_DIR)
 
 
@@ -152,7 +148,6 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     weights = checkpointer.path_manager.get_local_path(weights)
     content = read_checkpoint(weights)
     load_weights(model, content, partial=False, source_name=weights)
-    require_finite_weights(model.state_dict(), str(weights))
     classes = content.get("classes")  # ours have them, others do not
     results = Trainer.test(cfg, model, classes=classes)
     if cfg.TEST.AUG.ENABLED:

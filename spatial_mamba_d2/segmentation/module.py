@@ -71,12 +71,14 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     probabilities = resize(logits, target.shape[-2:]).softmax(1)
     num_classes = probabilities.shape[1]
     counted = target != IGNORE
-    truth = F.one_hot(torch.where(counted, target, 0).long(), num_classes).movedim(-1, 1)
-    truth = truth * counted[:, None]
-    probabilities = probabilities * counted[:, None]
-    both = (probabilities * truth).sum((0, 2, 3))
-    either = (probabilities + truth).sum((0, 2, 3))
-    present = truth.sum((0, 2, 3)) > 0
+    classes = torch.where(counted, target, 0).long()
+    own = (probabilities.gather(1, classes[:, None])[:, 0] * counted).flatten()
+    # In double precision: single pixels would get lost in a sum of millions.
+    zeros = torch.zeros(num_classes, dtype=torch.float64, device=own.device)
+    both = zeros.index_add(0, classes.flatten(), own.double()).to(own.dtype)
+    truth = zeros.index_add(0, classes.flatten(), counted.flatten().double()).to(own.dtype)
+    either = (probabilities * counted[:, None]).sum((0, 2, 3)) + truth
+    present = truth > 0
     losses = torch.where(present, 1 - 2 * both / either.clamp(min=1e-6), 0.0)
     return losses.sum() / present.sum().clamp(min=1)
 

@@ -42,6 +42,7 @@ from spatial_mamba_d2.training.resuming import (
     count_trained,
     differing_keys,
     require_iterations_left,
+    require_same_classes,
     require_same_network,
     tell_differences,
 )
@@ -168,7 +169,14 @@ def _fit(
         done = _accept(last, module)
     elif cfg.MODEL.WEIGHTS:
         skip = tuple(cfg.MODEL.WEIGHTS_SKIP)
-        logger.info("%s", load_weights(module.model, cfg.MODEL.WEIGHTS, skip=skip))
+        content = read_checkpoint(cfg.MODEL.WEIGHTS)
+        report = load_weights(module.model, content, skip=skip, source_name=cfg.MODEL.WEIGHTS)
+        logger.info("%s", report)
+        names = content.get("classes") if report.has_class_layers else None
+        if difference := compare_class_names(
+            names, module.class_names, cfg.MODEL.WEIGHTS, order_counts=False
+        ):
+            logger.warning("%s", difference)
     else:
         logger.warning("MODEL.WEIGHTS is empty: training starts from random weights")
     if not cfg.DATASETS.TEST:
@@ -223,11 +231,7 @@ def _accept(last: Path, module: TrainingModule) -> int:
     saved, ours = content["optimizer_states"][0], configured["optimizer"].state_dict()
     num_trained = count_trained(saved), count_trained(ours)
     require_same_network(state, module.model, differences, last, num_trained=num_trained)
-    if "classes" in content and tuple(content["classes"]) != tuple(module.class_names):
-        raise ValueError(
-            f"--resume: {last} was trained for the classes {', '.join(content['classes'])}, the "
-            f"data now has {', '.join(module.class_names)}; nothing was changed"
-        )
+    require_same_classes(content.get("classes"), module.class_names, last)
     key = "SOLVER.EPOCHS" if "EPOCHS" in cfg.SOLVER else "SOLVER.MAX_ITER"
     require_iterations_left(done, module.schedule.iterations, key, last)
     tell_differences(differences, last.parent)
@@ -277,7 +281,6 @@ def evaluate(
 
     Raises:
         FileNotFoundError, ValueError: data, weights or devices are not usable.
-        FloatingPointError: weights are not finite.
         Stopped: a signal ended the evaluation.
     """
     cfg = module.cfg
@@ -287,9 +290,7 @@ def evaluate(
     module.ema = None  # the file's weights are evaluated, averaged or not
     content = read_checkpoint(weights)
     load_weights(module.model, content, partial=False, source_name=str(weights))
-    if difference := compare_class_names(
-        content.get("classes", ()), module.class_names, str(weights)
-    ):
+    if difference := compare_class_names(content.get("classes"), module.class_names, str(weights)):
         logger.warning("%s", difference)
     module.weights_source = str(weights)
     period = max(1, cfg.SOLVER.LOG_PERIOD)

@@ -7,7 +7,7 @@ import copy
 import fnmatch
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,17 @@ def require_same_network(
         f"{named or 'No key of its config.yaml explains it'}. Use the run's settings, or another "
         "OUTPUT_DIR with MODEL.WEIGHTS for a new training; nothing was changed"
     )
+
+
+def require_same_classes(
+    saved: Sequence[str] | None, ours: Sequence[str] | None, checkpoint: str | Path
+) -> None:
+    """Raises ValueError if a checkpoint has names of classes, and they are not the data's."""
+    if saved and list(saved) != list(ours or ()):
+        raise ValueError(
+            f"--resume: {checkpoint} was trained for the classes {', '.join(saved)}, the data now "
+            f"has {', '.join(ours or ())}; nothing was changed"
+        )
 
 
 def count_trained(optimizer_state: Mapping[str, Any]) -> int:

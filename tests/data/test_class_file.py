@@ -78,3 +78,9 @@ def test_classes_of_a_checkpoint_and_of_the_data():
     )
     with pytest.raises(ValueError, match=r"class 0 is 'road' in a\.ckpt, and 'sky'"):
         compare_class_names(("road", "sky", "tree"), data, "a.ckpt")
+    words = {"where": "the data", "order_counts": False}
+    assert compare_class_names(("road", "sky", "tree"), data, "a.ckpt", **words) == (
+        "names of classes are the same in another order: class 0 is 'road' in a.ckpt, and 'sky' in "
+        "the data"
+    )
+    assert compare_class_names(None, data, "a.ckpt") == compare_class_names(80, data, "a") == ""

@@ -20,6 +20,7 @@ from spatial_mamba_d2.data.imagenet import (
     read_sample,
 )
 from spatial_mamba_d2.data.images import open_image
+from spatial_mamba_d2.data.pixels import PixelRange
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 OPTIONS = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": "pixel"}
@@ -195,3 +196,17 @@ def test_real_images(imagenet_mini, caplog):
     samples = load_split(imagenet_mini, "train", classes, check_decode=True)
     assert len(samples) == 200 and {p.target for p in samples} >= {0, 217, 482, 701}
     assert "990 of 1000 classes have no image" in caplog.text
+
+
+def test_linked_folders_and_dark_files_of_16_bits(tmp_path):
+    for path in ("train/bird/a.png", "elsewhere/b.JPEG"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        Image.new("RGB", (3, 2)).save(tmp_path / path)
+    (tmp_path / "train/bird/more").symlink_to(tmp_path / "elsewhere")
+    samples = load_split(tmp_path, "train", ["bird"])
+    assert [sample.path.name for sample in samples] == ["a.png", "b.JPEG"]
+    Image.fromarray(np.array([[0, 4095]], np.uint16)).save(tmp_path / "train/bird/c.png")
+    with pytest.raises(ValueError, match=r"c\.png has 16 bits of which it uses 0\.\.4095 only"):
+        load_split(tmp_path, "train", ["bird"])
+    kwargs = {"value_range": PixelRange(0, 4095)}
+    assert len(load_split(tmp_path, "train", ["bird"], **kwargs)) == 3

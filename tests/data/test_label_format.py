@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from spatial_mamba_d2.data.label_conventions import CLASSES, LABEL_MAPS
-from spatial_mamba_d2.data.label_format import LabelFormat, build_label_format
+from spatial_mamba_d2.data.label_format import LabelFormat, build_label_format, parse_label_map
 from spatial_mamba_d2.data.label_maps import read_label
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 
@@ -37,6 +37,14 @@ def test_one_map_in_several_spellings(text, tmp_path):
     assert np.array_equal(labels.to_indices(stored), INDICES)
     (tmp_path / "map.txt").write_text(text, encoding="utf-16")
     assert label_map("map.txt", tmp_path) == labels
+
+
+def test_comments_behind_entries_and_white_space_around_names(tmp_path):
+    text = f"0: {NAMES[0]} # all else\n1: 1\t# a, b\n#804080: 2 #\n#000000: 0\n"
+    (tmp_path / "map.txt").write_text(text)
+    made = label_map("map.txt", tmp_path)
+    assert made.values == ((0, 0), (1, 1)) and made.colors == ((0x804080, 2), (0, 0))
+    assert parse_label_map(" voc ", ".", NAMES) == parse_label_map("voc", ".", NAMES)
 
 
 def test_several_values_and_ranges_become_one_class():
@@ -199,6 +207,18 @@ def test_integers_are_read_as_they_are_stored(name, tmp_path):
     assert stored.shape == VALUES.shape and stored.dtype.kind in "iu"
     assert np.array_equal(stored, VALUES)
     assert LabelFormat(4, 0, ()).to_indices(stored).tolist() == VALUES.tolist()
+
+
+@pytest.mark.parametrize("file", ["a.png", "a.tif", "lzw.tif"])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6])
+def test_labels_are_turned_upright_whatever_the_format(file, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    values = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    options = {"compression": "tiff_lzw"} if "lzw" in file else {}
+    path = save(tmp_path / file, values, exif=exif, **options)
+    upright = {1: values, 2: values[:, ::-1], 3: values[::-1, ::-1], 6: np.rot90(values, -1)}
+    assert read_label(path).tolist() == upright[orientation].tolist()
 
 
 def test_1_bit_is_0_and_1(tmp_path):

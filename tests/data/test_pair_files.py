@@ -157,3 +157,37 @@ def test_a_missing_folder_is_named(touch):
     root = touch("images/t/a.jpg")
     with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no folder .*annotations/t "):
         find_pairs(root, "t")
+
+
+def test_absolute_paths_in_lists(touch, tmp_path):
+    root = touch("data/images/a.jpg", "data/annotations/a.png", "other/b.jpg", "other/b_mask.png")
+    root = root / "data"
+    lines = [f"{root}/images/a.jpg", f"{tmp_path}/other/b.jpg {tmp_path}/other/b_mask.png"]
+    (root / "train.txt").write_text("\n".join(lines))
+    pairs, faults = find_pairs(root, "train.txt")
+    assert not faults
+    other = tmp_path / "other"
+    assert [(p.image, p.label) for p in pairs] == [
+        (root / "images/a.jpg", root / "annotations/a.png"),
+        (other / "b.jpg", other / "b_mask.png"),
+    ]
+    assert pairs[0].name == "a" and pairs[1].name.endswith("other/b")
+    assert not pairs[1].name.startswith("/")
+
+
+def test_listed_names_without_the_ending_of_the_suffix(touch):
+    root = touch("images/a_leftImg8bit.png", "annotations/a_gt.png")
+    (root / "train.txt").write_text("a_leftImg8bit")
+    layout = Layout(image_suffix="_leftImg8bit.png", label_suffix="_gt.png")
+    pairs, faults = find_pairs(root, "train.txt", layout)
+    assert not faults and [p.name for p in pairs] == ["a"]
+
+
+def test_only_some_labels_are_compared_with_all_images(touch, monkeypatch):
+    names = [f"annotations/train/x{i:03}.png" for i in range(30)]
+    root = touch("images/train/a.jpg", *names, "annotations/train/y_a.png")
+    _, faults = find_pairs(root, "train")
+    assert faults[-1].kind == "no image and label of one name"
+    touch("annotations/train/a_mask.png")
+    _, faults = find_pairs(root, "train")
+    assert faults[-1].reason.endswith(": DATASETS.LABEL_SUFFIX _mask.png")

@@ -265,6 +265,65 @@ def test_a_range_that_makes_all_white_is_refused(tmp_path):
         read_image(tmp_path / "a.png", value_range=PixelRange(0, 255))
 
 
+@pytest.mark.parametrize(
+    ("stored", "value_range", "what"),
+    [
+        (np.array([[0, 4095]], np.uint16), (9000, 54000), "all black"),
+        (np.array([[0, 1]], np.float32), (1, 255), "all black"),
+        (np.array([[0, 1]], np.float32), (0, 255), "nearly uniform"),
+        (np.array([[2, 3]], np.float32), (0, 1), "all white"),
+    ],
+)
+def test_a_range_that_leaves_one_step_is_refused(stored, value_range, what, tmp_path):
+    path = write_tiff(tmp_path / "a.tif", stored)
+    for read in (read_image, read_size):
+        with pytest.raises(ImageFormatError, match=rf"{what} by INPUT\.PIXEL_RANGE"):
+            read(path, value_range=PixelRange(*value_range))
+    own = PixelRange(*map(float, stored[0]))
+    assert read_image(path, value_range=own)[0, :, 0].tolist() == [0, 255]
+    uniform = write_tiff(tmp_path / "a.tif", stored[:, :1])
+    assert read_image(uniform, value_range=own)[0, :, 0].tolist() == [0]
+
+
+def test_the_check_of_sizes_decodes_what_values_decide(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.array([[0, 4095]], np.uint16))
+    with pytest.raises(ImageFormatError, match=r"uses 0\.\.4095 only"):
+        read_size(tmp_path / "a.png")
+    assert read_size(tmp_path / "a.png", value_range=PixelRange(0, 4095)) == (1, 2)
+
+
+def test_orientation_of_png_wherever_it_is_stored(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(EIGHT[..., :3])
+    image.save(tmp_path / "first.png", exif=exif)
+    content = (tmp_path / "first.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    chunk, rest = content[start:end], content[:start] + content[end:]
+    last = rest.index(b"IEND") - 4
+    (tmp_path / "last.png").write_bytes(rest[:last] + chunk + rest[last:])
+    for name in ("first.png", "last.png"):
+        assert read_size(tmp_path / name) == (7, 5)
+        assert (read_image(tmp_path / name) == np.rot90(EIGHT[..., :3], -1)).all()
+
+    def fail(*_):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    assert read_size(tmp_path / "first.png") == (7, 5)
+
+
+def test_netpbm_colors_of_16_bits_are_refused(tmp_path):
+    (tmp_path / "a.ppm").write_bytes(b"P6 1 1 65535\n" + bytes([1, 0, 2, 0, 3, 0]))
+    for read in (read_image, read_size):
+        with pytest.raises(ImageFormatError, match="colours of 16 bits"):
+            read(tmp_path / "a.ppm")
+    (tmp_path / "a.ppm").write_bytes(b"P6 1 1 255\n" + bytes([1, 2, 3]))
+    assert read_image(tmp_path / "a.ppm").tolist() == [[[1, 2, 3]]]
+
+
 def test_8_bits_know_no_range(tmp_path):
     Image.fromarray(EIGHT[..., :3]).save(tmp_path / "a.png")
     assert (read_image(tmp_path / "a.png", value_range=PixelRange(0, 4095)) == EIGHT[..., :3]).all()

@@ -177,9 +177,18 @@ def test_other_classes_of_the_weights_are_said(make_cfg, tmp_path, caplog):
     cfg = make_cfg("MODEL.WEIGHTS", tmp_path / "other.pth")
     trainer = Trainer(cfg)
     classes = list(trainer.classes)
-    for names, words in ((classes, ""), (classes[::-1], "in another order"), (["a"], "others")):
+    others = ["other", *classes[1:]]
+    for names, words in (
+        (classes, ""),
+        (classes[::-1], "another order"),
+        (others, "differ: class 0"),
+    ):
         torch.save({"model": trainer.network.state_dict(), "classes": names}, cfg.MODEL.WEIGHTS)
         caplog.clear()
         trainer.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
-        assert ("the classes of the weights are" in caplog.text) == bool(words)
+        assert ("class 0 is" in caplog.text) == bool(words)
         assert words in caplog.text
+    caplog.clear()
+    trainer.checkpointer.skip = ("roi_heads.box_predictor.cls_score.",)
+    trainer.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    assert "class 0 is" not in caplog.text

@@ -345,6 +345,13 @@ def test_a_checkpoint_with_the_same_classes_in_another_order(arguments, tmp_path
     file.write_text("\n".join([*names[:-1], "something else"]))
     run(arguments(*words, eval_only=True))
     assert "names of 1 classes differ: class 5 is" in caplog.text
+    # A training that starts from there says so, too.
+    start = arguments(
+        *words, "DATASETS.TEST", "", "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path / "b"
+    )
+    caplog.clear()
+    run(start)
+    assert "names of 1 classes differ: class 5 is" in caplog.text
 
 
 def test_frozen_stages_balanced_classes_and_dice(arguments, tmp_path, curve, caplog):
@@ -387,6 +394,15 @@ def test_dice_is_that_of_the_definition():
         p, t = logits.softmax(1)[:, k][counted], (target == k)[counted]
         losses.append(1 - 2 * p[t].sum() / (p.sum() + t.sum()))
     torch.testing.assert_close(dice_loss(logits, target), torch.stack(losses).mean())
+    # Against one-hot labels, with gradients
+    x, y = (logits.clone().requires_grad_() for _ in range(2))
+    truth = torch.nn.functional.one_hot(target.where(counted, 0).long(), 4).movedim(-1, 1)
+    probabilities, truth = y.softmax(1) * counted[:, None], truth * counted[:, None]
+    either = probabilities.sum((0, 2, 3)) + truth.sum((0, 2, 3))
+    dice = 2 * (probabilities * truth).sum((0, 2, 3)) / either
+    (1 - dice[:3]).mean().backward()
+    dice_loss(x, target).backward()
+    torch.testing.assert_close(x.grad, y.grad)
     perfect = 50 * torch.nn.functional.one_hot(target.clamp(max=3).long(), 4).movedim(-1, 1)
     assert dice_loss(perfect.float(), target) < 1e-6
     assert dice_loss(logits, torch.full_like(target, IGNORE)) == 0

@@ -26,13 +26,16 @@ from spatial_mamba_d2.models.checkpoints.names import (
 )
 from spatial_mamba_d2.models.checkpoints.reading import (
     WeightsError,
-    check_finite,
     read_checkpoint,
     unwrap,
 )
 from spatial_mamba_d2.system.tables import console_table
 
 _COUNTERS = ".num_batches_tracked"  # some trainers do not save it, and nothing here depends on it
+
+
+# Of classifiers, segmentors and detectors
+_CLASS_LAYERS = re.compile(r"(^|\.)(head|classify|cls_score|cls_logits)\.weight$")
 
 
 @dataclass
@@ -54,6 +57,11 @@ class LoadReport:
     new: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     stripped: list[str] = field(default_factory=list)
+
+    @property
+    def has_class_layers(self) -> bool:
+        """Whether a layer with an output for each class was loaded, so that their order counts."""
+        return any(_CLASS_LAYERS.search(name) for name in self.loaded)
 
     def __str__(self) -> str:
         lines = [f"weights from {self.source}: {len(self.loaded)} tensors loaded"]
@@ -137,7 +145,6 @@ def load_weights(
         return _load_inside(model, place, content, skip, partial, name)
     wrapped = unwrap(content, name)
     state = translate(wrapped, name)
-    check_finite(state, name)
     file_names = _names_in_model(state, target)  # {name in the model: name in the file}
     may_be_new, may_be_unused = _exceptions(state, target)
 

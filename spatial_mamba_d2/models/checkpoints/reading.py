@@ -4,8 +4,9 @@ A PyTorch checkpoint is a pickle, and a pickle can call anything. Here tensors c
 or through ``torch.load(weights_only=True)``, which calls PyTorch's own rebuilding functions only.
 Real checkpoints also carry objects of foreign classes (configurations, logs, dates). These are
 never imported: whatever belongs to a known package becomes :class:`OpaqueObject`, and a file that
-refers to anything else is refused. So is one that would unpack to many times its size, and one
-whose weights are not finite numbers, which no training makes that went well.
+refers to anything else is refused. So is one that would unpack to many times its size. And where
+its weights are picked, those that are not finite numbers are refused, which no training makes that
+went well; other numbers in a file, such as a best score of minus infinity, do not matter.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, An
     Raises:
         FileNotFoundError: no such file.
         ValueError: ``sha256`` is no SHA-256.
-        WeightsError: truncated, not a checkpoint, of another hash, it refers to code, would unpack
-            to many times its size, or holds weights that are not finite.
+        WeightsError: truncated, not a checkpoint, of another hash, it refers to code, or would
+            unpack to many times its size.
     """
     path = Path(path)
     if not path.is_file():
@@ -125,8 +126,7 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, An
             content: dict[str, Any] = _read_safetensors(path)
         else:
             content = _read_pickled(path, head)
-        for state in (content, *(content.get(key) for key in _WRAPPERS)):
-            check_finite(state, str(path))
+        _check_sizes(content, str(path))
         return content
     except WeightsError:
         raise
@@ -134,35 +134,43 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, An
         raise _unreadable(path, error) from error
 
 
-def check_finite(state: object, source: str) -> None:
-    """Refuse weights that are not finite, or that take far more memory than their file has.
+def _check_sizes(content: object, source: str) -> None:
+    """Raises WeightsError if any tensor takes far more memory than its file has."""
+    waiting: list[tuple[str, object]] = [("", content)]
+    seen: set[int] = set()  # what refers to itself ends, too
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_meta:
+                continue
+            num_bytes = value.numel() * value.element_size()
+            stored = value.untyped_storage().nbytes()
+            if num_bytes > max(_MAX_UNPACKED, _MAX_EXPANSION * stored):
+                raise WeightsError(
+                    f"weights: {source} holds {name}, {num_bytes} bytes that repeat {stored}; "
+                    "refused"
+                )
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+            waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in pairs]
 
-    Args:
-        state: names and tensors; other values, and anything but a mapping, are passed over.
-        source: file, for the message.
 
-    Raises:
-        WeightsError: a tensor, batch-norm statistics included, holds NaN or infinity; or it repeats
-            a few numbers so often that it is large.
-    """
-    tensors = state if isinstance(state, Mapping) else {}
-    wrong = []
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            continue
-        num_bytes = tensor.numel() * tensor.element_size()
-        if num_bytes > max(_MAX_UNPACKED, _MAX_EXPANSION * tensor.untyped_storage().nbytes()):
-            raise WeightsError(
-                f"weights: {source} holds {name}, {num_bytes} bytes that repeat "
-                f"{tensor.untyped_storage().nbytes()}; refused"
-            )
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            wrong.append(str(name))
+def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raises WeightsError if a tensor, batch-norm statistics included, holds NaN or infinity."""
+    wrong = [
+        name
+        for name, tensor in state.items()
+        if tensor.layout == torch.strided
+        and not tensor.is_meta
+        and (tensor.is_floating_point() or tensor.is_complex())
+        and not _is_finite(tensor)
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise WeightsError(
             f"weights: {source} holds numbers that are not finite, in {len(wrong)} of "
-            f"{len(tensors)} entries: {', '.join(wrong[:3])}{more}. Its training diverged; take an "
+            f"{len(state)} tensors: {', '.join(wrong[:3])}{more}. Its training diverged; take an "
             "earlier checkpoint"
         )
 
@@ -177,7 +185,7 @@ def unwrap(content: Mapping[str, Any], source: str = "checkpoint") -> dict[str, 
     """The state dict in ``content``: bare, or under keys such as ``state_dict`` and ``model``.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: there is none, or it holds numbers that are not finite.
     """
     keys = _way_to_tensors(content)
     for key in keys or ():
@@ -187,11 +195,13 @@ def unwrap(content: Mapping[str, Any], source: str = "checkpoint") -> dict[str, 
             f"weights: {source} holds no tensors, neither bare nor under {', '.join(_WRAPPERS)}; "
             f"its keys: {', '.join(map(str, list(content)[:8])) or 'none'}"
         )
-    return {
+    state = {
         name.removeprefix("module."): value
         for name, value in content.items()
         if isinstance(value, Tensor)
     }
+    _check_finite(state, source)
+    return state
 
 
 def _way_to_tensors(content: object, depth: int = _MAX_WRAPPERS) -> tuple[str, ...] | None:

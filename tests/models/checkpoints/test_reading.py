@@ -22,7 +22,7 @@ import torch
 
 from spatial_mamba_d2.models import build_classifier, load_weights, read_checkpoint
 from spatial_mamba_d2.models.checkpoints.names import to_official
-from spatial_mamba_d2.models.checkpoints.reading import OpaqueObject, WeightsError
+from spatial_mamba_d2.models.checkpoints.reading import OpaqueObject, WeightsError, unwrap
 
 FORMATS = {"zip": True, "legacy": False}  # since PyTorch 1.6, and before
 
@@ -295,17 +295,35 @@ def test_weights_that_are_not_finite_are_refused(wrapper, value, save):
     state = {"a": torch.ones(3), "bn.running_var": torch.tensor([1.0, value]), "n": torch.tensor(1)}
     path = save(state if wrapper is None else {wrapper: state, "epoch": value})
     with pytest.raises(WeightsError, match=rf"{path.name} .*not finite.* 1 of 3 .*bn\.running_var"):
-        read_checkpoint(path)
+        unwrap(read_checkpoint(path), str(path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state_dict": {"a": torch.ones(3)}, "best_model_score": torch.tensor(-torch.inf)},
+        {"model": {"a": torch.ones(3)}, "loss": torch.tensor(torch.nan), "min": float("nan")},
+        {"model": {"a": torch.ones(3)}, "model_ema": {"a": torch.full((3,), torch.inf)}},
+        {"model": {"state_dict": {"a": torch.ones(3)}, "score": torch.tensor(torch.nan)}},
+    ],
+)
+def test_only_the_weights_have_to_be_finite(content, save):
+    assert torch.equal(unwrap(read_checkpoint(save(content)))["a"], torch.ones(3))
+
+
+def test_doubly_wrapped_and_complex_weights_are_looked_into():
+    with pytest.raises(WeightsError, match="not finite.* 1 of 1"):
+        unwrap({"model": {"state_dict": {"a": torch.tensor([1, complex(0, torch.nan)])}}})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float64])
 def test_other_types_are_looked_into(dtype, tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"a": torch.ones(3).to(dtype)}, path)
-    read_checkpoint(path)
+    unwrap(read_checkpoint(path))
     torch.save({"a": torch.tensor([1, float("nan")]).to(dtype)}, path)
     with pytest.raises(WeightsError, match="not finite"):
-        read_checkpoint(path)
+        unwrap(read_checkpoint(path))
 
 
 def test_weights_that_are_not_finite_leave_the_model_unchanged(test_variant, tmp_path):
