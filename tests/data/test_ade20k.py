@@ -335,7 +335,7 @@ def test_classes_are_counted_and_what_cannot_be_meant_is_refused(root, tmp_path,
     for split in ("training", "validation"):
         write_pair(tmp_path, f"{split}/deep", "a", label=label)
     common = ["--root", tmp_path, "--num-classes", 2]
-    with pytest.raises(SystemExit, match='(?s)only .class 0. occurs; 500 pixels .*"0: 0, 255: 1"'):
+    with pytest.raises(ValueError, match='(?s)only .class 0. occurs; 500 pixels .*"0: 0, 255: 1"'):
         prepare(root, [*common, "--label-offset", 0, "--ignore", 255])
     prepare(root, [*common, "--label-map", "0: 0, 255: 1"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
