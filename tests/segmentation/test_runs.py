@@ -63,6 +63,25 @@ def test_signals_save_and_resuming_is_exact(arguments, tmp_path, curve, caplog):
     assert "iter: 0  loss: " in log and "iter: 3  loss: " in log  # all runs of the training
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_resuming_with_other_accumulation(before, after, arguments, tmp_path, curve, monkeypatch):
+    """After an odd iteration: each one has its own micro-batches, and their evaluations."""
+    more = ("SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 2, "SOLVER.ACCUMULATION_STEPS")
+    with stopped("training_step", 0, signal.SIGINT):
+        run(arguments(*more, before))
+    micro_batches, step = [], Segmentor.training_step
+
+    def counted(self, batch, batch_idx):
+        micro_batches.append((self.trainer.global_step, batch_idx % after, len(batch[0])))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Segmentor, "training_step", counted)
+    run(arguments(*more, after, resume=True))
+    assert micro_batches == [(i, k, 4 // after) for i in (1, 2, 3) for k in range(after)]
+    assert list(curve(tmp_path / "output")) == [0, 1, 2, 3]
+    assert list(curve(tmp_path / "output", "mIoU")) == [1, 3]
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_training(where, arguments, tmp_path, monkeypatch):
     """At iteration 4, after the checkpoint at 3, which stays; nothing is evaluated."""
