@@ -14,10 +14,9 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 
-from spatial_mamba_d2.detection.checkpoint import BEST
 from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.system.atomic import naming
-from spatial_mamba_d2.training.run_folder import score_of_iteration
+from spatial_mamba_d2.training.run_folder import DETECTION_BEST, score_of_iteration
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class Evaluation(hooks.EvalHook):
             self.best_score = checkpointer.read_best_score()
         if score > self.best_score:  # not if it is no number
             checkpointer.save_best(score, num_iterations - 1)
-            logger.info("the best score so far, %.3f: saved as %s", score, BEST)
+            logger.info("the best score so far, %.3f: saved as %s", score, DETECTION_BEST)
             self.best_score = score
 
     def after_train(self) -> None:

@@ -16,12 +16,9 @@ from spatial_mamba_d2.models import read_checkpoint
 from spatial_mamba_d2.models.checkpoints.writing import write_checkpoint
 from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.training.module import TrainingModule
-from spatial_mamba_d2.training.run_folder import write_config
+from spatial_mamba_d2.training.run_folder import BEST, BEST_SCORE, LAST, write_config
 
 logger = logging.getLogger(__name__)
-
-LAST, BEST = "last.ckpt", "best.ckpt"
-BEST_SCORE = "best_score"  # key of best.ckpt
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

@@ -33,7 +33,7 @@ from spatial_mamba_d2.system.launching import (
     under_torchrun,
     wait_for_machine_0,
 )
-from spatial_mamba_d2.training.checkpoint import BEST, LAST, Checkpoints, SafeCheckpointIO
+from spatial_mamba_d2.training.checkpoint import Checkpoints, SafeCheckpointIO
 from spatial_mamba_d2.training.guard import is_child_of_lightning, require_finite_weights
 from spatial_mamba_d2.training.metrics_file import MetricsFile, TensorBoard
 from spatial_mamba_d2.training.module import TrainingModule
@@ -46,10 +46,13 @@ from spatial_mamba_d2.training.resuming import (
     tell_differences,
 )
 from spatial_mamba_d2.training.run_folder import (
+    BEST,
+    LAST,
     METRICS,
     claimed,
     log_end,
     score_of_iteration,
+    tell_new_training,
 )
 
 logger = logging.getLogger(__name__)
@@ -136,11 +139,16 @@ def build_trainer(cfg: CfgNode, args: argparse.Namespace, **kwargs: Any) -> ligh
 
 
 def fit(
-    module: TrainingModule, data: lightning.LightningDataModule, args: argparse.Namespace
+    cfg: CfgNode,
+    build: Callable[[], tuple[TrainingModule, lightning.LightningDataModule]],
+    args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Train by ``module.schedule``, evaluate at the end, and return the scores.
+    """Train by the module's schedule, evaluate at the end, and return the scores.
 
     With ``args.resume`` training continues from ``OUTPUT_DIR/last.ckpt``, if that exists.
+
+    Args:
+        build: called once OUTPUT_DIR is ours and signals are noticed; reading data may take long.
 
     Raises:
         FileNotFoundError, ValueError: data, weights, devices or OUTPUT_DIR are not usable.
@@ -148,13 +156,14 @@ def fit(
         OSError: OUTPUT_DIR cannot be written.
         Stopped: a signal ended the training, whose state is saved.
     """
-    folder = Path(module.cfg.OUTPUT_DIR)
+    folder = Path(cfg.OUTPUT_DIR)
     first = is_first_process() and not args.machine_rank
-    with stopping.noticed(), claimed(folder, resume=args.resume, is_first_process=first):
+    claim = claimed(folder, resume=args.resume, last=LAST, is_first_process=first)
+    with stopping.noticed(), claim:
         if not first:
-            return _fit(module, data, args)
+            return _fit(*build(), args)
         with logged_to(folder), log_end("lightning.pytorch"):
-            return _fit(module, data, args)
+            return _fit(*build(), args)
 
 
 def _fit(
@@ -166,11 +175,10 @@ def _fit(
     done = 0
     if args.resume and last.is_file():
         done = _accept(last, module)
-    elif cfg.MODEL.WEIGHTS:
-        skip = tuple(cfg.MODEL.WEIGHTS_SKIP)
-        logger.info("%s", load_weights(module.model, cfg.MODEL.WEIGHTS, skip=skip))
     else:
-        logger.warning("MODEL.WEIGHTS is empty: training starts from random weights")
+        if args.resume:
+            tell_new_training(output)
+        _load_initial_weights(cfg, module)
     if not cfg.DATASETS.TEST:
         logger.info('DATASETS.TEST is "": no evaluation, and no %s', BEST)
     num_parameters = sum(p.numel() for p in module.model.parameters())
@@ -206,6 +214,14 @@ def _fit(
             if evaluates and module.evaluated_step != iterations:
                 trainer.validate(module, datamodule=data, verbose=False)
     return module.scores
+
+
+def _load_initial_weights(cfg: CfgNode, module: TrainingModule) -> None:
+    if cfg.MODEL.WEIGHTS:
+        skip = tuple(cfg.MODEL.WEIGHTS_SKIP)
+        logger.info("%s", load_weights(module.model, cfg.MODEL.WEIGHTS, skip=skip))
+    else:
+        logger.warning("MODEL.WEIGHTS is empty: training starts from random weights")
 
 
 def _accept(last: Path, module: TrainingModule) -> int:

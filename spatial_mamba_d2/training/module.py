@@ -18,6 +18,7 @@ from spatial_mamba_d2.system.atomic import replacing
 from spatial_mamba_d2.system.seeding import derive_seed, seed_all
 from spatial_mamba_d2.training.guard import IterationGuard, gradient_norm, require_finite_weights
 from spatial_mamba_d2.training.resuming import ConfiguredSchedule
+from spatial_mamba_d2.training.run_folder import LAST
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class TrainingModule(lightning.LightningModule):
         (scheduler,) = (config.scheduler for config in self.trainer.lr_scheduler_configs)
         self.configured = ConfiguredSchedule(self.trainer.optimizers[0], scheduler)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        last = Path(self.cfg.OUTPUT_DIR, "last.ckpt")
+        last = Path(self.cfg.OUTPUT_DIR, LAST)
         self.guard = IterationGuard(
             last_checkpoint=lambda: last if last.is_file() else None,
             find_scale=lambda: None if scaler is None else scaler.get_scale(),

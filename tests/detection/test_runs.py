@@ -53,7 +53,8 @@ def test_signals_save_and_resuming_is_exact(run_arguments, tmp_path):
     whole = run(run_arguments(*more, "OUTPUT_DIR", tmp_path / "whole"))
     output = tmp_path / "output"
     with stopped(AccumulatingTrainer, "run_step", signal.SIGTERM, lambda self: self.iter == 0):
-        run(run_arguments(*more))
+        run(run_arguments(*more, resume=True))
+    assert f"--resume: {output} has no checkpoint; a new" in (output / "log.txt").read_text()
     assert (output / "last_checkpoint").read_text() == "model_0000000.pth"
     with stopped(Trainer, "test", signal.SIGINT):
         run(run_arguments(*more, resume=True))

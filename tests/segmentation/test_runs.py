@@ -40,7 +40,8 @@ def test_signals_save_and_resuming_is_exact(arguments, tmp_path, curve, caplog):
     whole = run(arguments(*more, "OUTPUT_DIR", tmp_path / "whole"))
     last = tmp_path / "output/last.ckpt"
     with stopped("training_step", 0, signal.SIGINT):
-        run(arguments(*more))
+        run(arguments(*more, resume=True))
+    assert f"--resume: {tmp_path / 'output'} has no checkpoint; a new training" in caplog.text
     assert read_checkpoint(last)["global_step"] == 1
     assert f"SIGINT: the state after iteration 1 is in {last}; continue with --res" in caplog.text
     with stopped("validation_step", 2, signal.SIGTERM):
@@ -152,6 +153,10 @@ def test_resuming_is_refused_before_anything_is_rewritten(arguments, tmp_path, c
         run(arguments("MODEL.UPERNET.CHANNELS", 8, resume=True))
     with pytest.raises(ValueError, match="MAX_ITER must be at least the 2 iterations .*got 1"):
         run(arguments("SOLVER.MAX_ITER", 1, resume=True))
+    (output / "last.ckpt").rename(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"holds another .*\(best.ckpt\), but no last.ckpt"):
+        run(arguments("SOLVER.MAX_ITER", 2, resume=True))
+    (tmp_path / "last.ckpt").rename(output / "last.ckpt")
     assert all(path.read_bytes() == content for path, content in files.items())
 
     caplog.clear()
