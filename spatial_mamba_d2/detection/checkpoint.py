@@ -15,6 +15,7 @@ from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.models.checkpoints.writing import write_checkpoint
 from spatial_mamba_d2.system.atomic import replacing
 from spatial_mamba_d2.training.guard import require_finite_weights
+from spatial_mamba_d2.training.resuming import require_training_state
 from spatial_mamba_d2.training.run_folder import BEST_SCORE, DETECTION_BEST, LAST_MARK
 
 
@@ -69,9 +70,17 @@ class SafeCheckpointer(DetectionCheckpointer):
         return {"model": state, "classes": self.classes}
 
     def read_best_score(self) -> float:
-        """Of ``model_best.pth``; minus infinity if there is none."""
+        """Of ``model_best.pth``; minus infinity if there is none.
+
+        Raises:
+            ValueError: the file is not of a training.
+        """
         path = Path(self.save_dir) / DETECTION_BEST
-        return float(read_checkpoint(path)[BEST_SCORE]) if path.is_file() else -math.inf
+        if not path.is_file():
+            return -math.inf
+        content = read_checkpoint(path)
+        require_training_state(content, [BEST_SCORE], path)
+        return float(content[BEST_SCORE])
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(Path(self.save_dir) / LAST_MARK) as temporary:

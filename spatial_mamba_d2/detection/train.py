@@ -33,6 +33,7 @@ from spatial_mamba_d2.training.resuming import (
     count_trained,
     differing_keys,
     require_same_network,
+    require_training_state,
     tell_differences,
 )
 from spatial_mamba_d2.training.run_folder import LAST_MARK, claimed, log_end, tell_new_training
@@ -93,9 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             return evaluate(setup(args), resume=args.resume)
         cfg = read_config(args)
         first = comm.is_main_process()
-        claim = claimed(
-            cfg.OUTPUT_DIR, resume=args.resume, last=LAST_MARK, is_first_process=first
-        )
+        claim = claimed(cfg.OUTPUT_DIR, resume=args.resume, last=LAST_MARK, is_first_process=first)
         with claim:
             start_logging(cfg, args)
             with log_end("detectron2.engine.train_loop"):
@@ -122,6 +121,9 @@ def train(cfg: CfgNode, *, resume: bool) -> dict[str, Any] | None:
 def accept(checkpoint: Path, trainer: Trainer) -> None:
     """Tell what differs from the run; ValueError if a checkpoint cannot be resumed so."""
     content = read_checkpoint(checkpoint)
+    require_training_state(content, ("model", "trainer", "iteration"), checkpoint)
+    if comm.is_main_process():
+        trainer.checkpointer.read_best_score()  # needed only after the first evaluation
     require_finite_weights(content["model"], str(checkpoint))
     differences = differing_keys(trainer.cfg.OUTPUT_DIR, trainer.cfg)
     saved, ours = content["trainer"]["_trainer"]["optimizer"], trainer.optimizer.state_dict()

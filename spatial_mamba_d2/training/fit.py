@@ -43,6 +43,7 @@ from spatial_mamba_d2.training.resuming import (
     differing_keys,
     require_iterations_left,
     require_same_network,
+    require_training_state,
     tell_differences,
 )
 from spatial_mamba_d2.training.run_folder import (
@@ -231,6 +232,8 @@ def _accept(last: Path, module: TrainingModule) -> int:
         ValueError: it cannot.
     """
     content = read_checkpoint(last)
+    names = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "loops")
+    require_training_state(content, names, last)
     cfg, done = module.cfg, int(content["global_step"])
     differences = differing_keys(last.parent, cfg)
     state = content.get("training_model", content["state_dict"])

@@ -156,7 +156,14 @@ def test_resuming_is_refused_before_anything_is_rewritten(arguments, tmp_path, c
     (output / "last.ckpt").rename(tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"holds another .*\(best.ckpt\), but no last.ckpt"):
         run(arguments("SOLVER.MAX_ITER", 2, resume=True))
+    torch.save({"state_dict": {}}, output / "last.ckpt")
+    with pytest.raises(ValueError, match="last.ckpt is no checkpoint of a training: global_step,"):
+        run(arguments("SOLVER.MAX_ITER", 2, resume=True))
     (tmp_path / "last.ckpt").rename(output / "last.ckpt")
+    torch.save({"state_dict": {}}, output / "best.ckpt")
+    with pytest.raises(ValueError, match="best.ckpt is no checkpoint of a training: best_score"):
+        run(arguments("SOLVER.MAX_ITER", 2, resume=True))
+    (output / "best.ckpt").write_bytes(files[output / "best.ckpt"])
     assert all(path.read_bytes() == content for path, content in files.items())
 
     caplog.clear()
