@@ -169,4 +169,5 @@ def read_best_score(best: Path) -> float:
         score = next((s["best_model_score"] for s in states if s.get("monitor")), None)
     if score is None:
         require_training_state(content, [BEST_SCORE], best)
+        return -math.inf
     return float(score)

@@ -86,9 +86,8 @@ def tell_differences(differences: Mapping[str, tuple[Any, Any]], folder: str | P
     """Log each differing key with both values and the effect."""
     lines = []
     for key, (old, new) in differences.items():
-        effect = next(
-            (text for p, text in _EFFECTS if fnmatch.fnmatch(key, p)), "counts from here on"
-        )
+        effects = (text for pattern, text in _EFFECTS if fnmatch.fnmatch(key, pattern))
+        effect = next(effects, "counts from here on")
         if effect is not None:
             lines.append(f"  {key}: {old} -> {new}: {effect}")
     if lines:

@@ -107,7 +107,8 @@ def test_the_lock_of_a_killed_training_is_free(tmp_path):
     """Its process is gone; another one of it may hold the lock a little longer."""
     program = (
         "import os, signal, sys; from spatial_mamba_d2.training.run_folder import claimed\n"
-        "with claimed(sys.argv[1], resume=False, last='last.ckpt'): os.kill(os.getpid(), signal.SIGKILL)"
+        "with claimed(sys.argv[1], resume=False, last='last.ckpt'):"
+        " os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
     holder = json.loads((tmp_path / ".training.json").read_text())
