@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spatial_mamba_d2.classification.config import load_config
-from spatial_mamba_d2.classification.data import build_data
+from spatial_mamba_d2.classification.data import ClassificationData, build_data
 from spatial_mamba_d2.classification.module import Classifier
 from spatial_mamba_d2.training.fit import evaluate, fit, start
 
@@ -19,12 +19,16 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         FileNotFoundError, ValueError: configuration, data, weights or devices are not usable.
     """
     cfg = start(args, load_config)
-    data = build_data(cfg)
-    classes = tuple(data.classes)
-    if args.eval_only:
-        return evaluate(Classifier(cfg, classes), data, args)
-    data.setup("fit")  # the schedule counts in epochs, whose length depends on the data
-    return fit(Classifier(cfg, classes, data.epoch_iterations), data, args)
+
+    def build() -> tuple[Classifier, ClassificationData]:
+        data = build_data(cfg)
+        classes = tuple(data.classes)
+        if args.eval_only:
+            return Classifier(cfg, classes), data
+        data.setup("fit")  # the schedule counts in epochs, whose length depends on the data
+        return Classifier(cfg, classes, data.epoch_iterations), data
+
+    return evaluate(*build(), args) if args.eval_only else fit(cfg, build, args)
 
 
 def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list[str]:

@@ -15,9 +15,8 @@ from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.models.checkpoints.writing import write_checkpoint
 from spatial_mamba_d2.system.atomic import replacing
 from spatial_mamba_d2.training.guard import require_finite_weights
-
-BEST = "model_best.pth"
-BEST_SCORE = "best_score"  # key of model_best.pth
+from spatial_mamba_d2.training.resuming import require_training_state
+from spatial_mamba_d2.training.run_folder import BEST_SCORE, DETECTION_BEST, LAST_MARK
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -62,8 +61,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     def save_best(self, score: float, iteration: int) -> None:
         """Write the weights as ``model_best.pth``, with the score that made them the best."""
         if self.save_dir and self.save_to_disk:
-            content = {**self._weights(BEST), BEST_SCORE: score, "iteration": iteration}
-            write_checkpoint(content, Path(self.save_dir) / BEST)
+            content = {**self._weights(DETECTION_BEST), BEST_SCORE: score, "iteration": iteration}
+            write_checkpoint(content, Path(self.save_dir) / DETECTION_BEST)
 
     def _weights(self, name: str) -> dict[str, Any]:
         state = self.model.state_dict()
@@ -71,12 +70,20 @@ class SafeCheckpointer(DetectionCheckpointer):
         return {"model": state, "classes": self.classes}
 
     def read_best_score(self) -> float:
-        """Of ``model_best.pth``; minus infinity if there is none."""
-        path = Path(self.save_dir) / BEST
-        return float(read_checkpoint(path)[BEST_SCORE]) if path.is_file() else -math.inf
+        """Of ``model_best.pth``; minus infinity if there is none.
+
+        Raises:
+            ValueError: the file is not of a training.
+        """
+        path = Path(self.save_dir) / DETECTION_BEST
+        if not path.is_file():
+            return -math.inf
+        content = read_checkpoint(path)
+        require_training_state(content, [BEST_SCORE], path)
+        return float(content[BEST_SCORE])
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with replacing(Path(self.save_dir) / "last_checkpoint") as temporary:
+        with replacing(Path(self.save_dir) / LAST_MARK) as temporary:
             temporary.write_text(last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:

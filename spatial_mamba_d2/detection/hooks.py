@@ -14,46 +14,89 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 
-from spatial_mamba_d2.detection.checkpoint import BEST
 from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.system.atomic import naming
-from spatial_mamba_d2.training.run_folder import score_of_iteration
+from spatial_mamba_d2.training.run_folder import DETECTION_BEST, score_of_iteration
 
 logger = logging.getLogger(__name__)
 
 
-class Evaluation(hooks.EvalHook):
-    """Detectron2's, and the weights with the best score are kept as ``model_best.pth``.
+class FinalEvaluation(hooks.EvalHook):
+    """Detectron2's after the last iteration, with the scores in that iteration's line of metrics.
 
-    A signal ends it at once, with the state saved; a resumed training begins with it then.
-    After an iteration that failed there is none.
+    A finished training that is resumed is evaluated again; its metrics get no second line then.
 
     Args:
         cfg: of the training.
-        evaluate: returns ``{task: {metric: value}}``, in the first process.
+        evaluate: returns ``{task: {metric: value}}``, for several data sets by their names, in the
+            first process.
+        suffix: of the keys of what it returns.
+        period: from one evaluation to the next, in iterations; 0: only the last.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, evaluate: Callable[[], Any], suffix: str = "", period: int = 0
+    ):
+        super().__init__(period, evaluate)
+        self.cfg = cfg
+        # The score that decides, and what stands in for it where it is not computed.
+        asked = {"keypoints": cfg.MODEL.KEYPOINT_ON, "segm": cfg.MODEL.MASK_ON, "bbox": True}
+        tasks = [task for task, is_asked in asked.items() if is_asked]
+        if len(cfg.DATASETS.TEST) > 1:
+            name = f"{cfg.DATASETS.TEST[0]}{suffix}"
+            self.main_scores = [f"{name}/{task}/AP" for task in tasks]
+        else:
+            self.main_scores = [f"{task}{suffix}/AP" for task in tasks]
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or (self._period and done % self._period == 0):
+            self._do_eval()
+
+    def after_train(self) -> None:
+        trainer = self.trainer
+        if trainer.start_iter == trainer.max_iter and trainer.iteration_is_complete:
+            trainer.storage.iter = trainer.max_iter - 1
+            if self._is_recorded(trainer.max_iter):
+                self._func()
+                comm.synchronize()
+            else:
+                self._do_eval()
+        del self._func  # as Detectron2's: it holds the trainer
+
+    def _is_recorded(self, done: int) -> bool:
+        """Whether the metrics have the scores after so many iterations; the same everywhere."""
+        found = False
+        if comm.is_main_process():
+            for name in self.main_scores:
+                score = score_of_iteration(self.cfg.OUTPUT_DIR, done, name)
+                if score is not None and not found:
+                    found = True
+                    self._use_score(name, score, done)
+        return bool(comm.all_gather(found)[0])
+
+    def _use_score(self, name: str, score: float, num_iterations: int) -> None:
+        """In the first process, of the weights of now."""
+
+
+class Evaluation(FinalEvaluation):
+    """Every ``TEST.EVAL_PERIOD`` iterations; the weights with the best score are kept.
+
+    That is in ``model_best.pth``; of several data sets the first one decides. A signal ends an
+    evaluation at once, with the state saved; a resumed training begins with it then. After an
+    iteration that failed there is none.
     """
 
     def __init__(self, cfg: CfgNode, evaluate: Callable[[], Any]):
-        super().__init__(cfg.TEST.EVAL_PERIOD, evaluate)
-        self.cfg = cfg
+        super().__init__(cfg, evaluate, period=cfg.TEST.EVAL_PERIOD)
         self.best_score: float | None = None
-        # The score that decides, and what stands in for it where it is not computed.
-        asked = {"keypoints": cfg.MODEL.KEYPOINT_ON, "segm": cfg.MODEL.MASK_ON, "bbox": True}
-        self.main_scores = [f"{task}/AP" for task, is_asked in asked.items() if is_asked]
 
     def before_train(self) -> None:
         trainer = self.trainer
         done = trainer.start_iter
         if not done or not self._period or done % self._period or done >= trainer.max_iter:
             return
-        score = None
-        if comm.is_main_process():
-            for name in self.main_scores:
-                if score is None:
-                    score = score_of_iteration(self.cfg.OUTPUT_DIR, done, name)
-            if score is not None:
-                self._keep_if_best(score, done)
-        if not comm.all_gather(score is not None)[0]:
+        if not self._is_recorded(done):
             logger.info("evaluation after iteration %d, which was not finished", done)
             trainer.storage.iter = done - 1
             self._do_eval()
@@ -69,24 +112,19 @@ class Evaluation(hooks.EvalHook):
         results = self.trainer.last_results
         if comm.is_main_process() and results:
             flat = flatten_results_dict(results)
-            names = [n for main in self.main_scores for n in flat if f"/{n}".endswith(f"/{main}")]
-            if names:
-                self._keep_if_best(float(flat[names[0]]), self.trainer.storage.iter + 1)
+            for name in self.main_scores:
+                if name in flat:
+                    self._use_score(name, float(flat[name]), self.trainer.storage.iter + 1)
+                    break
 
-    def _keep_if_best(self, score: float, num_iterations: int) -> None:
+    def _use_score(self, name: str, score: float, num_iterations: int) -> None:
         checkpointer = self.trainer.checkpointer
         if self.best_score is None:
             self.best_score = checkpointer.read_best_score()
         if score > self.best_score:  # not if it is no number
             checkpointer.save_best(score, num_iterations - 1)
-            logger.info("the best score so far, %.3f: saved as %s", score, BEST)
+            logger.info("the best %s so far, %.3f: saved as %s", name, score, DETECTION_BEST)
             self.best_score = score
-
-    def after_train(self) -> None:
-        if self.trainer.iteration_is_complete:
-            super().after_train()
-        else:
-            del self._func  # as Detectron2's: it holds the trainer
 
 
 class StopOnSignal(HookBase):
@@ -141,7 +179,8 @@ class ProgressPrinter(CommonMetricPrinter):
 
     def write(self, **kwargs: Any) -> None:
         iteration = get_event_storage().iter
-        if iteration != self.told:
+        any_done = "lr" in get_event_storage().histories()  # not in a finished training
+        if any_done and iteration != self.told:
             self.told = iteration
             super().write(**kwargs)
 

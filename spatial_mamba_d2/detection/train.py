@@ -34,9 +34,10 @@ from spatial_mamba_d2.training.resuming import (
     differing_keys,
     require_same_classes,
     require_same_network,
+    require_training_state,
     tell_differences,
 )
-from spatial_mamba_d2.training.run_folder import claimed, log_end
+from spatial_mamba_d2.training.run_folder import LAST_MARK, claimed, log_end, tell_new_training
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             return evaluate(setup(args), resume=args.resume)
         cfg = read_config(args)
         first = comm.is_main_process()
-        with claimed(cfg.OUTPUT_DIR, resume=args.resume, is_first_process=first):
+        claim = claimed(cfg.OUTPUT_DIR, resume=args.resume, last=LAST_MARK, is_first_process=first)
+        with claim:
             start_logging(cfg, args)
             with log_end("detectron2.engine.train_loop"):
                 return train(cfg, resume=args.resume)
@@ -106,6 +108,8 @@ def train(cfg: CfgNode, *, resume: bool) -> dict[str, Any] | None:
     checkpoint = trainer.last_checkpoint if resume else None
     if checkpoint is not None:
         accept(checkpoint, trainer)
+    elif resume:
+        tell_new_training(cfg.OUTPUT_DIR)
     trainer.resume_or_load(resume)
     if trainer.start_iter == trainer.max_iter:
         logger.info(
@@ -118,6 +122,9 @@ def train(cfg: CfgNode, *, resume: bool) -> dict[str, Any] | None:
 def accept(checkpoint: Path, trainer: Trainer) -> None:
     """Tell what differs from the run; ValueError if a checkpoint cannot be resumed so."""
     content = read_checkpoint(checkpoint)
+    require_training_state(content, ("model", "trainer", "iteration"), checkpoint)
+    if comm.is_main_process():
+        trainer.checkpointer.read_best_score()  # needed only after the first evaluation
     require_finite_weights(content["model"], str(checkpoint))
     differences = differing_keys(trainer.cfg.OUTPUT_DIR, trainer.cfg)
     saved, ours = content["trainer"]["_trainer"]["optimizer"], trainer.optimizer.state_dict()

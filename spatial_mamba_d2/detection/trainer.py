@@ -47,6 +47,7 @@ from spatial_mamba_d2.detection.data import (
 )
 from spatial_mamba_d2.detection.hooks import (
     Evaluation,
+    FinalEvaluation,
     NamedWriter,
     ProgressPrinter,
     StopOnSignal,
@@ -258,14 +259,14 @@ class Trainer(DefaultTrainer):
         return max(1, min(20, self.max_iter // 50))
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, with our evaluation and write period, and an ear for signals."""
+        """Detectron2's, with our evaluation and write period, and an end by signals."""
         built: list[HookBase | None] = []
         for hook in super().build_hooks():
             is_evaluation = isinstance(hook, hooks.EvalHook)
             built.append(Evaluation(self.cfg, hook._func) if is_evaluation else hook)
             if is_evaluation and self.cfg.TEST.AUG.ENABLED:
                 test = partial(self.test_augmented, self.cfg, self.model, self.classes)
-                built.append(hooks.EvalHook(0, test))  # at the end
+                built.append(FinalEvaluation(self.cfg, test, "_TTA"))
             if isinstance(hook, hooks.PeriodicWriter):
                 hook._period = self._write_period
         return [*built, StopOnSignal()]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
+from spatial_mamba_d2.training.resuming import plain
+
 
 class Unused(NamedTuple):
     """A key, or several by a pattern, that must keep its default.
@@ -91,7 +93,7 @@ def check_unused_keys(cfg: CfgNode, defaults: CfgNode) -> None:
     found = [
         f"{key} {value}: {entry.reason}"
         for key, value, default in _leaves(cfg, defaults)
-        if _plain(value) != _plain(default)
+        if plain(value) != plain(default)
         for entry in UNUSED
         if fnmatchcase(key, entry.pattern) and not entry.has_effect(cfg)
     ]
@@ -141,8 +143,3 @@ def _leaves(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> Iterator[tuple
             yield from _leaves(value, defaults[key], f"{prefix}{key}.")
         else:
             yield prefix + key, value, defaults[key]
-
-
-def _plain(value: Any) -> Any:
-    """A list for a tuple, also in lists."""
-    return [_plain(element) for element in value] if isinstance(value, (list, tuple)) else value

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spatial_mamba_d2.data.ade20k import load_classes
 from spatial_mamba_d2.segmentation.config import load_config
-from spatial_mamba_d2.segmentation.data import build_data
+from spatial_mamba_d2.segmentation.data import SegmentationData, build_data
 from spatial_mamba_d2.segmentation.inference import build_protocol
 from spatial_mamba_d2.segmentation.module import Segmentor
 from spatial_mamba_d2.training.fit import evaluate, fit, start
@@ -22,9 +22,12 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     """
     cfg = start(args, load_config)
     classes = load_classes(cfg.DATASETS.CLASSES, cfg.DATASETS.ROOT, cfg.MODEL.NUM_CLASSES)
-    segmentor = Segmentor(cfg, classes)
-    data = build_data(cfg, segmentor.protocol, classes)
-    return evaluate(segmentor, data, args) if args.eval_only else fit(segmentor, data, args)
+
+    def build() -> tuple[Segmentor, SegmentationData]:
+        segmentor = Segmentor(cfg, classes)
+        return segmentor, build_data(cfg, segmentor.protocol, classes)
+
+    return evaluate(*build(), args) if args.eval_only else fit(cfg, build, args)
 
 
 def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list[str]:

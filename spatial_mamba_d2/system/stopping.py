@@ -21,7 +21,7 @@ SIGNALS = tuple(
 )
 # A launcher passes on what the terminal or the scheduler has sent to its processes as well.
 SAME_REQUEST_S = 2.0
-# For so long a process that loads data goes on after SIGTERM: the iteration may need its images.
+# For so long a process that loads data continues after SIGTERM: the iteration may need its images.
 WORKER_GRACE_S = 30
 
 

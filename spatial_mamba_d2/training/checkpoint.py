@@ -16,12 +16,10 @@ from spatial_mamba_d2.models import read_checkpoint
 from spatial_mamba_d2.models.checkpoints.writing import write_checkpoint
 from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.training.module import TrainingModule
-from spatial_mamba_d2.training.run_folder import write_config
+from spatial_mamba_d2.training.resuming import require_training_state
+from spatial_mamba_d2.training.run_folder import BEST, BEST_SCORE, LAST, write_config
 
 logger = logging.getLogger(__name__)
-
-LAST, BEST = "last.ckpt", "best.ckpt"
-BEST_SCORE = "best_score"  # key of best.ckpt
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -60,9 +58,20 @@ class Checkpoints(Checkpoint):
     def __init__(self, folder: str | Path, period: int):
         self.last, self.best = Path(folder, LAST), Path(folder, BEST)
         self.period = period
-        self.best_score = read_best_score(self.best)
+        self.best_score: float | None = None  # read by the first process
         self.saved_step = -1
         self.is_recorded = False
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        if trainer.is_global_zero:
+            self._find_best_score()
+
+    def _find_best_score(self) -> float:
+        if self.best_score is None:
+            self.best_score = read_best_score(self.best)
+        return self.best_score
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -134,7 +143,7 @@ class Checkpoints(Checkpoint):
 
     def keep_if_best(self, score: float) -> None:
         """Make ``last.ckpt``, whose score this is, the best one if it is."""
-        if score > self.best_score:  # not if it is no number
+        if score > self._find_best_score():  # not if it is no number
             write_checkpoint({**read_checkpoint(self.last), BEST_SCORE: score}, self.best)
             self.best_score = score
 
@@ -145,7 +154,11 @@ class Checkpoints(Checkpoint):
 
 
 def read_best_score(best: Path) -> float:
-    """The score that ``best.ckpt`` was kept for; minus infinity if there is none."""
+    """The score that ``best.ckpt`` was kept for; minus infinity if there is none.
+
+    Raises:
+        ValueError: the file is not of a training.
+    """
     if not best.is_file():
         return -math.inf
     content = read_checkpoint(best)
@@ -154,4 +167,7 @@ def read_best_score(best: Path) -> float:
         kept = content.get("callbacks") or {}
         states = [state for state in kept.values() if isinstance(state, dict)]
         score = next((s["best_model_score"] for s in states if s.get("monitor")), None)
-    return -math.inf if score is None else float(score)
+    if score is None:
+        require_training_state(content, [BEST_SCORE], best)
+        return -math.inf
+    return float(score)

@@ -33,7 +33,7 @@ from spatial_mamba_d2.system.launching import (
     under_torchrun,
     wait_for_machine_0,
 )
-from spatial_mamba_d2.training.checkpoint import BEST, LAST, Checkpoints, SafeCheckpointIO
+from spatial_mamba_d2.training.checkpoint import Checkpoints, SafeCheckpointIO
 from spatial_mamba_d2.training.guard import is_child_of_lightning, require_finite_weights
 from spatial_mamba_d2.training.metrics_file import MetricsFile, TensorBoard
 from spatial_mamba_d2.training.module import TrainingModule
@@ -44,13 +44,17 @@ from spatial_mamba_d2.training.resuming import (
     require_iterations_left,
     require_same_classes,
     require_same_network,
+    require_training_state,
     tell_differences,
 )
 from spatial_mamba_d2.training.run_folder import (
+    BEST,
+    LAST,
     METRICS,
     claimed,
     log_end,
     score_of_iteration,
+    tell_new_training,
 )
 
 logger = logging.getLogger(__name__)
@@ -137,11 +141,16 @@ def build_trainer(cfg: CfgNode, args: argparse.Namespace, **kwargs: Any) -> ligh
 
 
 def fit(
-    module: TrainingModule, data: lightning.LightningDataModule, args: argparse.Namespace
+    cfg: CfgNode,
+    build: Callable[[], tuple[TrainingModule, lightning.LightningDataModule]],
+    args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Train by ``module.schedule``, evaluate at the end, and return the scores.
+    """Train by the module's schedule, evaluate at the end, and return the scores.
 
     With ``args.resume`` training continues from ``OUTPUT_DIR/last.ckpt``, if that exists.
+
+    Args:
+        build: called once OUTPUT_DIR is ours and signals are noticed; reading data may take long.
 
     Raises:
         FileNotFoundError, ValueError: data, weights, devices or OUTPUT_DIR are not usable.
@@ -149,13 +158,14 @@ def fit(
         OSError: OUTPUT_DIR cannot be written.
         Stopped: a signal ended the training, whose state is saved.
     """
-    folder = Path(module.cfg.OUTPUT_DIR)
+    folder = Path(cfg.OUTPUT_DIR)
     first = is_first_process() and not args.machine_rank
-    with stopping.noticed(), claimed(folder, resume=args.resume, is_first_process=first):
+    claim = claimed(folder, resume=args.resume, last=LAST, is_first_process=first)
+    with stopping.noticed(), claim:
         if not first:
-            return _fit(module, data, args)
+            return _fit(*build(), args)
         with logged_to(folder), log_end("lightning.pytorch"):
-            return _fit(module, data, args)
+            return _fit(*build(), args)
 
 
 def _fit(
@@ -167,18 +177,10 @@ def _fit(
     done = 0
     if args.resume and last.is_file():
         done = _accept(last, module)
-    elif cfg.MODEL.WEIGHTS:
-        skip = tuple(cfg.MODEL.WEIGHTS_SKIP)
-        content = read_checkpoint(cfg.MODEL.WEIGHTS)
-        report = load_weights(module.model, content, skip=skip, source_name=cfg.MODEL.WEIGHTS)
-        logger.info("%s", report)
-        names = content.get("classes") if report.has_class_layers else None
-        if difference := compare_class_names(
-            names, module.class_names, cfg.MODEL.WEIGHTS, order_counts=False
-        ):
-            logger.warning("%s", difference)
     else:
-        logger.warning("MODEL.WEIGHTS is empty: training starts from random weights")
+        if args.resume:
+            tell_new_training(output)
+        _load_initial_weights(cfg, module)
     if not cfg.DATASETS.TEST:
         logger.info('DATASETS.TEST is "": no evaluation, and no %s', BEST)
     num_parameters = sum(p.numel() for p in module.model.parameters())
@@ -216,6 +218,21 @@ def _fit(
     return module.scores
 
 
+def _load_initial_weights(cfg: CfgNode, module: TrainingModule) -> None:
+    if not cfg.MODEL.WEIGHTS:
+        logger.warning("MODEL.WEIGHTS is empty: training starts from random weights")
+        return
+    skip = tuple(cfg.MODEL.WEIGHTS_SKIP)
+    content = read_checkpoint(cfg.MODEL.WEIGHTS)
+    report = load_weights(module.model, content, skip=skip, source_name=cfg.MODEL.WEIGHTS)
+    logger.info("%s", report)
+    names = content.get("classes") if report.has_class_layers else None
+    if difference := compare_class_names(
+        names, module.class_names, cfg.MODEL.WEIGHTS, order_counts=False
+    ):
+        logger.warning("%s", difference)
+
+
 def _accept(last: Path, module: TrainingModule) -> int:
     """The iterations that ``last.ckpt`` has behind it, if it can be resumed with these settings.
 
@@ -223,6 +240,8 @@ def _accept(last: Path, module: TrainingModule) -> int:
         ValueError: it cannot.
     """
     content = read_checkpoint(last)
+    names = ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "loops")
+    require_training_state(content, names, last)
     cfg, done = module.cfg, int(content["global_step"])
     differences = differing_keys(last.parent, cfg)
     state = content.get("training_model", content["state_dict"])

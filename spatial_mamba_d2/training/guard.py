@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class IterationGuard:
     """Checks the numbers of an iteration before the optimizer's step, and asks for signals.
 
-    With several processes that is one reduction of two integers per iteration, so that all of
+    With several processes that is one reduction of three integers per iteration, so that all of
     them stop at the same one.
 
     Args:
@@ -52,16 +52,18 @@ class IterationGuard:
             FloatingPointError: a number is not finite. With float16, gradients overflow when the
                 scale of the loss is too high, which then falls; it is an error at a scale of 1.
         """
-        # one transfer from the device for all of them
+        # Of all numbers and all processes one transfer from the device
         values = torch.stack([value.detach().float() for value in (*losses.values(), norm)])
+        wrong = ~values.isfinite()
+        flags = torch.stack([wrong[:-1].any(), wrong[-1]]).int().to(self.device)
+        self.signum, bad_loss, bad_norm = reduce_max(stopping.requested(), flags)
+        scale = self.find_scale() if bad_norm else None
+        if not bad_loss and not (bad_norm and (scale is None or scale <= 1)):
+            return
         *numbers, norm_value = values.tolist()
-        scale = None if math.isfinite(norm_value) else self.find_scale()
         bad = [name for name, x in zip(losses, numbers, strict=True) if not math.isfinite(x)]
         if not math.isfinite(norm_value) and (scale is None or scale <= 1):
             bad.append("the norm of the gradients")
-        self.signum, failed = reduce_max((stopping.requested(), int(bool(bad))), self.device)
-        if not failed:
-            return
         shown = ", ".join(f"{n} {x:.4g}" for n, x in zip(losses, numbers, strict=True))
         what = f"not finite: {', '.join(bad) or 'numbers of another process'}; losses: {shown}; "
         what += f"norm of the gradients {norm_value:.4g}"
@@ -78,22 +80,21 @@ class IterationGuard:
         )
 
 
-def reduce_max(values: Iterable[int], device: torch.device) -> list[int]:
-    """The maxima over all processes."""
-    values = list(values)
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    if torch.distributed.get_world_size() == 1:
-        return values
-    tensor = torch.tensor(values, device=device)
-    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-    return [int(value) for value in tensor.tolist()]
+def reduce_max(signum: int, flags: Tensor) -> list[int]:
+    """The maxima over all processes: of ``signum``, then of ``flags`` int[N], on their device."""
+    tensor = torch.cat([torch.tensor([signum]).to(flags, non_blocking=True), flags])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Of all gradients together, a scalar."""
+    """Of all gradients together, a scalar on the parameters' device."""
+    parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    if gradients:
+        return nn.utils.get_total_norm(gradients)
+    return torch.zeros((), device=parameters[0].device if parameters else None)
 
 
 def require_finite_weights(state: Mapping[str, Tensor], what: str) -> None:

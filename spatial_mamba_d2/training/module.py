@@ -18,6 +18,7 @@ from spatial_mamba_d2.system.atomic import replacing
 from spatial_mamba_d2.system.seeding import derive_seed, seed_all
 from spatial_mamba_d2.training.guard import IterationGuard, gradient_norm, require_finite_weights
 from spatial_mamba_d2.training.resuming import ConfiguredSchedule
+from spatial_mamba_d2.training.run_folder import LAST
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,25 @@ class TrainingModule(lightning.LightningModule):
             # After this hook Lightning calls load_state_dict with what it finds here: without an
             # average it must not be the checkpoint's.
             checkpoint["state_dict"] = in_training
+        if "loops" in checkpoint:
+            self._count_in_micro_batches_of_now(checkpoint["loops"])
+
+    def _count_in_micro_batches_of_now(self, loops: dict[str, Any]) -> None:
+        """Lightning counts micro-batches, and ends iterations and evaluates by their number."""
+        done = self.loaded_step * self.cfg.SOLVER.ACCUMULATION_STEPS
+        for progress in loops["fit_loop"]["epoch_loop.batch_progress"].values():
+            if isinstance(progress, dict):  # "total" and "current"
+                # Saved before the last one counts as completed, unless it was in an evaluation.
+                open_ones = progress["processed"] - progress["completed"]
+                progress.update(dict.fromkeys(("ready", "started", "processed"), done))
+                progress["completed"] = done - open_ones
 
     def on_fit_start(self) -> None:
         """Before the state of a checkpoint is loaded into optimizer and schedule."""
         (scheduler,) = (config.scheduler for config in self.trainer.lr_scheduler_configs)
         self.configured = ConfiguredSchedule(self.trainer.optimizers[0], scheduler)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        last = Path(self.cfg.OUTPUT_DIR, "last.ckpt")
+        last = Path(self.cfg.OUTPUT_DIR, LAST)
         self.guard = IterationGuard(
             last_checkpoint=lambda: last if last.is_file() else None,
             find_scale=lambda: None if scaler is None else scaler.get_scale(),

@@ -60,7 +60,7 @@ def differing_keys(folder: str | Path, cfg: Any) -> dict[str, tuple[Any, Any]]:
     return {
         key: (old[key], value)
         for key, value in new.items()
-        if key in old and _plain(old[key]) != _plain(value)
+        if key in old and plain(old[key]) != plain(value)
     }
 
 
@@ -72,26 +72,38 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples, lists and their text are the same value."""
     if isinstance(value, str) and value[:1] in "([":
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             return value
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def tell_differences(differences: Mapping[str, tuple[Any, Any]], folder: str | Path) -> None:
     """Log each differing key with both values and the effect."""
     lines = []
     for key, (old, new) in differences.items():
-        effect = next((text for p, text in _EFFECTS if fnmatch.fnmatch(key, p)), "counts from now")
+        effects = (text for pattern, text in _EFFECTS if fnmatch.fnmatch(key, pattern))
+        effect = next(effects, "counts from here on")
         if effect is not None:
             lines.append(f"  {key}: {old} -> {new}: {effect}")
     if lines:
         logger.warning(
             "resuming with other settings than in %s:\n%s", Path(folder, CONFIG), "\n".join(lines)
+        )
+
+
+def require_training_state(
+    content: Mapping[str, Any], names: Iterable[str], checkpoint: str | Path
+) -> None:
+    """Raises ValueError if a file has not all that a training needs to go on."""
+    if missing := [name for name in names if name not in content]:
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of a training: {', '.join(missing)} must be in it. To "
+            "start from weights, set MODEL.WEIGHTS to them"
         )
 
 

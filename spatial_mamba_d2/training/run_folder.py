@@ -5,12 +5,13 @@ Nothing here needs Lightning or Detectron2: all trainers use it.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,36 @@ from spatial_mamba_d2.system.atomic import replacing
 logger = logging.getLogger(__name__)
 
 CONFIG, METRICS = "config.yaml", "metrics.json"
-# What a training leaves behind, in any task.
-TRACES = (CONFIG, METRICS, "last_checkpoint", "*.ckpt", "*.pth")
+# What --resume continues, as Lightning and Detectron2 name it.
+LAST, LAST_MARK = "last.ckpt", "last_checkpoint"
+BEST, DETECTION_BEST = "best.ckpt", "model_best.pth"
+BEST_SCORE = "best_score"  # key of both
+_CHECKPOINTS = (LAST, BEST, DETECTION_BEST, "model_final.pth", "model_[0-9]*.pth")
+# What a training leaves behind, in any task; other files, such as weights to start from, are not.
+_TRACES = (CONFIG, METRICS, LAST_MARK, *_CHECKPOINTS)
 _LOCK, _HOLDER = ".training.lock", ".training.json"
 # The processes that loaded data for a killed training keep its lock until they have ended too.
 _FREED_S = 15
+# Of flock on a network file system without locks, or on one in user space.
+_WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextmanager
-def claimed(folder: str | Path, *, resume: bool, is_first_process: bool = True) -> Iterator[None]:
+def claimed(
+    folder: str | Path, *, resume: bool, last: str, is_first_process: bool = True
+) -> Iterator[None]:
     """Within it, no other training writes to ``folder``; only the first process of a run asks.
 
     The operating system frees the lock when the process ends, however it ends. On a network file
-    system this holds between machines only if that has locks (NFS 4 has).
+    system this holds between machines only if that has locks (NFS 4 has). Without any, a warning
+    says so, and what is refused is a training whose process lives on this machine.
+
+    Args:
+        last: the name of the file in ``folder`` by which a training is resumed.
 
     Raises:
-        ValueError: another training is running in ``folder``, or without ``resume``, it holds one.
+        ValueError: another training is running in ``folder``; without ``resume``, it holds one;
+            with it, it holds checkpoints of one, but not ``last``.
         OSError: ``folder`` cannot be written.
     """
     if not is_first_process:
@@ -48,28 +63,43 @@ def claimed(folder: str | Path, *, resume: bool, is_first_process: bool = True) 
     try:
         if not resume:
             refuse_another_run(folder)
+        elif not (folder / last).is_file():
+            _refuse_lost_run(folder, last)
         yield
     finally:
         (folder / _HOLDER).unlink(missing_ok=True)
         lock.release()
 
 
+def _find(folder: Path, patterns: Iterable[str]) -> str:
+    """Names of files in it that are not empty, to be shown; "" if there are none."""
+    files = {path for pattern in patterns for path in folder.glob(pattern)}
+    found = sorted(path.name for path in files if path.stat().st_size)
+    return ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
+
+
 def refuse_another_run(folder: Path) -> None:
     """Raises ValueError if ``folder`` holds a training, whose files a new one would replace."""
-    files = {path for trace in TRACES for path in folder.glob(trace)}
-    found = sorted(path.name for path in files if path.stat().st_size)
-    if found:
-        shown = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
+    if found := _find(folder, _TRACES):
         raise ValueError(
-            f"OUTPUT_DIR {folder} holds another training ({shown}): continue it with --resume, "
+            f"OUTPUT_DIR {folder} holds another training ({found}): continue it with --resume, "
             "or choose another OUTPUT_DIR; nothing was changed"
+        )
+
+
+def _refuse_lost_run(folder: Path, last: str) -> None:
+    """A training that was killed before its first checkpoint has none to lose."""
+    if found := _find(folder, _CHECKPOINTS):
+        raise ValueError(
+            f"--resume: OUTPUT_DIR {folder} holds another training ({found}), but no {last} to "
+            "continue it from: choose another OUTPUT_DIR for a new training; nothing was changed"
         )
 
 
 def _acquire(folder: Path) -> FileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK)
+        lock = FileLock(folder / _LOCK, fallback_to_soft=False)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -80,10 +110,18 @@ def _acquire(folder: Path) -> FileLock:
                 lock.acquire(timeout=_FREED_S)
             except Timeout:
                 raise ValueError(_in_use(folder, holder)) from None
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            holder = _read_holder(folder)
+            here = holder.get("host") == platform.node() and holder["pid"] != os.getpid()
+            if here and not _has_ended(holder):
+                raise ValueError(_in_use(folder, holder)) from None
+            logger.warning(
+                "%s: its file system has no locks; start no second training in it", folder
+            )
         holder = {"pid": os.getpid(), "host": platform.node()}
         (folder / _HOLDER).write_text(json.dumps(holder), encoding="utf-8")
-    except NotImplementedError:
-        logger.warning("%s: its file system has no locks; start no second training in it", folder)
     except OSError as error:
         raise type(error)(
             error.errno, f"OUTPUT_DIR {folder} cannot be written: {error.strerror or error}"
@@ -118,6 +156,11 @@ def _has_ended(holder: dict[str, Any]) -> bool:
     except OSError:
         return False
     return False
+
+
+def tell_new_training(folder: str | Path) -> None:
+    """Where ``--resume`` finds nothing to continue."""
+    logger.warning("--resume: %s has no checkpoint; a new training starts", folder)
 
 
 def write_config(cfg: Any, folder: str | Path) -> None:

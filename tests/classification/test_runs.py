@@ -8,10 +8,22 @@ import signal
 import pytest
 import torch
 
+from spatial_mamba_d2.classification.data import ClassificationData
 from spatial_mamba_d2.classification.module import Classifier
 from spatial_mamba_d2.classification.train import run
 from spatial_mamba_d2.models import read_checkpoint
 from spatial_mamba_d2.system.stopping import Stopped
+
+
+def test_a_folder_in_use_is_refused_before_data_are_read(arguments, tmp_path, monkeypatch):
+    def never(*args):
+        raise AssertionError("read")
+
+    monkeypatch.setattr(ClassificationData, "setup", never)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/config.yaml").write_text("SEED: 0")
+    with pytest.raises(ValueError, match=r"holds another training \(config.yaml\)"):
+        run(arguments())
 
 
 def test_what_is_not_finite_reaches_neither_weights_nor_average(arguments, tmp_path, monkeypatch):

@@ -8,10 +8,14 @@ import os
 import signal
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from spatial_mamba_d2.detection.hooks import Evaluation
 from spatial_mamba_d2.detection.launch import _join, launch
 from spatial_mamba_d2.detection.train import run
 from spatial_mamba_d2.detection.trainer import AccumulatingTrainer, Trainer
@@ -53,7 +57,8 @@ def test_signals_save_and_resuming_is_exact(run_arguments, tmp_path):
     whole = run(run_arguments(*more, "OUTPUT_DIR", tmp_path / "whole"))
     output = tmp_path / "output"
     with stopped(AccumulatingTrainer, "run_step", signal.SIGTERM, lambda self: self.iter == 0):
-        run(run_arguments(*more))
+        run(run_arguments(*more, resume=True))
+    assert f"--resume: {output} has no checkpoint; a new" in (output / "log.txt").read_text()
     assert (output / "last_checkpoint").read_text() == "model_0000000.pth"
     with stopped(Trainer, "test", signal.SIGINT):
         run(run_arguments(*more, resume=True))
@@ -84,6 +89,35 @@ def test_the_best_weights_survive_resuming(make_cfg):
     assert again.get_checkpoint_file().endswith("model_0000001.pth")
     content = read_checkpoint(f"{cfg.OUTPUT_DIR}/model_best.pth")
     assert content["classes"] and content["iteration"] == 1
+
+
+def test_the_first_of_several_test_sets_decides(make_cfg, tmp_path, caplog):
+    """Also by the score in the metrics, when the evaluation is not repeated."""
+    cfg = make_cfg()
+    cfg.defrost()
+    cfg.DATASETS.TEST = ("b", "a")
+    trainer = SimpleNamespace(
+        last_results=None, max_iter=4, start_iter=2, iter=1, storage=Mock(iter=1),
+        checkpointer=Mock(**{"read_best_score.return_value": 5.0}),
+    )  # fmt: skip
+    results = {name: {task: {"AP": ap} for task, ap in scores.items()} for name, scores in
+               {"a": {"bbox": 90, "segm": 80}, "b": {"bbox": 30, "segm": 20}}.items()}  # fmt: skip
+
+    def evaluate():
+        trainer.last_results = results
+        return results
+
+    hook = Evaluation(cfg, evaluate)
+    hook.trainer = trainer
+    with caplog.at_level("INFO"):
+        hook._do_eval()
+    trainer.checkpointer.save_best.assert_called_once_with(20.0, 1)
+    assert "the best b/segm/AP so far, 20.000" in caplog.text
+    Path(cfg.OUTPUT_DIR).mkdir()
+    scores = {"iteration": 1, "a/segm/AP": 80, "b/bbox/AP": 30, "b/segm/AP": 25}
+    Path(cfg.OUTPUT_DIR, "metrics.json").write_text(json.dumps(scores))
+    assert hook._is_recorded(2)
+    trainer.checkpointer.save_best.assert_called_with(25.0, 1)
 
 
 def test_what_is_not_finite_ends_the_training(run_arguments, tmp_path, monkeypatch):
@@ -129,6 +163,20 @@ def test_resuming_with_other_settings(run_arguments, tmp_path, caplog):
         run(run_arguments(*short, "MODEL.FPN.OUT_CHANNELS", 32, resume=True))
     with pytest.raises(ValueError, match="MAX_ITER must be at least the 2 iterations .*got 1"):
         run(run_arguments("SOLVER.MAX_ITER", 1, "SOLVER.WARMUP_ITERS", 0, resume=True))
+    best = output / "model_best.pth"
+    kept = best.read_bytes() if best.exists() else None
+    torch.save({"model": {}}, best)
+    with pytest.raises(ValueError, match="model_best.pth is no checkpoint .*: best_score must be"):
+        run(run_arguments(*short, resume=True))
+    best.unlink()
+    if kept:
+        best.write_bytes(kept)
+    last = output / "model_final.pth"
+    weights = {"model": read_checkpoint(last)["model"]}
+    torch.save(weights, last)
+    with pytest.raises(ValueError, match="model_final.pth is no checkpoint .*: trainer, iteration"):
+        run(run_arguments(*short, resume=True))
+    last.write_bytes(files[last])
     assert all(path.read_bytes() == content for path, content in files.items())
 
     caplog.clear()

@@ -94,10 +94,24 @@ def test_train_then_evaluate_only(run_arguments, tmp_path):
             assert results[task] == pytest.approx(trained[task], nan_ok=True)
 
 
-def test_finished_training_resumes_to_its_evaluation(run_arguments):
+def test_finished_training_resumes_to_its_evaluation(run_arguments, tmp_path, capfd):
+    """With scores in the line of the last iteration, and no line for no iteration."""
     first = run(run_arguments())
+    metrics = tmp_path / "output/metrics.json"
+    before = metrics.read_text()
+    lines = [*map(json.loads, before.splitlines())]
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert ["bbox/AP" in line for line in lines] == [False] * 5 + [True]
+    assert lines[5]["bbox/AP"] == pytest.approx(first["bbox"]["AP"], nan_ok=True)
+    capfd.readouterr()
     again = run(run_arguments(resume=True))
     assert again["bbox"] == pytest.approx(first["bbox"], nan_ok=True)
+    assert metrics.read_text() == before
+    assert "lr: N/A" not in capfd.readouterr().out
+    metrics.write_text("")  # as if the last evaluation had not been finished
+    run(run_arguments(resume=True))
+    (line,) = map(json.loads, metrics.read_text().splitlines())
+    assert line["iteration"] == 5 and "bbox/AP" in line
 
 
 @pytest.mark.parametrize("limit", [3, 100, 150])

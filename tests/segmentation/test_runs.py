@@ -40,7 +40,8 @@ def test_signals_save_and_resuming_is_exact(arguments, tmp_path, curve, caplog):
     whole = run(arguments(*more, "OUTPUT_DIR", tmp_path / "whole"))
     last = tmp_path / "output/last.ckpt"
     with stopped("training_step", 0, signal.SIGINT):
-        run(arguments(*more))
+        run(arguments(*more, resume=True))
+    assert f"--resume: {tmp_path / 'output'} has no checkpoint; a new training" in caplog.text
     assert read_checkpoint(last)["global_step"] == 1
     assert f"SIGINT: the state after iteration 1 is in {last}; continue with --res" in caplog.text
     with stopped("validation_step", 2, signal.SIGTERM):
@@ -61,6 +62,25 @@ def test_signals_save_and_resuming_is_exact(arguments, tmp_path, curve, caplog):
     assert contents[1]["best_score"] == pytest.approx(max(scores.values()))
     log = (tmp_path / "output/log.txt").read_text()
     assert "iter: 0  loss: " in log and "iter: 3  loss: " in log  # all runs of the training
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_resuming_with_other_accumulation(before, after, arguments, tmp_path, curve, monkeypatch):
+    """After an odd iteration: each one has its own micro-batches, and their evaluations."""
+    more = ("SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 2, "SOLVER.ACCUMULATION_STEPS")
+    with stopped("training_step", 0, signal.SIGINT):
+        run(arguments(*more, before))
+    micro_batches, step = [], Segmentor.training_step
+
+    def counted(self, batch, batch_idx):
+        micro_batches.append((self.trainer.global_step, batch_idx % after, len(batch[0])))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Segmentor, "training_step", counted)
+    run(arguments(*more, after, resume=True))
+    assert micro_batches == [(i, k, 4 // after) for i in (1, 2, 3) for k in range(after)]
+    assert list(curve(tmp_path / "output")) == [0, 1, 2, 3]
+    assert list(curve(tmp_path / "output", "mIoU")) == [1, 3]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -133,6 +153,17 @@ def test_resuming_is_refused_before_anything_is_rewritten(arguments, tmp_path, c
         run(arguments("MODEL.UPERNET.CHANNELS", 8, resume=True))
     with pytest.raises(ValueError, match="MAX_ITER must be at least the 2 iterations .*got 1"):
         run(arguments("SOLVER.MAX_ITER", 1, resume=True))
+    (output / "last.ckpt").rename(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"holds another .*\(best.ckpt\), but no last.ckpt"):
+        run(arguments("SOLVER.MAX_ITER", 2, resume=True))
+    torch.save({"state_dict": {}}, output / "last.ckpt")
+    with pytest.raises(ValueError, match="last.ckpt is no checkpoint of a training: global_step,"):
+        run(arguments("SOLVER.MAX_ITER", 2, resume=True))
+    (tmp_path / "last.ckpt").rename(output / "last.ckpt")
+    torch.save({"state_dict": {}}, output / "best.ckpt")
+    with pytest.raises(ValueError, match="best.ckpt is no checkpoint of a training: best_score"):
+        run(arguments("SOLVER.MAX_ITER", 2, resume=True))
+    (output / "best.ckpt").write_bytes(files[output / "best.ckpt"])
     assert all(path.read_bytes() == content for path, content in files.items())
 
     caplog.clear()

@@ -53,12 +53,22 @@ def test_float16_may_overflow_until_its_scale_is_1():
 def test_gradient_norm_is_of_all_together():
     network = nn.Linear(2, 1)
     assert gradient_norm(network.parameters()) == 0
+    assert gradient_norm(nn.Linear(2, 1, device="meta").parameters()).device.type == "meta"
     network.weight.grad, network.bias.grad = torch.tensor([[1.0, 2.0]]), torch.tensor([2.0])
     assert gradient_norm(network.parameters()) == 3
 
 
 def test_one_process_reduces_to_its_own():
-    assert reduce_max((15, 0), CPU) == [15, 0]
+    assert reduce_max(15, torch.tensor([0, 1], dtype=torch.int32)) == [15, 0, 1]
+    assert guard().device == CPU
+
+
+def test_the_check_fetches_from_the_device_once(monkeypatch):
+    """With several processes too: the numbers themselves are only fetched for the message."""
+    fetched, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: fetched.append(len(t)) or tolist(t))
+    guard().check(0, {"loss": GOOD, "loss_mask": GOOD}, GOOD, 0.1)
+    assert fetched == [3]
 
 
 def test_weights_that_are_not_finite_are_named():
