@@ -329,13 +329,18 @@ def test_an_archive_is_unpacked_and_checked(root, tree, tmp_path, capsys):
         prepare(root, [*arguments[:-1], 2])
 
 
+def test_a_missing_folder_is_named_by_its_argument(root, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"^--root: no such folder: {tmp_path}/absent/im"):
+        prepare(root, ["--root", tmp_path / "absent"])
+
+
 def test_classes_are_counted_and_what_cannot_be_meant_is_refused(root, tmp_path, capsys):
     label = np.zeros((40, 50), np.uint8)
     label[:10] = 255
     for split in ("training", "validation"):
         write_pair(tmp_path, f"{split}/deep", "a", label=label)
     common = ["--root", tmp_path, "--num-classes", 2]
-    with pytest.raises(SystemExit, match='(?s)only .class 0. occurs; 500 pixels .*"0: 0, 255: 1"'):
+    with pytest.raises(ValueError, match='(?s)only .class 0. occurs; 500 pixels .*"0: 0, 255: 1"'):
         prepare(root, [*common, "--label-offset", 0, "--ignore", 255])
     prepare(root, [*common, "--label-map", "0: 0, 255: 1"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -155,5 +155,5 @@ def test_files_without_partner_are_named(touch):
 
 def test_a_missing_folder_is_named(touch):
     root = touch("images/t/a.jpg")
-    with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no folder .*annotations/t "):
+    with pytest.raises(FileNotFoundError, match="DATASETS.ROOT: no such folder: .*annotations/t "):
         find_pairs(root, "t")
