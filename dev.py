@@ -4,7 +4,7 @@
     python3 dev.py demo [KEY VALUE ...]       train and evaluate a detector on generated sample data
     python3 dev.py demo-seg [KEY VALUE ...]   the same for semantic segmentation
     python3 dev.py demo-cls [KEY VALUE ...]   the same for classification
-    python3 dev.py test [pytest args]         run the tests
+    python3 dev.py test [pytest args]         run all tests, in several processes, or those given
     python3 dev.py lint [paths]               check style and types
     python3 dev.py cuda-report                registers, occupancy, DRAM bytes of the CUDA kernels
     python3 dev.py setup                      install again, for example after adding a compiler

@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             num_channels=options.channels,
             value_range=build_pixel_range(options.pixel_range),
             check_decode=True,
+            root_name="--root",
         )
         where = f"{options.root} {split}"
         print(f"{where}: {len(checked.pairs)} images with valid labels")

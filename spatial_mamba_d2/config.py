@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.models.spatial_mamba import BN_POLICIES
 from spatial_mamba_d2.models.variants import VARIANTS
 from spatial_mamba_d2.system.data_folder import find_data
+from spatial_mamba_d2.system.devices import check_device, check_device_name
 from spatial_mamba_d2.system.value_types import convert_value
 from spatial_mamba_d2.system.yaml_file import read_yaml
 
@@ -266,15 +266,12 @@ def resolve_device(cfg: Any) -> None:
         ValueError: ``MODEL.DEVICE`` is not cpu, cuda or cuda:N, or there is no such GPU.
     """
     device = cfg.MODEL.DEVICE
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
+        check_device_name(device, "MODEL.DEVICE")
         logger.info("no CUDA device: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
-    elif ":" in device and int(device[5:]) >= torch.cuda.device_count():
-        raise ValueError(
-            f"MODEL.DEVICE must name one of the {torch.cuda.device_count()} GPUs, got {device!r}"
-        )
+    else:
+        check_device(device, "MODEL.DEVICE")
     if cfg.MODEL.DEVICE != "cpu":
         return
     if cfg.MODEL.SPATIAL_MAMBA.BN == "sync":

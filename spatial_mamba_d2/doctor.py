@@ -32,7 +32,13 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from spatial_mamba_d2.system import data_folder, install_detectron2
-from spatial_mamba_d2.system.cli import build_key_value_parser, log_to_stdout, run_tool
+from spatial_mamba_d2.system.cli import (
+    build_key_value_parser,
+    log_to_stdout,
+    run_tool,
+    show_traceback_in_debugging,
+)
+from spatial_mamba_d2.system.tool_errors import find_mistake
 
 DISTRIBUTION = "spatial-mamba-d2"
 SOURCES = Path(__file__).resolve().parents[1]  # of a package that is not installed, or editable
@@ -332,8 +338,7 @@ def check_coco(json_file: str, image_root: str) -> Finding:
     try:
         coco = load_coco(json_file, image_root, on_error="raise", check_decode=True)
     except (OSError, ValueError) as error:
-        fix = f"correct {json_file} or {image_root}, then check again"
-        return Finding("missing", str(error), fix)
+        return wrong_data(error, f"correct {json_file} or {image_root}, then check again")
     objects = sum(len(record["annotations"]) for record in coco.records)
     text = f"{len(coco.records)} images, {objects} annotations, {len(coco.categories)} categories"
     return Finding("note" if coco.notes else "ok", "\n  ".join([text, *coco.notes]))
@@ -346,7 +351,16 @@ def check_task(task: str, config_file: str, overrides: list[str]) -> Finding:
     try:
         return Finding("ok", "; ".join(train.check_data(config_file, overrides)))
     except (OSError, ValueError) as error:
-        return Finding("missing", str(error), "correct the data or the keys, then check again")
+        return wrong_data(error, "correct the data or the keys, then check again")
+
+
+def wrong_data(error: Exception, fix: str) -> Finding:
+    """What a check of data has found, while it is handled; raises it if it is a fault of ours."""
+    mistake = find_mistake(error)
+    if mistake is None:
+        raise error
+    show_traceback_in_debugging()
+    return Finding("missing", mistake.text, fix)
 
 
 CHECKS: dict[str, Check] = {
@@ -369,17 +383,21 @@ CHECKS: dict[str, Check] = {
 }
 
 
+def run_quietly(check: Check) -> Finding:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that packages raise about each other when imported
+        return check()
+
+
 def examine(check: Check) -> Finding:
-    """Run a check; a crash is a finding with its reason, not a traceback."""
+    """Run a check of the installation; a crash is a finding with its reason, not a traceback."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that packages raise about each other when imported
-            return check()
+        return run_quietly(check)
     except Exception as error:
         return Finding("missing", f"{type(error).__name__}: {error}")
 
 
-def report(checks: dict[str, Check]) -> bool:
+def report(checks: dict[str, Check], examine: Callable[[Check], Finding] = examine) -> bool:
     """Print every finding, and return whether nothing is missing."""
     width = max(map(len, checks))
     complete = True
@@ -409,10 +427,10 @@ def main(argv: list[str] | None = None) -> int:
     if not options.task and (options.config_file or options.opts):
         parser.error(f"--config-file and KEY VALUE need --task, one of {', '.join(TASKS)}")
     if options.coco:
-        return 0 if report({"coco": partial(check_coco, *options.coco)}) else 1
+        return 0 if report({"coco": partial(check_coco, *options.coco)}, run_quietly) else 1
     if options.task:
         check = partial(check_task, options.task, options.config_file, options.opts)
-        return 0 if report({"data": check}) else 1
+        return 0 if report({"data": check}, run_quietly) else 1
     complete = report(CHECKS)
     print("Detection can run here." if complete else "Detection needs the fixes above.")
     return 0 if complete else 1

@@ -331,6 +331,34 @@ def test_a_training_s_data(tmp_path, capsys):
     assert str(damaged) in capsys.readouterr().out
 
 
+def test_a_fault_of_ours_is_no_finding_about_data(coco_folder, capsys, monkeypatch):
+    """Nobody can correct data because of it: its traceback is what a report needs."""
+    from spatial_mamba_d2.data import coco
+
+    def broken(*args, **kwargs):
+        return int("x")
+
+    monkeypatch.setattr(coco, "load_coco", broken)
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        doctor.main(["--coco", str(coco_folder / "instances.json"), str(coco_folder)])
+    pytest.importorskip("lightning")
+    train = importlib.import_module("spatial_mamba_d2.classification.train")
+    monkeypatch.setattr(train, "check_data", broken)
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        doctor.main(["--task", "classification"])
+    assert "missing" not in capsys.readouterr().out
+
+
+def test_debugging_shows_where_a_finding_about_data_comes_from(tmp_path, capsys, monkeypatch):
+    words = ["--coco", str(tmp_path / "absent.json"), str(tmp_path)]
+    assert doctor.main(words) == 1
+    quiet = capsys.readouterr()
+    assert "absent.json" in quiet.out and quiet.err == ""
+    monkeypatch.setenv("SMD2_DEBUG", "1")
+    assert doctor.main(words) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
 def test_keys_need_a_task(capsys):
     with pytest.raises(SystemExit, match="2"):
         doctor.main(["DATASETS.ROOT", "x"])

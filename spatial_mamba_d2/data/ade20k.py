@@ -135,6 +135,7 @@ def check_split(
     value_range: PixelRange | None = None,
     on_error: OnError = "raise",
     check_decode: bool = False,
+    root_name: str = "DATASETS.ROOT",
 ) -> CheckedSplit:
     """The usable pairs of a split, every label file read and every image's size compared.
 
@@ -146,13 +147,14 @@ def check_split(
         on_error: ``"raise"`` reports all faults together; ``"skip"`` skips those pairs and warns
             with their number for each kind of fault.
         check_decode: also decode every image, which finds damaged and truncated ones.
+        root_name: what names ``root``, for errors.
 
     Raises:
         FileNotFoundError: a folder does not exist.
         ValueError: no pair is usable; with ``"raise"``, any fault.
     """
     check_on_error(on_error)
-    pairs, faults = find_pairs(root, split, layout)
+    pairs, faults = find_pairs(root, split, layout, root_name=root_name)
 
     def check() -> dict[str, Any]:
         pixels = np.zeros(IGNORE + 1, np.int64)

@@ -47,12 +47,13 @@ class Layout:
 
 
 def find_pairs(
-    root: str | Path, split: str, layout: Layout | None = None
+    root: str | Path, split: str, layout: Layout | None = None, *, root_name: str = "DATASETS.ROOT"
 ) -> tuple[list[Pair], list[Fault]]:
     """The pairs of a split, in the order of their names, and what is wrong with the other files.
 
     Args:
         split: the name of a folder, or a text file in ``root`` with one name a line.
+        root_name: what names ``root``, for errors.
 
     Raises:
         FileNotFoundError: a folder or the file of names does not exist.
@@ -61,7 +62,7 @@ def find_pairs(
     root, layout = Path(root), layout or Layout()
     listed = _read_names(root, split) if is_list(root, split) else None
     folders = [
-        _folder(root, template, None if listed is not None else split)
+        _folder(root, template, None if listed is not None else split, root_name)
         for template in (layout.image_folder, layout.label_folder)
     ]
     image_files, label_files = ({}, {}) if listed == [] else map(_files, folders)
@@ -107,10 +108,10 @@ def _parts(template: str, split: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def _folder(root: Path, template: str, split: str | None) -> Path:
+def _folder(root: Path, template: str, split: str | None, root_name: str) -> Path:
     folder = Path(root, *_parts(template, split or ""))
     if not folder.is_dir():
-        raise no_such("DATASETS.ROOT", folder, "folder", TREE)
+        raise no_such(root_name, folder, "folder", TREE)
     return folder
 
 

@@ -47,6 +47,17 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return ResizeTransform(pillow.h, pillow.w, max(1, pillow.new_h), max(1, pillow.new_w))
 
 
+class RandomCrop(T.RandomCrop):
+    """Detectron2's ``RandomCrop``, in whole pixels (its sides may be 384.0), of which one is left.
+
+    Without that, it fails on sides in pixels, and on small shares of small images.
+    """
+
+    def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = super().get_crop_size(image_size)
+        return max(1, int(height)), max(1, int(width))
+
+
 class OneOf(T.Augmentation):
     """One of two lists of augmentations, each with probability 1/2."""
 
@@ -70,12 +81,12 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     if cfg.INPUT.RESIZE_CROP.ENABLED:
         crop = [
             ResizeShortestEdge(cfg.INPUT.RESIZE_CROP.SIZES, max_size, "choice"),
-            T.RandomCrop("absolute_range", cfg.INPUT.RESIZE_CROP.CROP_RANGE),
+            RandomCrop("absolute_range", cfg.INPUT.RESIZE_CROP.CROP_RANGE),
             resize,
         ]
         augmentations = [OneOf([resize], crop)]
     if cfg.INPUT.CROP.ENABLED:
-        augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+        augmentations.insert(0, RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
     if cfg.INPUT.RANDOM_FLIP != "none":
         augmentations.append(
             T.RandomFlip(

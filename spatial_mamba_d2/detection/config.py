@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -23,6 +23,7 @@ from spatial_mamba_d2.config import (
     require_above_0,
     require_at_least,
     require_between,
+    require_length,
     require_low_high,
     require_one_of,
     require_whole,
@@ -33,10 +34,19 @@ from spatial_mamba_d2.detection.unused_keys import check_unused_keys
 _POOLERS = ("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated")
 _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 _NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+_GROUPS = 32  # of GN
+# Whose IN_FEATURES a detector uses; the anchors are on those of the first
+_PARTS_WITH_FEATURES = {
+    "GeneralizedRCNN": ("RPN", "ROI_HEADS"),
+    "PanopticFPN": ("RPN", "ROI_HEADS"),
+    "ProposalNetwork": ("RPN",),
+    "RetinaNet": ("RETINANET",),
+}
 # Rules for Detectron2's keys, which it does not check, and for ours
 _CHOICES: dict[str, Collection[Any]] = {
     "VERSION": (2,),
     "INPUT.FORMAT": ("RGB", "BGR"),
+    "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
@@ -53,7 +63,9 @@ _CHOICES: dict[str, Collection[Any]] = {
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLERS,
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
     "MODEL.FPN.NORM": _NORMS,
+    "MODEL.RETINANET.NORM": _NORMS,
     "MODEL.ROI_BOX_HEAD.NORM": _NORMS,
     "MODEL.ROI_MASK_HEAD.NORM": _NORMS,
 }
@@ -77,13 +89,21 @@ _MINIMA = {
     "MODEL.ROI_BOX_HEAD.NUM_CONV": 0,
     "MODEL.ROI_BOX_HEAD.NUM_FC": 0,
     "MODEL.ROI_MASK_HEAD.NUM_CONV": 0,
+    "MODEL.RETINANET.NUM_CLASSES": 1,
+    "MODEL.RETINANET.NUM_CONVS": 1,
+    "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": 0,
+    "MODEL.RETINANET.TOPK_CANDIDATES_TEST": 1,
     "TEST.DETECTIONS_PER_IMAGE": 1,
+    "TEST.PRECISE_BN.NUM_ITER": 1,
+    "VIS_PERIOD": 0,
 }
 _ABOVE_0 = (
     "INPUT.MIN_SIZE_TRAIN",
     "INPUT.MAX_SIZE_TRAIN",
     "INPUT.MAX_SIZE_TEST",
     "INPUT.RESIZE_CROP.SIZES",
+    "TEST.AUG.MIN_SIZES",
+    "TEST.AUG.MAX_SIZE",
     "SOLVER.STEPS",
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
     "MODEL.FPN.OUT_CHANNELS",
@@ -108,6 +128,9 @@ _FRACTIONS = (  # 0 and 1 included
     "MODEL.RPN.IOU_THRESHOLDS",
     "MODEL.RPN.NMS_THRESH",
     "MODEL.ROI_HEADS.IOU_THRESHOLDS",
+    "MODEL.RETINANET.IOU_THRESHOLDS",
+    "MODEL.RETINANET.SCORE_THRESH_TEST",
+    "MODEL.RETINANET.NMS_THRESH_TEST",
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
     "MODEL.ROI_HEADS.NMS_THRESH_TEST",
 )
@@ -157,51 +180,148 @@ def detection_defaults() -> CfgNode:
     return cfg
 
 
+def _feature_maps(model: CfgNode) -> tuple[list[str], str] | None:
+    """Names of the feature maps of our backbones, from fine to coarse, and what they come from."""
+    bare = list(model.SPATIAL_MAMBA.OUT_FEATURES)
+    if model.BACKBONE.NAME == "build_spatial_mamba_backbone":
+        return bare, "MODEL.SPATIAL_MAMBA.OUT_FEATURES"
+    if model.BACKBONE.NAME != "build_spatial_mamba_fpn_backbone":
+        return None
+    levels = [f"res{n}" for n in range(2, 6)]
+    used = list(model.FPN.IN_FEATURES)
+    if used not in (levels[first:] for first in range(4)):  # p6 is pooled from res5's p5
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES must be {levels} or the last ones of these, got {used}"
+        )
+    if missing := [name for name in used if name not in bare]:
+        raise ValueError(
+            f"MODEL.SPATIAL_MAMBA.OUT_FEATURES must have {', '.join(missing)} of "
+            f"MODEL.FPN.IN_FEATURES, got {bare}"
+        )
+    return [f"p{n}" for n in range(6 - len(used), 7)], "the pyramid of MODEL.FPN.IN_FEATURES"
+
+
 def _check_features(cfg: CfgNode) -> None:
-    """Names of feature maps, and the number of lists of anchors, of two-stage detectors."""
+    """Names of feature maps, and the lists of anchors."""
     model = cfg.MODEL
-    if model.META_ARCHITECTURE not in ("GeneralizedRCNN", "PanopticFPN"):
+    parts = _PARTS_WITH_FEATURES.get(model.META_ARCHITECTURE)
+    if parts is None:
         return
-    if model.BACKBONE.NAME == "build_spatial_mamba_fpn_backbone":
-        levels = [f"res{n}" for n in range(2, 6)]
-        used = list(model.FPN.IN_FEATURES)
-        if used not in (levels[first:] for first in range(4)):  # p6 is pooled from res5's p5
+    maps = _feature_maps(model)
+    for part in parts:
+        used = list(model[part].IN_FEATURES)
+        if not used:
+            raise ValueError(f"MODEL.{part}.IN_FEATURES must be at least one, got none")
+        if maps and (unknown := set(used) - set(maps[0])):
             raise ValueError(
-                f"MODEL.FPN.IN_FEATURES must be {levels} or the last ones of these, got {used}"
+                f"MODEL.{part}.IN_FEATURES must be among {', '.join(maps[0])}, which {maps[1]} "
+                f"has, got {', '.join(sorted(unknown))}"
             )
-        pyramid = [f"p{n}" for n in range(6 - len(used), 7)]
-        for part in ("RPN", "ROI_HEADS"):
-            if unknown := set(model[part].IN_FEATURES) - set(pyramid):
-                raise ValueError(
-                    f"MODEL.{part}.IN_FEATURES must be among {', '.join(pyramid)}, which the "
-                    f"pyramid of MODEL.FPN.IN_FEATURES has, got {', '.join(sorted(unknown))}"
-                )
-    num_features = len(model.RPN.IN_FEATURES)
+    _check_anchors(
+        model.ANCHOR_GENERATOR, f"MODEL.{parts[0]}.IN_FEATURES", len(model[parts[0]].IN_FEATURES)
+    )
+
+
+def _check_anchors(anchors: CfgNode, features: str, num_features: int) -> None:
     for key in ("SIZES", "ASPECT_RATIOS"):
-        if (number := len(model.ANCHOR_GENERATOR[key])) not in (1, num_features):
+        if (number := len(anchors[key])) not in (1, num_features):
             raise ValueError(
                 f"MODEL.ANCHOR_GENERATOR.{key} must be one list or {num_features}, one for "
-                f"each of MODEL.RPN.IN_FEATURES, got {number}"
+                f"each of {features}, got {number}"
             )
+    sizes, ratios = (list(map(len, anchors[key])) for key in ("SIZES", "ASPECT_RATIOS"))
+    length = max(len(sizes), len(ratios))
+    numbers = [
+        size * ratio
+        for size, ratio in zip(
+            sizes * (length // len(sizes)), ratios * (length // len(ratios)), strict=True
+        )
+    ]
+    if len(set(numbers)) != 1 or 0 in numbers:
+        raise ValueError(
+            "MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS must give each feature map the same "
+            f"number of anchors, at least 1, got {numbers}"
+        )
+
+
+def _check_matching(cfg: CfgNode) -> None:
+    """Overlaps of boxes with objects, and what a box is between two of them."""
+    for part in ("RPN", "ROI_HEADS", "RETINANET"):
+        thresholds, labels = cfg.MODEL[part].IOU_THRESHOLDS, cfg.MODEL[part].IOU_LABELS
+        key = f"MODEL.{part}.IOU_THRESHOLDS"
+        if not thresholds or list(thresholds) != sorted(thresholds) or thresholds[0] == 0:
+            raise ValueError(f"{key} must be ascending and above 0, got {thresholds}")
+        if len(labels) != len(thresholds) + 1 or not set(labels) <= {-1, 0, 1}:
+            raise ValueError(
+                f"MODEL.{part}.IOU_LABELS must be one more than {key}, {len(thresholds) + 1}, each "
+                f"of them -1 (ignored), 0 (background) or 1 (object), got {labels}"
+            )
+
+
+def _check_group_norm(cfg: CfgNode) -> None:
+    model = cfg.MODEL
+    for norm, channels, is_used in (
+        ("FPN.NORM", "FPN.OUT_CHANNELS", True),
+        ("RETINANET.NORM", "FPN.OUT_CHANNELS", model.META_ARCHITECTURE == "RetinaNet"),
+        ("ROI_BOX_HEAD.NORM", "ROI_BOX_HEAD.CONV_DIM", model.ROI_BOX_HEAD.NUM_CONV > 0),
+        ("ROI_MASK_HEAD.NORM", "ROI_MASK_HEAD.CONV_DIM", model.MASK_ON),
+    ):
+        (part, key), (its_part, its_key) = norm.split("."), channels.split(".")
+        number = model[its_part][its_key]
+        if is_used and model[part][key] == "GN" and number % _GROUPS:
+            raise ValueError(
+                f"MODEL.{channels} must be a multiple of {_GROUPS}, the groups of MODEL.{norm} GN, "
+                f"got {number}"
+            )
+
+
+def _check_crop(cfg: CfgNode) -> None:
+    kind, size = cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE
+    require_length(cfg, {"INPUT.CROP.SIZE": 2})
+    if kind.startswith("relative"):
+        require_between(cfg, ("INPUT.CROP.SIZE",), 0, 1, include_low=False)
+    elif any(side < 1 or side != int(side) for side in size):
+        raise ValueError(f"INPUT.CROP.SIZE must be whole numbers above 0 for {kind}, got {size}")
+    if kind == "absolute_range":
+        require_low_high(cfg, ("INPUT.CROP.SIZE",))
 
 
 def _check_values(cfg: CfgNode) -> None:
-    require_one_of(cfg, {**_CHOICES, **{k: dict(r) for k, r in _REGISTRIES.items()}})
+    def used(keys: Iterable[str]) -> Iterator[str]:
+        return (k for k in keys if cfg.MODEL.MASK_ON or not k.startswith("MODEL.ROI_MASK_HEAD."))
+
+    choices = {**_CHOICES, **{k: dict(r) for k, r in _REGISTRIES.items()}}
+    require_one_of(cfg, {k: choices[k] for k in used(choices)})
     proposals = ("PrecomputedProposals", *dict(PROPOSAL_GENERATOR_REGISTRY))
     require_one_of(cfg, {"MODEL.PROPOSAL_GENERATOR.NAME": proposals})
     require_one_of(cfg, {"MODEL.ROI_BOX_HEAD.NAME": ("", *dict(ROI_BOX_HEAD_REGISTRY))})
     _check_features(cfg)
-    require_at_least(cfg, _MINIMA)
-    require_above_0(cfg, _ABOVE_0)
+    require_at_least(cfg, {k: _MINIMA[k] for k in used(_MINIMA)})
+    require_above_0(cfg, used(_ABOVE_0))
     require_between(cfg, _FRACTIONS, 0, 1)
     require_between(cfg, _SHARES, 0, 1, include_low=False)
     require_whole(cfg, _WHOLE)
     require_low_high(cfg, ("INPUT.RESIZE_CROP.CROP_RANGE",))
-    sizes, steps = cfg.INPUT.MIN_SIZE_TRAIN, cfg.SOLVER.STEPS
-    if not sizes:
-        raise ValueError("INPUT.MIN_SIZE_TRAIN must be at least one side in pixels, got none")
+    _check_crop(cfg)
+    _check_matching(cfg)
+    _check_group_norm(cfg)
+    _check_sizes(cfg)
+    _check_schedule(cfg)
+
+
+def _check_sizes(cfg: CfgNode) -> None:
+    required = {"INPUT.MIN_SIZE_TRAIN": cfg.INPUT.MIN_SIZE_TRAIN}
+    if cfg.TEST.AUG.ENABLED:
+        required["TEST.AUG.MIN_SIZES"] = cfg.TEST.AUG.MIN_SIZES
+    for key, sizes in required.items():
+        if not sizes:
+            raise ValueError(f"{key} must be at least one side in pixels, got none")
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
         require_low_high(cfg, ("INPUT.MIN_SIZE_TRAIN",))
+
+
+def _check_schedule(cfg: CfgNode) -> None:
+    steps = cfg.SOLVER.STEPS
     if list(steps) != sorted(set(steps)):
         raise ValueError(f"SOLVER.STEPS must be ascending, got {steps}")
     if cfg.SOLVER.BASE_LR_END > cfg.SOLVER.BASE_LR:

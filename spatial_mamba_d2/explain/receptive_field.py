@@ -27,6 +27,7 @@ from spatial_mamba_d2.explain.backbones import (
     read_square_images,
     stage_maps,
 )
+from spatial_mamba_d2.system.devices import check_device
 from spatial_mamba_d2.system.tables import console_table
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def plot_receptive_fields(
         overwrite: replace these files in ``output``; never an input.
 
     Raises:
-        FileNotFoundError, ValueError: models, weights or images are unusable.
+        FileNotFoundError, ValueError: models, weights, images or the device are unusable.
     """
     weights = weights or [None] * len(models)
     if len(weights) != len(models):
@@ -205,6 +206,7 @@ def plot_receptive_fields(
         )
     if len(set(models)) != len(models):
         raise ValueError(f"models must be different ones, got {', '.join(models)}")
+    check_device(device, "device")
     planned = [output / f"erf.{suffix}" for suffix in ("png", "json", "npz")]
     check_results(planned, inputs, weights, overwrite=overwrite)
     images = read_square_images(inputs, num_images, size_px)

@@ -77,7 +77,7 @@ def run_benchmark(
         fitted to seconds over pixels, and has dictionaries by pixels in place of numbers.
 
     Raises:
-        ValueError: no such task, a size below 1, or a device that is not available.
+        ValueError: no such task, a number below 1, or a device that is not available.
         RuntimeError: the results of two candidates that must agree do not.
     """
     if task not in TASKS:
@@ -85,6 +85,8 @@ def run_benchmark(
     for name, value in {"height": height, "width": width, "batch": batch, "rounds": rounds}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
     if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
         available = DEVICES if torch.cuda.is_available() else DEVICES[:1]
         raise ValueError(f"device must be one of {', '.join(available)} here, got {device!r}")

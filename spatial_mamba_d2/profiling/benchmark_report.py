@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from spatial_mamba_d2.data.outputs import check_outputs
 from spatial_mamba_d2.profiling.benchmark import run_benchmark
 from spatial_mamba_d2.profiling.candidates import is_float32
 from spatial_mamba_d2.system.tables import markdown_table
@@ -33,6 +34,7 @@ def report(
 
     They are in ``output``/benchmark_*.{md,json,png}. See :func:`.run_benchmark` for the others.
     """
+    check_outputs([output / "benchmark.md"], [], overwrite=True)
     for num_threads in threads:
         result = run_benchmark(
             task, height, width, batch, rounds, num_threads, device, compile,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from spatial_mamba_d2.data.outputs import check_outputs
 from spatial_mamba_d2.profiling import dram_model
 from spatial_mamba_d2.profiling.dram_model import (
     BANDWIDTH_TB_S,
@@ -94,7 +95,11 @@ def report(output: Path) -> int:
 
     Returns:
         0, or 1 if a kernel spills registers or exceeds its budget of them.
+
+    Raises:
+        ValueError: ``output`` is a file, or cannot be written.
     """
+    check_outputs([output / "cuda_report.md"], [], overwrite=True)
     parts = [
         "DRAM bytes of one SSM core, from u, delta, B, C to y (a model; nothing was timed)",
         dram_table(),

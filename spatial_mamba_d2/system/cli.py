@@ -38,10 +38,15 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         if mistake is None:
             raise
         sys.stdout.flush()
-        if os.environ.get("SMD2_DEBUG") == "1":
-            traceback.print_exc()
+        show_traceback_in_debugging()
         print(f"error: {mistake.text}", file=sys.stderr)
         sys.exit(mistake.exit_code)
+
+
+def show_traceback_in_debugging() -> None:
+    """Print the traceback of the exception that is handled, with ``SMD2_DEBUG=1``."""
+    if os.environ.get("SMD2_DEBUG") == "1":
+        traceback.print_exc()
 
 
 class _KeyValueParser(argparse.ArgumentParser):

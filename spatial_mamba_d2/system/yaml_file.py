@@ -11,6 +11,13 @@ from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.unicode_text import decode_unicode
 
 BASE = "_BASE_"
+MAX_VALUES = 100_000  # of one file, counting what an alias repeats
+
+
+_NO_CODE = (
+    "\nSuch a tag runs code, which is refused; write the values that it stands for, such as "
+    "SIZES: [[32, 40, 50], [64, 80, 101]]"
+)
 
 
 class Document(NamedTuple):
@@ -72,10 +79,12 @@ def _parse(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     try:
         content = yaml.load(decode_unicode(data), _Loader)  # derived from SafeLoader: runs no code
+        _check_aliases(content)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: must be text in UTF-8: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: impossible dates
-        raise ValueError(f"{path}: not plain YAML: {error}") from None
+        hint = _NO_CODE if "tag:yaml.org,2002:python/" in str(error) else ""
+        raise ValueError(f"{path}: not plain YAML: {error}{hint}") from None
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
     if content is None:
@@ -85,3 +94,22 @@ def _parse(path: Path) -> dict[str, Any]:
             f"{path}: must hold KEY: VALUE, got {type(content).__name__} {str(content)[:60]!r}"
         )
     return content
+
+
+def _check_aliases(content: Any) -> None:
+    """Raises ValueError if a value contains itself, or aliases repeat values without end."""
+    num_values = 0
+
+    def visit(value: Any, outer: frozenset[int]) -> None:
+        nonlocal num_values
+        num_values += 1
+        if num_values > MAX_VALUES:
+            raise ValueError(f"must have at most {MAX_VALUES} values; aliases (*) repeat them")
+        if not isinstance(value, (dict, list)):
+            return
+        if id(value) in outer:
+            raise ValueError("a value contains itself, by an alias (*)")
+        for element in value.values() if isinstance(value, dict) else value:
+            visit(element, outer | {id(value)})
+
+    visit(content, frozenset())

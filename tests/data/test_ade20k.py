@@ -329,6 +329,11 @@ def test_an_archive_is_unpacked_and_checked(root, tree, tmp_path, capsys):
         prepare(root, [*arguments[:-1], 2])
 
 
+def test_a_missing_folder_is_named_by_its_argument(root, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"^--root: no such folder: {tmp_path}/absent/im"):
+        prepare(root, ["--root", tmp_path / "absent"])
+
+
 def test_classes_are_counted_and_what_cannot_be_meant_is_refused(root, tmp_path, capsys):
     label = np.zeros((40, 50), np.uint8)
     label[:10] = 255

@@ -78,6 +78,26 @@ def test_three_times_recipe_crops_half_of_the_images(root):
     assert {480, 800} <= shortest and len(shortest) >= 8
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "low", "high"),
+    [
+        ("absolute", "[20, 30]", (20, 30), (20, 30)),
+        ("absolute", "[500, 30]", (40, 30), (40, 30)),  # no more than the image has
+        ("absolute_range", "[20, 30]", (20, 20), (30, 30)),
+        ("relative", "[0.5, 0.25]", (20, 15), (20, 15)),
+        ("relative", "[0.001, 0.001]", (1, 1), (1, 1)),
+        ("relative_range", "[0.5, 0.25]", (20, 15), (40, 60)),
+    ],
+)
+def test_crops_of_each_type(kind, size, low, high):
+    words = ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", kind, "INPUT.CROP.SIZE", size]
+    crop, *_ = build_augmentation(load_config(None, words), is_train=True)
+    image = np.zeros((40, 60, 3), np.uint8)
+    for _ in range(5):
+        height, width, _ = crop.get_transform(image).apply_image(image).shape
+        assert low[0] <= height <= high[0] and low[1] <= width <= high[1]
+
+
 @pytest.mark.parametrize("flip", ["none", "horizontal", "vertical"])
 def test_flip(flip):
     augmentations = build_augmentation(load_config(None, ["INPUT.RANDOM_FLIP", flip]), True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
 
 from spatial_mamba_d2.detection.config import add_spatial_mamba_config, load_config
 
@@ -79,6 +80,42 @@ def test_recipes(name, root):
         (["MODEL.FPN.NORM", "Batch"], "MODEL.FPN.NORM must be one of .*FrozenBN.*got 'Batch'"),
         (["MODEL.RPN.HEAD_NAME", "Head"], "RPN.HEAD_NAME must be one of .*StandardRPNHead"),
         (["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "Max"], "POOLER_TYPE must be one of ROIAlign, "),
+        (["INPUT.CROP.TYPE", "bogus"], "INPUT.CROP.TYPE must be one of relative, .*got 'bogus'"),
+        (["INPUT.CROP.SIZE", "[0, 0.5]"], r"CROP.SIZE must be in \(0, 1\], got \[0.0, 0.5\]"),
+        (["INPUT.CROP.SIZE", "[0.5]"], r"CROP.SIZE must have 2 elements, got \[0.5\]"),
+        (
+            ["INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", "[0.9, 64]"],
+            "CROP.SIZE must be whole numbers above 0 for absolute, got",
+        ),
+        (
+            ["INPUT.CROP.TYPE", "absolute_range", "INPUT.CROP.SIZE", "[64, 32]"],
+            r"CROP.SIZE must be \(low, high\)",
+        ),
+        (
+            ["MODEL.RPN.IOU_THRESHOLDS", "[0.7, 0.3]"],
+            r"RPN.IOU_THRESHOLDS must be ascending and above 0, got \[0.7, 0.3\]",
+        ),
+        (["MODEL.ROI_HEADS.IOU_THRESHOLDS", "[]"], r"ROI_HEADS.IOU_THRESHOLDS must .*got \[\]"),
+        (
+            ["MODEL.RPN.IOU_LABELS", "[0, 1]"],
+            r"RPN.IOU_LABELS must be one more than .*THRESHOLDS, 3, .*got \[0, 1\]",
+        ),
+        (["MODEL.RPN.IOU_LABELS", "[0, 2, 1]"], r"IOU_LABELS .*got \[0, 2, 1\]"),
+        (
+            ["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", "100"],
+            "FPN.OUT_CHANNELS must be a multiple of 32, the groups of MODEL.FPN.NORM GN, got 100",
+        ),
+        (
+            ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "()"],
+            "TEST.AUG.MIN_SIZES must be at least one side in pixels, got none",
+        ),
+        (["TEST.AUG.MIN_SIZES", "(0,)"], r"TEST.AUG.MIN_SIZES must be above 0, got \(0,\)"),
+        (["TEST.PRECISE_BN.NUM_ITER", "0"], "PRECISE_BN.NUM_ITER must be at least 1, got 0"),
+        (["VIS_PERIOD", "-3"], "VIS_PERIOD must be at least 0, got -3"),
+        (
+            ["MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", ""],
+            "ROI_MASK_HEAD.NAME must be one of .*MaskRCNNConvUpsampleHead",
+        ),
         (["VERSION", "1"], "VERSION must be one of 2, got 1"),
         (["DATASETS.TRAIN_JSON", "a.json"], "TRAIN_JSON and DATASETS.TRAIN_IMAGES must be given"),
     ],
@@ -99,11 +136,56 @@ def test_bad_values_are_named(overrides, message):
         (["MODEL.RPN.IN_FEATURES", "['p2', 'p7']"], "must be among p2, p3, p4, p5, p6, .*got p7"),
         (["MODEL.ROI_HEADS.IN_FEATURES", "['res4']"], "ROI_HEADS.IN_FEATURES must be among p2"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]"], "must be one list or 5, one for .*got 2"),
+        (
+            ["MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16], [32], [64], [128, 256]]"],
+            r"same number of anchors, at least 1, got \[3, 3, 3, 3, 6\]",
+        ),
+        (["MODEL.RPN.IN_FEATURES", "[]"], "RPN.IN_FEATURES must be at least one, got none"),
+        (
+            ["MODEL.SPATIAL_MAMBA.OUT_FEATURES", "['res4', 'res5']"],
+            "OUT_FEATURES must have res2, res3 of MODEL.FPN.IN_FEATURES",
+        ),
+        (
+            ["MODEL.META_ARCHITECTURE", "ProposalNetwork", "MODEL.RPN.IN_FEATURES", "['p7']"],
+            "RPN.IN_FEATURES must be among p2, p3, p4, p5, p6, .*got p7",
+        ),
+        (
+            ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.MASK_ON", "False"],
+            "RETINANET.IN_FEATURES must be among p2, p3, p4, p5, p6, .*got p7",
+        ),
+        (
+            [
+                "MODEL.META_ARCHITECTURE",
+                "RetinaNet",
+                "MODEL.MASK_ON",
+                "False",
+                "MODEL.RETINANET.IN_FEATURES",
+                "['p4', 'p5', 'p6']",
+            ],
+            "SIZES must be one list or 3, one for each of MODEL.RETINANET.IN_FEATURES, got 5",
+        ),
     ],
 )
 def test_names_of_feature_maps(overrides, message, root):
     with pytest.raises(ValueError, match=message):
         load_config(root / "configs/mask_rcnn_spatial_mamba_t.yaml", overrides)
+
+
+def test_a_retinanet_of_our_pyramid(root):
+    """What the checks accept can be built."""
+    words = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.MASK_ON", "False", "MODEL.DEVICE",
+             "cpu", "MODEL.RETINANET.IN_FEATURES", "['p3', 'p4', 'p5', 'p6']",
+             "MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64], [128], [256]]",
+             "MODEL.RETINANET.NORM", "GN"]  # fmt: skip
+    cfg = load_config(root / "configs/demo_mask_rcnn_spatial_mamba_t.yaml", words)
+    model = build_model(cfg)
+    assert list(model.head_in_features) == ["p3", "p4", "p5", "p6"]
+    assert model.head.cls_score.out_channels == 3 * 80
+
+
+def test_keys_of_the_mask_head_count_with_masks_only():
+    words = ["MODEL.ROI_MASK_HEAD.NAME", "", "MODEL.ROI_MASK_HEAD.CONV_DIM", "0"]
+    assert load_config(None, words).MODEL.ROI_MASK_HEAD.NAME == ""
 
 
 def test_sides_of_anchors_may_be_fractions():

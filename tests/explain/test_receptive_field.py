@@ -146,6 +146,10 @@ def test_what_cannot_be_shown_is_an_error(tmp_path):
         plot_receptive_fields(
             ["spatial_mamba_tiny"], [], [tmp_path / "absent.jpg"], tmp_path, **options
         )
+    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N, got 'bogus'"):
+        plot_receptive_fields(
+            ["spatial_mamba_tiny"], [], [], tmp_path, **{**options, "device": "bogus"}
+        )
     for name, value in (("num_images", 0), ("size_px", 8)):
         with pytest.raises(ValueError, match=f"{name} must be at least"):
             plot_receptive_fields(

@@ -120,7 +120,8 @@ def test_a_missing_gpu_is_reported(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(("fly", 64, 64), "task must be one of op, backbone, train, growth, detector, got 'fly'"),
-     (("op", 0, 64), "height must be at least 1, got 0")],
+     (("op", 0, 64), "height must be at least 1, got 0"),
+     (("op", 64, 64, 1, 1, 0), "threads must be at least 1, got 0")],
 )  # fmt: skip
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from spatial_mamba_d2.profiling import cuda_report
 from spatial_mamba_d2.profiling.dram_model import stage_problems
 
@@ -34,6 +36,13 @@ def test_the_report_is_written(tmp_path, capsys):
     launch = figures["stages"][0]["ours"][-1]
     assert launch["writes"] == [{"name": "y", "shape": [1, 200, 320, 128], "element_bytes": 4}]
     assert launch["written_bytes"] == 4 * 200 * 320 * 128
+
+
+def test_a_file_in_place_of_the_folder_is_named_before_any_work(tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match=f"{tmp_path}/taken must be a folder, and is a file"):
+        cuda_report.report(tmp_path / "taken")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_missing_cuobjdump_is_reported(tmp_path, capsys, monkeypatch):

@@ -8,6 +8,9 @@ import pytest
 
 from spatial_mamba_d2.system.yaml_file import read_yaml
 
+# 40 lines, each of which has the value of the line before twice
+DOUBLING = "A0: &a0 1\n" + "".join(f"A{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -28,6 +31,13 @@ from spatial_mamba_d2.system.yaml_file import read_yaml
         ("[A, B]: 1\n", "not plain YAML: .*line 1: not a key"),
         ("SEED: 2024-99-99\n", "not plain YAML"),
         (f"SEED: {'[' * 1000}\n", "nested too deeply|not plain YAML"),
+        ("SOLVER: &s\n  BASE_LR: *s\n", r"not plain YAML: a value contains itself, by an alias"),
+        ("A: &a [1, [*a]]\n", r"not plain YAML: a value contains itself, by an alias"),
+        (DOUBLING, "not plain YAML: must have at most 100000 values; aliases"),
+        (
+            "A: !!python/object/apply:eval ['[[2 ** n] for n in (5, 6)]']\n",
+            r"not plain YAML: .*object/apply:eval.* runs code, which is refused; write the values",
+        ),
         ("_BASE_: 3\n", "_BASE_ must name a file or a list of files, got 3"),
         ("_BASE_: https://host/a.yaml\n", "_BASE_ must name a file"),
         ("_BASE_: .\n", "_BASE_: must be a file, got the folder /"),
@@ -67,6 +77,13 @@ def test_bases_come_first_and_may_be_shared(tmp_path):
     documents = read_yaml(tmp_path / "a.yaml")
     assert [content for _, content in documents] == [{"C": 3}, {"B": 2}, {"C": 3}, {"A": 1}]
     assert [path.name for path, _ in documents] == ["c.yaml", "b.yaml", "c.yaml", "a.yaml"]
+
+
+def test_aliases_repeat_values(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("A: &a {B: [1, 2]}\nC: *a\nD: [*a, *a]\n")
+    a = {"B": [1, 2]}
+    assert read_yaml(path)[0].content == {"A": a, "C": a, "D": [a, a]}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
