@@ -38,7 +38,10 @@ from spatial_mamba_d2.system.once import once_per_machine
 
 logger = logging.getLogger(__name__)
 
-# Skipped with a warning, but no reason to refuse a data set: COCO train2017 itself has two.
+# Skipped with a warning, but no reason to refuse a data set: COCO train2017 itself has two boxes
+# without area. They are not evaluated either, although pycocotools counts them as missed objects:
+# nothing can match them, and it cannot read all their masks. Files without such boxes, as COCO
+# val2017, are evaluated as they are, and all other annotations in any case as pycocotools does.
 HARMLESS = (EMPTY_BOX, REPEATED)
 # Up to this share, crowds are what COCO means by them; above, probably what a tool makes of masks.
 USUAL_CROWDS = 0.1
@@ -168,7 +171,7 @@ def load_coco(
         list(records.values()),
         [fault for fault in faults if fault.kind not in HARMLESS],
         [note for note, _ in notes],
-        bool(found["changes"] or found["renumber"]) or not _is_plain(json_file, content),
+        bool(faults or found["changes"] or found["renumber"]) or not _is_plain(json_file, content),
         {
             category["id"]: [str(name) for name in category["keypoints"]]
             for _, category in usable("categories")
