@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 OnError = Literal["raise", "skip"]
 Item = TypeVar("Item")  # what names a sample: a record, a pair of files, a file and its class
 MAX_SHOWN = 10  # faults of each kind that a message lists
-CHECKS_VERSION = 2  # increase it when a check finds other faults than before
+CHECKS_VERSION = 3  # increase it when a check finds other faults than before
 
 
 class Fault(NamedTuple):
