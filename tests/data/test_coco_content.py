@@ -122,6 +122,34 @@ def test_boxes_that_are_no_problem_all_in_one_corner(load):
     assert note == "10 of 40 boxes reach out of their image by more than 2 px"
 
 
+def test_a_few_boxes_of_objects_that_are_cut_off(load):
+    """What leaves a small file's images is too little to tell another kind of box from."""
+    right = content(4, masks=False)
+    for annotation, box in zip(
+        right["annotations"],
+        ([171, 30, 32, 60], [10, 20, 30, 40], [20, 10, 50, 60], [50, 40, 60, 50]),
+        strict=True,
+    ):
+        annotation.update(bbox=box, area=box[2] * box[3])
+    dataset = load(right)
+    assert dataset.notes == ["1 of 4 boxes reach out of their image by more than 2 px"]
+    assert sum(len(record["annotations"]) for record in dataset.records) == 4
+
+
+def test_areas_tell_that_boxes_are_no_corners(load):
+    """Half of them leave their image, and all would fit as corners."""
+    right = content(masks=False)
+    for number, annotation in enumerate(right["annotations"]):
+        annotation["bbox"] = box = [60, 20, 100 + 2 * number, 70 + number % 9]
+        annotation["area"] = box[2] * box[3]
+    assert load(right).notes[0].endswith("of 40 boxes reach out of their image by more than 2 px")
+    for annotation in right["annotations"]:
+        x1, y1, x2, y2 = annotation["bbox"]
+        annotation["area"] = (x2 - x1) * (y2 - y1)
+    with pytest.raises(ValueError, match=r"they do fit as \[x1, y1, x2, y2\]"):
+        load(right)
+
+
 def test_a_single_box_of_another_kind_is_counted(load):
     mixed = content()
     x, y, w, h = mixed["annotations"][3]["bbox"]
