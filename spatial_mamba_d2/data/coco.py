@@ -21,7 +21,7 @@ from spatial_mamba_d2.data.coco_annotations import (
     whole_number,
 )
 from spatial_mamba_d2.data.coco_findings import SECTIONS, Findings, reject
-from spatial_mamba_d2.data.coco_images import Folders, Size, examine_images, measure_image
+from spatial_mamba_d2.data.coco_images import Folders, Size, examine_images, find_images, measure_image
 from spatial_mamba_d2.data.coco_masks import short
 from spatial_mamba_d2.data.faults import (
     CHECKS_VERSION,
@@ -106,8 +106,8 @@ def load_coco(
     if not os.path.isdir(image_root):
         raise no_such("image_root", image_root, "folder")
     content = _read_sections(json_file)
-    paths = [_path(image, image_root) for image in content["images"]]
     folders = Folders()
+    paths, notes = find_images(content["images"], image_root, folders)
     there = [path for path in paths if path and path in folders]
     missing = sorted({*filter(None, paths)} - {*there})
 
@@ -161,7 +161,7 @@ def load_coco(
             num_lost += 1
     faults = [Fault(kind, reason) for _, _, kind, reason in found["faults"]]
     settle_faults(faults, on_error, where=json_file, num_usable=len(records), harmless=HARMLESS)
-    notes = list(found["notes"])
+    notes += found["notes"]
     if num_lost:
         notes.append((f"{num_lost} annotations belong to images that are not used", True))
     for note, is_warning in notes:
@@ -178,12 +178,6 @@ def load_coco(
             if isinstance(category.get("keypoints"), list)
         },
     )
-
-
-def _path(image: Any, image_root: str | Path) -> str | None:
-    """The file of an image, None if its entry does not say."""
-    name = image.get("file_name") if isinstance(image, dict) else None
-    return os.path.abspath(os.path.join(image_root, name)) if isinstance(name, str) else None
 
 
 def _is_plain(json_file: str | Path, content: dict[str, Any]) -> bool:

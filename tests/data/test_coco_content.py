@@ -266,6 +266,36 @@ def test_one_name_for_several_categories(load):
     assert {a["category_id"] for r in dataset.records for a in r["annotations"]} == {1, 5}
 
 
+@pytest.mark.parametrize("split_is_root", [True, False])
+def test_images_that_only_have_a_url(load, tmp_path, split_is_root):
+    """As in LVIS, whose file names start with the folder of the split."""
+    if not split_is_root:
+        (tmp_path / "train2017").mkdir()
+        for name in ("a.png", "b.png"):
+            (tmp_path / name).rename(tmp_path / "train2017" / name)
+    lvis = content()
+    for image in lvis["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/train2017/{image.pop('file_name')}"
+    dataset = load(lvis)
+    folder = tmp_path if split_is_root else tmp_path / "train2017"
+    names = [record["file_name"] for record in dataset.records]
+    assert names == [str(folder / "a.png"), str(folder / "b.png")]
+    assert dataset.notes == ["file_name of images is missing, and was taken from coco_url: 2"]
+
+
+def test_file_names_with_backslashes(load, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "sub/a.png")
+    (tmp_path / "b.png").rename(tmp_path / "c\\b.png")  # as it is, where there is such a file
+    windows = content()
+    for image, name in zip(windows["images"], ("sub\\a.png", "c\\b.png"), strict=True):
+        image["file_name"] = name
+    dataset = load(windows)
+    found = [record["file_name"] for record in dataset.records]
+    assert found == [str(tmp_path / "sub/a.png"), str(tmp_path / "c\\b.png")]
+    assert dataset.notes == ["file_name of images has backslashes, and was read with slashes: 1"]
+
+
 def test_an_image_in_several_entries_is_named(load):
     """As a file for each class has it, when they are put together: each entry misses objects."""
     file = content()
