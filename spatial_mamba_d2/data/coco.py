@@ -21,7 +21,13 @@ from spatial_mamba_d2.data.coco_annotations import (
     whole_number,
 )
 from spatial_mamba_d2.data.coco_findings import SECTIONS, Findings, reject
-from spatial_mamba_d2.data.coco_images import Folders, Size, examine_images, find_images, measure_image
+from spatial_mamba_d2.data.coco_images import (
+    Folders,
+    Size,
+    examine_images,
+    find_images,
+    measure_image,
+)
 from spatial_mamba_d2.data.coco_masks import short
 from spatial_mamba_d2.data.faults import (
     CHECKS_VERSION,

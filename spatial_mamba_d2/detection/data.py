@@ -123,7 +123,7 @@ def load_dataset(
     Raises:
         FileNotFoundError: the json is missing.
         ValueError: broken images or annotations, an empty data set, other classes, or a number of
-            classes that is not ``MODEL.ROI_HEADS.NUM_CLASSES``.
+            classes that the detector does not have.
     """
     return _build(cfg, _read(cfg, name, is_train), is_train, classes)
 
