@@ -21,7 +21,13 @@ from spatial_mamba_d2.data.coco_annotations import (
     whole_number,
 )
 from spatial_mamba_d2.data.coco_findings import SECTIONS, Findings, reject
-from spatial_mamba_d2.data.coco_images import Folders, Size, examine_images, measure_image
+from spatial_mamba_d2.data.coco_images import (
+    Folders,
+    Size,
+    examine_images,
+    find_images,
+    measure_image,
+)
 from spatial_mamba_d2.data.coco_masks import short
 from spatial_mamba_d2.data.faults import (
     CHECKS_VERSION,
@@ -38,7 +44,10 @@ from spatial_mamba_d2.system.once import once_per_machine
 
 logger = logging.getLogger(__name__)
 
-# Skipped with a warning, but no reason to refuse a data set: COCO train2017 itself has two.
+# Skipped with a warning, but no reason to refuse a data set: COCO train2017 itself has two boxes
+# without area. They are not evaluated either, although pycocotools counts them as missed objects:
+# nothing can match them, and it cannot read all their masks. Files without such boxes, as COCO
+# val2017, are evaluated as they are, and all other annotations in any case as pycocotools does.
 HARMLESS = (EMPTY_BOX, REPEATED)
 # Up to this share, crowds are what COCO means by them; above, probably what a tool makes of masks.
 USUAL_CROWDS = 0.1
@@ -103,8 +112,8 @@ def load_coco(
     if not os.path.isdir(image_root):
         raise no_such("image_root", image_root, "folder")
     content = _read_sections(json_file)
-    paths = [_path(image, image_root) for image in content["images"]]
     folders = Folders()
+    paths, notes = find_images(content["images"], image_root, folders)
     there = [path for path in paths if path and path in folders]
     missing = sorted({*filter(None, paths)} - {*there})
 
@@ -158,7 +167,7 @@ def load_coco(
             num_lost += 1
     faults = [Fault(kind, reason) for _, _, kind, reason in found["faults"]]
     settle_faults(faults, on_error, where=json_file, num_usable=len(records), harmless=HARMLESS)
-    notes = list(found["notes"])
+    notes += found["notes"]
     if num_lost:
         notes.append((f"{num_lost} annotations belong to images that are not used", True))
     for note, is_warning in notes:
@@ -168,19 +177,13 @@ def load_coco(
         list(records.values()),
         [fault for fault in faults if fault.kind not in HARMLESS],
         [note for note, _ in notes],
-        bool(found["changes"] or found["renumber"]) or not _is_plain(json_file, content),
+        bool(faults or found["changes"] or found["renumber"]) or not _is_plain(json_file, content),
         {
             category["id"]: [str(name) for name in category["keypoints"]]
             for _, category in usable("categories")
             if isinstance(category.get("keypoints"), list)
         },
     )
-
-
-def _path(image: Any, image_root: str | Path) -> str | None:
-    """The file of an image, None if its entry does not say."""
-    name = image.get("file_name") if isinstance(image, dict) else None
-    return os.path.abspath(os.path.join(image_root, name)) if isinstance(name, str) else None
 
 
 def _is_plain(json_file: str | Path, content: dict[str, Any]) -> bool:

@@ -6,6 +6,8 @@ turned into what Detectron2 and pycocotools need, and counted; everything else i
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from array import array
@@ -76,7 +78,7 @@ class AnnotationReader:
         self.num_usable = 0
         self.ids_are_usable = True
         self._first: dict[Any, dict[str, Any]] = {}  # annotation by id
-        self._more: dict[Any, list[dict[str, Any]]] = {}  # others with the same id
+        self._contents: dict[Any, set[bytes]] = {}  # digests, by an id that is repeated
         # For the statistics, four numbers or one of each box that is no crowd's
         self._boxes = array("d")
         self._mask_boxes = array("d")
@@ -219,10 +221,12 @@ class AnnotationReader:
             self._first[id_] = annotation
             return False
         self.ids_are_usable = False
-        others = self._more.setdefault(id_, [self._first[id_]])
-        if annotation in others:
+        if id_ not in self._contents:
+            self._contents[id_] = {_digest(self._first[id_])}
+        digest = _digest(annotation)
+        if digest in self._contents[id_]:
             return True
-        others.append(annotation)
+        self._contents[id_].add(digest)
         return False
 
     def statistics(self) -> BoxStatistics:
@@ -246,6 +250,12 @@ def image_key(id_: Any) -> int | str | None:
     if number is not None:
         return number
     return id_ if isinstance(id_, str) else None
+
+
+def _digest(annotation: dict[str, Any]) -> bytes:
+    """Equal for equal annotations, and fast to look up among those that share an id."""
+    text = json.dumps(annotation, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _empty_box(box: list[float]) -> Fault:

@@ -14,6 +14,8 @@ import numpy as np
 SLACK_PX = 2.0
 # Below this share of boxes inside the image (or equal to their masks), another reading is tried.
 SUSPECT = 0.8
+# So many boxes have to reach out of their images; fewer may be of objects that are cut off.
+MIN_LEAVING = 10
 # Another reading is believed if it fits this share of boxes.
 CONVINCING = 0.95
 
@@ -50,18 +52,18 @@ def examine_boxes(
             [],
         )
     xywh, others = _readings(bbox)
-    shares = {"inside": _inside(xywh, width, height)}
+    inside = _inside(xywh, width, height)
     fits = {name: [_inside(box, width, height).mean()] for name, box in others.items()}
     problems = []
     notes = []
 
-    num_leaving = int((~shares["inside"]).sum())
+    num_leaving = int((~inside).sum())
     if num_leaving:
         notes.append(
             f"{num_leaving} of {len(bbox)} boxes reach out of their image by more than "
             f"{SLACK_PX:g} px"
         )
-        if shares["inside"].mean() < SUSPECT:
+        if num_leaving >= MIN_LEAVING and inside.mean() < SUSPECT:
             problems.append(notes[-1])
 
     has_mask = np.isfinite(mask_boxes).all(axis=1)
@@ -79,13 +81,16 @@ def examine_boxes(
                 problems.append(notes[-1])
     if not weighty:
         given = (areas > 0) & ~has_mask
-        same = _same_area(xywh[given], areas[given])
-        if given.any() and same.mean() < 1 - CONVINCING:
+        if given.any():
+            same = _same_area(xywh[given], areas[given])
             read_otherwise = {
                 name: _same_area(box[given], areas[given]).mean() for name, box in others.items()
             }
-            if read_otherwise["x1, y1, x2, y2"] >= CONVINCING:
+            are_corners = read_otherwise["x1, y1, x2, y2"] >= CONVINCING
+            is_other = same.mean() < 1 - CONVINCING and are_corners
+            if is_other:
                 problems.append(f"{(~same).sum()} of {len(same)} boxes disagree with their area")
+            if is_other or same.mean() >= CONVINCING:
                 for name, share in read_otherwise.items():
                     fits[name].append(share)
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from spatial_mamba_d2.data.coco_annotations import exact_image_key, image_key, whole_number
@@ -31,6 +32,41 @@ class Folders:
         if folder not in self._names:
             self._names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         return name in self._names[folder]
+
+
+def find_images(
+    entries: list[Any], image_root: str | Path, folders: Folders
+) -> tuple[list[str | None], list[tuple[str, bool]]]:
+    """The file of each image, None if its entry does not say, and notes as in :class:`Findings`.
+
+    A file that its entry names in another way than COCO does becomes its ``file_name``.
+    """
+    paths: list[str | None] = []
+    counts: Counter[str] = Counter()
+    for image in entries:
+        name, url = (
+            image.get(key) if isinstance(image, dict) else None for key in ("file_name", "coco_url")
+        )
+        candidates = []
+        how = ""
+        if isinstance(name, str):
+            candidates = [name]
+            if "\\" in name:
+                candidates.append(name.replace("\\", "/"))
+                how = "file_name of images has backslashes, and was read with slashes"
+        elif isinstance(url, str) and url:  # LVIS has no other: .../train2017/000000391895.jpg
+            candidates = ["/".join(url.split("/")[-2:]), url.split("/")[-1]]
+            how = "file_name of images is missing, and was taken from coco_url"
+        if not candidates:
+            paths.append(None)
+            continue
+        tried = [os.path.abspath(os.path.join(image_root, candidate)) for candidate in candidates]
+        chosen = next((i for i, path in enumerate(tried) if path in folders), 0)
+        paths.append(tried[chosen])
+        if candidates[chosen] != name:
+            image["file_name"] = candidates[chosen]
+            counts[how] += 1
+    return paths, [(f"{how}: {number}", False) for how, number in counts.items()]
 
 
 def examine_images(

@@ -59,10 +59,14 @@ def mask_area(segmentation: list[list[float]] | dict[str, Any]) -> float:
 
 
 def mask_box(segmentation: list[list[float]] | dict[str, Any]) -> Box:
-    """The smallest box around a mask, without parts of polygons that have no area."""
+    """The smallest box around a mask, without parts of polygons that have no area.
+
+    If only all parts together have an area worth the name, all of them count.
+    """
     if isinstance(segmentation, list):
         if len(segmentation) > 1:
-            segmentation = [part for part in segmentation if polygon_area(part) >= MIN_AREA]
+            parts = [part for part in segmentation if polygon_area(part) >= MIN_AREA]
+            segmentation = parts or segmentation
         x1 = min(min(polygon[0::2]) for polygon in segmentation)
         y1 = min(min(polygon[1::2]) for polygon in segmentation)
         x2 = max(max(polygon[0::2]) for polygon in segmentation)
@@ -176,7 +180,13 @@ def _read_rle(rle: dict[str, Any], size: tuple[int, int]) -> Mask | Fault:
     counts = _unquoted(given) if isinstance(given, str) else given
     runs = _decode_counts(counts) if isinstance(counts, str) else counts
     if isinstance(runs, list) and any(isinstance(run, float) for run in runs):
-        runs = counts = [int(run) if run == int(run) else run for run in runs if run == run]
+        # NaN at the end is what pandas fills rows of unequal lengths with; elsewhere a run is lost.
+        end = len(runs)
+        while end and runs[end - 1] != runs[end - 1]:
+            end -= 1
+        runs = counts = [
+            int(run) if isinstance(run, float) and run.is_integer() else run for run in runs[:end]
+        ]
     if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
         return Fault(kind, f"counts must be integers from 0 on, got {short(given)}")
     pixels = size[0] * size[1]

@@ -18,14 +18,17 @@ def num_classes_key(cfg: CfgNode) -> str:
     return "MODEL.RETINANET.NUM_CLASSES" if single_stage else "MODEL.ROI_HEADS.NUM_CLASSES"
 
 
+def num_classes(cfg: CfgNode) -> int:
+    """How many classes the detector has."""
+    return int(cfg.MODEL[num_classes_key(cfg).split(".")[1]].NUM_CLASSES)
+
+
 def check_num_classes(cfg: CfgNode, classes: Sequence[str], source: str) -> None:
     """Raises ValueError if the detector has another number of classes than its data."""
-    key = num_classes_key(cfg)
-    node = cfg.MODEL.RETINANET if "RETINANET" in key else cfg.MODEL.ROI_HEADS
-    if len(classes) != node.NUM_CLASSES:
+    if len(classes) != num_classes(cfg):
         raise ValueError(
-            f"{key} must be {len(classes)}, the number of categories in {source}, "
-            f"got {node.NUM_CLASSES}; they are {_shown(classes)}"
+            f"{num_classes_key(cfg)} must be {len(classes)}, the number of categories in {source}, "
+            f"got {num_classes(cfg)}; they are {_shown(classes)}"
         )
 
 

@@ -123,7 +123,7 @@ def load_dataset(
     Raises:
         FileNotFoundError: the json is missing.
         ValueError: broken images or annotations, an empty data set, other classes, or a number of
-            classes that is not ``MODEL.ROI_HEADS.NUM_CLASSES``.
+            classes that the detector does not have.
     """
     return _build(cfg, _read(cfg, name, is_train), is_train, classes)
 
@@ -222,7 +222,7 @@ def _build_coco(
     names = list(classes) if classes is not None else [name for _, name in coco.categories]
     check_num_classes(cfg, names, json_file)
     ids = match_classes(coco, names, json_file)
-    is_changed = coco.is_changed or bool(coco.faults) or len(ids) != len(names)
+    is_changed = coco.is_changed or len(ids) != len(names)
     is_changed |= len(ids) != len(coco.categories)
     if cfg.MODEL.MASK_ON:
         is_changed |= _require_masks(cfg, coco, json_file)
@@ -260,8 +260,13 @@ def _require_masks(cfg: CfgNode, coco: CocoDataset, json_file: str) -> bool:
         f"{json_file}: {len(without)} of {number} annotations have no segmentation, the first: "
         f"annotation {annotation['id']} of image {record['image_id']}"
     )
-    if cfg.DATASETS.ON_ERROR == "raise" or len(without) == number:
+    if len(without) == number:
         raise ValueError(f"{message}: MODEL.MASK_ON False trains and evaluates boxes only")
+    if cfg.DATASETS.ON_ERROR == "raise":
+        raise ValueError(
+            f"{message}: MODEL.MASK_ON False trains and evaluates boxes only, and "
+            "DATASETS.ON_ERROR skip leaves these annotations out"
+        )
     logger.warning("%s; skipped", message)
     for record, annotation in without:
         record["annotations"].remove(annotation)

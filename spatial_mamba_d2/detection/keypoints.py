@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data.datasets.builtin_meta import (
-    COCO_PERSON_KEYPOINT_FLIP_MAP,
-    COCO_PERSON_KEYPOINT_NAMES,
-)
+from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 
 from spatial_mamba_d2.data.coco import CocoDataset
-from spatial_mamba_d2.data.coco_masks import finite_numbers
+from spatial_mamba_d2.data.coco_masks import finite_numbers, short
+from spatial_mamba_d2.data.faults import Fault, settle_faults
 
 logger = logging.getLogger(__name__)
 
@@ -36,39 +35,54 @@ def read_keypoints(cfg: CfgNode, coco: CocoDataset, json_file: str) -> tuple[Key
     Annotations without keypoints get unlabelled ones, which neither train nor count.
 
     Returns:
-        also whether an annotation was changed.
+        also whether an annotation was changed or, if ``DATASETS.ON_ERROR`` says so, skipped.
 
     Raises:
-        ValueError: ``MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS`` is another number than in the file, or
+        ValueError: keypoints of an annotation are no numbers,
+            ``MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS`` is another number than in the file, or
             nothing says which keypoints are each other's mirror images.
     """
     number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-    annotations = [a for record in coco.records for a in record["annotations"]]
     missing = changed = 0
-    for annotation in annotations:
-        points: list[float] = annotation.get("keypoints")
-        if not points:
-            annotation["keypoints"] = [0] * (3 * number)
-            annotation["num_keypoints"] = 0
-            missing += 1 - annotation["iscrowd"]
-            changed += 1
-            continue
-        if finite_numbers(points) is not points or len(points) != 3 * number:
-            raise ValueError(
-                f"{json_file}: annotation {annotation['id']} must have 3 x {number} finite numbers "
-                f"as keypoints (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS), got {len(points)}"
-            )
-        visible = len([v for v in points[2::3] if v > 0])
-        if annotation.get("num_keypoints") != visible:
-            annotation["num_keypoints"] = visible
-            changed += 1
+    faults = []
+    for record in coco.records:
+        usable = []
+        for annotation in record["annotations"]:
+            given = annotation.get("keypoints")
+            if not given or given != given:  # NaN is what pandas writes for nothing
+                annotation["keypoints"] = [0] * (3 * number)
+                annotation["num_keypoints"] = 0
+                missing += 1 - annotation["iscrowd"]
+                changed += 1
+                usable.append(annotation)
+                continue
+            points = finite_numbers(given)
+            if points is None or len(points) != 3 * number:
+                has = f"{len(given)}: " if isinstance(given, list) else ""
+                reason = (
+                    f"annotation {annotation['id']} of image {record['image_id']} must have "
+                    f"3 x {number} finite numbers as keypoints "
+                    f"(MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS), got {has}{short(given)}"
+                )
+                faults.append(Fault("wrong keypoints", reason))
+                continue
+            visible = len([v for v in points[2::3] if v > 0])
+            if points is not given or annotation.get("num_keypoints") != visible:
+                annotation["keypoints"] = points
+                annotation["num_keypoints"] = visible
+                changed += 1
+            usable.append(annotation)
+        record["annotations"] = usable
+    annotations = [a for record in coco.records for a in record["annotations"]]
+    if faults:
+        settle_faults(faults, cfg.DATASETS.ON_ERROR, where=json_file, num_usable=len(annotations))
     num_objects = sum(1 - a["iscrowd"] for a in annotations)
     if num_objects and missing == num_objects:
         raise ValueError(f"{json_file}: no annotation has keypoints, which MODEL.KEYPOINT_ON needs")
     if missing:
         logger.warning("%s: %d of %d annotations have no keypoints: only their boxes train",
                        json_file, missing, num_objects)  # fmt: skip
-    return _names_and_flips(cfg, coco, json_file), bool(changed)
+    return _names_and_flips(cfg, coco, json_file), bool(changed or faults)
 
 
 def _names_and_flips(cfg: CfgNode, coco: CocoDataset, json_file: str) -> Keypoints:
@@ -89,29 +103,41 @@ def _names_and_flips(cfg: CfgNode, coco: CocoDataset, json_file: str) -> Keypoin
                 "image exchanges (left_eye and right_eye): add them, or set INPUT.RANDOM_FLIP none"
             )
         return Keypoints([f"keypoint {i}" for i in range(number)], np.arange(number))
-    known = dict(COCO_PERSON_KEYPOINT_FLIP_MAP)
-    mirror = {**known, **{right: left for left, right in known.items()}}
-    flips = [_find(names, mirror.get(name) or _mirrored(name), i) for i, name in enumerate(names)]
+    flips = _mirror_images(names)
+    if cfg.INPUT.RANDOM_FLIP == "horizontal":
+        pairs = [f"{names[i]} and {names[k]}" for i, k in enumerate(flips) if i < k]
+        if pairs:
+            alone = [names[i] for i, k in enumerate(flips) if i == k]
+            logger.info("%s: mirror images exchange %s%s", json_file, "; ".join(pairs),
+                        f", but not {', '.join(alone)}" if alone else "")  # fmt: skip
+        elif number > 1:
+            logger.warning(
+                "%s: no two of the keypoints %s are named as left and right (left_eye and "
+                "right_eye, eye_l and eye_r): mirror images exchange none. If some are, rename "
+                "them, or set INPUT.RANDOM_FLIP none", json_file, ", ".join(names),
+            )  # fmt: skip
     return Keypoints(names, np.array(flips))
 
 
-def _mirrored(name: str) -> str:
-    """``left_eye`` -> ``right_eye`` and back; other names as they are."""
-    for one, other in (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")):
-        if one in name:
-            return name.replace(one, other)
-        if other in name:
-            return name.replace(other, one)
-    for one, other in (("l_", "r_"), ("L_", "R_"), ("l-", "r-"), ("L-", "R-")):
-        if name.startswith(one):
-            return other + name[2:]
-        if name.startswith(other):
-            return one + name[2:]
-    return name
+# A side in a name: a word anywhere, or a single letter at a separator, a change of case or a digit
+_WORD = re.compile(r"left|right", re.IGNORECASE)
+_LETTER = re.compile(r"(?<![a-zA-Z0-9])[lr](?![a-zA-Z0-9])", re.IGNORECASE)
+_ATTACHED = re.compile(r"^[LR](?=[A-Z0-9])|^[lr](?=[A-Z])|(?<=[a-z0-9])[LR]$")
+_OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
-def _find(names: list[str], name: str, default: int) -> int:
-    return names.index(name) if name in names else default
+def _mirror_images(names: list[str]) -> list[int]:
+    """For each keypoint the one of the other side, itself if there is none."""
+    index = {name.lower(): i for i, name in enumerate(names)}
+    mirror = []
+    for i, name in enumerate(names):
+        others = (
+            pattern.sub(lambda match: _OTHER_SIDE[match[0].lower()], name).lower()
+            for pattern in (_WORD, _LETTER, _ATTACHED)
+            if pattern.search(name)
+        )
+        mirror.append(next((index[other] for other in others if other in index), i))
+    return [k if mirror[k] == i else i for i, k in enumerate(mirror)]
 
 
 def count_visible(record: dict[str, Any]) -> int:

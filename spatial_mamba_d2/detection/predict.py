@@ -15,6 +15,7 @@ from detectron2.structures import Instances
 from spatial_mamba_d2.data.images import Draw, Drawer
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.detection.augmentation import build_augmentation
+from spatial_mamba_d2.detection.classes import num_classes
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.visualize import draw_instances
 from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
@@ -64,7 +65,6 @@ def _metadata(cfg: CfgNode, classes: list[str] | None) -> Metadata:
     """Class names from the checkpoint; else COCO's if their number fits, or numbers."""
     if classes is None:
         coco = MetadataCatalog.get("coco_2017_val").thing_classes
-        num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        fits = len(coco) == num_classes
-        classes = coco if fits else [f"class {i}" for i in range(num_classes)]
+        number = num_classes(cfg)
+        classes = coco if len(coco) == number else [f"class {i}" for i in range(number)]
     return Metadata(thing_classes=classes)

@@ -278,6 +278,17 @@ def test_an_exact_repetition_counts_once(folder, caplog):
     )
 
 
+def test_repetitions_among_many_annotations_with_one_id(folder):
+    """Each is compared to what was seen, not to each other one: this would take minutes."""
+    others = [
+        {**folder.annotation, "id": 1, "note": number, "list": [0] * 50} for number in range(8000)
+    ]
+    folder.content["annotations"] += [*others, *others[:5]]
+    dataset = folder.load()
+    ids = [a["id"] for record in dataset.records for a in record["annotations"]]
+    assert sorted(ids) == list(range(1, 8004))
+
+
 @pytest.mark.parametrize("entry", ["x", 7, [1]])
 def test_malformed_annotation(folder, caplog, entry):
     folder.content["annotations"].append(entry)
@@ -348,6 +359,8 @@ def test_a_sliver_beside_a_good_polygon_is_kept(folder):
         ({"counts": [7, 5, 37]}, "counts sum to 49, the image has 48 pixels"),
         ({"counts": [7, -5, 46]}, "counts must be integers from 0 on"),
         ({"counts": [7.5, 5, 35.5]}, "counts must be integers from 0 on"),
+        ({"counts": [7.0, 5.0, math.inf]}, "integers from 0 on, got [7.0, 5.0, inf]"),
+        ({"counts": [7.0, math.nan, 5.0, 36.0]}, "integers from 0 on, got [7.0, nan"),
         ({"counts": None}, "counts must be integers from 0 on, got None"),
         ({"counts": [48]}, "marks no pixel"),
         ({"counts": "75T"}, "counts must be integers from 0 on, got '75T'"),  # more should follow
@@ -358,6 +371,23 @@ def test_a_sliver_beside_a_good_polygon_is_kept(folder):
 def test_wrong_rle(folder, caplog, change, reason):
     folder.content["annotations"][1]["segmentation"].update(change)
     folder.expect(caplog, "annotation 2 of image 10: ", reason)
+
+
+def test_rle_that_is_filled_up_with_nan(folder):
+    segmentation = folder.content["annotations"][1]["segmentation"]
+    segmentation["counts"] = [7.0, 5.0, 36.0, math.nan, math.nan]
+    dataset = folder.load()
+    (found,) = (a for r in dataset.records for a in r["annotations"] if a["id"] == 2)
+    assert found["segmentation"]["counts"] == [7, 5, 36]
+
+
+def test_parts_that_have_an_area_only_together(folder):
+    part = [2, 2, 4, 2, 4, 2.0009]
+    del folder.annotation["bbox"]
+    folder.annotation["segmentation"] = [part, part]
+    dataset = folder.load()
+    (found,) = (a for r in dataset.records for a in r["annotations"] if a["id"] == 1)
+    assert found["bbox"] == pytest.approx([2, 2, 2, 0.0009])
 
 
 def test_compressed_rle_is_understood(folder):

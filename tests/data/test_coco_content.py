@@ -122,6 +122,34 @@ def test_boxes_that_are_no_problem_all_in_one_corner(load):
     assert note == "10 of 40 boxes reach out of their image by more than 2 px"
 
 
+def test_a_few_boxes_of_objects_that_are_cut_off(load):
+    """What leaves a small file's images is too little to tell another kind of box from."""
+    right = content(4, masks=False)
+    for annotation, box in zip(
+        right["annotations"],
+        ([171, 30, 32, 60], [10, 20, 30, 40], [20, 10, 50, 60], [50, 40, 60, 50]),
+        strict=True,
+    ):
+        annotation.update(bbox=box, area=box[2] * box[3])
+    dataset = load(right)
+    assert dataset.notes == ["1 of 4 boxes reach out of their image by more than 2 px"]
+    assert sum(len(record["annotations"]) for record in dataset.records) == 4
+
+
+def test_areas_tell_that_boxes_are_no_corners(load):
+    """Half of them leave their image, and all would fit as corners."""
+    right = content(masks=False)
+    for number, annotation in enumerate(right["annotations"]):
+        annotation["bbox"] = box = [60, 20, 100 + 2 * number, 70 + number % 9]
+        annotation["area"] = box[2] * box[3]
+    assert load(right).notes[0].endswith("of 40 boxes reach out of their image by more than 2 px")
+    for annotation in right["annotations"]:
+        x1, y1, x2, y2 = annotation["bbox"]
+        annotation["area"] = (x2 - x1) * (y2 - y1)
+    with pytest.raises(ValueError, match=r"they do fit as \[x1, y1, x2, y2\]"):
+        load(right)
+
+
 def test_a_single_box_of_another_kind_is_counted(load):
     mixed = content()
     x, y, w, h = mixed["annotations"][3]["bbox"]
@@ -236,6 +264,36 @@ def test_one_name_for_several_categories(load):
     dataset = load(file)
     assert dataset.categories == [(1, "cat (animal)"), (5, "cat (machine)")]
     assert {a["category_id"] for r in dataset.records for a in r["annotations"]} == {1, 5}
+
+
+@pytest.mark.parametrize("split_is_root", [True, False])
+def test_images_that_only_have_a_url(load, tmp_path, split_is_root):
+    """As in LVIS, whose file names start with the folder of the split."""
+    if not split_is_root:
+        (tmp_path / "train2017").mkdir()
+        for name in ("a.png", "b.png"):
+            (tmp_path / name).rename(tmp_path / "train2017" / name)
+    lvis = content()
+    for image in lvis["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/train2017/{image.pop('file_name')}"
+    dataset = load(lvis)
+    folder = tmp_path if split_is_root else tmp_path / "train2017"
+    names = [record["file_name"] for record in dataset.records]
+    assert names == [str(folder / "a.png"), str(folder / "b.png")]
+    assert dataset.notes == ["file_name of images is missing, and was taken from coco_url: 2"]
+
+
+def test_file_names_with_backslashes(load, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "sub/a.png")
+    (tmp_path / "b.png").rename(tmp_path / "c\\b.png")  # as it is, where there is such a file
+    windows = content()
+    for image, name in zip(windows["images"], ("sub\\a.png", "c\\b.png"), strict=True):
+        image["file_name"] = name
+    dataset = load(windows)
+    found = [record["file_name"] for record in dataset.records]
+    assert found == [str(tmp_path / "sub/a.png"), str(tmp_path / "c\\b.png")]
+    assert dataset.notes == ["file_name of images has backslashes, and was read with slashes: 1"]
 
 
 def test_an_image_in_several_entries_is_named(load):

@@ -242,6 +242,15 @@ def exact_repetitions(content):
     content["annotations"] += copy.deepcopy(content["annotations"])
 
 
+def one_more(**change):
+    """Another annotation, which is no object."""
+
+    def apply(content):
+        content["annotations"].append({**content["annotations"][0], "id": 99, **change})
+
+    return apply
+
+
 SAME_CONTENT = {
     "as COCO": lambda content: None,
     "ids from 0": each(lambda a, n: a.update(id=n)),
@@ -291,6 +300,8 @@ SAME_CONTENT = {
     "empty boxes": each(lambda a, n: a.update(bbox=[0, 0, 0, 0] if n % 2 else [])),
     "no sizes": no_sizes,
     "exact repetitions": exact_repetitions,
+    "a box without width": one_more(bbox=[3, 3, 0, 5], area=0, segmentation=[[3, 3, 3, 8, 3, 3]]),
+    "a box without sides": one_more(bbox=[3, 3, 0, 0], area=0, segmentation=[]),
     "no info": lambda content: content.pop("info"),
 }  # fmt: skip
 
@@ -350,6 +361,7 @@ def test_encodings(encoding, write, keys):
 @pytest.mark.parametrize("name", ["as COCO", "RLE list", "RLE string", "string ids of images"])
 @pytest.mark.parametrize("mask_on", [True, False])
 def test_the_truth_is_drawn(name, mask_on, write, keys, tmp_path):
+    np.random.seed(0)  # Detectron2 draws in random colors, of which some are near the image's
     content = coco_content()
     SAME_CONTENT[name](content)
     if not mask_on:
@@ -392,7 +404,7 @@ def test_a_mask_that_is_missing_in_the_test_set(write, keys, caplog):
     del content["annotations"][1]["segmentation"]
     val = write("val.json", content)
     with pytest.raises(ValueError, match=r"val\.json: 1 of 5 annotations have no segmentation, the "
-                       "first: annotation 2 of image 1"):  # fmt: skip
+                       "first: annotation 2 of image 1: .* DATASETS.ON_ERROR skip"):  # fmt: skip
         scores(keys(train, val))
     cfg = keys(train, val, "DATASETS.ON_ERROR", "skip")
     dataset = load_dataset(cfg, cfg.DATASETS.TEST[0], is_train=False)

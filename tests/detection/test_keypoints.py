@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -138,10 +139,12 @@ def test_training_and_evaluation_run(cfg_of):
 @pytest.mark.parametrize(
     ("change", "more", "message"),
     [
-        ({"keypoints": [1, 2, 2] * 3}, (), r"annotation 1 must have 3 x 4 finite numbers"),
-        ({"keypoints": [1, 2, "x"] * 4}, (), r"annotation 1 must have 3 x 4 finite numbers"),
+        ({"keypoints": [1, 2, 2] * 3}, (), r"annotation 1 of image 1 must have 3 x 4 finite num"),
+        ({"keypoints": [1, 2, "x"] * 4}, (), r"annotation 1 of image 1 must have 3 x 4 finite num"),
+        ({"keypoints": 5}, (), r"annotation 1 of image 1 must have 3 x 4 finite numbers .* got 5"),
+        ({"keypoints": {"nose": [1, 2, 2]}}, (), r"annotation 1 of image 1 .* got {'nose'"),
         ({}, ("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5, "TEST.KEYPOINT_OKS_SIGMAS", [0.1] * 5),
-         r"annotation 1 must have 3 x 5 .*MODEL\.ROI_KEYPOINT_HEAD\.NUM_KEYPOINTS"),
+         r"annotation 1 of image 1 must have 3 x 5 .*MODEL\.ROI_KEYPOINT_HEAD\.NUM_KEYPOINTS"),
     ],
 )  # fmt: skip
 def test_keypoints_that_do_not_fit(change, more, message, cfg_of):
@@ -149,6 +152,58 @@ def test_keypoints_that_do_not_fit(change, more, message, cfg_of):
     file["annotations"][0].update(change)
     with pytest.raises(ValueError, match=message):
         load_training_datasets(cfg_of(file, *more))
+
+
+@pytest.mark.parametrize("value", [5, [1, 2, "x"] * 4, [1, math.inf, 2] * 4])
+def test_wrong_keypoints_are_skipped_if_asked_for(value, cfg_of):
+    """A detector of what is left scores 100."""
+    file = content()
+    file["annotations"].append({**file["annotations"][0], "id": 3, "keypoints": value})
+    cfg = cfg_of(file, "DATASETS.ON_ERROR", "skip")
+    assert score(cfg)["keypoints"]["AP"] == pytest.approx(100)
+    (dataset,) = load_training_datasets(cfg)
+    assert len(dataset.records[0]["annotations"]) == 2
+    with pytest.raises(ValueError, match="nothing is usable"):
+        for annotation in file["annotations"]:
+            annotation["keypoints"] = value
+        load_training_datasets(cfg_of(file, "DATASETS.ON_ERROR", "skip"))
+
+
+def test_keypoints_that_are_nan_are_missing_and_strings_are_numbers(cfg_of):
+    file = content()
+    file["annotations"][0]["keypoints"] = [str(value) for value in POINTS[0]]
+    assert score(cfg_of(file))["keypoints"]["AP"] == pytest.approx(100)
+    file["annotations"][0]["keypoints"] = math.nan
+    dataset = load_dataset(cfg := cfg_of(file), cfg.DATASETS.TEST[0], is_train=False)
+    first, second = dataset.records[0]["annotations"]
+    assert not any(first["keypoints"][2::3]) and second["keypoints"][2::3] == POINTS[1][2::3]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    ["left_ear right_ear", "LEFT-EAR RIGHT-EAR", "Left_Ear Right_ear", "ear_left ear_right",
+     "ear-left ear-right", "ear_l ear_r", "ear_L ear_R", "ear.L ear.R", "l_ear r_ear",
+     "L-ear R-ear", "LEar REar", "lEar rEar", "earL earR", "leftEar rightEar", "L1 R1",
+     "ear l 1|ear r 1"],
+)  # fmt: skip
+def test_pairs_of_keypoints_by_their_names(pair, cfg_of, caplog):
+    one, other = pair.split("|") if "|" in pair else pair.split(" ")
+    file = content()
+    file["categories"][0]["keypoints"] = ["nose", one, other, "tail"]
+    caplog.set_level(logging.INFO)
+    (dataset,) = load_training_datasets(cfg_of(file, "INPUT.RANDOM_FLIP", "horizontal"))
+    assert dataset.keypoints.flip_indices.tolist() == [0, 2, 1, 3]
+    assert f"mirror images exchange {one} and {other}, but not nose, tail" in caplog.text
+
+
+@pytest.mark.parametrize("flip", ["horizontal", "none"])
+def test_keypoints_of_which_no_two_are_a_pair(flip, cfg_of, caplog):
+    file = content()
+    file["categories"][0]["keypoints"] = ["Nase", "Ohr links", "Ohr rechts", "left_tail"]
+    (dataset,) = load_training_datasets(cfg_of(file, "INPUT.RANDOM_FLIP", flip))
+    assert dataset.keypoints.flip_indices.tolist() == [0, 1, 2, 3]
+    warned = "no two of the keypoints Nase, Ohr links, Ohr rechts, left_tail" in caplog.text
+    assert warned == ("INPUT.RANDOM_FLIP none" in caplog.text) == (flip == "horizontal")
 
 
 def test_without_names_nothing_says_what_is_left_and_right(cfg_of):

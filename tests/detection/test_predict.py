@@ -11,7 +11,7 @@ import torch
 from detectron2.modeling import build_model
 
 from spatial_mamba_d2.data.images import read_image, visualize_images
-from spatial_mamba_d2.detection.predict import Predictor, build_draw
+from spatial_mamba_d2.detection.predict import Predictor, _metadata, build_draw
 from spatial_mamba_d2.models import build_classifier
 
 
@@ -44,6 +44,14 @@ def test_instances_are_in_the_frame_of_the_image(make_cfg, weights):
     assert found.image_size == (50, 81)
     assert found.pred_masks.shape[1:] == (50, 81)
     assert list(predictor.metadata.thing_classes)[0] == "circle"
+
+
+def test_numbers_instead_of_names_that_the_weights_do_not_have(make_cfg):
+    cfg = make_cfg().clone()
+    cfg.defrost()
+    assert len(_metadata(cfg, None).thing_classes) == 5
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RETINANET.NUM_CLASSES = "RetinaNet", 3
+    assert _metadata(cfg, None).thing_classes == ["class 0", "class 1", "class 2"]
 
 
 def test_backbone_weights_are_not_a_detector(make_cfg, tmp_path):
