@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import signal
 import sys
+from functools import cache
+from multiprocessing.util import Finalize
 from typing import Any
 
 import cv2
@@ -17,6 +20,7 @@ def worker_options(num_workers: int) -> dict[str, Any]:
     """Arguments of a ``DataLoader`` with that many worker processes."""
     if num_workers:
         single_thread_opencv()
+        kill_workers_at_exit()
     return {
         "num_workers": num_workers,
         "worker_init_fn": start_worker,
@@ -28,6 +32,20 @@ def worker_options(num_workers: int) -> dict[str, Any]:
 def single_thread_opencv() -> None:
     """Call before forking: OpenCV's thread pool does not survive it, and workers would deadlock."""
     cv2.setNumThreads(0)
+
+
+@cache
+def kill_workers_at_exit() -> None:
+    """Python ends them by SIGTERM and waits for them, which they outlast for a while."""
+    Finalize(None, _kill_workers, exitpriority=0)
+
+
+def _kill_workers() -> None:
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def start_worker(worker: int) -> None:
