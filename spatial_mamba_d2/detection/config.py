@@ -295,7 +295,6 @@ def _check_values(cfg: CfgNode) -> None:
     proposals = ("PrecomputedProposals", *dict(PROPOSAL_GENERATOR_REGISTRY))
     require_one_of(cfg, {"MODEL.PROPOSAL_GENERATOR.NAME": proposals})
     require_one_of(cfg, {"MODEL.ROI_BOX_HEAD.NAME": ("", *dict(ROI_BOX_HEAD_REGISTRY))})
-    _check_features(cfg)
     require_at_least(cfg, {k: _MINIMA[k] for k in used(_MINIMA)})
     require_above_0(cfg, used(_ABOVE_0))
     require_between(cfg, _FRACTIONS, 0, 1)
@@ -334,6 +333,7 @@ def _check_schedule(cfg: CfgNode) -> None:
 def _check_and_resolve(cfg: CfgNode) -> None:
     _check_values(cfg)
     check_unused_keys(cfg, detection_defaults())
+    _check_features(cfg)
     register_json_datasets(cfg)
 
 
