@@ -19,16 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 
 from spatial_mamba_d2.data import ade20k_classes, label_conventions
 from spatial_mamba_d2.data.class_file import check_distinct, numbered_names, read_class_lines
 from spatial_mamba_d2.data.faults import (
-    CHECKS_VERSION,
-    INACCESSIBLE,
     Fault,
     OnError,
     check_on_error,
+    check_once,
     settle_faults,
 )
 from spatial_mamba_d2.data.label_format import KEY, LabelFormat
@@ -36,7 +34,6 @@ from spatial_mamba_d2.data.label_maps import Classes, Pair, check_pair, distinct
 from spatial_mamba_d2.data.pair_files import Layout, find_pairs, is_list
 from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
-from spatial_mamba_d2.system.once import once_per_machine
 from spatial_mamba_d2.system.tables import console_table
 
 logger = logging.getLogger(__name__)
@@ -175,12 +172,11 @@ def check_split(
                     images += result > 0
         return {"faults": broken, "pixels": pixels.tolist(), "images": images.tolist()}
 
-    content = once_per_machine(
+    content = check_once(
         "label_maps",
         [file for pair in pairs for file in (pair.image, pair.label)],
-        [CHECKS_VERSION, PIL.__version__, asdict(labels), num_channels, value_range, check_decode],
+        [asdict(labels), num_channels, value_range, check_decode],
         check,
-        keep=lambda content: all(kind != INACCESSIBLE for _, kind, _ in content["faults"]),
     )
     found = {index: Fault(kind, reason) for index, kind, reason in content["faults"]}
     usable = [pair for index, pair in enumerate(pairs) if index not in found]

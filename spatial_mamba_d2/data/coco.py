@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import PIL
-
 from spatial_mamba_d2.data.coco_annotations import (
     EMPTY_BOX,
     LOSSES,
@@ -30,17 +28,15 @@ from spatial_mamba_d2.data.coco_images import (
 )
 from spatial_mamba_d2.data.coco_masks import short
 from spatial_mamba_d2.data.faults import (
-    CHECKS_VERSION,
-    INACCESSIBLE,
     Fault,
     OnError,
     check_on_error,
+    check_once,
     settle_faults,
 )
 from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.system.missing import no_such
-from spatial_mamba_d2.system.once import once_per_machine
 
 logger = logging.getLogger(__name__)
 
@@ -120,19 +116,11 @@ def load_coco(
     def measure(path: str) -> Size | Fault | None:
         return measure_image(path, check_decode, value_range) if path in folders else None
 
-    found: Findings = once_per_machine(
+    found = check_once(
         "coco",
         [json_file, *there],
-        [
-            CHECKS_VERSION,
-            PIL.__version__,
-            os.path.abspath(image_root),
-            check_decode,
-            missing,
-            value_range,
-        ],
+        [os.path.abspath(image_root), check_decode, missing, value_range],
         lambda: _examine(content, paths, measure),
-        keep=lambda found: all(kind != INACCESSIBLE for _, _, kind, _ in found["faults"]),
     )
     if found["problem"]:
         raise ValueError(f"{json_file}: {found['problem']}")

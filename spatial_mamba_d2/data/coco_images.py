@@ -12,7 +12,7 @@ from typing import Any
 from spatial_mamba_d2.data.coco_annotations import exact_image_key, image_key, whole_number
 from spatial_mamba_d2.data.coco_findings import Findings, reject
 from spatial_mamba_d2.data.coco_masks import short
-from spatial_mamba_d2.data.faults import INACCESSIBLE, Fault, InaccessibleFileError
+from spatial_mamba_d2.data.faults import Fault, reading_fault
 from spatial_mamba_d2.data.images import orientation_hint, read_image, read_size
 from spatial_mamba_d2.data.pixels import PixelRange
 
@@ -191,10 +191,8 @@ def measure_image(path: str, check_decode: bool, value_range: PixelRange | None)
             height, width = read_image(path, value_range=value_range).shape[:2]
             return height, width
         return read_size(path, value_range=value_range)
-    except InaccessibleFileError as error:
-        return Fault(INACCESSIBLE, str(error))
     except (OSError, ValueError) as error:
-        return Fault("damaged image file", str(error))
+        return reading_fault("damaged image file", error)
 
 
 def _size_fault(path: str, measured: Size, recorded: Size) -> Fault:

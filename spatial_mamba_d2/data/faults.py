@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import PIL
 
+from spatial_mamba_d2 import __version__
 from spatial_mamba_d2.system.once import once_per_machine
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 Item = TypeVar("Item")  # what names a sample: a record, a pair of files, a file and its class
+Found = TypeVar("Found", bound=Mapping[str, Any])  # by a check
 MAX_SHOWN = 10  # faults of each kind that a message lists
 CHECKS_VERSION = 3  # increase it when a check finds other faults than before
 
@@ -33,28 +36,30 @@ class InaccessibleFileError(ValueError):
     """The system cannot open or read a file, whatever its content: permissions, limits, disks."""
 
 
+def reading_fault(kind: str, error: Exception) -> Fault:
+    """The fault of a file that could not be read: of that kind, unless it was not accessible."""
+    return Fault(INACCESSIBLE if isinstance(error, InaccessibleFileError) else kind, str(error))
+
+
 def check_once(
-    name: str,
-    files: Iterable[str | Path],
-    parameters: Any,
-    find_faults: Callable[[], Sequence[tuple[Any, Fault]]],
-) -> list[tuple[Any, Fault]]:
-    """What ``find_faults()`` returns: (what is at fault, fault), once per machine and files.
+    name: str, files: Iterable[str | Path], parameters: Any, check: Callable[[], Found]
+) -> Found:
+    """What ``check()`` returns, once per machine and files.
 
     That is remembered for unchanged files, unless a file could not be accessed.
 
     Args:
         name, files, parameters: see :func:`~spatial_mamba_d2.system.once.once_per_machine`.
-        find_faults: what is at fault must be JSON.
+        check: its result must be JSON, with ``faults``, lists that end in kind and reason.
     """
-    found = once_per_machine(
+    limit = os.environ.get("SMD2_MAX_PIXELS")  # see data/images.py
+    return once_per_machine(
         name,
         files,
-        [CHECKS_VERSION, PIL.__version__, parameters],
-        lambda: [[what, *fault] for what, fault in find_faults()],
-        keep=lambda found: all(kind != INACCESSIBLE for _, kind, _ in found),
+        [__version__, CHECKS_VERSION, PIL.__version__, limit, parameters],
+        check,
+        keep=lambda found: all(kind != INACCESSIBLE for *_, kind, _ in found["faults"]),
     )
-    return [(what, Fault(kind, reason)) for what, kind, reason in found]
 
 
 def settle_faults(

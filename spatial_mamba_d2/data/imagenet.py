@@ -26,12 +26,11 @@ from torchvision import transforms
 
 from spatial_mamba_d2.data.class_file import check_distinct, read_class_lines
 from spatial_mamba_d2.data.faults import (
-    INACCESSIBLE,
     Fault,
-    InaccessibleFileError,
     OnError,
     check_on_error,
     check_once,
+    reading_fault,
     settle_faults,
 )
 from spatial_mamba_d2.data.images import (
@@ -172,16 +171,14 @@ def check_split(
                 return read_sample(sample, value_range)
             return read_size(sample.path, value_range=value_range)
 
-        found = dict(
-            check_once(
-                "imagenet",
-                files,
-                [value_range, check_decode],
-                lambda: _decoding_faults(looked_at, read),
-            )
+        found = check_once(
+            "imagenet",
+            files,
+            [value_range, check_decode],
+            lambda: {"faults": _decoding_faults(looked_at, read)},
         )
-        faults += found.values()
-        wrong = {files[index] for index in found}
+        faults += [Fault(kind, reason) for _, kind, reason in found["faults"]]
+        wrong = {files[index] for index, _, _ in found["faults"]}
         samples = [sample for sample in samples if sample.path not in wrong]
     settle_faults(faults, on_error, where=where, num_usable=len(samples))
     if absent := len(classes) - len({sample.target for sample in samples}):
@@ -198,19 +195,19 @@ def check_split(
 
 def _decoding_faults(
     samples: Sequence[ClassifiedImage], read: Callable[[ClassifiedImage], Any]
-) -> list[tuple[int, Fault]]:
+) -> list[list[Any]]:
+    """Position, kind and reason of each fault."""
+
     def find_fault(sample: ClassifiedImage) -> Fault | None:
         try:
             read(sample)
-        except InaccessibleFileError as error:
-            return Fault(INACCESSIBLE, str(error))
         except (OSError, ValueError) as error:
-            return Fault("damaged image file", str(error))
+            return reading_fault("damaged image file", error)
         return None
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
         found = pool.map(find_fault, samples)
-        return [(index, fault) for index, fault in enumerate(found) if fault]
+        return [[index, *fault] for index, fault in enumerate(found) if fault]
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from spatial_mamba_d2.data.faults import INACCESSIBLE, Fault, InaccessibleFileError
+from spatial_mamba_d2.data.faults import Fault, reading_fault
 from spatial_mamba_d2.data.images import naming_file, orientation_hint, read_image, read_size
 from spatial_mamba_d2.data.label_format import KEY, LabelFormat
 from spatial_mamba_d2.data.pixels import ImageFormatError, PixelRange
@@ -215,19 +215,15 @@ def check_pair(
     """
     try:
         stored = read_label(pair.label, labels)
-    except InaccessibleFileError as error:
-        return Fault(INACCESSIBLE, str(error))
     except (OSError, ValueError) as error:
-        return Fault("unreadable label file", str(error))
+        return reading_fault("unreadable label file", error)
     try:
         if check_decode:
             size = read_image(pair.image, num_channels, value_range).shape[:2]
         else:
             size = read_size(pair.image, num_channels, value_range)
-    except InaccessibleFileError as error:
-        return Fault(INACCESSIBLE, str(error))
     except (OSError, ValueError) as error:
-        return Fault("unreadable image file", str(error))
+        return reading_fault("unreadable image file", error)
     if stored.shape[:2] != size:
         return Fault("wrong size", _wrong_size(pair, stored.shape, size))
     try:
