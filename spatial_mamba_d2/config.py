@@ -8,6 +8,7 @@ what can only be meant in one way is converted, anything else is an error.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import logging
 import math
@@ -136,9 +137,9 @@ def merge_config(
             f"overrides must come as KEY VALUE pairs, got {len(overrides)} words: "
             f"{' '.join(overrides)}"
         )
-    defaults = dict(_flat_items(cfg))
+    defaults = dict(flat_items(cfg))
     for path, content in read_yaml(config_file) if config_file else []:
-        _merge(cfg, _flat_items(content), str(path), defaults, types or {})
+        _merge(cfg, flat_items(content), str(path), defaults, types or {})
     pairs = zip(overrides[::2], overrides[1::2], strict=True)
     _merge(cfg, pairs, "command line", defaults, types or {})
 
@@ -213,7 +214,7 @@ def check_shared_keys(cfg: Any) -> None:
 
     So is, in every key, a number that is not finite, because nothing can be compared with NaN.
     """
-    require_finite(cfg, (k for k, _ in _flat_items(cfg) if k not in _MAY_BE_INFINITE))
+    require_finite(cfg, (k for k, _ in flat_items(cfg) if k not in _MAY_BE_INFINITE))
     require_one_of(cfg, {k: v for k, v in _SHARED_CHOICES.items() if _has(cfg, k)})
     require_at_least(cfg, {k: v for k, v in _SHARED_MINIMA.items() if _has(cfg, k)})
     require_above_0(cfg, (k for k in _SHARED_ABOVE_0 if _has(cfg, k)))
@@ -423,7 +424,7 @@ def _merge(
 
 
 def _suggestion(key: str, cfg: Any) -> str:
-    keys = [k for k, _ in _flat_items(cfg)]
+    keys = [k for k, _ in flat_items(cfg)]
     nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
@@ -431,10 +432,30 @@ def _suggestion(key: str, cfg: Any) -> str:
     return f"; the nearest valid one is {best[0]}" if best else ""
 
 
-def _flat_items(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_items(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Keys with dots, and their values; an empty section is a value."""
     for key, value in content.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat_items(value, f"{prefix}{key}.")
+            yield from flat_items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def differing_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """``{key: (old value, new value)}`` of the keys that both have."""
+    before = dict(flat_items(old))
+    return {
+        key: (before[key], value)
+        for key, value in flat_items(new)
+        if key in before and _plain(before[key]) != _plain(value)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Tuples, lists and their text are the same value."""
+    if isinstance(value, str) and value[:1] in "([":
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
 
-from spatial_mamba_d2.training.resuming import plain
+from spatial_mamba_d2.config import differing_values, flat_items
 
 
 class Unused(NamedTuple):
@@ -92,12 +92,11 @@ def check_unused_keys(cfg: CfgNode, defaults: CfgNode) -> None:
     """Raises ValueError if a key without effect, or one without effect on others, is set."""
     found = [
         f"{key} {value}: {entry.reason}"
-        for key, value, default in _leaves(cfg, defaults)
-        if plain(value) != plain(default)
+        for key, (_, value) in differing_values(defaults, cfg).items()
         for entry in UNUSED
         if fnmatchcase(key, entry.pattern) and not entry.has_effect(cfg)
     ]
-    values = {key: value for key, value, _ in _leaves(cfg, defaults)}
+    values = dict(flat_items(cfg))
     found += [
         f"{key} {values[key]}: {reasons[values[key]]}"
         for key, reasons in _IMPOSSIBLE.items()
@@ -134,12 +133,3 @@ def _without_partner(cfg: CfgNode) -> Iterator[str]:
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {number} numbers, which are the tolerances of "
             "the keypoints in the score; () is COCO's 17"
         )
-
-
-def _leaves(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Name, value and default of each key."""
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, defaults[key], f"{prefix}{key}.")
-        else:
-            yield prefix + key, value, defaults[key]

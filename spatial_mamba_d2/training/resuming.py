@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import fnmatch
 import logging
@@ -15,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from spatial_mamba_d2.config import differing_values
 from spatial_mamba_d2.training.run_folder import CONFIG
 
 logger = logging.getLogger(__name__)
@@ -55,31 +55,8 @@ def differing_keys(folder: str | Path, cfg: Any) -> dict[str, tuple[Any, Any]]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         logger.warning("%s cannot be read; settings are not compared: %s", path, error)
         return {}
-    old = dict(_flat(before)) if isinstance(before, Mapping) else {}
-    new = dict(_flat(yaml.safe_load(cfg.dump())))
-    return {
-        key: (old[key], value)
-        for key, value in new.items()
-        if key in old and plain(old[key]) != plain(value)
-    }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def plain(value: Any) -> Any:
-    """Tuples, lists and their text are the same value."""
-    if isinstance(value, str) and value[:1] in "([":
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return value
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+    old = before if isinstance(before, Mapping) else {}
+    return differing_values(old, yaml.safe_load(cfg.dump()))
 
 
 def tell_differences(differences: Mapping[str, tuple[Any, Any]], folder: str | Path) -> None:
