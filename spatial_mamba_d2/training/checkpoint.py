@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +75,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        assert isinstance(pl_module, TrainingModule)
         stopping.install()  # Lightning's handlers end a training with exit code 0
-        pl_module.iteration_start = time.perf_counter()
 
     def on_train_batch_end(
         self,
@@ -89,7 +86,7 @@ class Checkpoints(Checkpoint):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not pl_module.ends_iteration(batch_idx):
             return
         if trainer.is_global_zero and not self.is_recorded:
             write_config(pl_module.cfg, self.last.parent)
@@ -103,7 +100,6 @@ class Checkpoints(Checkpoint):
                 "%s: the state after iteration %d is in %s; continue with --resume",
                 stopping.Stopped(signum), step, self.last,
             )  # fmt: skip
-        pl_module.iteration_start = time.perf_counter()
 
     def on_train_batch_start(
         self,
@@ -139,7 +135,6 @@ class Checkpoints(Checkpoint):
         score = pl_module.scores.get(pl_module.main_score, math.nan)
         if trainer.is_global_zero:
             self.keep_if_best(score)
-        pl_module.iteration_start = time.perf_counter()
 
     def keep_if_best(self, score: float) -> None:
         """Make ``last.ckpt``, whose score this is, the best one if it is."""

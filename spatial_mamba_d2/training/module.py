@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,7 @@ class TrainingModule(lightning.LightningModule):
         )
 
     def on_train_start(self) -> None:
+        self.iteration_start = time.perf_counter()
         if self.trainer.global_step:
             self.configured.restore(self.trainer.global_step)
         elif self.ema is not None:
@@ -199,6 +201,18 @@ class TrainingModule(lightning.LightningModule):
             self.losses = {}
         micro_batch = self.trainer.global_step * num_micro_batches + batch_idx % num_micro_batches
         seed_all(derive_seed(self.cfg.SEED, "step", micro_batch, self.global_rank))
+
+    def ends_iteration(self, batch_idx: int) -> bool:
+        """Whether this micro-batch is the last one of an iteration."""
+        return (batch_idx + 1) % self.cfg.SOLVER.ACCUMULATION_STEPS == 0
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the callbacks, so that the time in which they write checkpoints is not counted."""
+        if self.ends_iteration(batch_idx):
+            self.iteration_start = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        self.iteration_start = time.perf_counter()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -53,7 +53,7 @@ class ProgressLines(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if batch_idx % pl_module.cfg.SOLVER.ACCUMULATION_STEPS == 0:
             self.data_times.append(time.perf_counter() - pl_module.iteration_start)
 
     def on_train_batch_end(
@@ -64,9 +64,9 @@ class ProgressLines(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
         assert isinstance(pl_module, TrainingModule)
+        if not pl_module.ends_iteration(batch_idx):
+            return
         self.times.append(time.perf_counter() - pl_module.iteration_start)
         step, last = trainer.global_step, pl_module.schedule.iterations
         if step % self.period == 0 or step == last:
