@@ -111,3 +111,21 @@ def test_compiling_can_be_disabled(build_ext):
     done = build_ext(SMD2_BUILD_NATIVE="0")
     assert done.returncode == 0
     assert "operators are not compiled: SMD2_BUILD_NATIVE is 0" in done.stderr
+
+
+def test_an_old_setuptools_is_named(tmp_path):
+    """Older ones cannot read pyproject.toml. A stand-in has only the version that setup.py asks."""
+    (tmp_path / "setuptools.py").write_text(
+        "__version__ = '65.5.0'\ndef find_packages(): ...\ndef setup(): ...\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "needs setuptools>=77" in line and "this is setuptools 65.5.0" in line
+    assert f"{sys.executable} -m pip install 'setuptools>=77" in line

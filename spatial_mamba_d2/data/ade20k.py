@@ -8,6 +8,7 @@ pixels, to be ignored, and 1..150 for the classes.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -243,6 +244,7 @@ def unpack(archive: str | Path, root: str | Path) -> None:
 
     Raises:
         FileNotFoundError: no such archive.
+        OSError: what it holds does not fit on the disk.
         ValueError: it is damaged, cut off, or holds no folder with ``images`` and ``annotations``.
     """
     root = Path(root)
@@ -252,6 +254,7 @@ def unpack(archive: str | Path, root: str | Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as workspace:
         try:
             with zipfile.ZipFile(archive) as content:
+                _check_space(content, root.parent)
                 content.extractall(workspace)  # never outside of it, whatever the names
         except (zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise ValueError(f"archive {archive} is damaged or cut off: {error}") from error
@@ -266,3 +269,14 @@ def unpack(archive: str | Path, root: str | Path) -> None:
                 f"got {len(trees)}"
             )
         trees[0].replace(root)
+
+
+def _check_space(archive: zipfile.ZipFile, folder: Path) -> None:
+    """Raises OSError if the files, of the sizes that unpacking never exceeds, do not fit."""
+    needed = sum(entry.file_size for entry in archive.infolist())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"archive {archive.filename} unpacks to {needed} bytes, but {folder} has only {free} "
+            "bytes left"
+        )

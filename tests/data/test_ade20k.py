@@ -372,6 +372,16 @@ def test_a_bad_archive_leaves_nothing(tree, tmp_path):
         unpack(tmp_path / "absent.zip", tmp_path / "out/ade")
 
 
+def test_an_archive_that_would_fill_the_disk_is_refused(tmp_path):
+    archive = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(archive, "w") as content:
+        content.writestr("ade/images/training/a.jpg", b"")
+        content.filelist[0].file_size = 1 << 50  # what its directory will claim
+    with pytest.raises(OSError, match=r"bomb.zip unpacks to \d+ bytes, but .* has only \d+ bytes"):
+        unpack(archive, tmp_path / "out/ade")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_file_that_could_not_be_read_is_tried_again(tree, monkeypatch):
     """A limit or a permission may change without a change of the file."""
     for path in tree.rglob("*.*"):
