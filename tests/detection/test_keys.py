@@ -201,7 +201,7 @@ def test_precise_statistics_of_batch_norms(make_cfg):
 
 def test_images_of_training_are_shown(make_cfg):
     cfg = make_cfg("VIS_PERIOD", 1)
-    (batch, *_) = build_train_loader(cfg, load_training_datasets(cfg))
+    batch = next(iter(build_train_loader(cfg, load_training_datasets(cfg))))
     with EventStorage(0) as storage:
         Trainer.build_model(cfg).train()(batch)
         assert any("bounding boxes" in name for name, *_ in storage._vis_data)
