@@ -198,7 +198,8 @@ def run_demo(
 
 def test(args: list[str]) -> None:
     """All tests run in several processes, each file in one of them; chosen tests in one process."""
-    everything = ("--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+    everything = ["--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    everything.append("--no-loadscope-reorder")  # tests/conftest.py orders the files
     run(PYTHON, "-m", "pytest", *(args or everything))
 
 

@@ -2,7 +2,14 @@
 // dispatcher, how they are checked and converted.
 #pragma once
 
-#include <ATen/ATen.h>
+// Not ATen/ATen.h, which declares all of PyTorch's operators and takes longer
+// to compile than the kernels.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/promote_types.h>
+#include <ATen/ops/zeros.h>
 
 #include <utility>
 #include <vector>

@@ -88,7 +88,7 @@ def test_first_call_installs_then_works(dev, commands):
     assert others == ["wheel", "ninja", "torch", "torchvision"]
     assert package.endswith("--no-build-isolation --editable .[dev]")
     assert detectron2 == f"{dev.PYTHON} -m spatial_mamba_d2.system.install_detectron2"
-    assert pytest_run.endswith("-m pytest --numprocesses auto --maxprocesses 4 --dist loadfile")
+    assert "-m pytest --numprocesses auto --maxprocesses 4 --dist loadfile" in pytest_run
     assert dev.is_installed()
 
 

@@ -2,6 +2,7 @@
 // a kernel in parallel.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -69,12 +69,16 @@ def nms_of_float64(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("nms_of_float64")
 @pytest.mark.parametrize(
-    ("kernels", "dtype"),
-    [("compiled", torch.float64), ("compiled", torch.float32), ("plain", torch.float32)],
+    ("case", "image", "kernels", "dtype"),
+    [
+        ("a", "image_a", "compiled", torch.float64),
+        ("a", "image_a", "compiled", torch.float32),
+        ("a", "image_a", "plain", torch.float32),
+        ("b", "image_b", "compiled", torch.float64),
+        ("b", "image_b", "compiled", torch.float32),
+        ("b800", "image_b", "compiled", torch.float32),
+    ],
     ids=str,
-)
-@pytest.mark.parametrize(
-    ("case", "image"), [("a", "image_a"), ("b", "image_b"), ("b800", "image_b")]
 )
 def test_detections(case, image, kernels, dtype, root, golden, predictor):
     """``a`` and ``b`` go in as they are; ``b800`` through our resizing to 800 x 1333.

@@ -11,6 +11,7 @@ import torch
 from spatial_mamba_d2.models import build_backbone
 from spatial_mamba_d2.profiling import benchmark, candidates, gemm_peak
 from spatial_mamba_d2.profiling.benchmark_report import plot, report, to_markdown
+from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
 from spatial_mamba_d2.profiling.flops import official_flops
 
 NARROW = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
@@ -21,6 +22,8 @@ def small(monkeypatch):
     """A small peer and small sizes, so that a run takes seconds."""
     monkeypatch.setattr(candidates, "PEERS", {"timm convnext": "convnext_atto"})
     monkeypatch.setattr(gemm_peak, "GEMM_SIDE", 64)
+    few = partial(forward_all_layers, num_proposals=50, num_detections=5)
+    monkeypatch.setattr(candidates, "forward_all_layers", few)
     for module in (benchmark, candidates):
         monkeypatch.setattr(module, "build_backbone", lambda name: build_backbone(name, **NARROW))
 
