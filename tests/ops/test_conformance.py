@@ -62,8 +62,8 @@ def kernels(request):
         pytest.skip("no CUDA kernels by design: PyTorch's own run on GPUs")
     if request.param == "CUDA" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    if request.param == "CUDA" and _extension.WHY_NO_CUDA:
-        pytest.skip(f"no compiled CUDA kernels: {_extension.WHY_NO_CUDA}")
+    if request.param == "CUDA" and _extension.why_no_cuda():
+        pytest.skip(f"no CUDA kernels: {_extension.why_no_cuda()}")
     contexts = {
         "eager": _extension.without_compiled_kernels,
         "emulated CUDA": emulator.emulated_cuda,
