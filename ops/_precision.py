@@ -23,8 +23,8 @@ def precise(*tensors: Tensor) -> list[Tensor]:
 def precise_inside(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the dtype in which PyTorch's convolutions and norms are to take them.
 
-    On CUDA devices it is that of the first: these kernels read and write activations of 16 bits, and
-    accumulate in float32 inside. On others, it is the accumulation dtype (:func:`precise`).
+    On CUDA devices it is that of the first: these kernels read and write activations of 16 bits,
+    and accumulate in float32 inside. On others, it is the accumulation dtype (:func:`precise`).
     """
     if tensors[0].is_cuda:
         return [x.to(tensors[0].dtype) for x in tensors]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -46,11 +45,11 @@ def blocks_of(count: int, size: int) -> int:
 
 
 @cache
-def _members(count: int) -> Any:
-    return ctypes.c_int64 * count
+def _struct(count: int) -> Struct:
+    return Struct(f"{count}q")
 
 
-def pack(kernel: str, blocks: int, members: tuple[Tensor | int, ...]) -> ctypes.Array:
+def pack(kernel: str, blocks: int, members: tuple[Tensor | int, ...]) -> bytes:
     """The argument of a kernel: each member, a tensor's pointer or an integer, in 8 bytes.
 
     Raises:
@@ -58,4 +57,5 @@ def pack(kernel: str, blocks: int, members: tuple[Tensor | int, ...]) -> ctypes.
     """
     if not 0 < blocks <= MAX_BLOCKS:
         raise ValueError(f"{kernel}: the number of blocks must be 1 to 2^31 - 1, got {blocks}")
-    return _members(len(members))(*[x if type(x) is int else x.data_ptr() for x in members])
+    numbers = [x if x.__class__ is int else x.data_ptr() for x in members]  # type: ignore[union-attr]
+    return _struct(len(numbers)).pack(*numbers)

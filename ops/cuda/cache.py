@@ -1,8 +1,8 @@
 """Compiled kernels on disk, so that a process compiles only what no other has compiled before.
 
-The folder is ``cuda`` in ``SMD2_CACHE``, by default ``spatial_mamba_d2`` in the user's folder for
-caches. ``SMD2_CACHE`` may be on a disk that several machines share. Files are keyed by everything that
-goes into them, and are never changed: the folder can be deleted at any time. If it cannot be written,
+The folder is ``cuda`` in ``SMD2_CACHE``, by default in ``spatial_mamba_d2`` in the user's folder
+for caches. It may be on a disk that several machines share. Files are keyed by everything that goes
+into them and are never changed, and the folder can be deleted at any time. If it cannot be written,
 every process compiles what it needs, in a few seconds.
 """
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_int, c_uint, c_void_p
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -103,34 +103,23 @@ class CudaDevice:
     def _function(self, module: c_void_p, name: str, symbol: str) -> Launch:
         lib, function = library(), c_void_p()
         _check(lib.cuModuleGetFunction(byref(function), module, symbol.encode()), name)
-        _check(
-            lib.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, self.shared_bytes), name
-        )
-        return partial(self._launch, name, function.value, lib.cuCtxGetCurrent, lib.cuLaunchKernel)
+        _check(lib.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, self.shared_bytes), name)
+        address, ours, index = function.value, self.context, self.index
+        start, get_context = lib.cuLaunchKernel, lib.cuCtxGetCurrent
+        current_stream = torch._C._cuda_getCurrentRawStream
 
-    def _launch(
-        self,
-        name: str,
-        function: int,
-        get_context: Callable[..., int],
-        start: Callable[..., int],
-        blocks: int,
-        warps: int,
-        shared_bytes: int,
-        *members: Tensor | int,
-    ) -> None:
-        argument = pack(name, blocks, members)
-        pointer = c_void_p(ctypes.addressof(argument))
-        stream = torch._C._cuda_getCurrentRawStream(self.index)
-        current = c_void_p()
-        get_context(byref(current))
-        launch = partial(
-            start, function, blocks, 1, 1, LANES, warps, 1, shared_bytes, stream, byref(pointer), None
-        )
-        if current.value == self.context:
-            status = launch()
-        else:
-            with self.current():
-                status = launch()
-        if status:
-            _check(status, f"{name} cannot be started, or an operation before it has failed")
+        def launch(blocks: int, warps: int, shared_bytes: int, *members: Tensor | int) -> None:
+            argument = c_char_p(pack(name, blocks, members))
+            stream = current_stream(index)
+            call = (address, blocks, 1, 1, LANES, warps, 1, shared_bytes, stream, byref(argument))
+            current = c_void_p()
+            get_context(byref(current))
+            if current.value == ours:
+                status = start(*call, None)
+            else:
+                with self.current():
+                    status = start(*call, None)
+            if status:
+                _check(status, f"{name} cannot be started, or an operation before it has failed")
+
+        return launch

@@ -97,7 +97,8 @@ class KernelSet:
 
     def _load(self, device: torch.device, dtype: torch.dtype) -> Kernels | UnavailableError:
         if dtype not in CPP_TYPES:
-            raise ValueError(f"CUDA kernels exist for {', '.join(map(str, CPP_TYPES))}, not {dtype}")
+            known = ", ".join(map(str, CPP_TYPES))
+            raise ValueError(f"{self.source}: the dtype must be one of {known}, got {dtype}")
         try:
             opened = _open(device)
             launches = opened.load(bundle(self.source), self.cpp_names(dtype), self.source)

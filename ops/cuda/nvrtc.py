@@ -1,9 +1,9 @@
 """NVRTC, NVIDIA's compiler as a library: CUDA C++ to machine code.
 
-It is called through ctypes. Its C interface has been the same since CUDA 11, whereas NVIDIA's
-Python bindings (``cuda-bindings``) are not required by all versions of PyTorch that we support, have
-changed their module's name, and have to find the same library. Neither a GPU, nor a toolkit, nor a
-C++ compiler, nor a header is needed.
+It is called through ctypes. Its C interface has been the same since CUDA 11. NVIDIA's Python
+bindings (``cuda-bindings``) would be a second way to the same library: not all versions of PyTorch
+that we support require them, and their module was renamed. Neither a GPU nor a toolkit, a C++
+compiler or a header is needed.
 """
 
 from __future__ import annotations
@@ -139,9 +139,7 @@ def compile_kernels(
     lib, program, size = library(), ctypes.c_void_p(), ctypes.c_size_t()
     source = text.encode()
     _check(
-        lib.nvrtcCreateProgram(
-            ctypes.byref(program), source, f"{title}.cu".encode(), 0, None, None
-        )
+        lib.nvrtcCreateProgram(ctypes.byref(program), source, f"{title}.cu".encode(), 0, None, None)
     )
 
     def read(what: str) -> bytes:

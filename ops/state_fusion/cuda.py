@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -56,12 +56,19 @@ class Tiles(NamedTuple):
         return blocks_of(self.dim, LANES) * self.parts
 
 
-@lru_cache(None)
+@cache
 def tile_shape(accumulator_bytes: int) -> tuple[int, int]:
     """Rows that a block fuses at once, one for each warp, and columns of a tile, at most."""
     found = constants("state_fusion/cuda.h")
     shape = "TileShape" if accumulator_bytes == 4 else "TileShape<double>"
     return found[f"{shape}.kRows"], found[f"{shape}.kWidth"]
+
+
+@cache
+def tile_bytes(accumulator_bytes: int) -> int:
+    """Shared memory of a block: a ring buffer of rows, with a halo on all sides."""
+    rows, width = tile_shape(accumulator_bytes)
+    return accumulator_bytes * (rows + 2 * RADIUS) * (width + 2 * RADIUS) * LANES
 
 
 @lru_cache(4096)
@@ -87,9 +94,7 @@ def cut(
 def over_tiles(launch: Launch, tiles: Tiles, taps: Tensor, *members: Tensor | int) -> None:
     """Launch ``fuse_tiles`` or ``grad_input_tiles``; ``members`` are those of source and sink."""
     size = taps.itemsize
-    rows, width = tile_shape(size)
-    shared_bytes = size * (rows + 2 * RADIUS) * (width + 2 * RADIUS) * LANES
-    launch(tiles.blocks, rows, shared_bytes, *tiles, taps, *members)
+    launch(tiles.blocks, tile_shape(size)[0], tile_bytes(size), *tiles, taps, *members)
 
 
 def _check(op: str, h: Tensor, taps: Tensor) -> None:

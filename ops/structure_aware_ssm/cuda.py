@@ -1,4 +1,4 @@
-"""``spatial_mamba::structure_aware_ssm`` on CUDA devices: launches of the kernels in ``ssm.cuh``."""
+"""``spatial_mamba::structure_aware_ssm`` on CUDA devices: launches the kernels in ``ssm.cuh``."""
 
 from __future__ import annotations
 
@@ -108,6 +108,4 @@ def structure_aware_ssm_backward(grad_output: Tensor, *inputs: Tensor) -> tuple[
     of_scan = scan.launch_backward(kernels, grad_h, grad_y, call.D)
     grad_u, grad_delta, grad_A, grad_B, grad_bias, grad_D = of_scan
     gradients = (grad_u, grad_delta, grad_A, grad_B, grad_C.sum(0), grad_D, grad_bias)
-    return tuple(
-        g.to(x.dtype) for g, x in zip((*gradients, grad_taps.sum(0)), inputs, strict=True)
-    )
+    return tuple(g.to(x.dtype) for g, x in zip((*gradients, grad_taps.sum(0)), inputs, strict=True))

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -139,7 +140,7 @@ def load() -> ctypes.CDLL:
     library.emulator_launch.restype = ctypes.c_char_p
     library.emulator_launch.argtypes = [
         *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int),
-        *(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
+        *(ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64),
     ]
     return library
 
@@ -163,12 +164,60 @@ class EmulatedDevice:
         if EmulatedDevice.observer:
             EmulatedDevice.observer(name, blocks, warps, shared_bytes, members)
         argument = pack(name, blocks, members)
-        size = ctypes.sizeof(argument)
         error = self.library.emulator_launch(
-            name.encode(), blocks, warps, shared_bytes, argument, size
+            name.encode(), blocks, warps, shared_bytes, argument, len(argument)
         )
         if error:
             raise RuntimeError(error.decode())
+
+
+class Recording:
+    """All launches within the context, to run them again without Python; see ``recording.h``.
+
+    Buffers are the storages of tensors. What they contain when a launch first gets them is part of
+    the recording: later launches must find in them what earlier ones have left.
+    """
+
+    def __enter__(self) -> Recording:
+        self.launches: list[bytes] = []
+        self.buffers: dict[int, tuple[int, bytes, Tensor]] = {}  # the tensors stay alive
+        EmulatedDevice.observer = self._observe
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        EmulatedDevice.observer = None
+
+    def _observe(
+        self,
+        name: str,
+        blocks: int,
+        warps: int,
+        shared_bytes: int,
+        members: tuple[Tensor | int, ...],
+    ) -> None:
+        numbers = [blocks, warps, shared_bytes, len(members)]
+        for member in members:
+            numbers += (-1, member) if isinstance(member, int) else self._place(member)
+        self.launches.append(_text(name.encode()) + struct.pack(f"{len(numbers)}q", *numbers))
+
+    def _place(self, x: Tensor) -> tuple[int, int]:
+        """The number of the tensor's buffer, and where in it the tensor begins."""
+        storage = x.untyped_storage()
+        address = storage.data_ptr()
+        if address not in self.buffers:
+            content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
+            self.buffers[address] = (len(self.buffers), content, x)
+        return self.buffers[address][0], x.data_ptr() - address
+
+    def write(self, path: Path) -> Path:
+        contents = [_text(content) for _, content, _ in self.buffers.values()]
+        sections = (contents, self.launches)
+        path.write_bytes(b"".join(struct.pack("q", len(x)) + b"".join(x) for x in sections))
+        return path
+
+
+def _text(value: bytes) -> bytes:
+    return struct.pack("q", len(value)) + value
 
 
 @contextmanager
