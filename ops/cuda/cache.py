@@ -34,6 +34,20 @@ def folder() -> Path | None:
     return Path(base, "spatial_mamba_d2/cuda")
 
 
+def check_writable() -> Path:
+    """The folder.
+
+    Raises:
+        OSError: there is none, or it cannot be written.
+    """
+    place = folder()
+    if place is None:
+        raise OSError("no folder for compiled kernels, because the user has none: set SMD2_CACHE")
+    place.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=place).close()
+    return place
+
+
 def compiled(text: str, names: Sequence[str], architecture: int, title: str) -> nvrtc.Image:
     """:func:`~.nvrtc.compile_kernels`, from the cache if possible; from there without a log."""
     key = [text, names, architecture, nvrtc.OPTIONS, nvrtc.version()]

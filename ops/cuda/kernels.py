@@ -12,13 +12,14 @@ their data pointers, and integers; 0 is a null pointer.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 
-from spatial_mamba_d2.ops.cuda import driver
+from spatial_mamba_d2.ops.cuda import cache as disk
+from spatial_mamba_d2.ops.cuda import driver, nvrtc
 from spatial_mamba_d2.ops.cuda.arguments import Launch
 from spatial_mamba_d2.ops.cuda.nvrtc import UnavailableError
 from spatial_mamba_d2.ops.cuda.source import bundle
@@ -113,3 +114,27 @@ _LOADING = threading.RLock()
 @cache
 def _open(device: torch.device) -> Device:
     return OPENERS[device.type](device)
+
+
+def compile_ahead(architectures: Sequence[int]) -> Iterator[tuple[int, str, torch.dtype]]:
+    """Fill the cache on disk: yields (architecture, source, dtype) before each set is compiled.
+
+    float64 is left out, because models are not run in it.
+
+    Raises:
+        UnavailableError: NVRTC is missing, or does not compile for one of the architectures.
+        OSError: there is no cache, or it cannot be written.
+    """
+    known = nvrtc.architectures()
+    for architecture in architectures:
+        if architecture not in known:
+            raise UnavailableError(
+                f"NVRTC compiles for {', '.join(map(str, known))}, not for {architecture}"
+            )
+    disk.check_writable()
+    for architecture in architectures:
+        for kernel_set in KernelSet.ALL:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                yield architecture, kernel_set.source, dtype
+                text, names = bundle(kernel_set.source), kernel_set.cpp_names(dtype)
+                disk.compiled(text, names, architecture, kernel_set.source)

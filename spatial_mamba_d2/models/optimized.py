@@ -54,8 +54,8 @@ from spatial_mamba_d2.ops import (
     structure_aware_ssm_from_dt_,
 )
 
-#: Size of the widest activation of a tile on CPUs. Tuned on two cores of an AMD EPYC that share 32 MiB of
-#: cache, for the tiny backbone: 8 MiB is faster than 2 or 4.
+#: Size of the widest activation of a tile on CPUs. Tuned on two cores of an AMD EPYC that share 32
+#: MiB of cache, for the tiny backbone: 8 MiB is faster than 2 or 4.
 TILE_BYTES = 8 * 2**20
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
