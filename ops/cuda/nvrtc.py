@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+#: the first architecture whose blocks can have the 63 KiB of shared memory that kernels take
+OLDEST = 70
 #: of every compilation; all of our functions run on the device
 OPTIONS = ("--std=c++17", "-default-device")
 
@@ -95,12 +97,12 @@ def version() -> tuple[int, int]:
 
 @cache
 def architectures() -> tuple[int, ...]:
-    """What it compiles for, such as ``(75, 80, ...)``."""
+    """What it compiles our kernels for, such as ``(75, 80, ...)``."""
     count = ctypes.c_int()
     _check(library().nvrtcGetNumSupportedArchs(ctypes.byref(count)))
     numbers = (ctypes.c_int * count.value)()
     _check(library().nvrtcGetSupportedArchs(numbers))
-    return tuple(sorted(numbers))
+    return tuple(sorted(number for number in numbers if number >= OLDEST))
 
 
 def architecture_for(major: int, minor: int) -> int:
@@ -109,8 +111,12 @@ def architecture_for(major: int, minor: int) -> int:
     Machine code also runs on GPUs with the same major version and a later minor one.
 
     Raises:
-        UnavailableError: NVRTC knows none that the GPU can run.
+        UnavailableError: the GPU is too old, or NVRTC knows no architecture that it can run.
     """
+    if 10 * major + minor < OLDEST:
+        raise UnavailableError(
+            f"this GPU has compute capability {major}.{minor}, and kernels need 7.0 or later"
+        )
     fitting = [x for x in architectures() if x // 10 == major and x % 10 <= minor]
     if not fitting:
         known = ", ".join(map(str, architectures()))

@@ -104,10 +104,10 @@ def test_code_that_the_gpu_cannot_run_is_no_error(fake):
 
 
 def test_a_gpu_that_nvrtc_does_not_know(fake, monkeypatch):
-    old = SimpleNamespace(major=6, minor=1, multi_processor_count=20)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: old)
+    new = SimpleNamespace(major=99, minor=1, multi_processor_count=20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: new)
     with pytest.raises(
-        nvrtc.UnavailableError, match="does not compile for sm_61, the architecture"
+        nvrtc.UnavailableError, match="does not compile for sm_991, the architecture"
     ):
         driver.CudaDevice(torch.device("cuda", 0))
 

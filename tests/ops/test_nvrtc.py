@@ -64,13 +64,18 @@ def test_the_architecture_is_one_that_the_gpu_runs(capability, architecture, mon
     assert nvrtc.architecture_for(*capability) == architecture
 
 
-@pytest.mark.parametrize("capability", [(7, 0), (6, 1), (10, 3), (13, 0)])
+@pytest.mark.parametrize("capability", [(7, 0), (10, 3), (13, 0)])
 def test_a_gpu_of_another_generation_runs_plain_pytorch(capability, monkeypatch):
     monkeypatch.setattr(nvrtc, "architectures", lambda: (75, 80, 90, 120))
     monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
     name = f"sm_{capability[0]}{capability[1]}"
     with pytest.raises(nvrtc.UnavailableError, match=f"NVRTC 13.0 does not compile for {name}, "):
         nvrtc.architecture_for(*capability)
+
+
+def test_an_old_gpu_runs_plain_pytorch():
+    with pytest.raises(nvrtc.UnavailableError, match="has compute capability 6.1, and kernels need"):
+        nvrtc.architecture_for(6, 1)
 
 
 def test_a_missing_library_is_named(monkeypatch):
