@@ -39,6 +39,14 @@ def contiguous_as(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     ]
 
 
+def in_dtypes_of(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Each gradient in the dtype of its input."""
+    return tuple(
+        gradient if gradient.dtype is x.dtype else gradient.to(x.dtype)
+        for gradient, x in zip(gradients, inputs, strict=True)
+    )
+
+
 def blocks_of(count: int, size: int) -> int:
     """The number of blocks of ``size`` that hold ``count``."""
     return -(-count // size)

@@ -1,5 +1,5 @@
-// How the scan's CUDA kernels cut a sequence, and their arguments; cuda.py, which
-// launches them, follows this file.
+// How the scan's CUDA kernels cut a sequence, and their arguments; cuda.py,
+// which launches them, follows this file.
 #pragma once
 
 #include "../cuda/types.h"

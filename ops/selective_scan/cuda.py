@@ -15,6 +15,7 @@ from spatial_mamba_d2.ops.cuda.arguments import (
     blocks_of,
     check_arguments,
     contiguous_as,
+    in_dtypes_of,
 )
 from spatial_mamba_d2.ops.cuda.kernels import KernelSet
 from spatial_mamba_d2.ops.cuda.source import constants
@@ -106,10 +107,8 @@ class Scan:
         warps = min(self.rows, constant("kCarryWarps"))
         carry(self.columns, warps, warps * map_bytes, workspace, *self._sizes, reverse)
 
-    def launch_backward(
-        self, kernels: Any, grad_h: Tensor, *observed: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of u, delta, A, B, bias from that of the states; of D if it is observed.
+    def launch_backward(self, kernels: Any, grad_h: Tensor, *observed: Tensor) -> list[Tensor]:
+        """Gradients of u, delta, A, B, bias from that of the states; then of D if it is observed.
 
         Args:
             kernels: with ``reduce_adjoint``, ``carry`` and ``apply_adjoint``.
@@ -119,22 +118,23 @@ class Scan:
         """
         u = self.u
         grad_u, grad_delta = torch.empty_like(u), torch.empty_like(u)
-        partial = (self.images, self.rows, self.dim)
         grad_B = u.new_empty((blocks_of(self.dim, LANES), *u.shape[:-1]), dtype=self.acc)
-        grad_A, grad_bias = (u.new_empty(partial, dtype=self.acc) for _ in range(2))
-        grad_D = u.new_empty(partial, dtype=self.acc) if observed else None
+        of_channels = [  # the gradients of A, bias and D, in parts
+            u.new_empty((self.images, self.rows, self.dim), dtype=self.acc)
+            for _ in range(3 if observed else 2)
+        ]
         if self.images:
             adjoint = self.new_workspace()
-            reduce, carry = kernels.reduce_adjoint, kernels.carry
-            self._launch_carries(reduce, carry, adjoint, 1, grad_h)
+            self._launch_carries(kernels.reduce_adjoint, kernels.carry, adjoint, 1, grad_h)
             warps = min(self.segments.per_row, constant("kAdjointWarps"))
             shared_bytes = warps * constant("kMaxSegment") * LANES * self.acc_bytes
+            grad_A, grad_bias, *grad_D = of_channels
             outputs = (grad_u, grad_delta, grad_B, grad_A, grad_bias)
-            observation = (*observed, grad_D) if grad_D is not None else (0, 0, 0)
+            observation = (*observed, *grad_D) if observed else (0, 0, 0)
             members = (*self.members, grad_h, adjoint, *outputs, *observation)
             kernels.apply_adjoint(self.columns * self.rows, warps, shared_bytes, *members)
-        sums = (grad_A.sum((0, 1)), grad_B.sum(0), grad_bias.sum((0, 1)))
-        return grad_u, grad_delta, *sums, None if grad_D is None else grad_D.sum((0, 1))
+        A, bias, *D = (part.sum((0, 1)) for part in of_channels)
+        return [grad_u, grad_delta, A, grad_B.sum(0), bias, *D]
 
 
 def _prepare(
@@ -174,7 +174,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: T
 
 def selective_scan_backward(
     grad_output: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of all inputs, in order."""
     op = "selective_scan_backward"
     inputs = (u, delta, A, B, delta_bias)
@@ -184,5 +184,4 @@ def selective_scan_backward(
     (grad_h,) = contiguous_as(scan.acc, grad_output)
     if scan.images:
         scan.launch_carries(kernels)
-    *gradients, _ = scan.launch_backward(kernels, grad_h)
-    return tuple(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True))
+    return in_dtypes_of(inputs, scan.launch_backward(kernels, grad_h))

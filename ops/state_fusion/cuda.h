@@ -1,5 +1,5 @@
-// How the fusion's CUDA kernels cut a map; cuda.py, which launches them, follows
-// this file.
+// How the fusion's CUDA kernels cut a map; cuda.py, which launches them,
+// follows this file.
 #pragma once
 
 #include "../cuda/types.h"

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from spatial_mamba_d2.ops._precision import accumulation_dtype
-from spatial_mamba_d2.ops.cuda.arguments import LANES, blocks_of, check_arguments, contiguous_as
+from spatial_mamba_d2.ops.cuda.arguments import (
+    LANES,
+    blocks_of,
+    check_arguments,
+    contiguous_as,
+    in_dtypes_of,
+)
 from spatial_mamba_d2.ops.cuda.kernels import KernelSet
 from spatial_mamba_d2.ops.selective_scan.cuda import Scan, Segments
 from spatial_mamba_d2.ops.state_fusion.cuda import Tiles, cut, over_tiles
@@ -87,7 +93,7 @@ def structure_aware_ssm(*inputs: Tensor) -> Tensor:
         call.scan.launch_carries(call.kernels)
         sink = (call.u, call.C, call.D, y)
         over_tiles(call.kernels.observe, call.tiles, call.taps, *call.scan.members, *sink)
-    return y.to(inputs[0].dtype)
+    return in_dtypes_of(inputs[:1], [y])[0]
 
 
 def structure_aware_ssm_backward(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -108,4 +114,4 @@ def structure_aware_ssm_backward(grad_output: Tensor, *inputs: Tensor) -> tuple[
     of_scan = scan.launch_backward(kernels, grad_h, grad_y, call.D)
     grad_u, grad_delta, grad_A, grad_B, grad_bias, grad_D = of_scan
     gradients = (grad_u, grad_delta, grad_A, grad_B, grad_C.sum(0), grad_D, grad_bias)
-    return tuple(g.to(x.dtype) for g, x in zip((*gradients, grad_taps.sum(0)), inputs, strict=True))
+    return in_dtypes_of(inputs, (*gradients, grad_taps.sum(0)))

@@ -49,8 +49,7 @@ int main(int count, char** arguments) {
   }
   try {
     for (int i = 2; i < count; i++) {
-      replay(
-          Recording(arguments[i]), arguments[1] == std::string("orders"));
+      replay(Recording(arguments[i]), arguments[1] == std::string("orders"));
     }
   } catch (const std::exception& error) {
     std::printf("FAILED: %s\n", error.what());

@@ -74,7 +74,9 @@ def test_a_gpu_of_another_generation_runs_plain_pytorch(capability, monkeypatch)
 
 
 def test_an_old_gpu_runs_plain_pytorch():
-    with pytest.raises(nvrtc.UnavailableError, match="has compute capability 6.1, and kernels need"):
+    with pytest.raises(
+        nvrtc.UnavailableError, match="has compute capability 6.1, and kernels need"
+    ):
         nvrtc.architecture_for(6, 1)
 
 
