@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ def without_tf32(x: Tensor) -> Iterator[None]:
     if not x.is_cuda:
         yield
         return
-    cudnn = torch.backends.cudnn
-    if hasattr(cudnn, "conv"):
-        owner, name, exact = cudnn.conv, "fp32_precision", "ieee"
-    else:  # before PyTorch 2.9
-        owner, name, exact = cudnn, "allow_tf32", False
+    cudnn: Any = torch.backends.cudnn
+    setting: tuple[Any, str, Any] = (cudnn, "allow_tf32", False)
+    if hasattr(cudnn, "conv"):  # since PyTorch 2.9, where reading the other may be an error
+        setting = (cudnn.conv, "fp32_precision", "ieee")
+    owner, name, exact = setting
     before = getattr(owner, name)
     setattr(owner, name, exact)
     try:

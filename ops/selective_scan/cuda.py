@@ -155,9 +155,9 @@ def _prepare(
         ],
     )
     dtype = torch.promote_types(u.dtype, delta.dtype)
-    maps = contiguous_as(dtype, u, delta)
-    small = contiguous_as(accumulation_dtype(maps[0]), A, B, delta_bias)
-    return dtype, Scan(*maps, *small, sequence_segments(length))
+    u, delta = contiguous_as(dtype, u, delta)
+    A, B, delta_bias = contiguous_as(accumulation_dtype(u), A, B, delta_bias)
+    return dtype, Scan(u, delta, A, B, delta_bias, sequence_segments(length))
 
 
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor) -> Tensor:
