@@ -56,7 +56,7 @@ def compiled(text: str, names: Sequence[str], architecture: int, title: str) -> 
     path = place and place / f"{title.replace('/', '-')}-sm_{architecture}-{digest[:32]}"
     if path and (image := _read(path)):
         return image
-    logger.info("compiling %s for sm_%d (once; then in %s)", title, architecture, place)
+    logger.info("compiling %s for sm_%d", title, architecture)
     image = nvrtc.compile_kernels(text, names, architecture, title=title)
     if path:
         try:
