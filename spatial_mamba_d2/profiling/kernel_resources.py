@@ -37,6 +37,8 @@ class Limits(NamedTuple):
 
 REGISTERS = 65536  # of a multiprocessor of every architecture
 LIMITS = {
+    "7.0": Limits(2048, 32, 96, 0),
+    "7.2": Limits(2048, 32, 96, 0),
     "7.5": Limits(1024, 16, 64, 0),
     "8.0": Limits(2048, 32, 164, 1),
     "8.6": Limits(1536, 16, 100, 1),

@@ -7,6 +7,7 @@ import torch
 
 from spatial_mamba_d2.ops.cuda import nvrtc
 from spatial_mamba_d2.profiling.kernel_resources import (
+    LIMITS,
     Kernel,
     compile_all,
     over_budget,
@@ -45,13 +46,17 @@ def test_kernels_of_all_dtypes(architecture, architectures):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(12))
-def test_kernels_for_all_architectures(number, architectures):
+@pytest.mark.parametrize("name", LIMITS)
+def test_kernels_for_all_architectures(name, architectures):
     """In one dtype, because the code of others differs in loads and stores only."""
-    if number >= len(architectures):
-        pytest.skip(f"NVRTC compiles for {len(architectures)} architectures")
-    assert len(architectures) <= 12 and 75 in architectures and 120 in architectures
-    check(architectures[number], [torch.bfloat16])
+    architecture = int(name.replace(".", ""))
+    if architecture not in architectures:
+        pytest.skip(f"NVRTC compiles for {architectures}")
+    check(architecture, [torch.bfloat16])
+
+
+def test_the_limits_of_all_architectures_are_known(architectures):
+    assert {f"{number // 10}.{number % 10}" for number in architectures} <= set(LIMITS)
 
 
 @pytest.mark.parametrize(
