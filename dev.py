@@ -39,7 +39,6 @@ INSTALLED_FROM = (
     "pyproject.toml",
     "setup.py",
     "spatial_mamba_d2/__init__.py",  # the version
-    "spatial_mamba_d2/system/cuda_toolkit.py",
     "spatial_mamba_d2/system/install_detectron2.py",
 )
 
@@ -88,7 +87,7 @@ def check_python() -> None:
 
 def native_sources() -> list[Path]:
     """The C++ and CUDA sources of the operators."""
-    suffixes = {".cpp", ".cu", ".cuh", ".h"}
+    suffixes = {".cpp", ".cuh", ".h"}
     return sorted(path for path in ROOT.glob("ops/**/*") if path.suffix in suffixes)
 
 

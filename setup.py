@@ -3,12 +3,10 @@
 Without compiled operators, plain PyTorch ones are used. A compilation that is impossible or fails
 is therefore explained in one line and does not fail the installation, unless requested otherwise:
 
-* ``SMD2_BUILD_NATIVE=0`` compiles nothing; ``=1`` makes it an error if the CPU operators cannot be
-  compiled;
-* ``SMD2_BUILD_CUDA=0`` and ``=1`` do the same for the CUDA operators only.
+``SMD2_BUILD_NATIVE=0`` compiles nothing; ``=1`` makes it an error if the operators cannot be
+compiled. Kernels for CUDA are not compiled here, but at their first call (``ops/cuda``).
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -32,23 +30,9 @@ if int(setuptools.__version__.split(".")[0]) < int(re.findall(r"\d+", REQUIRED)[
     )
 
 
-def load_source(path):
-    """A module of these sources, even if another version of the package is installed."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cuda_toolkit = load_source("spatial_mamba_d2/system/cuda_toolkit.py")
-
 # Python's own flags ask for it, which nearly doubles the time of compilation, and makes the library
 # 15 times as large.
 NO_DEBUG_INFO = "-g0"
-SWITCHES = {
-    "spatial_mamba_d2.ops._C": ("operators", "SMD2_BUILD_NATIVE"),
-    "spatial_mamba_d2.ops._cuda": ("CUDA operators", "SMD2_BUILD_CUDA"),
-}
 
 
 def native_build():
@@ -58,28 +42,21 @@ def native_build():
         from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
         reason = f"{error}: pip needs --no-build-isolation to see the installed PyTorch"
-        return explain_both(reason)
+        return explain(reason)
     except RuntimeError as error:
-        return explain_both(error)
+        return explain(error)
 
     class BuildNative(BuildExtension):
-        """Compiles the libraries separately, so that each is built even if the other fails."""
+        """Leaves out the library if it cannot be compiled."""
 
         def build_extensions(self):
-            wanted, built = self.extensions, []
-            for extension in wanted:
-                self.extensions = [extension]
-                try:
-                    super().build_extensions()
-                    built.append(extension)
-                except Exception as error:  # compilers fail in many ways
-                    explain(extension.name, f"compiling failed: {error}")
-            self.extensions = built
+            try:
+                super().build_extensions()
+            except Exception as error:  # compilers fail in many ways
+                explain(f"compiling failed: {error}")
+                self.extensions = []
 
-    return {
-        "ext_modules": [cpu_extension(), *cuda_extensions()],
-        "cmdclass": {"build_ext": BuildNative},
-    }
+    return {"ext_modules": [cpu_extension()], "cmdclass": {"build_ext": BuildNative}}
 
 
 def check_compiler():
@@ -117,57 +94,13 @@ def cpu_extension():
     )
 
 
-def cuda_extensions():
-    """The library for CUDA devices, if a toolkit is found that matches PyTorch."""
-    name = "spatial_mamba_d2.ops._cuda"
-    try:
-        if os.environ.get("SMD2_BUILD_CUDA") == "0":
-            raise cuda_toolkit.NoToolkitError("SMD2_BUILD_CUDA is 0")
-        import torch
-
-        toolkit = cuda_toolkit.find_toolkit(torch.version.cuda)
-        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")  # read by PyTorch itself
-        names = [] if chosen else cuda_toolkit.architectures(toolkit)
-        if not (chosen or names):
-            raise cuda_toolkit.NoToolkitError(
-                f"CUDA {toolkit.version} supports none of the architectures "
-                f"{', '.join(cuda_toolkit.ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST"
-            )
-    except cuda_toolkit.NoToolkitError as error:
-        explain(name, error)
-        return []
-    from torch.utils import cpp_extension
-
-    cpp_extension.CUDA_HOME = str(toolkit.home)  # its guess may be a wrapper script's folder
-    print(f"spatial_mamba_d2: CUDA operators with {toolkit.home}", file=sys.stderr)
-    return [
-        cpp_extension.CUDAExtension(
-            name,
-            sources("ops/*/cuda_glue.cpp", "ops/*/cuda.cu", "ops/cuda/build.cpp"),
-            depends=sources("ops/**/*.h", "ops/**/*.cuh"),
-            define_macros=[("SMD2_CUDA_ARCHITECTURES", f'"{chosen or " ".join(names) + "+PTX"}"')],
-            extra_compile_args={
-                "cxx": ["-O2", NO_DEBUG_INFO],
-                "nvcc": ["-O3", *(cuda_toolkit.architecture_flags(names) if names else [])],
-            },
-        )
-    ]
-
-
-def explain(extension, reason):
-    """Print in one line why something is not compiled, or exit if it was requested."""
-    what, switch = SWITCHES[extension]
-    message = f"spatial_mamba_d2: {what} are not compiled: {reason}"
-    if os.environ.get(switch) == "1":
+def explain(reason):
+    """Print in one line why nothing is compiled, or exit if it was requested."""
+    message = f"spatial_mamba_d2: operators are not compiled: {reason}"
+    if os.environ.get("SMD2_BUILD_NATIVE") == "1":
         raise SystemExit(message)
     print(message, file=sys.stderr)
     return {}
-
-
-def explain_both(reason):
-    if os.environ.get("SMD2_BUILD_CUDA") == "1":
-        explain("spatial_mamba_d2.ops._cuda", reason)
-    return explain("spatial_mamba_d2.ops._C", reason)
 
 
 setup(

@@ -6,6 +6,9 @@
 * ``eager`` or ``reference``: those, even where compiled kernels exist;
 * ``native``: compiled kernels, or an error with the reason why there are none: an ``ImportError``
   for the CPU, a ``RuntimeError`` at the call for another device.
+
+Kernels for CPUs are compiled at installation, those for CUDA at their first call (see
+:mod:`spatial_mamba_d2.ops.cuda`).
 """
 
 from __future__ import annotations
@@ -23,10 +26,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from spatial_mamba_d2.ops._precision import empty_output
+from spatial_mamba_d2.ops.cuda import nvrtc
 
 BACKENDS = ("reference", "eager", "native")
 LIBRARY = torch.library.Library("spatial_mamba", "FRAGMENT")
 _PYTHON_KERNELS: dict[str, Callable] = {}
+#: launch code of the operators that have CUDA kernels, by name
+CUDA_KERNELS: dict[str, Callable] = {}
 
 
 def _read_backend() -> str | None:
@@ -39,17 +45,16 @@ def _read_backend() -> str | None:
 INSTALL = "pip install --no-build-isolation . (in a checkout: python3 dev.py setup)"
 
 
-def _load_compiled(stem: str) -> str | None:
-    """Load the library ``<stem>*.so``; return ``None``, or the reason why not and the fix."""
+def _load_compiled() -> str | None:
+    """Load the library of CPU kernels; return ``None``, or the reason why not and the fix."""
     if FORCED_BACKEND in ("reference", "eager"):
         return f"SMD2_BACKEND is {FORCED_BACKEND}"
-    libraries = sorted(Path(__file__).parent.glob(f"{stem}*.so"))
+    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
     if not libraries:
-        kernels, tool = {
-            "_C": ("compiled", "a C++ compiler"),
-            "_cuda": ("CUDA", "a CUDA toolkit"),
-        }[stem]
-        return f"no {kernels} kernels were built at install time. Install {tool} and run: {INSTALL}"
+        return (
+            "no compiled kernels were built at install time. Install a C++ compiler and run: "
+            f"{INSTALL}"
+        )
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:  # usually: compiled against another version of PyTorch
@@ -58,54 +63,62 @@ def _load_compiled(stem: str) -> str | None:
 
 
 FORCED_BACKEND = _read_backend()
-WHY_NOT_COMPILED = _load_compiled("_C")
-WHY_NO_CUDA = _load_compiled("_cuda")
+WHY_NOT_COMPILED = _load_compiled()
 if WHY_NOT_COMPILED and FORCED_BACKEND == "native":
     raise ImportError(f"SMD2_BACKEND is native, but CPU kernels are missing: {WHY_NOT_COMPILED}")
 
 
-def _why_not_on(device_type: str) -> str:
-    reasons = {"cpu": WHY_NOT_COMPILED, "cuda": WHY_NO_CUDA}
-    return (
-        reasons.get(device_type, "compiled kernels exist for CPU and CUDA only")
-        or "another backend was chosen"
-    )
+@cache
+def why_no_cuda() -> str | None:
+    """Why CUDA kernels cannot be compiled here, or ``None``.
+
+    What stands in the way of one GPU is found out at its first call.
+    """
+    if FORCED_BACKEND in ("reference", "eager"):
+        return f"SMD2_BACKEND is {FORCED_BACKEND}"
+    try:
+        nvrtc.version()
+    except nvrtc.UnavailableError as error:
+        return str(error)
+    return None
 
 
 @cache
-def _warn_slow(device_type: str) -> None:
-    """Log, once for each type of device, that plain PyTorch is used there."""
+def _warn_slow(device_type: str, reason: str) -> None:
+    """Log, once for each type of device and reason, that plain PyTorch is used there."""
     logging.getLogger(__name__).warning(
         "falling back to plain PyTorch operators%s (slower): %s",
         "" if device_type == "cpu" else f" on {device_type}",
-        _why_not_on(device_type),
+        reason,
     )
 
 
-def _on_fallback(device_type: str) -> None:
+def _on_fallback(device_type: str, reason: str) -> None:
     """Log a warning before plain PyTorch is used, or raise if compiled kernels are forced."""
     if FORCED_BACKEND == "native":
         raise RuntimeError(
-            f"SMD2_BACKEND is native, but {device_type} kernels are missing: "
-            f"{_why_not_on(device_type)}"
+            f"SMD2_BACKEND is native, but {device_type} kernels are missing: {reason}"
         )
     if FORCED_BACKEND is None:
-        _warn_slow(device_type)
+        _warn_slow(device_type, reason)
 
 
 if WHY_NOT_COMPILED and not FORCED_BACKEND:
-    _warn_slow("cpu")
+    _warn_slow("cpu", WHY_NOT_COMPILED)
 
 
 def status() -> str:
     """One line: which kernels run the operators, and why."""
     if FORCED_BACKEND in ("reference", "eager"):
         return f"{FORCED_BACKEND} on every device: {WHY_NOT_COMPILED}"
-    if WHY_NOT_COMPILED and WHY_NO_CUDA:
+    native = [] if WHY_NOT_COMPILED else ["the CPU (compiled)"]
+    if not why_no_cuda():
+        major, minor = nvrtc.version()
+        native.append(f"CUDA (compiled at the first call, by NVRTC {major}.{minor})")
+    if not native:
         return f"eager on every device: {WHY_NOT_COMPILED}"
-    compiled = [] if WHY_NOT_COMPILED else ["the CPU"]
-    compiled += [] if WHY_NO_CUDA else [f"CUDA ({torch.ops.spatial_mamba.cuda_architectures()})"]
-    return f"native on {' and '.join(compiled)} (compiled), eager on other devices"
+    others = f"the CPU: {WHY_NOT_COMPILED}" if WHY_NOT_COMPILED else "other devices"
+    return f"native on {' and '.join(native)}, eager on {others}"
 
 
 def define(
@@ -116,6 +129,8 @@ def define(
     reference: Callable,
     eager_backward: Callable | None = None,
     differentiable: Callable | None = None,
+    cuda: Callable | None = None,
+    cuda_backward: Callable | None = None,
     by_design: tuple[str, ...] = (),
 ) -> None:
     """Define ``spatial_mamba::<schema>`` with all that needs no compiler.
@@ -131,11 +146,15 @@ def define(
         differentiable: plain PyTorch that autograd, forward-mode derivatives and ``torch.func`` see
             through, by default ``eager``. It computes what ``eager_backward`` does not: second
             derivatives, forward-mode derivatives, and everything under ``torch.func``.
+        cuda: launches CUDA kernels, on checked inputs or after checks of its own. If it raises
+            :class:`~.cuda.nvrtc.UnavailableError`, which it does before it launches anything, plain
+            PyTorch is used.
+        cuda_backward: the same for ``eager_backward``.
         by_design: device types where plain PyTorch is the intended implementation. Elsewhere, using
             it logs a warning, or raises if ``SMD2_BACKEND`` is ``native``.
     """
     is_reference = FORCED_BACKEND == "reference"
-    _define(schema, fake, reference if is_reference else eager, by_design)
+    _define(schema, fake, reference if is_reference else eager, cuda, by_design)
     if eager_backward is None:
         return
     name, _, inputs = schema.partition(") ->")[0].partition("(")
@@ -148,6 +167,7 @@ def define(
         f"{name}_backward(Tensor grad_output, {inputs}) -> ({', '.join(['Tensor'] * num_tensors)})",
         fake_backward,
         gradients_of(reference) if is_reference else eager_backward,
+        cuda_backward,
         by_design,
     )
     plain = without_autocast(reference if is_reference else differentiable or eager)
@@ -204,7 +224,10 @@ def _register_derivatives(
 
 def is_transformed(inputs: tuple) -> bool:
     """Whether a transform of ``torch.func`` or a forward-mode derivative is being computed."""
-    return torch._C._are_functorch_transforms_active() or any(
+    if torch._C._are_functorch_transforms_active():
+        return True
+    # Looking at all tensors takes as long as starting a kernel.
+    return forward_ad._current_level >= 0 and any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
     )
 
@@ -220,7 +243,13 @@ def without_autocast(function: Callable) -> Callable:
     return called
 
 
-def _define(schema: str, fake: Callable, function: Callable, by_design: tuple[str, ...]) -> None:
+def _define(
+    schema: str,
+    fake: Callable,
+    function: Callable,
+    cuda: Callable | None,
+    by_design: tuple[str, ...],
+) -> None:
     """Define one operator, implemented by ``function`` on all devices without compiled kernels.
 
     It is a CompositeExplicitAutograd kernel: a compiled one for a device takes precedence.
@@ -229,14 +258,37 @@ def _define(schema: str, fake: Callable, function: Callable, by_design: tuple[st
     kernel = without_autocast(function)
 
     def fallback(first: Tensor, *rest: Any) -> Tensor | tuple[Tensor, ...]:
-        if first.device.type not in by_design:
-            _on_fallback(first.device.type)
+        device_type = first.device.type
+        if device_type not in by_design:
+            reason = "another backend was chosen"
+            if device_type == "cpu":
+                reason = WHY_NOT_COMPILED or reason
+            elif device_type != "cuda":
+                reason = "compiled kernels exist for CPU and CUDA only"
+            _on_fallback(device_type, reason)
         return kernel(first, *rest)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"spatial_mamba::{name}", fake, lib=LIBRARY)
     _PYTHON_KERNELS[name] = kernel
+    if cuda:
+        CUDA_KERNELS[name] = cuda
+        if FORCED_BACKEND not in ("reference", "eager"):
+            LIBRARY.impl(name, _cuda_or_plain(cuda, kernel), "CUDA")
+
+
+def _cuda_or_plain(cuda: Callable, plain: Callable) -> Callable:
+    """Call ``cuda``, or ``plain`` where CUDA kernels cannot run."""
+
+    def called(*inputs: Any) -> Any:
+        try:
+            return cuda(*inputs)
+        except nvrtc.UnavailableError as error:
+            _on_fallback("cuda", str(error))
+        return plain(*inputs)
+
+    return called
 
 
 def forbid_gradients(name: str, differentiable: str) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +19,36 @@ def precise(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the accumulation dtype of the first; those that have it are not copied."""
     dtype = accumulation_dtype(tensors[0])
     return [x.to(dtype) for x in tensors]
+
+
+def precise_inside(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype in which PyTorch's convolutions and norms are to take them.
+
+    On CUDA devices it is that of the first: these kernels read and write activations of 16 bits,
+    and accumulate in float32 inside. On others, it is the accumulation dtype (:func:`precise`).
+    """
+    if tensors[0].is_cuda:
+        return [x.to(tensors[0].dtype) for x in tensors]
+    return precise(*tensors)
+
+
+@contextmanager
+def without_tf32(x: Tensor) -> Iterator[None]:
+    """Let float32 convolutions on CUDA devices keep all bits; cuDNN rounds inputs by default."""
+    if not x.is_cuda:
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    setting: tuple[Any, str, Any] = (cudnn, "allow_tf32", False)
+    if hasattr(cudnn, "conv"):  # since PyTorch 2.9, where reading the other may be an error
+        setting = (cudnn.conv, "fp32_precision", "ieee")
+    owner, name, exact = setting
+    before = getattr(owner, name)
+    setattr(owner, name, exact)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def empty_output(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

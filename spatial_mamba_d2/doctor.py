@@ -3,10 +3,13 @@
     python -m spatial_mamba_d2.doctor
     python -m spatial_mamba_d2.doctor --coco annotations.json images/
     python -m spatial_mamba_d2.doctor --task segmentation --config-file my.yaml KEY VALUE ...
+    python -m spatial_mamba_d2.doctor --compile [80 90 ...]
 
-The last one checks all data that a training with the same arguments would read. The exit code is 0
-if the main task, detection, can run here (or if the checked data set is valid), otherwise 1. Each
-check imports what it needs, so the doctor works even where nothing is installed.
+With --task it checks all data that a training with the same arguments would read. With --compile
+it compiles the CUDA kernels, which otherwise happens at their first call, for the GPUs that are
+here, or for the architectures given (80 is sm_80), which needs no GPU. The exit code is 0 if the
+main task, detection, can run here (or if the checked data set is valid, or all is compiled),
+otherwise 1. Each check imports what it needs, so the doctor works even where nothing is installed.
 """
 
 from __future__ import annotations
@@ -229,23 +232,50 @@ def check_kernels() -> Finding:
 
 
 def check_cuda_kernels() -> Finding:
-    """Whether the operators are compiled for CUDA, and if not, whether they could be."""
+    """Whether the CUDA kernels can be compiled here, and for what."""
     import torch
 
     from spatial_mamba_d2.ops import _extension
-    from spatial_mamba_d2.system import cuda_toolkit
+    from spatial_mamba_d2.ops.cuda import cache, nvrtc
 
-    if _extension.WHY_NO_CUDA is None:
-        return Finding("ok", f"compiled for {torch.ops.spatial_mamba.cuda_architectures()}")
     if torch.version.cuda is None:
         return Finding("ok", "none needed: PyTorch is built without CUDA")
-    text = str(_extension.WHY_NO_CUDA)
+    if reason := _extension.why_no_cuda():
+        return Finding("note", f"none, so a GPU runs plain PyTorch: {reason}")
+    known = nvrtc.architectures()
+    text = f"NVRTC {'.'.join(map(str, nvrtc.version()))} compiles them at their first call"
+    if not torch.cuda.is_available():
+        return Finding("ok", f"{text}, for sm_{known[0]} to sm_{known[-1]}")
+    for index in range(torch.cuda.device_count()):
+        try:
+            nvrtc.architecture_for(*torch.cuda.get_device_capability(index))
+        except nvrtc.UnavailableError as error:
+            return Finding("note", f"none on GPU {index}, which runs plain PyTorch: {error}")
     try:
-        toolkit = cuda_toolkit.find_toolkit(torch.version.cuda)
-    except cuda_toolkit.NoToolkitError as error:
-        return Finding("note", f"{text} ({error})")
-    text += f" (CUDA {toolkit.version} is installed in {toolkit.home})"
-    return Finding("note", text, f"SMD2_BUILD_CUDA=1 {build_command()}")
+        return Finding("ok", f"{text}, and keeps them in {cache.check_writable()}")
+    except OSError as error:
+        return Finding("note", f"{text}, in every process: {error}", "set SMD2_CACHE to a folder")
+
+
+def compile_kernels(architectures: list[int]) -> Finding:
+    """Compile the CUDA kernels for some architectures, by default those of the GPUs here."""
+    import torch
+
+    from spatial_mamba_d2.ops.cuda import cache, kernels, nvrtc
+
+    try:
+        if not architectures:
+            capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+            architectures = sorted({nvrtc.architecture_for(*numbers) for numbers in capabilities})
+        if not architectures:
+            text = "no GPU is here: name the architectures"
+            return Finding("missing", text, "--compile 80 90, for sm_80 and sm_90")
+        for architecture, source, dtype in kernels.compile_ahead(architectures):
+            print(f"sm_{architecture} {source} {dtype}", flush=True)
+        names = ", ".join(f"sm_{number}" for number in architectures)
+        return Finding("ok", f"compiled for {names}, in {cache.check_writable()}")
+    except (nvrtc.UnavailableError, OSError) as error:
+        return Finding("missing", str(error))
 
 
 def check_model() -> Finding:
@@ -421,6 +451,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--task", choices=TASKS, help="check only the data of a training of this task"
     )
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        type=int,
+        metavar="ARCH",
+        help="only compile the CUDA kernels, for these architectures or for the GPUs here",
+    )
     parser.add_argument("--config-file", default="", metavar="FILE", help="of that training")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... of that training")
     options = parser.parse_args(argv)
@@ -428,6 +465,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--config-file and KEY VALUE need --task, one of {', '.join(TASKS)}")
     if options.coco:
         return 0 if report({"coco": partial(check_coco, *options.coco)}, run_quietly) else 1
+    if options.compile is not None:
+        return 0 if report({"kernels": partial(compile_kernels, options.compile)}) else 1
     if options.task:
         check = partial(check_task, options.task, options.config_file, options.opts)
         return 0 if report({"data": check}, run_quietly) else 1

@@ -28,6 +28,7 @@ READERS: dict[tuple[str, ...], set[str]] = {
         f"{PACKAGE}/data/json_file.py",
         # Files that this package has written, in the cache and in OUTPUT_DIR; damage is expected.
         f"{PACKAGE}/system/once.py",
+        "ops/cuda/cache.py",
         f"{PACKAGE}/training/run_folder.py",
         f"{PACKAGE}/doctor.py",  # what pip has recorded about this package
     },

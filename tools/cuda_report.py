@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Registers, occupancy and modelled DRAM bytes of the CUDA kernels; needs no GPU.
 
-python tools/cuda_report.py --output output/cuda_report
+python tools/cuda_report.py --output output/cuda_report --architectures 80 90 120
 """
 
 from pathlib import Path
@@ -14,7 +14,11 @@ def main() -> int:
 
     parser = build_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/cuda_report"))
-    return report(parser.parse_args().output)
+    parser.add_argument(
+        "--architectures", type=int, nargs="+", default=[80, 90], metavar="N", help="80 is sm_80"
+    )
+    options = parser.parse_args()
+    return report(options.output, options.architectures)
 
 
 if __name__ == "__main__":

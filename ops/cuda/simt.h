@@ -1,95 +1,64 @@
-// The only place where kernels and launchers touch CUDA: the real one under
-// nvcc, the emulator of tests/cuda_emulator if SMD2_EMULATED is defined. The
-// glue is compiled by a plain C++ compiler and sees types only. Torch-free.
+// The only place where kernels touch CUDA: NVRTC's, which has no headers, or
+// the emulator of tests/cuda_emulator.
 //
 // Kernels may use threadIdx, blockIdx, blockDim, __syncthreads, shuffles with
 // full masks outside divergent branches, and dynamic shared memory. Atomics are
 // excluded because results must be the same in every run.
 #pragma once
 
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-
-#if defined(__CUDACC__)
-
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
+#if defined(__CUDACC_RTC__)
 
 #define SMD2_DEVICE __device__ __forceinline__
-#define SMD2_HOST_DEVICE __host__ __device__ __forceinline__
-// The block's shared memory, all of it dynamic; the launcher chooses its size.
+// The block's shared memory, all of it dynamic; the launch chooses its size.
 #define SMD2_SHARED(TYPE, NAME)                              \
   extern __shared__ __align__(16) unsigned char smd2_raw_[]; \
   TYPE* NAME = reinterpret_cast<TYPE*>(smd2_raw_)
 
-namespace smd2 {
+using int64_t = long long;
+using size_t = decltype(sizeof(0));
 
-inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(
-        std::string("spatial_mamba: ") + what + ": " +
-        cudaGetErrorString(error));
+namespace c10 {
+
+// PyTorch's types of 16 bits, as far as kernels need them.
+struct Half {
+  unsigned short bits;
+  Half() = default;
+  explicit SMD2_DEVICE Half(float x) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   }
-}
-
-// Number of multiprocessors of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  check_cuda(cudaGetDevice(&device), "no current device");
-  check_cuda(
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-      "cannot query the device's number of multiprocessors");
-  return count;
-}
-
-// Starts `blocks` blocks of 32 x `warps` threads, asynchronously. `name` is for
-// error messages.
-template <typename Args>
-void launch(
-    const char* name,
-    void (*kernel)(Args),
-    int64_t blocks,
-    int warps,
-    size_t shared_bytes,
-    cudaStream_t stream,
-    const Args& args) {
-  constexpr size_t kWithoutOptIn = 48 * 1024;  // shared bytes of any launch
-  constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
-  if (blocks < 1 || blocks > kMaxBlocks) {
-    throw std::runtime_error(
-        std::string("spatial_mamba: ") + name +
-        ": the number of blocks must be 1 to 2^31 - 1, got " +
-        std::to_string(blocks));
+  SMD2_DEVICE operator float() const {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
   }
-  if (shared_bytes > kWithoutOptIn) {
-    check_cuda(
-        cudaFuncSetAttribute(
-            reinterpret_cast<const void*>(kernel),
-            cudaFuncAttributeMaxDynamicSharedMemorySize,
-            static_cast<int>(shared_bytes)),
-        name);
+};
+
+struct BFloat16 {
+  unsigned short bits;
+  BFloat16() = default;
+  explicit SMD2_DEVICE BFloat16(float x) {
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+#else
+    const unsigned word = __float_as_uint(x);
+    bits = x != x ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+#endif
   }
-  kernel<<<
-      dim3(static_cast<unsigned>(blocks)),
-      dim3(32, static_cast<unsigned>(warps)),
-      shared_bytes,
-      stream>>>(args);
-  check_cuda(cudaGetLastError(), name);
-}
+  SMD2_DEVICE operator float() const {
+    return __uint_as_float(static_cast<unsigned>(bits) << 16);
+  }
+};
 
-}  // namespace smd2
-
-#elif defined(SMD2_EMULATED)
-
-#include "simt_emulator.h"
+}  // namespace c10
 
 #else
 
-#include <cuda_runtime_api.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <simt_emulator.h>
 
-#define SMD2_HOST_DEVICE inline
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
 
 #endif

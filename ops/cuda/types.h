@@ -1,18 +1,10 @@
-// What CUDA kernels, their launchers and the glue agree on. Torch-free.
+// What all CUDA kernels agree on. An argument of a kernel is one struct whose
+// members take 8 bytes each: pointers, and integers of 64 bits; the launch code
+// in cuda.py passes the same list of members.
 #pragma once
-
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include "../accumulate.h"
 #include "simt.h"
-
-// Runs a macro for each dtype that CUDA kernels are compiled for.
-#define SMD2_FOR_EACH_DTYPE(MACRO) \
-  MACRO(double);                   \
-  MACRO(float);                    \
-  MACRO(c10::Half);                \
-  MACRO(c10::BFloat16)
 
 namespace smd2 {
 namespace cuda {
@@ -20,13 +12,13 @@ namespace cuda {
 // Channels that a warp processes, one for each of its threads.
 constexpr int kLanes = 32;
 
-SMD2_HOST_DEVICE int64_t smaller(int64_t x, int64_t y) {
+SMD2_DEVICE int64_t smaller(int64_t x, int64_t y) {
   return x < y ? x : y;
 }
-SMD2_HOST_DEVICE int64_t larger(int64_t x, int64_t y) {
+SMD2_DEVICE int64_t larger(int64_t x, int64_t y) {
   return x > y ? x : y;
 }
-SMD2_HOST_DEVICE int64_t blocks_of(int64_t count, int64_t size) {
+SMD2_DEVICE int64_t blocks_of(int64_t count, int64_t size) {
   return (count + size - 1) / size;
 }
 

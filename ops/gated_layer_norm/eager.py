@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spatial_mamba_d2.ops._precision import precise
+from spatial_mamba_d2.ops._precision import precise_inside
 
 
 def gated_layer_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.gated_layer_norm`."""
-    y_, z_, weight, bias = precise(y, z, weight, bias)
+    y_, z_, weight, bias = precise_inside(y, z, weight, bias)
     norm = F.layer_norm(y_, y_.shape[-1:], weight, bias, eps)
     return (norm * F.silu(z_)).to(y.dtype).contiguous()
 
@@ -20,7 +20,7 @@ def differentiable_gated_layer_norm(
     y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
     """:func:`gated_layer_norm`, whose gradient has forward-mode derivatives; SiLU's has none."""
-    y_, z_, weight, bias = precise(y, z, weight, bias)
+    y_, z_, weight, bias = precise_inside(y, z, weight, bias)
     norm = F.layer_norm(y_, y_.shape[-1:], weight, bias, eps)
     return (norm * z_ * torch.sigmoid(z_)).to(y.dtype).contiguous()
 
@@ -29,7 +29,7 @@ def gated_layer_norm_backward(
     grad_output: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of y, z, weight, bias."""
-    y_, z_, weight_, bias_, grad = precise(y, z, weight, bias, grad_output)
+    y_, z_, weight_, bias_, grad = precise_inside(y, z, weight, bias, grad_output)
     norm, mean, rstd = torch.native_layer_norm(y_, y_.shape[-1:], weight_, bias_, eps)
     grad_z = torch.ops.aten.silu_backward(grad * norm, z_)
     grad_y, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(

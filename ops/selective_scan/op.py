@@ -8,7 +8,7 @@ from torch import Tensor
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
 from spatial_mamba_d2.ops._precision import accumulation_dtype, empty_output
-from spatial_mamba_d2.ops.selective_scan import eager, reference
+from spatial_mamba_d2.ops.selective_scan import cuda, eager, reference
 
 _NAME = "selective_scan"
 _extension.define(
@@ -17,6 +17,8 @@ _extension.define(
     eager=eager.selective_scan,
     reference=reference.selective_scan,
     eager_backward=eager.selective_scan_backward,
+    cuda=cuda.selective_scan,
+    cuda_backward=cuda.selective_scan_backward,
     differentiable=eager.differentiable_selective_scan,
 )
 

@@ -60,7 +60,7 @@ struct Carries {
   Affine<Acc>* rows;  // [images, rows, dim]: map of all segments of the row
   Acc* row_state;     // [images, rows, dim]: state before the row
 
-  SMD2_HOST_DEVICE Carries(
+  SMD2_DEVICE Carries(
       Acc* workspace,
       const Segments& segments,
       int64_t images,
@@ -234,7 +234,7 @@ struct CarryArgs {
   Acc* workspace;
   Segments segments;
   int64_t images, dim;
-  bool reverse;
+  int64_t reverse;  // 0 or 1
 };
 
 // One block per image and 32 channels. Each warp composes the maps of its share

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from spatial_mamba_d2.ops._precision import accumulation_dtype
+from spatial_mamba_d2.ops._precision import accumulation_dtype, without_tf32
 from spatial_mamba_d2.ops.state_fusion.taps import DILATIONS, RADIUS, join_taps, split_taps
 
 
@@ -42,11 +42,12 @@ def state_fusion(h: Tensor, taps: Tensor) -> Tensor:
     height, width, dim = h.shape[1:]
     padded = _nchw(_replicate(h.to(dtype)))
     kernels = split_taps(taps.to(dtype))
-    out = conv2d(padded, kernels[-1], dilation=RADIUS, groups=dim)
-    for d, kernel in zip(DILATIONS[:-1], kernels[:-1], strict=True):
-        part = conv2d(padded, kernel, dilation=d, groups=dim)
-        crop = RADIUS - d  # `part` exceeds the map by this much on each side
-        out += part[:, :, crop : crop + height, crop : crop + width]
+    with without_tf32(h):
+        out = conv2d(padded, kernels[-1], dilation=RADIUS, groups=dim)
+        for d, kernel in zip(DILATIONS[:-1], kernels[:-1], strict=True):
+            part = conv2d(padded, kernel, dilation=d, groups=dim)
+            crop = RADIUS - d  # `part` exceeds the map by this much on each side
+            out += part[:, :, crop : crop + height, crop : crop + width]
     return out.permute(0, 2, 3, 1).contiguous()
 
 
@@ -56,11 +57,12 @@ def state_fusion_backward(grad_output: Tensor, h: Tensor, taps: Tensor) -> tuple
     grad_output = grad_output.to(dtype).contiguous()
     padded = _replicate(h.to(dtype))
     kernels = split_taps(taps.to(dtype))
-    grad_h = _grad_input(grad_output, kernels)
-    grad_kernels = [
-        _grad_kernel(grad_output, padded, kernel, d)
-        for d, kernel in zip(DILATIONS, kernels, strict=True)
-    ]
+    with without_tf32(h):
+        grad_h = _grad_input(grad_output, kernels)
+        grad_kernels = [
+            _grad_kernel(grad_output, padded, kernel, d)
+            for d, kernel in zip(DILATIONS, kernels, strict=True)
+        ]
     return grad_h.to(h.dtype), join_taps(grad_kernels).to(taps.dtype)
 
 

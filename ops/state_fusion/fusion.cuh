@@ -354,37 +354,5 @@ __global__ void __launch_bounds__(
   sweep<Acc>(place, ring, fill, use);
 }
 
-template <typename Acc, typename Args>
-void launch_tiles(
-    const char* name,
-    void (*kernel)(Args),
-    const Args& args,
-    cudaStream_t stream) {
-  launch(
-      name,
-      kernel,
-      args.tiles.blocks(),
-      TileShape<Acc>::kRows,
-      Ring<Acc>::kBytes,
-      stream,
-      args);
-}
-
-template <typename Acc, typename Source, typename Sink>
-void launch_fuse(
-    const char* name,
-    const FuseArgs<Acc, Source, Sink>& args,
-    cudaStream_t stream) {
-  launch_tiles<Acc>(name, fuse_tiles<Acc, Source, Sink>, args, stream);
-}
-
-template <typename Acc, typename Source, typename Out>
-void launch_grad_input(
-    const GradInputArgs<Acc, Source, Out>& args,
-    cudaStream_t stream) {
-  launch_tiles<Acc>(
-      "grad_input_tiles", grad_input_tiles<Acc, Source, Out>, args, stream);
-}
-
 }  // namespace cuda
 }  // namespace smd2

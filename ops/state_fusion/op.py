@@ -8,7 +8,7 @@ from torch import Tensor
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
 from spatial_mamba_d2.ops._precision import accumulation_dtype, empty_output
-from spatial_mamba_d2.ops.state_fusion import eager, reference
+from spatial_mamba_d2.ops.state_fusion import cuda, eager, reference
 from spatial_mamba_d2.ops.state_fusion.taps import TAPS
 
 _NAME = "state_fusion"
@@ -18,6 +18,8 @@ _extension.define(
     eager=eager.state_fusion,
     reference=reference.state_fusion,
     eager_backward=eager.state_fusion_backward,
+    cuda=cuda.state_fusion,
+    cuda_backward=cuda.state_fusion_backward,
 )
 
 

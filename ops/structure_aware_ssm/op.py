@@ -9,7 +9,7 @@ from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
 from spatial_mamba_d2.ops._precision import empty_output
 from spatial_mamba_d2.ops.state_fusion.taps import TAPS
-from spatial_mamba_d2.ops.structure_aware_ssm import eager, reference
+from spatial_mamba_d2.ops.structure_aware_ssm import cuda, eager, reference
 
 _NAME = "structure_aware_ssm"
 _extension.define(
@@ -19,6 +19,8 @@ _extension.define(
     eager=eager.structure_aware_ssm,
     reference=reference.structure_aware_ssm,
     eager_backward=eager.structure_aware_ssm_backward,
+    cuda=cuda.structure_aware_ssm,
+    cuda_backward=cuda.structure_aware_ssm_backward,
     differentiable=eager.differentiable_structure_aware_ssm,
 )
 

@@ -8,7 +8,6 @@
 
 #include "../selective_scan/scan.cuh"
 #include "../state_fusion/fusion.cuh"
-#include "cuda.h"
 
 namespace smd2 {
 namespace cuda {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spatial_mamba_d2.ops._precision import precise
+from spatial_mamba_d2.ops._precision import precise_inside
 
 
 def structure_aware_ssm_from_dt_(u: Tensor, dt: Tensor, dt_weight: Tensor, *others: Tensor) -> None:
@@ -14,6 +14,6 @@ def structure_aware_ssm_from_dt_(u: Tensor, dt: Tensor, dt_weight: Tensor, *othe
 
     ``others`` are ``A, B, C, D, delta_bias, taps``.
     """
-    _, dt, dt_weight = precise(u, dt, dt_weight)
+    _, dt, dt_weight = precise_inside(u, dt, dt_weight)
     delta = F.linear(dt, dt_weight)
     u.copy_(torch.ops.spatial_mamba.structure_aware_ssm(u, delta, *others))

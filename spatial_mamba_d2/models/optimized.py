@@ -11,7 +11,8 @@ stale after their next update. It
   the SSM's output and the residual sums in place;
 * processes activations that are several times as wide as the stage (inside the MLP, between the
   convolutions of stem and downsampling) in tiles, so that they stay in the cache. The operating
-  system would also have to provide larger ones page by page in every call.
+  system would also have to provide larger ones page by page in every call. On other devices, a tile
+  is the entire map.
 
 The authors' code caches merged kernels in eval mode instead, which went stale (their issue #27).
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -52,8 +54,8 @@ from spatial_mamba_d2.ops import (
     structure_aware_ssm_from_dt_,
 )
 
-#: Size of the widest activation of a tile. Tuned on two cores of an AMD EPYC that share 32 MiB of
-#: cache, for the tiny backbone: 8 MiB is faster than 2 or 4.
+#: Size of the widest activation of a tile on CPUs. Tuned on two cores of an AMD EPYC that share 32
+#: MiB of cache, for the tiny backbone: 8 MiB is faster than 2 or 4.
 TILE_BYTES = 8 * 2**20
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -233,6 +235,11 @@ def _packed_pointwise(layer: Any, dtype: torch.dtype | None) -> PackedLinear:
     return PackedLinear(conv.weight.flatten(1), conv.bias, dtype, _act_name(layer))
 
 
+def _tile_bytes(x: Tensor) -> int:
+    """The size of tiles where ``x`` is."""
+    return TILE_BYTES if x.device.type == "cpu" else sys.maxsize
+
+
 def _halve_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, row_bytes: int) -> Tensor:
     """``function(x)``, a 3x3 convolution of stride 2 and pointwise layers, in tiles of rows.
 
@@ -241,7 +248,7 @@ def _halve_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, row_bytes: 
         x: ``Tensor[B, H, W, C]``.
         row_bytes: size of the widest activation inside ``function`` per row of ``x``.
     """
-    rows = max(TILE_BYTES // row_bytes // 2 * 2, 4)
+    rows = max(_tile_bytes(x) // row_bytes // 2 * 2, 4)
     tiles = [function(x[:, :rows])]
     for top in range(rows, x.shape[1], rows):
         # The convolution needs one more row above the tile. Two keep the stride aligned, and the
@@ -262,7 +269,7 @@ def _add_in_tiles(
         maps: ``Tensor[B, H, W, C_i]``, contiguous.
     """
     num_tokens = x.shape[:3].numel()
-    num_tiles = math.ceil(num_tokens * token_bytes / TILE_BYTES)
+    num_tiles = math.ceil(num_tokens * token_bytes / _tile_bytes(x))
     tile_tokens = math.ceil(num_tokens / num_tiles)  # of one size, because small tiles are slow
     for out, *tiles in zip(*(t.flatten(0, 2).split(tile_tokens) for t in (x, *maps)), strict=True):
         out.add_(function(*tiles))

@@ -66,7 +66,7 @@ def _run(candidates: Candidates) -> dict[str, Tensor]:
 def _implementations() -> list[str]:
     """Implementations of our operators on the default device."""
     on_cuda = torch.get_default_device().type == "cuda"
-    why_not = _extension.WHY_NO_CUDA if on_cuda else _extension.WHY_NOT_COMPILED
+    why_not = _extension.why_no_cuda() if on_cuda else _extension.WHY_NOT_COMPILED
     return [EAGER] if why_not else [NATIVE, EAGER]
 
 

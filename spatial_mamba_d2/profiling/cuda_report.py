@@ -1,4 +1,4 @@
-"""What the CUDA kernels cost, as tables: resources from the compiler, DRAM bytes from a model.
+"""What the CUDA kernels cost, as tables: resources from NVRTC, DRAM bytes from a model.
 
 See :mod:`.kernel_resources` and :mod:`.dram_model`. Nothing here needs a GPU or was timed on one.
 """
@@ -6,9 +6,11 @@ See :mod:`.kernel_resources` and :mod:`.dram_model`. Nothing here needs a GPU or
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from spatial_mamba_d2.data.outputs import check_outputs
+from spatial_mamba_d2.ops.cuda.nvrtc import UnavailableError
 from spatial_mamba_d2.profiling import dram_model
 from spatial_mamba_d2.profiling.dram_model import (
     BANDWIDTH_TB_S,
@@ -20,11 +22,9 @@ from spatial_mamba_d2.profiling.dram_model import (
     stage_problems,
     total_bytes,
 )
-from spatial_mamba_d2.profiling.kernel_constants import OPS
 from spatial_mamba_d2.profiling.kernel_resources import (
-    find_cuobjdump,
+    compile_all,
     over_budget,
-    read_kernels,
     resource_table,
 )
 from spatial_mamba_d2.system.tables import markdown_table
@@ -67,10 +67,9 @@ def dram_table() -> str:
 
 def launch_table(problem: Problem) -> str:
     """Each launch of each operator, forward and backward, as Markdown."""
-    scan = dram_model.scan_forward(problem)
     operators = {
-        "selective_scan": scan,
-        "selective_scan_backward": [*scan[:2], *dram_model.scan_backward(problem)],
+        "selective_scan": dram_model.scan_forward(problem),
+        "selective_scan_backward": dram_model.scan_backward(problem),
         "state_fusion": dram_model.fusion_forward(problem),
         "state_fusion_backward": dram_model.fusion_backward(problem),
         "structure_aware_ssm": ssm_forward(problem),
@@ -90,8 +89,12 @@ def launch_table(problem: Problem) -> str:
     return markdown_table(["operator", "launch", "read MB", "written MB", *_BOUNDS], rows)
 
 
-def report(output: Path) -> int:
+def report(output: Path, architectures: Sequence[int]) -> int:
     """Print the tables and save them and all figures as ``output``/cuda_report.{md,json}.
+
+    Args:
+        output: a folder.
+        architectures: for which the kernels are compiled, such as 90.
 
     Returns:
         0, or 1 if a kernel spills registers or exceeds its budget of them.
@@ -106,16 +109,13 @@ def report(output: Path) -> int:
         "DRAM bytes of every launch at stage 1 of tiny, 800 x 1280 pixels, float32",
         launch_table(stage_problems()[0]),
     ]
-    libraries = sorted(OPS.glob("_cuda*.so"))
-    cuobjdump = find_cuobjdump()
     kernels, problems = [], []
-    if libraries and cuobjdump:
-        kernels = read_kernels(libraries[0], cuobjdump)
+    try:
+        kernels = compile_all(architectures)
         problems = over_budget(kernels)
         parts += ["Registers per thread, occupancy", resource_table(kernels), *problems]
-    else:
-        missing = "cuobjdump was not found" if libraries else "no CUDA kernels are compiled"
-        parts.append(f"No resources: {missing} (python -m spatial_mamba_d2.doctor says why).")
+    except UnavailableError as error:
+        parts.append(f"No resources: {error}")
     text = "\n\n".join(parts)
     print(text)
     output.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ below. Nothing here was timed on a GPU.
 
 Each launch lists the tensors that it reads and writes by name and shape, in the notation of the
 kernels' argument structs (``ops/*/cuda.h``), and the bytes follow. For our kernels the tests
-compare them with the bytes that the kernels touch in the emulator. Tile sizes come from the
-kernels' sources, so this needs a checkout.
+compare them with the bytes that the kernels touch in the emulator. Tile sizes come from the launch
+code.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from math import prod
 from typing import NamedTuple
 
 from spatial_mamba_d2.models.variants import VARIANTS
-from spatial_mamba_d2.profiling.kernel_constants import kernel_constants
+from spatial_mamba_d2.ops.selective_scan import cuda as scan_cuda
+from spatial_mamba_d2.ops.state_fusion import cuda as fusion_cuda
+from spatial_mamba_d2.ops.state_fusion.cuda import Tiles
+from spatial_mamba_d2.ops.state_fusion.taps import RADIUS, TAPS
+from spatial_mamba_d2.ops.structure_aware_ssm import cuda as ssm_cuda
 
-NUM_TAPS = 25
 # From NVIDIA's data sheets of the A100 with 40 GB and of the H100 SXM.
 BANDWIDTH_TB_S = {"A100": 1.555, "H100": 3.35}
 NUM_MULTIPROCESSORS = {"A100": 108, "H100": 132}
@@ -110,35 +113,17 @@ class Problem(NamedTuple):
         return self.accumulator(name, self.dim)
 
     def taps(self) -> Operand:
-        return self.accumulator("taps", NUM_TAPS, self.dim)
-
-
-class Tiles(NamedTuple):
-    """How ``ops/state_fusion/cuda.h`` cuts a map."""
-
-    tile_width: int
-    num_tiles: int  # in a row of the map
-    band_height: int
-    num_bands: int
+        return self.accumulator("taps", TAPS, self.dim)
 
 
 def cut(p: Problem) -> Tiles:
-    """The ``cut`` of ``ops/state_fusion/cuda.h``."""
-    constants = kernel_constants()
-    scalar = "double" if p.accumulator_bytes == 8 else "float"
-    rows = constants[f"{scalar}.kRows"]
-    num_tiles = _ceil_div(p.width, constants[f"{scalar}.kWidth"])
-    columns = p.num_images * num_tiles * p.num_channel_blocks
-    wanted_bands = _ceil_div(p.num_multiprocessors * 3, columns)
-    band_height = max(_ceil_div(p.height, wanted_bands), 2 * rows)
-    band_height = _ceil_div(band_height, rows) * rows
-    return Tiles(
-        _ceil_div(p.width, num_tiles), num_tiles, band_height, _ceil_div(p.height, band_height)
-    )
+    """How the launch code of ``state_fusion`` cuts the map."""
+    map_ = (p.num_images, p.height, p.width, p.dim)
+    return fusion_cuda.cut(*map_, p.accumulator_bytes, p.num_multiprocessors)
 
 
 class Segments(NamedTuple):
-    """How ``ops/selective_scan/cuda.h`` cuts the sequences of all images."""
+    """How the launch code of ``selective_scan`` cuts the sequences of all images."""
 
     num_rows: int
     per_row: int
@@ -146,14 +131,14 @@ class Segments(NamedTuple):
 
 def sequence_segments(p: Problem) -> Segments:
     """Rows and segments of a sequence that is not an image."""
-    length, longest = p.height * p.width, kernel_constants()["kMaxSegment"]
-    width = min(length, 16 * longest)
-    return Segments(p.num_images * _ceil_div(length, width), _ceil_div(width, longest))
+    segments = scan_cuda.sequence_segments(p.height * p.width)
+    return Segments(p.num_images * segments.rows, segments.per_row)
 
 
 def image_segments(p: Problem) -> Segments:
     """A row of the map is a row, and each tile begins a segment."""
-    return Segments(p.num_images * p.height, cut(p).num_tiles)
+    segments = ssm_cuda.image_segments(cut(p))
+    return Segments(p.num_images * segments.rows, segments.per_row)
 
 
 def _scan_inputs(p: Problem) -> list[Operand]:
@@ -204,8 +189,9 @@ def scan_forward(p: Problem) -> list[Launch]:
 
 
 def scan_backward(p: Problem) -> list[Launch]:
-    """``selective_scan_backward`` after the first two launches of :func:`scan_forward`."""
-    return _scan_adjoint(p, sequence_segments(p))
+    """``selective_scan_backward``, which computes the states again."""
+    segments = sequence_segments(p)
+    return [*_carries(p, segments, _scan_inputs(p)), *_scan_adjoint(p, segments)]
 
 
 def _scan_adjoint(p: Problem, s: Segments, *, observed: bool = False) -> list[Launch]:
@@ -250,8 +236,7 @@ def fusion_backward(p: Problem) -> list[Launch]:
 def _grad_taps(p: Problem) -> Operand:
     """Partial sums, one for each block of threads."""
     tiles = cut(p)
-    num_parts = p.num_images * tiles.num_tiles * tiles.num_bands
-    return p.accumulator("grad_taps", num_parts, NUM_TAPS, p.dim)
+    return p.accumulator("grad_taps", tiles.parts, TAPS, p.dim)
 
 
 def ssm_forward(p: Problem) -> list[Launch]:
@@ -290,14 +275,14 @@ def halo_bytes(p: Problem) -> int:
 
     That is the halos of u and delta, and u again where ``D u`` is added.
     """
-    tiles, radius = cut(p), kernel_constants()["kRadius"]
+    tiles, radius = cut(p), RADIUS
     columns = sum(
         min((i + 1) * tiles.tile_width + radius, p.width) - max(i * tiles.tile_width - radius, 0)
-        for i in range(tiles.num_tiles)
+        for i in range(tiles.tiles)
     )
     rows = sum(
         min((i + 1) * tiles.band_height + radius, p.height) - max(i * tiles.band_height - radius, 0)
-        for i in range(tiles.num_bands)
+        for i in range(tiles.bands)
     )
     num_with_halos = p.num_images * columns * rows * p.dim
     return (2 * (num_with_halos - p.num_values) + p.num_values) * p.element_bytes

@@ -1,23 +1,24 @@
-"""Registers, shared memory and occupancy of the compiled CUDA kernels, without a GPU.
+"""Registers, shared memory and occupancy of the CUDA kernels, without a GPU.
 
-The compiler wrote them into the library, and ``cuobjdump`` reads them from there. The sizes of
-blocks come from the kernels' sources, so this needs a checkout.
+NVRTC compiles the kernels and reports them. The sizes of blocks are those of the launch code.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import shutil
-import subprocess
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from spatial_mamba_d2.profiling.kernel_constants import kernel_constants
-from spatial_mamba_d2.system import cuda_toolkit
+from spatial_mamba_d2.ops.cuda import nvrtc
+from spatial_mamba_d2.ops.cuda.arguments import LANES
+from spatial_mamba_d2.ops.cuda.kernels import CPP_TYPES, KernelSet
+from spatial_mamba_d2.ops.cuda.source import bundle
+from spatial_mamba_d2.ops.selective_scan.cuda import constant
+from spatial_mamba_d2.ops.state_fusion.cuda import tile_bytes, tile_shape
 from spatial_mamba_d2.system.tables import markdown_table
 
 #: Most registers per thread. With 128 a multiprocessor holds two blocks of 256 threads. Kernels
@@ -36,13 +37,21 @@ class Limits(NamedTuple):
 
 REGISTERS = 65536  # of a multiprocessor of every architecture
 LIMITS = {
+    "7.0": Limits(2048, 32, 96, 0),
+    "7.2": Limits(2048, 32, 96, 0),
     "7.5": Limits(1024, 16, 64, 0),
     "8.0": Limits(2048, 32, 164, 1),
     "8.6": Limits(1536, 16, 100, 1),
     "8.9": Limits(1536, 24, 100, 1),
+    "8.7": Limits(1536, 16, 164, 1),
+    "8.8": Limits(1536, 16, 100, 1),
     "9.0": Limits(2048, 32, 228, 1),
     "10.0": Limits(2048, 32, 228, 1),
+    "10.1": Limits(1536, 24, 228, 1),
+    "10.3": Limits(2048, 32, 228, 1),
+    "11.0": Limits(1536, 24, 228, 1),
     "12.0": Limits(1536, 24, 100, 1),
+    "12.1": Limits(1536, 24, 100, 1),
 }
 
 
@@ -70,53 +79,60 @@ class Kernel(NamedTuple):
         return blocks * self.warps * 32 / limits.threads
 
 
-def find_cuobjdump() -> str | None:
-    """NVIDIA's tool that reads compiled kernels, from the CUDA toolkit, triton or ``PATH``."""
-    candidates = []
-    try:
-        candidates.append(cuda_toolkit.find_toolkit(torch.version.cuda).home / "bin/cuobjdump")
-    except cuda_toolkit.NoToolkitError:
-        pass
-    site = Path(torch.__file__).parents[1]
-    candidates.append(site / "triton/backends/nvidia/bin/cuobjdump")
-    found = next((str(path) for path in candidates if path.exists()), None)
-    return found or shutil.which("cuobjdump")
+def compile_all(
+    architectures: Sequence[int], dtypes: Sequence[torch.dtype] = tuple(CPP_TYPES)
+) -> list[Kernel]:
+    """All kernels, compiled for some architectures (such as 90), by name and architecture.
 
-
-def read_kernels(library: Path, cuobjdump: str) -> list[Kernel]:
-    """All kernels in a compiled library, sorted by name and architecture."""
-    command = [cuobjdump, "--dump-resource-usage", str(library)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    if shutil.which("c++filt"):
-        text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True).stdout
-    found = []
-    for part in text.split("arch = sm_")[1:]:
-        number = re.match(r"\d+", part)
-        assert number
-        architecture = f"{number[0][:-1]}.{number[0][-1]}"
-        usage = re.findall(r"Function (.+?):\n\s*REG:(\d+) STACK:(\d+)", part)
-        for name, registers, stack in usage:
-            name = re.sub(r"^void |\(.*\)$|smd2::cuda::|c10::", "", name)
-            name = name.partition("(")[0]
-            found.append(Kernel(name, architecture, int(registers), int(stack), *_block(name)))
+    Raises:
+        UnavailableError: NVRTC is missing, or does not compile for one of them.
+    """
+    names: dict[str, set[str]] = defaultdict(set)  # of each source
+    for kernel_set in KernelSet.ALL:
+        for dtype in dtypes:
+            names[kernel_set.source].update(kernel_set.cpp_names(dtype))
+    found = set()
+    for architecture in architectures:
+        for source, of_source in names.items():
+            image = nvrtc.compile_kernels(
+                bundle(source), sorted(of_source), architecture, "--ptxas-options=-v", title=source
+            )
+            found.update(_read_log(image, architecture))
     return sorted(found)
+
+
+def _read_log(image: nvrtc.Image, architecture: int) -> list[Kernel]:
+    """What the compiler reports of each kernel."""
+    usage = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers",
+        image.log,
+        re.S,
+    )
+    by_symbol = {symbol: (int(registers), int(stack)) for symbol, stack, registers in usage}
+    kernels = []
+    for name, symbol in image.symbols.items():
+        short = name.replace("c10::", "")
+        shown = f"{architecture // 10}.{architecture % 10}"
+        kernels.append(Kernel(short, shown, *by_symbol[symbol], *_block(short)))
+    return kernels
 
 
 def _block(name: str) -> tuple[int, int]:
     """Warps of a full block, and the bytes of shared memory that it uses."""
-    c = kernel_constants()
-    size = 8 if re.search(r"<double", name) else 4
-    if name.startswith("apply_adjoint"):
-        return c["kAdjointWarps"], c["kAdjointWarps"] * c["kMaxSegment"] * 32 * size
-    if name.startswith("apply"):
-        return c["kScanWarps"], 0
-    if name.startswith("carry"):
-        return c["kCarryWarps"], c["kCarryWarps"] * 32 * 2 * size
-    if name.startswith("reduce"):
-        return c["kScanWarps"], c["kScanWarps"] * 32 * 2 * size
-    scalar = "double" if size == 8 else "float"
-    rows, width, halo = c[f"{scalar}.kRows"], c[f"{scalar}.kWidth"], 2 * c["kRadius"]
-    return rows, (rows + halo) * (width + halo) * 32 * size
+    size = 8 if "<double" in name else 4
+    map_bytes = 2 * size * LANES
+    kernel = name.partition("<")[0]
+    if kernel == "apply_adjoint":
+        warps = constant("kAdjointWarps")
+        return warps, warps * constant("kMaxSegment") * LANES * size
+    if kernel == "apply":
+        return constant("kScanWarps"), 0
+    if kernel in ("carry", "reduce"):
+        warps = constant("kCarryWarps" if kernel == "carry" else "kScanWarps")
+        return warps, warps * map_bytes
+    if kernel in ("fuse_tiles", "grad_input_tiles"):
+        return tile_shape(size)[0], tile_bytes(size)
+    raise ValueError(f"the size of blocks is unknown, add it to {__name__}: {name}")
 
 
 def over_budget(kernels: list[Kernel]) -> list[str]:

@@ -59,7 +59,7 @@ class _KeyValueParser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         options = super().parse_args(args, namespace)
         for name, value in vars(options).items():
-            if name != "opts" and isinstance(value, list):
+            if name != "opts" and isinstance(value, list) and value:
                 first = next((i for i, word in enumerate(value) if _is_key(word)), len(value))
                 options.opts = [*map(str, value[first:]), *options.opts]
                 del value[first:]

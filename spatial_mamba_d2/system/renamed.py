@@ -28,10 +28,8 @@ NEW_NAMES: dict[str, str | tuple[str, ...]] = {
     "classification.run": "classification.train",
     "conversion": "models.checkpoints.convert",
     "cuda_report": tuple(
-        f"profiling.{n}"
-        for n in ("cuda_report", "dram_model", "kernel_resources", "kernel_constants")
+        f"profiling.{n}" for n in ("cuda_report", "dram_model", "kernel_resources")
     ),
-    "cuda_toolkit": "system.cuda_toolkit",
     "data.stream": "data.samplers",
     "data.workers": "system.workers",
     "detection.datasets": "detection.data",

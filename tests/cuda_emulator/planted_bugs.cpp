@@ -8,7 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "../../ops/cuda/simt.h"
+#include "kernels.h"
+#include "ops/cuda/simt.h"
 
 namespace smd2 {
 namespace {
@@ -141,14 +142,15 @@ int main(int, char** argv) {
   // Room for threads that write nothing but their own element.
   std::vector<float> out(argv[1] == std::string("out_of_bounds") ? 32 : 64);
   try {
-    smd2::launch(
+    smd2::emulator::Registration(argv[1], plan.kernel);
+    const smd2::Args args{out.data()};
+    smd2::emulator::launch(
         argv[1],
-        plan.kernel,
         plan.blocks,
         plan.warps,
         plan.shared_bytes,
-        nullptr,
-        smd2::Args{out.data()});
+        &args,
+        sizeof(args));
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;

@@ -1,8 +1,8 @@
-// Runs CUDA kernels on the CPU, in place of cuda_runtime.h: see
+// Runs CUDA kernels on the CPU, in place of NVRTC and a GPU: see
 // ops/cuda/simt.h. Every CUDA thread is a fiber; blocks run one after the
 // other, on the calling thread.
 //
-// `launch` throws an exception for: a barrier or a shuffle that not all threads
+// `run` throws an exception for: a barrier or a shuffle that not all threads
 // reach (or that they reach at different lines), a shuffle with a lane that has
 // exited or is not in its mask, a deadlock, and a launch that a device of
 // compute capability 7.5 cannot run. Shared memory starts as NaN. Sanitizers
@@ -25,7 +25,6 @@ struct dim3 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-using cudaStream_t = void*;
 
 namespace smd2 {
 namespace emulator {
@@ -70,29 +69,9 @@ T shuffle_xor(int line, unsigned mask, T value, unsigned distance) {
 
 }  // namespace emulator
 
-inline int multiprocessors() {
-  return 4;
-}
-
-template <typename Args>
-void launch(
-    const char* name,
-    void (*kernel)(Args),
-    int64_t blocks,
-    int warps,
-    size_t shared_bytes,
-    cudaStream_t,
-    const Args& args) {
-  emulator::run(
-      name, blocks, 32, static_cast<unsigned>(warps), shared_bytes, [&] {
-        kernel(args);
-      });
-}
-
 }  // namespace smd2
 
 #define SMD2_DEVICE inline __attribute__((always_inline))
-#define SMD2_HOST_DEVICE inline __attribute__((always_inline))
 #define SMD2_SHARED(TYPE, NAME) \
   TYPE* NAME = static_cast<TYPE*>(::smd2::emulator::shared_memory())
 #define __global__

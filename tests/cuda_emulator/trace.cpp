@@ -2,17 +2,16 @@
 // once. The kernels are compiled with ThreadSanitizer's instrumentation, which
 // calls a function at every access; the functions defined here count.
 //
-//     trace <images> <height> <width> <dim> <dtype>
+//     trace <recording>
 //
-// prints one line "<bytes read> <bytes written> <launch>" per launch.
+// prints one line "<bytes read> <bytes written> <kernel>" per launch.
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <map>
 #include <string>
 #include <vector>
 
-#include "operator_case.h"
+#include "recording.h"
 
 namespace {
 
@@ -52,14 +51,6 @@ void report(const char* launch) {
   std::printf("%ld %ld %s\n", long(read), long(written), launch);
 }
 
-template <typename T>
-void trace(smd2::cuda::Case c) {
-  c.on_allocation = [](const void* address, size_t size) {
-    buffers[reinterpret_cast<uintptr_t>(address)].touched.resize(size);
-  };
-  c.run<T>();
-}
-
 }  // namespace
 
 extern "C" {
@@ -93,15 +84,19 @@ SMD2_HOOK(16)
 }
 
 int main(int count, char** arguments) {
-  if (count != 6) {
+  if (count != 2) {
     return 2;
   }
-  const auto number = [&](int i) { return std::atoll(arguments[i]); };
-  const smd2::cuda::Case c(number(1), number(2), number(3), number(4));
-  const std::string dtype = arguments[5];
   smd2::emulator::set_observer(report);
   try {
-    dtype == "bfloat16" ? trace<c10::BFloat16>(c) : trace<float>(c);
+    const smd2::emulator::Recording recording(arguments[1]);
+    const auto memory = recording.allocate();
+    for (size_t i = 0; i < memory.sizes.size(); i++) {
+      const void* address = memory.buffers[i].get();
+      buffers[reinterpret_cast<uintptr_t>(address)].touched.resize(
+          memory.sizes[i]);
+    }
+    recording.run(memory);
   } catch (const std::exception& error) {
     std::printf("FAILED: %s\n", error.what());
     return 1;

@@ -1,4 +1,4 @@
-"""The CUDA kernels, their launchers and their glue, built for the CPU by a plain C++ compiler.
+"""The CUDA kernels, built for the CPU by a plain C++ compiler, and run by their launch code.
 
 Object files and programs are cached in ``build/cuda_emulator`` under a hash of all their inputs, so
 a second run of the tests builds nothing.
@@ -6,42 +6,42 @@ a second run of the tests builds nothing.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils import cpp_extension
 
-import spatial_mamba_d2.ops  # noqa: F401  defines the schemas
+import spatial_mamba_d2.ops  # noqa: F401  declares the kernels
+from spatial_mamba_d2.ops import _extension
+from spatial_mamba_d2.ops.cuda import kernels
+from spatial_mamba_d2.ops.cuda.arguments import Launch, pack
+from spatial_mamba_d2.ops.cuda.kernels import CPP_TYPES, KernelSet
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests/cuda_emulator"
-KERNELS = tuple(sorted(ROOT.glob("ops/*/cuda.cu")))
-GLUE = tuple(sorted(ROOT.glob("ops/*/cuda_glue.cpp")))
 HEADERS = tuple(
     sorted([*ROOT.glob("ops/**/*.h"), *ROOT.glob("ops/**/*.cuh"), *EMULATOR.glob("*.h")])
 )
-OPERATORS = tuple(
-    name
-    for folder in (path.parent.name for path in GLUE)
-    for name in (folder, f"{folder}_backward")
-)
+RUNTIME = (EMULATOR / "simt_emulator.cpp", EMULATOR / "kernels.cpp")
+#: operators with CUDA kernels, and their backward operators
+OPERATORS = tuple(_extension.CUDA_KERNELS)
 ORDERS = ("forward", "reverse", "random")
-WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")  # #pragma unroll is nvcc's
-
-
-_DEFINITIONS = torch.library.Library("spatial_mamba_emulated", "FRAGMENT")
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")  # #pragma unroll is CUDA's
 
 
 @cache
@@ -79,16 +79,16 @@ def _make(command: Sequence[str], inputs: Sequence[Path], suffix: str) -> Path:
     return target
 
 
-def compile_object(source: Path, *flags: str) -> Path:
-    """``source`` compiled for the emulator."""
+def compile_object(source: Path, *flags: str, root: Path = ROOT) -> Path:
+    """``source`` compiled for the emulator, with the kernels in ``root``."""
     command = [
         *compiler().split(),
-        *("-std=c++20", "-fPIC", "-DSMD2_EMULATED", *WARNINGS, *flags),
-        f"-I{EMULATOR}",
+        *("-std=c++20", "-fPIC", *WARNINGS, *flags, f"-I{root}", f"-I{EMULATOR}"),
         *(f"-isystem{path}" for path in cpp_extension.include_paths()),
         *("-x", "c++", "-c", str(source)),
     ]
-    return _make(command, [source, *HEADERS], ".o")
+    headers = [root / path.relative_to(ROOT) for path in HEADERS if EMULATOR not in path.parents]
+    return _make(command, [source, *headers, *EMULATOR.glob("*.h")], ".o")
 
 
 def compile_all(sources: Sequence[Path], *flags: str) -> list[Path]:
@@ -104,29 +104,133 @@ def link(objects: Sequence[Path], *flags: str, suffix: str = "") -> Path:
     return _make(command, objects, suffix)
 
 
+def kernel_source(kernel_set: KernelSet, dtype: torch.dtype) -> Path:
+    """A C++ source that registers the kernels of a set for one dtype."""
+    lines = [f'#include "ops/{kernel_set.source}"', '#include "kernels.h"']
+    lines += ["using namespace smd2::cuda;", "using smd2::emulator::Registration;"]
+    for number, name in enumerate(kernel_set.cpp_names(dtype)):
+        lines.append(f'static const Registration r{number}("{name}", {name});')
+    text = "\n".join(lines) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = _folder() / f"{Path(kernel_set.source).stem}-{digest}.cpp"
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    return path
+
+
+def kernel_sources(
+    dtypes: Sequence[torch.dtype] = tuple(CPP_TYPES), folder: str = ""
+) -> list[Path]:
+    """:func:`kernel_source` of all sets, or of those in one folder of ``ops/``."""
+    return [
+        kernel_source(kernel_set, dtype)
+        for kernel_set in KernelSet.ALL
+        for dtype in dtypes
+        if kernel_set.source.startswith(folder)
+    ]
+
+
 @cache
-def load() -> None:
-    """Register ``torch.ops.spatial_mamba_emulated`` on the CPU."""
-    sources = (*GLUE, *KERNELS, EMULATOR / "library.cpp", EMULATOR / "simt_emulator.cpp")
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    objects = compile_all(sources, "-O1", abi)
-    paths = [flag for path in cpp_extension.library_paths() for flag in (f"-L{path}",)]
-    library = link(objects, "-shared", *paths, "-ltorch_cpu", "-lc10", suffix=".so")
-    for name in OPERATORS:
-        schema = str(getattr(torch.ops.spatial_mamba, name).default._schema)
-        _DEFINITIONS.define(schema.removeprefix("spatial_mamba::"))
-    torch.ops.load_library(library)
+def load() -> ctypes.CDLL:
+    """The emulator with all kernels, as a library."""
+    objects = compile_all((*RUNTIME, *kernel_sources()), "-O1")
+    library = ctypes.CDLL(str(link(objects, "-shared", suffix=".so")))
+    library.emulator_launch.restype = ctypes.c_char_p
+    library.emulator_launch.argtypes = [
+        *(ctypes.c_char_p, ctypes.c_int64, ctypes.c_int),
+        *(ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64),
+    ]
+    return library
+
+
+class EmulatedDevice:
+    """A :class:`~spatial_mamba_d2.ops.cuda.kernels.Device` for tensors on the CPU."""
+
+    multiprocessors = 4
+    #: called before every launch: (C++ name, blocks, warps, shared bytes, members)
+    observer: Callable[..., None] | None = None
+
+    def __init__(self, device: torch.device):
+        self.library = load()
+
+    def load(self, text: str, names: Sequence[str], title: str) -> list[Launch]:
+        return [partial(self._launch, name) for name in names]
+
+    def _launch(
+        self, name: str, blocks: int, warps: int, shared_bytes: int, *members: Tensor | int
+    ) -> None:
+        if EmulatedDevice.observer:
+            EmulatedDevice.observer(name, blocks, warps, shared_bytes, members)
+        argument = pack(name, blocks, members)
+        error = self.library.emulator_launch(
+            name.encode(), blocks, warps, shared_bytes, argument, len(argument)
+        )
+        if error:
+            raise RuntimeError(error.decode())
+
+
+class Recording:
+    """All launches within the context, to run them again without Python; see ``recording.h``.
+
+    Buffers are the storages of tensors. What they contain when a launch first gets them is part of
+    the recording: later launches must find in them what earlier ones have left.
+    """
+
+    def __enter__(self) -> Recording:
+        self.launches: list[bytes] = []
+        self.buffers: dict[int, tuple[int, bytes, Tensor]] = {}  # the tensors stay alive
+        EmulatedDevice.observer = self._observe
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        EmulatedDevice.observer = None
+
+    def _observe(
+        self,
+        name: str,
+        blocks: int,
+        warps: int,
+        shared_bytes: int,
+        members: tuple[Tensor | int, ...],
+    ) -> None:
+        numbers = [blocks, warps, shared_bytes, len(members)]
+        for member in members:
+            numbers += (-1, member) if isinstance(member, int) else self._place(member)
+        self.launches.append(_text(name.encode()) + struct.pack(f"{len(numbers)}q", *numbers))
+
+    def _place(self, x: Tensor) -> tuple[int, int]:
+        """The number of the tensor's buffer, and where in it the tensor begins."""
+        storage = x.untyped_storage()
+        address = storage.data_ptr()
+        if address not in self.buffers:
+            content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
+            self.buffers[address] = (len(self.buffers), content, x)
+        return self.buffers[address][0], x.data_ptr() - address
+
+    def write(self, path: Path) -> Path:
+        contents = [_text(content) for _, content, _ in self.buffers.values()]
+        sections = (contents, self.launches)
+        path.write_bytes(b"".join(struct.pack("q", len(x)) + b"".join(x) for x in sections))
+        return path
+
+
+def _text(value: bytes) -> bytes:
+    return struct.pack("q", len(value)) + value
 
 
 @contextmanager
-def emulated_cuda() -> Iterator[None]:
+def emulated_cuda(order: str = "forward") -> Iterator[None]:
     """Run the operators on the CPU by the emulated CUDA kernels within the context."""
-    load()
+    load().emulator_set_order(ORDERS.index(order))
+    kernels.OPENERS["cpu"] = EmulatedDevice
     override = torch.library.Library("spatial_mamba", "IMPL")
-    for name in OPERATORS:
-        kernel = getattr(torch.ops.spatial_mamba_emulated, name)
+    for name, kernel in _extension.CUDA_KERNELS.items():
         override.impl(name, kernel, "CPU", allow_override=True)
     try:
         yield
     finally:
         override._destroy()
+        del kernels.OPENERS["cpu"]
+        load().emulator_set_order(0)

@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from spatial_mamba_d2.ops import _extension
+from spatial_mamba_d2.ops.cuda.nvrtc import UnavailableError
 
 PROGRAM = """
 import torch
@@ -79,26 +81,73 @@ def test_without_a_library_it_runs_and_warns_once():
     program = PROGRAM.replace("import torch\n", NO_LIBRARY, 1)
     done = run("", program=program)
     assert done.returncode == 0
-    assert done.stdout.startswith("eager on every device: no compiled kernels were built")
+    device = "every device" if _extension.why_no_cuda() else "the CPU"
+    assert f"eager on {device}: no compiled kernels were built" in done.stdout
     assert done.stderr.count("falling back to plain PyTorch operators (slower): no compiled") == 1
     assert "Install a C++ compiler and run: pip install" in done.stderr
 
 
+def unavailable(*inputs):
+    raise UnavailableError("this GPU is too old")
+
+
 def test_native_never_falls_back_on_other_devices(monkeypatch):
     monkeypatch.setattr(_extension, "FORCED_BACKEND", "native")
-    monkeypatch.setattr(_extension, "WHY_NO_CUDA", "they were not built")
-    message = "SMD2_BACKEND is native, but cuda kernels are missing: they were not built"
+    called = _extension._cuda_or_plain(unavailable, lambda x: x)
+    message = "SMD2_BACKEND is native, but cuda kernels are missing: this GPU is too old"
     with pytest.raises(RuntimeError, match=message):
-        _extension._on_fallback("cuda")
+        called(1)
+
+
+def test_where_cuda_kernels_cannot_run_plain_pytorch_does(monkeypatch, caplog):
+    monkeypatch.setattr(_extension, "FORCED_BACKEND", None)
+    _extension._warn_slow.cache_clear()
+    called = _extension._cuda_or_plain(unavailable, lambda x: 2 * x)
+    assert [called(1), called(2)] == [2, 4]
+    (record,) = caplog.records
+    message = "falling back to plain PyTorch operators on cuda (slower): this GPU is too old"
+    assert record.getMessage() == message
+
+
+def test_errors_of_cuda_kernels_are_not_hidden():
+    def fail(x):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        _extension._cuda_or_plain(fail, lambda x: x)(1)
 
 
 def test_plain_pytorch_on_another_device_warns_once(monkeypatch, caplog):
     monkeypatch.setattr(_extension, "FORCED_BACKEND", None)
     _extension._warn_slow.cache_clear()
     for _ in range(2):
-        _extension._on_fallback("xpu")
+        _extension._on_fallback("xpu", "compiled kernels exist for CPU and CUDA only")
     (record,) = caplog.records
     assert "plain PyTorch operators on xpu (slower): compiled kernels exist" in record.getMessage()
+
+
+@pytest.mark.parametrize("operator", _extension.CUDA_KERNELS)
+def test_the_dispatcher_knows_the_cuda_kernels(operator):
+    """This needs no GPU, because they are compiled at their first call."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has(f"spatial_mamba::{operator}", "CUDA")
+
+
+def test_status_names_what_runs(monkeypatch):
+    monkeypatch.setattr(_extension, "FORCED_BACKEND", None)
+    monkeypatch.setattr(_extension, "WHY_NOT_COMPILED", None)
+    monkeypatch.setattr(_extension, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(_extension.nvrtc, "version", lambda: (13, 0))
+    assert _extension.status() == (
+        "native on the CPU (compiled) and CUDA (compiled at the first call, by NVRTC 13.0), "
+        "eager on other devices"
+    )
+    monkeypatch.setattr(_extension, "WHY_NOT_COMPILED", "no compiler")
+    assert _extension.status() == (
+        "native on CUDA (compiled at the first call, by NVRTC 13.0), eager on the CPU: no compiler"
+    )
+    monkeypatch.setattr(_extension, "why_no_cuda", lambda: "no NVRTC")
+    assert _extension.status() == "eager on every device: no compiler"
 
 
 @pytest.mark.skipif(bool(_extension.WHY_NOT_COMPILED), reason="no compiled kernels")

@@ -6,14 +6,20 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from spatial_mamba_d2.ops.cuda.kernels import KernelSet
+from spatial_mamba_d2.ops.cuda.source import bundle
+from spatial_mamba_d2.ops.state_fusion import cuda as fusion
 from spatial_mamba_d2.profiling import dram_model
 
 from . import emulator
+from .test_conformance import CASES, arguments, call
 
 # Compiler flags of the kernels, of the emulator's runtime, and of the linker.
 SANITIZERS = {
@@ -27,14 +33,41 @@ SANITIZERS = {
 }
 
 
-def build_program(main: Path, kernels: tuple[Path, ...], sanitizer: str) -> Path:
+def build_program(main: Path, kernels: Sequence[Path], sanitizer: str) -> Path:
     """``main``, the kernels and the emulator's runtime, linked; skips without a compiler."""
     of_kernels, of_runtime, of_linker = SANITIZERS[sanitizer]
     objects = emulator.compile_all((main, *kernels), "-O1", "-g1", *of_kernels)
-    objects += emulator.compile_all(
-        (emulator.EMULATOR / "simt_emulator.cpp",), "-O1", "-g1", *of_runtime
-    )
+    objects += emulator.compile_all(emulator.RUNTIME, "-O1", "-g1", *of_runtime)
     return emulator.link(objects, *of_linker)
+
+
+def record(path: Path, case: str, inputs: list[Tensor]) -> Path:
+    """The launches of an operator and its gradients, with outputs that start as NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with emulator.emulated_cuda(), emulator.Recording() as recording:
+            leaves = [x.requires_grad_() for x in arguments(case, inputs)]
+            output = call(case, leaves)
+            torch.autograd.grad(output, leaves, torch.ones_like(output))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return recording.write(path)
+
+
+@pytest.fixture
+def recordings(tmp_path, ssm_inputs, monkeypatch) -> Callable[..., list[str]]:
+    """``recordings((shape, dtype), ...)``: files, one for each of the operators' cases."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+
+    def make(*problems: tuple[tuple[int, int, int, int], torch.dtype]) -> list[str]:
+        return [
+            str(record(tmp_path / f"{case} {number}", case, ssm_inputs(*shape, dtype)))
+            for case, (operator, _) in CASES.items()
+            if operator in emulator.OPERATORS
+            for number, (shape, dtype) in enumerate(problems)
+        ]
+
+    return make
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -43,11 +76,26 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
+# One token; several tiles and bands, an odd number of channels; a sequence of several rows of
+# segments.
+PROBLEMS = [
+    ((1, 1, 1, 1), torch.float32),
+    ((1, 21, 21, 33), torch.float32),
+    ((1, 2, 301, 2), torch.float32),
+    ((1, 9, 18, 3), torch.float64),
+    ((1, 9, 18, 3), torch.float16),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_sanitizers_have_nothing_to_report(sanitizer):
-    program = build_program(emulator.EMULATOR / "exercise.cpp", emulator.KERNELS, sanitizer)
-    done = run(program, *([] if sanitizer == "thread" else ["orders"]))
+def test_sanitizers_have_nothing_to_report(sanitizer, recordings):
+    program = build_program(emulator.EMULATOR / "replay.cpp", emulator.kernel_sources(), sanitizer)
+    problems, mode = list(PROBLEMS), "once"
+    if sanitizer != "thread":
+        problems += [(shape, torch.bfloat16) for shape, _ in PROBLEMS[:3]]
+        mode = "orders"
+    done = run(program, mode, *recordings(*problems))
     assert done.returncode == 0, done.stdout + done.stderr[:4000]
     assert (done.stdout, done.stderr) == ("done\n", "")
 
@@ -88,28 +136,32 @@ def test_a_correct_kernel_is_not(sanitizer, order):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+MODEL = {
+    "selective_scan": (dram_model.scan_forward, dram_model.scan_backward),
+    "state_fusion": (dram_model.fusion_forward, dram_model.fusion_backward),
+    "structure_aware_ssm": (dram_model.ssm_forward, dram_model.ssm_backward),
+}
+
+
 @pytest.mark.parametrize("element", [4, 2])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 25, 40, 64), (2, 37, 33, 35)])
-def test_the_model_of_dram_bytes_is_what_kernels_touch(shape, element):
+@pytest.mark.parametrize("case", MODEL)
+def test_the_model_of_dram_bytes_is_what_kernels_touch(case, shape, element, tmp_path, ssm_inputs):
     """Byte by byte, for every launch of the model in spatial_mamba_d2.profiling.dram_model."""
-    sources = (emulator.EMULATOR / "trace.cpp", emulator.EMULATOR / "simt_emulator.cpp")
+    dtype = {4: torch.float32, 2: torch.bfloat16}[element]
+    sources = (emulator.EMULATOR / "trace.cpp", *emulator.RUNTIME)
     objects = emulator.compile_all(sources, "-O1")
-    objects += emulator.compile_all(emulator.KERNELS, "-O1", "-fsanitize=thread")
-    dtype = {4: "float32", 2: "bfloat16"}[element]
-    done = run(emulator.link(objects), *map(str, shape), dtype)
+    kernels = emulator.kernel_sources([dtype])
+    objects += emulator.compile_all(kernels, "-O1", "-fsanitize=thread")
+    recording = record(tmp_path / "recording", case, ssm_inputs(*shape, dtype))
+    done = run(emulator.link(objects), str(recording))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (line.split(" ", 2) for line in done.stdout.splitlines())
-    touched = [(name, int(read), int(written)) for read, written, name in lines]
-    problem = dram_model.Problem(*shape, element_bytes=element, num_multiprocessors=4)
-    launches = [
-        *dram_model.scan_forward(problem),
-        *dram_model.scan_backward(problem),
-        *dram_model.fusion_forward(problem),
-        *dram_model.fusion_backward(problem),
-        *dram_model.ssm_forward(problem),
-        *dram_model.ssm_backward(problem),
-    ]
-    assert touched == [(x.name, x.read_bytes, x.written_bytes) for x in launches]
+    touched = [(name.partition("<")[0], int(read), int(written)) for read, written, name in lines]
+    problem = dram_model.Problem(*shape, element, emulator.EmulatedDevice.multiprocessors)
+    launches = [launch for part in MODEL[case] for launch in part(problem)]
+    expected = [(x.name.partition(",")[0], x.read_bytes, x.written_bytes) for x in launches]
+    assert touched == expected
 
 
 BARRIER = "__syncthreads();"
@@ -122,59 +174,71 @@ BARRIERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("header", "number"), BARRIERS)
-def test_every_barrier_is_missed(header, number, tmp_path):
+def test_every_barrier_is_missed(header, number, tmp_path, recordings):
     """If any one of the kernels' barriers is removed, ThreadSanitizer reports a race."""
     of_kernels, of_runtime, of_linker = SANITIZERS["thread"]
     flags = ("-O1", "-g1", *of_kernels)
-    sources = (emulator.EMULATOR / "exercise.cpp", *emulator.KERNELS)
-    objects = emulator.compile_all(sources, *flags)
-    objects += emulator.compile_all(
-        (emulator.EMULATOR / "simt_emulator.cpp",), "-O1", "-g1", *of_runtime
-    )
-    shutil.copytree(emulator.ROOT / "ops", tmp_path / "ops", ignore=shutil.ignore_patterns("*.so"))
-    copy = tmp_path / header
+    objects = emulator.compile_all((emulator.EMULATOR / "replay.cpp",), *flags)
+    objects += emulator.compile_all(emulator.RUNTIME, "-O1", "-g1", *of_runtime)
+    mutant = tmp_path / "mutant"
+    shutil.copytree(emulator.ROOT / "ops", mutant / "ops", ignore=shutil.ignore_patterns("*.so"))
+    copy = mutant / header
     parts = copy.read_text().split(BARRIER)
     copy.write_text(BARRIER.join(parts[: number + 1]) + BARRIER.join(parts[number + 1 :]))
-    folder = "state_fusion" if "fusion" in header else "selective_scan"
-    # The linker takes the first of several definitions of a kernel.
-    mutant = emulator.compile_object(tmp_path / f"ops/{folder}/cuda.cu", *flags)
-    kept = [path for path in objects if not path.name.startswith(f"{folder}-cuda-")]
-    done = run(emulator.link([mutant, *kept], *of_linker))
+    included = f'#line 1 "{header.removeprefix("ops/")}"'
+    for kernel_set in KernelSet.ALL:
+        source = emulator.kernel_source(kernel_set, torch.float32)
+        is_mutated = included in bundle(kernel_set.source)
+        root = mutant if is_mutated else emulator.ROOT
+        objects.append(emulator.compile_object(source, *flags, root=root))
+    problems = [problem for problem in PROBLEMS if problem[1] == torch.float32]
+    done = run(emulator.link(objects, *of_linker), "once", *recordings(*problems))
     assert done.returncode != 0
     assert "data race" in done.stderr
 
 
-@pytest.mark.parametrize("name", emulator.OPERATORS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_order_of_threads_changes_nothing(name, dtype, ssm_inputs):
+def test_the_order_of_threads_changes_nothing(case, dtype, ssm_inputs):
     """Operators give the same bits: their launches as well as their sums of partial results."""
-    emulator.load()
-    u, delta, A, B, C, D, bias, taps = ssm_inputs(2, 40, 33, 35, dtype)
-    arguments = {
-        "selective_scan": [u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1), bias],
-        "state_fusion": [u, taps],
-        "structure_aware_ssm": [u, delta, A, B, C, D, bias, taps],
-    }[name.removesuffix("_backward")]
-    if name.endswith("_backward"):
-        arguments.insert(0, torch.ones_like(arguments[0]))
+    if CASES[case][0] not in emulator.OPERATORS:
+        pytest.skip("no CUDA kernels")
+    leaves = [x.requires_grad_() for x in arguments(case, ssm_inputs(2, 40, 33, 35, dtype))]
     results = []
-    try:
-        for order in emulator.ORDERS:
-            torch.ops.spatial_mamba_emulated.set_thread_order(order)
-            output = getattr(torch.ops.spatial_mamba_emulated, name)(*arguments)
-            results.append(output if isinstance(output, tuple) else (output,))
-    finally:
-        torch.ops.spatial_mamba_emulated.set_thread_order("forward")
+    for order in emulator.ORDERS:
+        with emulator.emulated_cuda(order):
+            output = call(case, leaves)
+            results.append([output, *torch.autograd.grad(output.sum(), leaves)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_the_glue_names_bad_arguments(ssm_inputs):
-    emulator.load()
+def test_bad_arguments_are_named(ssm_inputs):
+    """Also by the operators themselves, which the functions' checks do not protect."""
     u, delta, A, B, C, D, bias, taps = ssm_inputs(2, 4, 5, 3)
-    with pytest.raises(ValueError, match=r"structure_aware_ssm: C must be \[2, 4, 5\], got \[2\]"):
-        torch.ops.spatial_mamba_emulated.structure_aware_ssm(
-            u, delta, A, B, C[:, 0, 0], D, bias, taps
-        )
-    with pytest.raises(ValueError, match=r"selective_scan: u must be \[B, L, D\] with L, D >= 1"):
-        torch.ops.spatial_mamba_emulated.selective_scan(u, delta, A, B, bias)
+    operators = torch.ops.spatial_mamba
+    with emulator.emulated_cuda():
+        with pytest.raises(ValueError, match=r"structure_aware_ssm: C must be \[2, 4, 5\], got \["):
+            operators.structure_aware_ssm(u, delta, A, B, C[:, 0, 0], D, bias, taps)
+        with pytest.raises(ValueError, match=r"selective_scan: u must be \[B, L, D\] with L, D"):
+            operators.selective_scan(u, delta, A, B, bias)
+        with pytest.raises(ValueError, match="state_fusion: taps must be on cpu, got meta"):
+            operators.state_fusion.default.redispatch(
+                torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), u, taps.to("meta")
+            )
+
+
+def test_an_argument_of_another_size_is_refused(ssm_inputs):
+    """What the launch code passes has the size of the kernel's struct."""
+    with emulator.emulated_cuda():
+        kernels = fusion.FORWARD.on(torch.device("cpu"), torch.float32)
+        with pytest.raises(RuntimeError, match="its argument has 88 bytes, got 8"):
+            kernels.fuse(1, 8, 64512, 0)
+
+
+def test_a_grid_that_is_too_large_is_refused():
+    with emulator.emulated_cuda():
+        kernels = fusion.FORWARD.on(torch.device("cpu"), torch.float32)
+        for blocks in (0, 2**31):
+            with pytest.raises(ValueError, match=f"blocks must be 1 to 2.31 - 1, got {blocks}"):
+                kernels.fuse(blocks, 8, 0, *([0] * 11))

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from spatial_mamba_d2.ops import _extension
+from spatial_mamba_d2.ops.cuda.nvrtc import UnavailableError
 from spatial_mamba_d2.profiling import cuda_report
 from spatial_mamba_d2.profiling.dram_model import stage_problems
 
@@ -27,12 +29,15 @@ def test_every_operator_has_its_launches():
     }
 
 
+@pytest.mark.skipif(bool(_extension.why_no_cuda()), reason="no NVRTC")
+@pytest.mark.slow
 def test_the_report_is_written(tmp_path, capsys):
-    assert cuda_report.report(tmp_path) == 0
+    assert cuda_report.report(tmp_path, [90]) == 0
     printed = capsys.readouterr().out
     assert (tmp_path / "cuda_report.md").read_text() == printed
     figures = json.loads((tmp_path / "cuda_report.json").read_text())
     assert [len(stage["ours"]) for stage in figures["stages"]] == [3] * 4
+    assert {kernel["architecture"] for kernel in figures["kernels"]} == {"9.0"}
     launch = figures["stages"][0]["ours"][-1]
     assert launch["writes"] == [{"name": "y", "shape": [1, 200, 320, 128], "element_bytes": 4}]
     assert launch["written_bytes"] == 4 * 200 * 320 * 128
@@ -41,11 +46,14 @@ def test_the_report_is_written(tmp_path, capsys):
 def test_a_file_in_place_of_the_folder_is_named_before_any_work(tmp_path, capsys):
     (tmp_path / "taken").write_text("")
     with pytest.raises(ValueError, match=f"{tmp_path}/taken must be a folder, and is a file"):
-        cuda_report.report(tmp_path / "taken")
+        cuda_report.report(tmp_path / "taken", [90])
     assert capsys.readouterr().out == ""
 
 
-def test_a_missing_cuobjdump_is_reported(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cuda_report, "find_cuobjdump", lambda: None)
-    assert cuda_report.report(tmp_path) == 0
-    assert "No resources: " in capsys.readouterr().out
+def test_a_missing_nvrtc_is_reported(tmp_path, capsys, monkeypatch):
+    def compile_all(architectures):
+        raise UnavailableError("NVRTC is not found")
+
+    monkeypatch.setattr(cuda_report, "compile_all", compile_all)
+    assert cuda_report.report(tmp_path, [90]) == 0
+    assert "No resources: NVRTC is not found" in capsys.readouterr().out

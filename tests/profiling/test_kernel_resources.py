@@ -3,40 +3,60 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from spatial_mamba_d2.ops import _extension
-from spatial_mamba_d2.profiling.kernel_constants import OPS
+from spatial_mamba_d2.ops.cuda import nvrtc
 from spatial_mamba_d2.profiling.kernel_resources import (
+    LIMITS,
     Kernel,
-    find_cuobjdump,
+    compile_all,
     over_budget,
-    read_kernels,
     resource_table,
 )
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
 
 @pytest.fixture(scope="module")
-def compiled() -> list[Kernel]:
-    """The kernels of the installed library."""
-    libraries = sorted(OPS.glob("_cuda*.so"))
-    if not libraries:
-        pytest.skip(f"no compiled CUDA kernels: {_extension.WHY_NO_CUDA}")
-    cuobjdump = find_cuobjdump()
-    if not cuobjdump:
-        pytest.skip("no cuobjdump, neither in the CUDA toolkit nor in triton")
-    return read_kernels(libraries[0], cuobjdump)
+def architectures() -> tuple[int, ...]:
+    """What NVRTC compiles for."""
+    try:
+        return nvrtc.architectures()
+    except nvrtc.UnavailableError as error:
+        pytest.skip(str(error))
 
 
-def test_no_kernel_spills_or_is_over_budget(compiled):
-    assert over_budget(compiled) == []
+def check(architecture: int, dtypes: list[torch.dtype]) -> None:
+    """No spills, registers within the budget, and a block fits a multiprocessor."""
+    kernels = compile_all([architecture], dtypes)
+    assert over_budget(kernels) == []
+    assert min(kernel.occupancy for kernel in kernels) > 0
+    names = {kernel.name.partition("<")[0] for kernel in kernels}
+    assert names >= {"reduce", "carry", "apply", "apply_adjoint", "fuse_tiles", "grad_input_tiles"}
 
 
-def test_every_kernel_runs_on_every_architecture(compiled):
-    """A block fits a multiprocessor of each."""
-    assert min(kernel.occupancy for kernel in compiled) > 0
-    names = {kernel.name.partition("<")[0] for kernel in compiled}
-    kinds = {"reduce", "carry", "apply", "apply_adjoint", "fuse_tiles", "grad_input_tiles"}
-    assert names == kinds
+def test_no_kernel_spills_or_is_over_budget(architectures):
+    check(90, [torch.float32])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [75, 90])
+def test_kernels_of_all_dtypes(architecture, architectures):
+    check(architecture, DTYPES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIMITS)
+def test_kernels_for_all_architectures(name, architectures):
+    """In one dtype, because the code of others differs in loads and stores only."""
+    architecture = int(name.replace(".", ""))
+    if architecture not in architectures:
+        pytest.skip(f"NVRTC compiles for {architectures}")
+    check(architecture, [torch.bfloat16])
+
+
+def test_the_limits_of_all_architectures_are_known(architectures):
+    assert {f"{number // 10}.{number % 10}" for number in architectures} <= set(LIMITS)
 
 
 @pytest.mark.parametrize(
