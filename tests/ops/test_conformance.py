@@ -85,8 +85,11 @@ def device(kernels):
 
 
 def roundings(kernels, dtype) -> int:
-    """How often results of 16 bits are rounded: PyTorch's operations write each in between."""
-    return 2 if kernels == "eager on CUDA" and dtype.itemsize == 2 else 1
+    """How much larger errors of 16 bits may be: PyTorch's operations round what they hand on.
+
+    Gradients of parameters are sums of such values, which cancel.
+    """
+    return 4 if kernels == "eager on CUDA" and dtype.itemsize == 2 else 1
 
 
 def arguments(case, inputs):
