@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from spatial_mamba_d2.ops.cuda.kernels import KernelSet
 from spatial_mamba_d2.ops.cuda.source import bundle
 from spatial_mamba_d2.ops.state_fusion import cuda as fusion
 from spatial_mamba_d2.profiling import dram_model
@@ -77,11 +76,12 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 # One token; several tiles and bands, an odd number of channels; a sequence of several rows of
-# segments.
+# segments; several warps for each token.
 PROBLEMS = [
     ((1, 1, 1, 1), torch.float32),
     ((1, 21, 21, 33), torch.float32),
     ((1, 2, 301, 2), torch.float32),
+    ((1, 3, 5, 260), torch.float32),
     ((1, 9, 18, 3), torch.float64),
     ((1, 9, 18, 3), torch.float16),
 ]
@@ -186,11 +186,10 @@ def test_every_barrier_is_missed(header, number, tmp_path, recordings):
     parts = copy.read_text().split(BARRIER)
     copy.write_text(BARRIER.join(parts[: number + 1]) + BARRIER.join(parts[number + 1 :]))
     included = f'#line 1 "{header.removeprefix("ops/")}"'
-    for kernel_set in KernelSet.ALL:
-        source = emulator.kernel_source(kernel_set, torch.float32)
-        is_mutated = included in bundle(kernel_set.source)
-        root = mutant if is_mutated else emulator.ROOT
-        objects.append(emulator.compile_object(source, *flags, root=root))
+    for source in emulator.SOURCES:
+        root = mutant if included in bundle(source) else emulator.ROOT
+        kernels = emulator.kernel_source(source, torch.float32)
+        objects.append(emulator.compile_object(kernels, *flags, root=root))
     problems = [problem for problem in PROBLEMS if problem[1] == torch.float32]
     done = run(emulator.link(objects, *of_linker), "once", *recordings(*problems))
     assert done.returncode != 0
