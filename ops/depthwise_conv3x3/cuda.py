@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -60,15 +61,33 @@ class ConvMap(NamedTuple):
     bands: int
 
 
-def cut(x: Tensor, stride: int, blocks_per_band: int, multiprocessors: int, least: int) -> ConvMap:
-    """Cut ``x``, ``Tensor[B, H, W, D]``, into bands of at least that height for a device.
+def cut(
+    shape: Sequence[int], stride: int, blocks_per_band: int, multiprocessors: int, least: int
+) -> ConvMap:
+    """Cut a map ``[B, H, W, D]`` into bands of at least that height for a device.
 
     Bands are as high as possible while there are enough blocks.
     """
-    images, height, width, dim = x.shape
-    wanted = blocks_of(multiprocessors * BLOCKS_PER_MULTIPROCESSOR, images * blocks_per_band)
+    images, height, width, dim = shape
+    columns = max(images * blocks_per_band, 1)
+    wanted = blocks_of(multiprocessors * BLOCKS_PER_MULTIPROCESSOR, columns)
     band = max(blocks_of(height, wanted), least)
     return ConvMap(images, height, width, dim, stride, band, blocks_of(height, band))
+
+
+def cut_backward(
+    shape: Sequence[int], stride: int, acc: torch.dtype, multiprocessors: int
+) -> tuple[ConvMap, int, int]:
+    """The same for the backward pass; and the number of parts, and of blocks for each of them."""
+    across = blocks_of(shape[2], constant("kConvWarps") * constant("kConvColumns"))
+    lanes = blocks_of(shape[3], LANES * backward_channels_of_thread(acc))
+    tiles = cut(shape, stride, across * lanes, multiprocessors, MIN_BACKWARD_BAND_HEIGHT)
+    return tiles, tiles.images * tiles.bands * across, lanes
+
+
+def backward_channels_of_thread(acc: torch.dtype) -> int:
+    """``kConvBackwardPack``."""
+    return channels_of_thread(acc) // 2
 
 
 def check(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -92,7 +111,7 @@ def depthwise_conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: bool) -
         threads = blocks_of(dim, count) * blocks_of(width, constant("kConvColumns"))
         warps = constant("kConvWarps")
         blocks = blocks_of(threads, warps * LANES)
-        tiles = cut(x, stride, blocks, kernels.multiprocessors, MIN_BAND_HEIGHT)
+        tiles = cut(x.shape, stride, blocks, kernels.multiprocessors, MIN_BAND_HEIGHT)
         launch = kernels.residual if residual else kernels.silu
         members = (x, *contiguous_as(acc, weight, bias), out)
         launch(tiles.images * tiles.bands * blocks, warps, 0, *tiles, *members)
@@ -109,20 +128,16 @@ def depthwise_conv3x3_backward(
     acc = accumulation_dtype(x)
     x, stride = with_even_tokens(x)
     (grad,) = contiguous_as(x.dtype, grad_output)
-    count = channels_of_thread(acc) // 2  # kConvBackwardPack
+    count = backward_channels_of_thread(acc)
     kernels = BACKWARD[are_packed(count, stride, x, grad)].on(x.device, x.dtype)
-    images, _, width, dim = x.shape
-    warps = constant("kConvWarps")
-    across = blocks_of(width, warps * constant("kConvColumns"))
-    lanes = blocks_of(dim, LANES * count)
-    least = MIN_BACKWARD_BAND_HEIGHT
-    tiles = cut(x, stride, across * lanes, kernels.multiprocessors, least)
-    parts = images * tiles.bands * across
+    tiles, parts, lanes = cut_backward(x.shape, stride, acc, kernels.multiprocessors)
+    dim = tiles.dim
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_weight = torch.empty((parts, *weight.shape), dtype=acc, device=x.device)
     grad_bias = torch.empty((parts, dim), dtype=acc, device=x.device)
     if parts:
         launch = kernels.residual if residual else kernels.silu
+        warps = constant("kConvWarps")
         shared_bytes = warps * LANES * 10 * count * acc.itemsize
         members = (x, *contiguous_as(acc, weight, bias), grad, grad_x, grad_weight, grad_bias)
         launch(parts * lanes, warps, shared_bytes, *tiles, *members)

@@ -54,7 +54,7 @@ def depthwise_conv3x3_layer_norm(
     if y.numel():
         across = blocks_of(x.shape[2], team.teams * conv.constant("kConvColumns"))
         least = conv.MIN_BAND_HEIGHT
-        tiles = conv.cut(x, stride, across, kernels.multiprocessors, least)
+        tiles = conv.cut(x.shape, stride, across, kernels.multiprocessors, least)
         members = (x, *small, y, norm, team.warps, float_bits(eps))
         blocks = tiles.images * tiles.bands * across
         kernels.conv_norm(blocks, team.block_warps, team.shared_bytes, *tiles, *members)

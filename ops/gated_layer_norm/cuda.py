@@ -67,6 +67,12 @@ def gated_layer_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: fl
     return out
 
 
+def backward_blocks(tokens: int, team: Team, multiprocessors: int) -> int:
+    """Number of blocks, each of which writes partial sums."""
+    most = blocks_of(multiprocessors * WARPS_PER_MULTIPROCESSOR, team.block_warps)
+    return min(most, blocks_of(tokens, team.teams * MIN_TOKENS_PER_TEAM))
+
+
 def gated_layer_norm_backward(
     grad_output: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -87,8 +93,7 @@ def gated_layer_norm_backward(
     packed = packed and are_packed(count, z_stride, z)
     kernels = BACKWARD[packed].on(y.device, y.dtype)
     tokens, dim = y.shape[:3].numel(), y.shape[3]
-    most = blocks_of(kernels.multiprocessors * WARPS_PER_MULTIPROCESSOR, team.block_warps)
-    blocks = min(most, blocks_of(tokens, team.teams * MIN_TOKENS_PER_TEAM))
+    blocks = backward_blocks(tokens, team, kernels.multiprocessors)
     grad_y, grad_z = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for _ in range(2))
     sums = [torch.empty((blocks, dim), dtype=acc, device=y.device) for _ in range(2)]
     if blocks:

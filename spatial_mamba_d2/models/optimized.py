@@ -51,6 +51,7 @@ from spatial_mamba_d2.models.upernet import ConvBNReLU, FCNHead, UPerHead
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3_layer_norm,
     gated_layer_norm,
+    structure_aware_ssm_from_dt,
     structure_aware_ssm_from_dt_,
 )
 
@@ -346,9 +347,9 @@ class OptimizedSSM(_Part):
         u = self.conv(self.in_u(x))  # [B, H, W, D]
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
         B, C = B.squeeze(-1), C.squeeze(-1)
-        y = structure_aware_ssm_from_dt_(
-            u, dt, self.dt_proj.weight, self.A, B, C, self.D, self.dt_bias, self.taps
-        )
+        # Each of the two has a kernel on one type of device.
+        ssm = structure_aware_ssm_from_dt_ if u.is_cpu else structure_aware_ssm_from_dt
+        y = ssm(u, dt, self.dt_proj.weight, self.A, B, C, self.D, self.dt_bias, self.taps)
         return _add_in_tiles(self.gate, self.in_z.out_dim * y.element_size(), residual, x, y)
 
     def gate(self, x: Tensor, y: Tensor) -> Tensor:

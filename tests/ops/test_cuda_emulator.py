@@ -140,6 +140,8 @@ MODEL = {
     "selective_scan": (dram_model.scan_forward, dram_model.scan_backward),
     "state_fusion": (dram_model.fusion_forward, dram_model.fusion_backward),
     "structure_aware_ssm": (dram_model.ssm_forward, dram_model.ssm_backward),
+    "depthwise_conv3x3 silu": (dram_model.conv_forward, dram_model.conv_backward),
+    "gated_layer_norm": (dram_model.gate_forward, dram_model.gate_backward),
 }
 
 
