@@ -17,9 +17,10 @@ namespace cuda {
 // Not tuned on a GPU.
 constexpr int kConvColumns = 2;  // of a thread
 constexpr int kConvWarps = 8;    // of a block
-// Channels of a thread of the backward pass, which has 40 sums for each.
-template <typename T>
-constexpr int kConvBackwardPack = kPack<T> / 2;
+// Channels of a thread of the backward pass, which has 40 sums for each; one
+// where the addresses of several would take registers as well.
+template <typename T, bool kPacked>
+constexpr int kConvBackwardPack = kPacked ? kPack<T> / 2 : 1;
 
 // How a map is cut; bands have band_height rows, the last one may have fewer.
 struct ConvMap {
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(
     kConvWarps* kLanes,
     min_blocks<acc_t<T>>(2, 1)) conv3x3_backward(ConvBackwardArgs<T> a) {
   using Acc = acc_t<T>;
-  constexpr int count = kConvBackwardPack<T>, columns = kConvColumns;
+  constexpr int count = kConvBackwardPack<T, kPacked>, columns = kConvColumns;
   constexpr int halo = kResidual ? 0 : 2;  // columns of x that are read
   SMD2_SHARED(Acc, shared);                // [warps][10 x count][32]
   const int dim = static_cast<int>(a.map.dim);

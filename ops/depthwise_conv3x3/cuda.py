@@ -76,18 +76,22 @@ def cut(
 
 
 def cut_backward(
-    shape: Sequence[int], stride: int, acc: torch.dtype, multiprocessors: int
+    shape: Sequence[int], stride: int, count: int, multiprocessors: int
 ) -> tuple[ConvMap, int, int]:
-    """The same for the backward pass; and the number of parts, and of blocks for each of them."""
+    """The same for the backward pass; and the number of parts, and of blocks for each of them.
+
+    Args:
+        count: channels of a thread, :func:`backward_channels_of_thread`.
+    """
     across = blocks_of(shape[2], constant("kConvWarps") * constant("kConvColumns"))
-    lanes = blocks_of(shape[3], LANES * backward_channels_of_thread(acc))
+    lanes = blocks_of(shape[3], LANES * count)
     tiles = cut(shape, stride, across * lanes, multiprocessors, MIN_BACKWARD_BAND_HEIGHT)
     return tiles, tiles.images * tiles.bands * across, lanes
 
 
-def backward_channels_of_thread(acc: torch.dtype) -> int:
+def backward_channels_of_thread(acc: torch.dtype, packed: bool) -> int:
     """``kConvBackwardPack``."""
-    return channels_of_thread(acc) // 2
+    return channels_of_thread(acc) // 2 if packed else 1
 
 
 def check(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -128,9 +132,10 @@ def depthwise_conv3x3_backward(
     acc = accumulation_dtype(x)
     x, stride = with_even_tokens(x)
     (grad,) = contiguous_as(x.dtype, grad_output)
-    count = backward_channels_of_thread(acc)
-    kernels = BACKWARD[are_packed(count, stride, x, grad)].on(x.device, x.dtype)
-    tiles, parts, lanes = cut_backward(x.shape, stride, acc, kernels.multiprocessors)
+    packed = are_packed(backward_channels_of_thread(acc, packed=True), stride, x, grad)
+    count = backward_channels_of_thread(acc, packed)
+    kernels = BACKWARD[packed].on(x.device, x.dtype)
+    tiles, parts, lanes = cut_backward(x.shape, stride, count, kernels.multiprocessors)
     dim = tiles.dim
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_weight = torch.empty((parts, *weight.shape), dtype=acc, device=x.device)

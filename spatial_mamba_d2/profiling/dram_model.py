@@ -308,7 +308,9 @@ def conv_backward(p: Problem) -> list[Launch]:
     """``depthwise_conv3x3_backward``."""
     shape = (p.num_images, p.height, p.width, p.dim)
     acc = _accumulation_dtype(p)
-    _, num_parts, _ = conv_cuda.cut_backward(shape, p.dim, acc, p.num_multiprocessors)
+    packed = p.dim % conv_cuda.backward_channels_of_thread(acc, packed=True) == 0
+    count = conv_cuda.backward_channels_of_thread(acc, packed)
+    _, num_parts, _ = conv_cuda.cut_backward(shape, p.dim, count, p.num_multiprocessors)
     return [
         Launch(
             "conv3x3_backward",

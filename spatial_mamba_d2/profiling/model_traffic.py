@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
@@ -26,6 +27,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from spatial_mamba_d2.models.optimized import optimize_for_inference
+from spatial_mamba_d2.models.spatial_mamba import SpatialMambaBackbone
+from spatial_mamba_d2.models.variants import VARIANTS
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops.cuda import kernels
 from spatial_mamba_d2.profiling import dram_model
@@ -80,6 +84,50 @@ class Traffic(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return sum(row.read_bytes + row.written_bytes for row in self.rows)
+
+
+ModelFigures = dict[str, dict[str, dict[str, dict[str, float]]]]  # model, dtype, task -> figures
+#: the backbones that :func:`model_figures` counts, by their names in timm
+BACKBONES = {
+    "ours": "",
+    "convnext_tiny": "convnext_tiny",
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+}
+
+
+def model_figures(height: int = 800, width: int = 1280) -> ModelFigures:
+    """``{model: {dtype: {task: {"gigabytes": ..., "kernels": ...}}}}`` of one image.
+
+    Ours is the tiny variant, for inference after ``optimize_for_inference``. bfloat16 is autocast;
+    an optimised model has layers in bfloat16 instead.
+    """
+    x = torch.empty(1, 3, height, width, device="meta")
+    x = x.contiguous(memory_format=torch.channels_last)
+    figures: ModelFigures = {}
+    for model, name in BACKBONES.items():
+        figures[model] = {}
+        for label, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
+            backbone = _build(name, (height, width))
+            training = count_training_step(backbone, x, dtype)
+            if name:
+                inference = count_inference(backbone, x, dtype)
+            else:
+                optimized = optimize_for_inference(backbone.eval(), dtype)
+                inference = count_inference(optimized, x)
+            figures[model][label] = {
+                task: {"gigabytes": traffic.num_bytes / 1e9, "kernels": traffic.kernels}
+                for task, traffic in (("inference", inference), ("training", training))
+            }
+    return figures
+
+
+def _build(name: str, size: tuple[int, int]) -> nn.Module:
+    """A backbone on ``meta``: one of timm's, or ours if there is no name."""
+    with torch.device("meta"):
+        if not name:
+            return SpatialMambaBackbone(**VARIANTS["tiny"])
+        sizes: dict[str, Any] = {"img_size": size} if name.startswith("swin") else {}
+        return timm.create_model(name, features_only=True, **sizes)
 
 
 def count_inference(model: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Traffic:
