@@ -44,8 +44,8 @@ def depthwise_conv3x3_layer_norm(
     team = Team.of(x.shape[3], acc)
     if team.warps > constants(_SOURCE)["kConvNormWarps"]:
         y = conv.depthwise_conv3x3(x, weight, bias, residual=True)
-        small = contiguous_as(y.dtype, norm_weight, norm_bias)
-        return y, F.layer_norm(y, dim, *small, eps)
+        norm_weight, norm_bias = contiguous_as(y.dtype, norm_weight, norm_bias)
+        return y, F.layer_norm(y, dim, norm_weight, norm_bias, eps)
     x, stride = with_even_tokens(x)
     small = contiguous_as(acc, weight, bias, norm_weight, norm_bias)
     packed = are_packed(channels_of_thread(acc), stride, x, *small[2:])

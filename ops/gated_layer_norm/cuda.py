@@ -84,7 +84,7 @@ def gated_layer_norm_backward(
     team = Team.of(y.shape[3], acc)
     if team.warps > MAX_WARPS:
         return eager.gated_layer_norm_backward(grad_output, y, z, weight, bias, eps)
-    z_dtype, small_dtypes = z.dtype, (weight.dtype, bias.dtype)
+    z_dtype, weight_dtype, bias_dtype = z.dtype, weight.dtype, bias.dtype
     (y, y_stride), (z, z_stride) = with_even_tokens(y), with_even_tokens(z.to(y.dtype))
     (grad,) = contiguous_as(y.dtype, grad_output)
     weight, bias = contiguous_as(acc, weight, bias)
@@ -103,5 +103,10 @@ def gated_layer_norm_backward(
         outputs = (grad, grad_y, grad_z, *sums, blocks)
         members = (y, z, weight, bias, *sizes, *outputs)
         kernels.norm(blocks, team.block_warps, shared_bytes, *members)
-    small = (x.sum(0).to(dtype) for x, dtype in zip(sums, small_dtypes, strict=True))
-    return (grad_y, grad_z.to(z_dtype), *small)
+    grad_weight, grad_bias = sums
+    return (
+        grad_y,
+        grad_z.to(z_dtype),
+        grad_weight.sum(0).to(weight_dtype),
+        grad_bias.sum(0).to(bias_dtype),
+    )

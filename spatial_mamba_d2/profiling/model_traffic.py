@@ -218,7 +218,8 @@ class _Counter(RealLayouts):
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "spatial_mamba":
             return self._ours(name, args)
-        if func._can_decompose() and name != "silu_backward":  # has a kernel on CUDA
+        is_aten = namespace == "aten"
+        if is_aten and func._can_decompose() and name != "silu_backward":  # has a kernel on CUDA
             with self:
                 return func.decompose(*args, **kwargs)
         output = super().__torch_dispatch__(func, types, args, kwargs)
@@ -227,7 +228,7 @@ class _Counter(RealLayouts):
             if grad_x is not None:
                 grad_x = torch.empty_like(grad_x, memory_format=torch.channels_last)
             output = (grad_x, *others)
-        if namespace == "aten" and name not in _VIEWS:
+        if is_aten and name not in _VIEWS:
             self._count(name, args, kwargs, output)
         return output
 
