@@ -19,7 +19,10 @@ from spatial_mamba_d2.ops.gated_layer_norm import gated_layer_norm
 from spatial_mamba_d2.ops.selective_scan import selective_scan
 from spatial_mamba_d2.ops.state_fusion import merge_taps, state_fusion
 from spatial_mamba_d2.ops.structure_aware_ssm import structure_aware_ssm
-from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import structure_aware_ssm_from_dt_
+from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import (
+    structure_aware_ssm_from_dt,
+    structure_aware_ssm_from_dt_,
+)
 
 __all__ = [
     "depthwise_conv3x3",
@@ -30,6 +33,7 @@ __all__ = [
     "selective_scan",
     "state_fusion",
     "structure_aware_ssm",
+    "structure_aware_ssm_from_dt",
     "structure_aware_ssm_from_dt_",
 ]
 

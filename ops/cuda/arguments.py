@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache
-from struct import Struct
 
 import torch
 from torch import Tensor
@@ -53,8 +53,14 @@ def blocks_of(count: int, size: int) -> int:
 
 
 @cache
-def _struct(count: int) -> Struct:
-    return Struct(f"{count}q")
+def float_bits(value: float) -> int:
+    """A member of type ``double``."""
+    return struct.unpack("q", struct.pack("d", value))[0]
+
+
+@cache
+def _struct(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}q")
 
 
 def pack(kernel: str, blocks: int, members: tuple[Tensor | int, ...]) -> bytes:

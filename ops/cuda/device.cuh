@@ -29,6 +29,12 @@ SMD2_DEVICE float log1p_(float x) {
 SMD2_DEVICE double log1p_(double x) {
   return log1p(x);
 }
+SMD2_DEVICE float sqrt_(float x) {
+  return sqrtf(x);
+}
+SMD2_DEVICE double sqrt_(double x) {
+  return sqrt(x);
+}
 
 // softplus(x), the identity above 20.
 template <typename Acc>

@@ -1,5 +1,5 @@
 // What all CUDA kernels agree on. An argument of a kernel is one struct whose
-// members take 8 bytes each: pointers, and integers of 64 bits; the launch code
+// members take 8 bytes each: pointers, int64_t and double; the launch code
 // in cuda.py passes the same list of members.
 #pragma once
 

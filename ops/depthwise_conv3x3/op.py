@@ -8,7 +8,7 @@ from torch import Tensor
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
 from spatial_mamba_d2.ops._precision import empty_output
-from spatial_mamba_d2.ops.depthwise_conv3x3 import eager, reference
+from spatial_mamba_d2.ops.depthwise_conv3x3 import cuda, eager, reference
 
 _NAME = "depthwise_conv3x3"
 _extension.define(
@@ -18,7 +18,8 @@ _extension.define(
     reference=reference.depthwise_conv3x3,
     eager_backward=eager.depthwise_conv3x3_backward,
     differentiable=eager.differentiable_depthwise_conv3x3,
-    by_design=("cuda",),
+    cuda=cuda.depthwise_conv3x3,
+    cuda_backward=cuda.depthwise_conv3x3_backward,
 )
 
 

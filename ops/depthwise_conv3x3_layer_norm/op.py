@@ -9,7 +9,7 @@ from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_tensor
 from spatial_mamba_d2.ops._precision import empty_output
 from spatial_mamba_d2.ops.depthwise_conv3x3.op import check_convolution
-from spatial_mamba_d2.ops.depthwise_conv3x3_layer_norm import eager, reference
+from spatial_mamba_d2.ops.depthwise_conv3x3_layer_norm import cuda, eager, reference
 
 _NAME = "depthwise_conv3x3_layer_norm"
 _extension.define(
@@ -18,7 +18,7 @@ _extension.define(
     fake=lambda x, *_: (empty_output(x), empty_output(x)),
     eager=eager.depthwise_conv3x3_layer_norm,
     reference=reference.depthwise_conv3x3_layer_norm,
-    by_design=("cuda",),
+    cuda=cuda.depthwise_conv3x3_layer_norm,
 )
 _extension.forbid_gradients(_NAME, "depthwise_conv3x3 and torch.nn.functional.layer_norm")
 

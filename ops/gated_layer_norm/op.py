@@ -8,7 +8,7 @@ from torch import Tensor
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
 from spatial_mamba_d2.ops._precision import empty_output
-from spatial_mamba_d2.ops.gated_layer_norm import eager, reference
+from spatial_mamba_d2.ops.gated_layer_norm import cuda, eager, reference
 
 _NAME = "gated_layer_norm"
 _extension.define(
@@ -18,7 +18,8 @@ _extension.define(
     reference=reference.gated_layer_norm,
     eager_backward=eager.gated_layer_norm_backward,
     differentiable=eager.differentiable_gated_layer_norm,
-    by_design=("cuda",),
+    cuda=cuda.gated_layer_norm,
+    cuda_backward=cuda.gated_layer_norm_backward,
 )
 
 

@@ -69,10 +69,19 @@ class Scan:
         u, delta: ``Tensor[images, ..., dim]`` of any number of axes, contiguous, of one dtype.
         A, B, bias: contiguous, in the accumulation dtype.
         segments: of each image.
+        low_rank: if delta is a product: its second factor, ``Tensor[rank, dim]``, as A, and the
+            rank, a multiple of 4; ``delta`` is then the first one, ``Tensor[images, ..., rank]``.
     """
 
     def __init__(
-        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, bias: Tensor, segments: Segments
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor,
+        segments: Segments,
+        low_rank: tuple[Tensor, int] | tuple[()] = (),
     ):
         self.u, self.segments = u, segments
         self.acc, self.acc_bytes = A.dtype, A.itemsize
@@ -81,6 +90,7 @@ class Scan:
         self.rows = segments.rows
         self._inputs = (u, delta, A, B, bias)
         self._sizes = (*segments, self.images, self.dim)
+        self._low_rank = low_rank
         self.workspace = self.new_workspace()
         self.members = self._members(self.workspace)
 
@@ -90,8 +100,8 @@ class Scan:
         return torch.empty(size, dtype=self.acc, device=self.u.device)
 
     def _members(self, workspace: Tensor) -> tuple[Tensor | int, ...]:
-        """``ScanArgs`` of ``cuda.h``."""
-        return (*self._inputs, workspace, *self._sizes)
+        """``ScanArgs`` of ``cuda.h``, or ``LowRankArgs`` of ``scan.cuh``."""
+        return (*self._inputs, workspace, *self._sizes, *self._low_rank)
 
     def launch_carries(self, kernels: Any) -> None:
         """Leave in the workspace what a kernel needs to compute the states of any segment."""

@@ -12,7 +12,7 @@
 //   apply, apply_adjoint  run the recursion in all segments at once
 #pragma once
 
-#include "../cuda/device.cuh"
+#include "../cuda/channels.cuh"
 #include "cuda.h"
 
 namespace smd2 {
@@ -90,22 +90,91 @@ struct RowPlace {
   }
 };
 
-// One channel of one image, as the recursion sees it.
+// Where the step sizes come from: memory, [images, tokens, dim] ...
 template <typename T>
+struct StoredSteps {
+  using Args = ScanArgs<T>;
+  const T* delta;
+  int64_t stride;
+
+  SMD2_DEVICE StoredSteps(const Args& a, int64_t image, int64_t channel, bool)
+      : delta(a.delta + image * a.segments.tokens * a.dim + channel),
+        stride(a.dim) {}
+  SMD2_DEVICE acc_t<T> operator()(int64_t t, bool valid) const {
+    return load(delta + t * stride, valid);
+  }
+};
+
+// ... or a product of low rank, in whose place `delta` is the first factor,
+// [images, tokens, rank]. The rank is a multiple of 4.
+template <typename T>
+struct LowRankArgs : ScanArgs<T> {
+  const acc_t<T>* dt_weight;  // [rank, dim]
+  int64_t rank;
+};
+
+template <typename T>
+struct LowRankSteps {
+  using Args = LowRankArgs<T>;
+  using Acc = acc_t<T>;
+  static constexpr int kHeld = 4;  // weights in registers, all of a narrow map
+  const T* dt;
+  const Acc* weight;
+  Acc held[kHeld];
+  int64_t dim;
+  int rank;
+
+  SMD2_DEVICE
+  LowRankSteps(const Args& a, int64_t image, int64_t channel, bool valid)
+      : dt(a.delta + image * a.segments.tokens * a.rank),
+        weight(a.dt_weight + channel),
+        dim(a.dim),
+        rank(static_cast<int>(a.rank)) {
+#pragma unroll
+    for (int r = 0; r < kHeld; r++) {
+      held[r] = load(weight + r * dim, valid);
+    }
+  }
+  SMD2_DEVICE Acc operator()(int64_t t, bool valid) const {
+    const Channels<kHeld, true> factors(0, 1, kHeld);
+    const T* token = dt + t * rank;
+    Acc values[kHeld], step = 0;
+    factors.load(token, true, values);
+#pragma unroll
+    for (int r = 0; r < kHeld; r++) {
+      step += held[r] * values[r];
+    }
+#pragma unroll 1
+    for (int first = kHeld; first < rank; first += kHeld) {
+      factors.load(token + first, true, values);
+#pragma unroll
+      for (int r = 0; r < kHeld; r++) {
+        step += load(weight + (first + r) * dim, valid) * values[r];
+      }
+    }
+    return step;
+  }
+};
+
+// One channel of one image, as the recursion sees it.
+template <typename T, typename Steps = StoredSteps<T>>
 struct Channel {
   using Acc = acc_t<T>;
   const T* u;
-  const T* delta;
+  Steps steps;
   const Acc* B;
   int64_t stride;  // from token to token
   Acc A, bias;
   bool valid;
 
-  SMD2_DEVICE
-  Channel(const ScanArgs<T>& a, int64_t image, int64_t channel, bool valid_) {
+  SMD2_DEVICE Channel(
+      const typename Steps::Args& a,
+      int64_t image,
+      int64_t channel,
+      bool valid_)
+      : steps(a, image, channel, valid_) {
     const int64_t tokens = a.segments.tokens;
     u = a.u + image * tokens * a.dim + channel;
-    delta = a.delta + image * tokens * a.dim + channel;
     B = a.B + image * tokens;
     stride = a.dim;
     valid = valid_;
@@ -114,7 +183,7 @@ struct Channel {
   }
 
   SMD2_DEVICE Acc biased(int64_t t) const {
-    return load(delta + t * stride, valid) + bias;
+    return steps(t, valid) + bias;
   }
   SMD2_DEVICE Acc input(int64_t t) const {
     return load(u + t * stride, valid);
@@ -145,12 +214,12 @@ SMD2_DEVICE acc_t<T> state_before(
 }
 
 // The maps that `reduce` composes: those of the recursion ...
-template <typename T>
-struct ForwardPass : ScanArgs<T> {
+template <typename T, typename Steps = StoredSteps<T>>
+struct ForwardPass : Steps::Args {
   static constexpr bool kReverse = false;
 
   struct Maps {
-    Channel<T> channel;
+    Channel<T, Steps> channel;
     SMD2_DEVICE Maps(const ForwardPass& a, const RowPlace& place)
         : channel(a, place.image, place.channel, place.valid) {}
     SMD2_DEVICE Affine<acc_t<T>> operator()(int64_t t) const {

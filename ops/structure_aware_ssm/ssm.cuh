@@ -14,14 +14,15 @@ namespace cuda {
 
 // Source: rows of states, the outermost columns replicated. The loop over
 // tokens is unrolled kUnroll times; more loads in flight take more registers.
-template <typename T, int kUnroll>
+template <typename T, int kUnroll, typename Steps = StoredSteps<T>>
 struct ScanRows {
-  ScanArgs<T> scan;
+  typename Steps::Args scan;
 
   SMD2_DEVICE void fill(const TilePlace& place, int64_t y, acc_t<T>* row)
       const {
     using Acc = acc_t<T>;
-    const Channel<T> channel(scan, place.image, place.channel, place.valid);
+    const Channel<T, Steps> channel(
+        scan, place.image, place.channel, place.valid);
     const Carries<Acc> carries(
         scan.workspace, scan.segments, scan.images, scan.dim);
     Acc state = state_before(

@@ -9,11 +9,18 @@ from torch.nn import functional as F
 from spatial_mamba_d2.ops._precision import precise_inside
 
 
-def structure_aware_ssm_from_dt_(u: Tensor, dt: Tensor, dt_weight: Tensor, *others: Tensor) -> None:
-    """See :func:`spatial_mamba_d2.ops.structure_aware_ssm_from_dt_`.
+def structure_aware_ssm_from_dt(
+    u: Tensor, dt: Tensor, dt_weight: Tensor, *others: Tensor
+) -> Tensor:
+    """See :func:`spatial_mamba_d2.ops.structure_aware_ssm_from_dt`.
 
     ``others`` are ``A, B, C, D, delta_bias, taps``.
     """
     _, dt, dt_weight = precise_inside(u, dt, dt_weight)
     delta = F.linear(dt, dt_weight)
-    u.copy_(torch.ops.spatial_mamba.structure_aware_ssm(u, delta, *others))
+    return torch.ops.spatial_mamba.structure_aware_ssm(u, delta, *others).to(u.dtype)
+
+
+def structure_aware_ssm_from_dt_(u: Tensor, *others: Tensor) -> None:
+    """See :func:`spatial_mamba_d2.ops.structure_aware_ssm_from_dt_`."""
+    u.copy_(torch.ops.spatial_mamba.structure_aware_ssm_from_dt(u, *others))

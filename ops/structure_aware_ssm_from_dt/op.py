@@ -1,4 +1,4 @@
-"""``spatial_mamba::structure_aware_ssm_from_dt_``: schema, documentation, argument checks."""
+"""``spatial_mamba::structure_aware_ssm_from_dt``, also in place: schemas, argument checks."""
 
 from __future__ import annotations
 
@@ -7,19 +7,74 @@ from torch import Tensor
 
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
+from spatial_mamba_d2.ops._precision import empty_output
 from spatial_mamba_d2.ops.structure_aware_ssm.op import check_ssm
-from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import eager, reference
+from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import cuda, eager, reference
 
-_NAME = "structure_aware_ssm_from_dt_"
+_NAME = "structure_aware_ssm_from_dt"
+_IN_PLACE = f"{_NAME}_"
+_OTHERS = (
+    "Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, "
+    "Tensor taps"
+)
 _extension.define(
-    f"{_NAME}(Tensor(a!) u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, "
-    "Tensor delta_bias, Tensor taps) -> ()",
+    f"{_NAME}(Tensor u, {_OTHERS}) -> Tensor",
+    fake=lambda u, *_: empty_output(u),
+    eager=eager.structure_aware_ssm_from_dt,
+    reference=reference.structure_aware_ssm_from_dt,
+    cuda=cuda.structure_aware_ssm_from_dt,
+    by_design=("cpu",),  # the operator in place has a kernel there
+)
+_extension.define(
+    f"{_IN_PLACE}(Tensor(a!) u, {_OTHERS}) -> ()",
     fake=lambda *_: None,
     eager=eager.structure_aware_ssm_from_dt_,
     reference=reference.structure_aware_ssm_from_dt_,
-    by_design=("cuda",),
+    by_design=("cuda",),  # the other operator has a kernel there
 )
-_extension.forbid_gradients(_NAME, "torch.nn.functional.linear and structure_aware_ssm")
+for _name in (_NAME, _IN_PLACE):
+    _extension.forbid_gradients(_name, "torch.nn.functional.linear and structure_aware_ssm")
+
+
+def _check(op: str, u: Tensor, dt: Tensor, dt_weight: Tensor, *others: Tensor) -> None:
+    check_activation(op, "u", u, "B H W D")
+    batch, height, width, dim = u.shape
+    check_activation(op, "dt", dt, "B H W R")
+    rank = dt.shape[-1]
+    check_tensor(op, "dt", dt, (batch, height, width, rank), "[B, H, W, R]")
+    check_tensor(op, "dt_weight", dt_weight, (dim, rank), "[D, R]")
+    check_ssm(op, u, *others)
+
+
+def structure_aware_ssm_from_dt(
+    u: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    taps: Tensor,
+) -> Tensor:
+    """:func:`structure_aware_ssm_from_dt_`, not in place: the one with kernels for CUDA devices.
+
+    Their threads read what others would overwrite.
+
+    Args:
+        u, dt, dt_weight, A, B, C, D, delta_bias, taps: see :func:`structure_aware_ssm_from_dt_`.
+
+    Returns:
+        ``Tensor[B, H, W, D]``, contiguous, in the dtype of ``u``.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+        RuntimeError: in the backward pass.
+    """
+    _check(_NAME, u, dt, dt_weight, A, B, C, D, delta_bias, taps)
+    return torch.ops.spatial_mamba.structure_aware_ssm_from_dt(
+        u, dt, dt_weight, A, B, C, D, delta_bias, taps
+    )
 
 
 def structure_aware_ssm_from_dt_(
@@ -54,13 +109,7 @@ def structure_aware_ssm_from_dt_(
         ValueError: a shape or dtype does not fit.
         RuntimeError: gradients are enabled and an input requires them.
     """
-    check_activation(_NAME, "u", u, "B H W D")
-    batch, height, width, dim = u.shape
-    check_activation(_NAME, "dt", dt, "B H W R")
-    rank = dt.shape[-1]
-    check_tensor(_NAME, "dt", dt, (batch, height, width, rank), "[B, H, W, R]")
-    check_tensor(_NAME, "dt_weight", dt_weight, (dim, rank), "[D, R]")
-    check_ssm(_NAME, u, A, B, C, D, delta_bias, taps)
+    _check(_IN_PLACE, u, dt, dt_weight, A, B, C, D, delta_bias, taps)
     torch.ops.spatial_mamba.structure_aware_ssm_from_dt_(
         u, dt, dt_weight, A, B, C, D, delta_bias, taps
     )

@@ -51,6 +51,7 @@ from spatial_mamba_d2.models.upernet import ConvBNReLU, FCNHead, UPerHead
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3_layer_norm,
     gated_layer_norm,
+    structure_aware_ssm_from_dt,
     structure_aware_ssm_from_dt_,
 )
 
@@ -182,6 +183,14 @@ class PackedLinear(_Packed):
             return linear(x, self.weight, self.bias, *_ONEDNN_ACTIVATIONS[self.act], gelu)
         return ACTIVATIONS[self.act](F.linear(x, self.weight, self.bias))
 
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """``out += act(x W^T + b)``: ``Tensor[tokens, I]`` to ``Tensor[tokens, O]``."""
+        is_product = self.bias is None and self.act == "none" and out.dtype == self.weight.dtype
+        if is_product and not out.is_cpu:
+            out.addmm_(x, self.weight.t())  # without a pass of its own for the sum
+        else:
+            out.add_(self(x))
+
 
 class PackedConv(_Packed):
     """``act(convolution)``: ``Tensor[B, C, H, W]`` of any dtype -> ``out_dtype``.
@@ -257,14 +266,12 @@ def _halve_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, row_bytes: 
     return torch.cat(tiles, dim=1) if len(tiles) > 1 else tiles[0]
 
 
-def _add_in_tiles(
-    function: Callable[..., Tensor], token_bytes: int, x: Tensor, *maps: Tensor
-) -> Tensor:
-    """``x += function(*maps)``, in tiles of tokens.
+def _add_in_tiles(add: Callable[..., None], token_bytes: int, x: Tensor, *maps: Tensor) -> Tensor:
+    """``add(x, *maps)``, in tiles of tokens.
 
     Args:
-        function: ``Tensor[tokens, C_i], ...`` -> ``Tensor[tokens, C]``.
-        token_bytes: size of the widest activation inside ``function`` per token.
+        add: adds what it computes from ``Tensor[tokens, C_i], ...`` to ``Tensor[tokens, C]``.
+        token_bytes: size of the widest activation inside ``add`` per token.
         x: ``Tensor[B, H, W, C]``, contiguous.
         maps: ``Tensor[B, H, W, C_i]``, contiguous.
     """
@@ -272,7 +279,7 @@ def _add_in_tiles(
     num_tiles = math.ceil(num_tokens * token_bytes / _tile_bytes(x))
     tile_tokens = math.ceil(num_tokens / num_tiles)  # of one size, because small tiles are slow
     for out, *tiles in zip(*(t.flatten(0, 2).split(tile_tokens) for t in (x, *maps)), strict=True):
-        out.add_(function(*tiles))
+        add(out, *tiles)
     return x
 
 
@@ -346,17 +353,17 @@ class OptimizedSSM(_Part):
         u = self.conv(self.in_u(x))  # [B, H, W, D]
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
         B, C = B.squeeze(-1), C.squeeze(-1)
-        y = structure_aware_ssm_from_dt_(
-            u, dt, self.dt_proj.weight, self.A, B, C, self.D, self.dt_bias, self.taps
-        )
-        return _add_in_tiles(self.gate, self.in_z.out_dim * y.element_size(), residual, x, y)
+        # Each of the two has a kernel on one type of device.
+        ssm = structure_aware_ssm_from_dt_ if u.is_cpu else structure_aware_ssm_from_dt
+        y = ssm(u, dt, self.dt_proj.weight, self.A, B, C, self.D, self.dt_bias, self.taps)
+        return _add_in_tiles(self.add_gated, self.in_z.out_dim * y.element_size(), residual, x, y)
 
-    def gate(self, x: Tensor, y: Tensor) -> Tensor:
-        """``Tensor[tokens, C], Tensor[tokens, D]`` -> ``Tensor[tokens, C]``."""
+    def add_gated(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        """From ``Tensor[tokens, C], Tensor[tokens, D]`` to ``Tensor[tokens, C]``."""
         norm = self.out_norm
         y, z = (tokens[None, None] for tokens in (y, self.in_z(x)))
         y = gated_layer_norm(y, z, norm.weight, norm.bias, norm.eps)
-        return self.out_proj(y[0, 0])
+        self.out_proj.add_to(out, y[0, 0])
 
 
 class PositionEncodingNorm(_Part):
@@ -389,11 +396,11 @@ class OptimizedBlock(_Part):
         x, normalized = self.cpe1_ln1(x)
         x = self.ssm(normalized, residual=x)
         x, normalized = self.cpe2_ln2(x)
-        return _add_in_tiles(self.mlp, self.fc1.out_dim * x.element_size(), x, normalized)
+        return _add_in_tiles(self.add_mlp, self.fc1.out_dim * x.element_size(), x, normalized)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """``Tensor[tokens, C]`` -> the same shape."""
-        return self.fc2(self.fc1(x))
+    def add_mlp(self, out: Tensor, x: Tensor) -> None:
+        """From ``Tensor[tokens, C]`` to the same shape."""
+        self.fc2.add_to(out, self.fc1(x))
 
 
 class OptimizedStage(_Part):

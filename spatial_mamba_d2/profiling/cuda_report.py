@@ -27,6 +27,7 @@ from spatial_mamba_d2.profiling.kernel_resources import (
     over_budget,
     resource_table,
 )
+from spatial_mamba_d2.profiling.model_traffic import ModelFigures, model_figures
 from spatial_mamba_d2.system.tables import markdown_table
 
 _BOUNDS = [f"{device} >= us" for device in BANDWIDTH_TB_S]
@@ -74,6 +75,11 @@ def launch_table(problem: Problem) -> str:
         "state_fusion_backward": dram_model.fusion_backward(problem),
         "structure_aware_ssm": ssm_forward(problem),
         "structure_aware_ssm_backward": dram_model.ssm_backward(problem),
+        "depthwise_conv3x3": dram_model.conv_forward(problem),
+        "depthwise_conv3x3_backward": dram_model.conv_backward(problem),
+        "depthwise_conv3x3_layer_norm": dram_model.conv_norm_forward(problem),
+        "gated_layer_norm": dram_model.gate_forward(problem),
+        "gated_layer_norm_backward": dram_model.gate_backward(problem),
     }
     rows = [
         [
@@ -87,6 +93,35 @@ def launch_table(problem: Problem) -> str:
         for launch in launches
     ]
     return markdown_table(["operator", "launch", "read MB", "written MB", *_BOUNDS], rows)
+
+
+def model_table(figures: ModelFigures) -> str:
+    """Kernels and bytes of whole models, as Markdown."""
+    rows = [
+        [
+            f"{model}, {task}, {dtype}",
+            str(traffic["kernels"]),
+            f"{traffic['gigabytes']:.2f}",
+            *_bounds(round(traffic["gigabytes"] * 1e9)),
+        ]
+        for model, dtypes in figures.items()
+        for dtype, tasks in dtypes.items()
+        for task, traffic in tasks.items()
+    ]
+    return markdown_table(["backbone", "kernels", "GB", *_BOUNDS], rows)
+
+
+def write_model_figures(path: Path) -> None:
+    """Count whole models, print the table, and save ``{"models": ...}`` as JSON.
+
+    Raises:
+        ValueError: ``path`` cannot be written.
+    """
+    check_outputs([path], [], overwrite=True)
+    figures = model_figures()
+    print(model_table(figures))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"models": figures}, indent=2) + "\n")
 
 
 def report(output: Path, architectures: Sequence[int]) -> int:

@@ -18,7 +18,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+import torch
+
 from spatial_mamba_d2.models.variants import VARIANTS
+from spatial_mamba_d2.ops.cuda.team import Team
+from spatial_mamba_d2.ops.depthwise_conv3x3 import cuda as conv_cuda
+from spatial_mamba_d2.ops.gated_layer_norm import cuda as norm_cuda
 from spatial_mamba_d2.ops.selective_scan import cuda as scan_cuda
 from spatial_mamba_d2.ops.state_fusion import cuda as fusion_cuda
 from spatial_mamba_d2.ops.state_fusion.cuda import Tiles
@@ -253,6 +258,21 @@ def ssm_forward(p: Problem) -> list[Launch]:
     ]
 
 
+def ssm_from_dt_forward(p: Problem, rank: int) -> list[Launch]:
+    """``structure_aware_ssm_from_dt``: step sizes are products of rank ``rank``."""
+    padded = 4 * _ceil_div(rank, 4)
+    dt = Operand("dt", (p.num_images, p.height, p.width, padded), p.element_bytes)
+    factors = [dt, p.accumulator("dt_weight", padded, p.dim)]
+
+    def with_factors(launch: Launch) -> Launch:
+        if all(operand.name != "delta" for operand in launch.reads):
+            return launch
+        kept = [operand for operand in launch.reads if operand.name != "delta"]
+        return Launch(launch.name, reads=[*kept, *factors], writes=launch.writes)
+
+    return [with_factors(launch) for launch in ssm_forward(p)]
+
+
 def ssm_backward(p: Problem) -> list[Launch]:
     """``structure_aware_ssm_backward``, which computes the states again."""
     segments, inputs = image_segments(p), _scan_inputs(p)
@@ -267,6 +287,78 @@ def ssm_backward(p: Problem) -> list[Launch]:
         ),
         Launch("grad_input_tiles", reads=observation, writes=[p.accumulator_map("grad_h")]),
         *_scan_adjoint(p, segments, observed=True),
+    ]
+
+
+def _accumulation_dtype(p: Problem) -> torch.dtype:
+    return torch.float64 if p.accumulator_bytes == 8 else torch.float32
+
+
+def _conv_weights(p: Problem) -> list[Operand]:
+    return [p.accumulator("weight", p.dim, 9), p.per_channel("bias")]
+
+
+def conv_forward(p: Problem) -> list[Launch]:
+    """``depthwise_conv3x3``."""
+    reads = [p.activation("x"), *_conv_weights(p)]
+    return [Launch("conv3x3", reads=reads, writes=[p.activation("out")])]
+
+
+def conv_backward(p: Problem) -> list[Launch]:
+    """``depthwise_conv3x3_backward``."""
+    shape = (p.num_images, p.height, p.width, p.dim)
+    acc = _accumulation_dtype(p)
+    packed = p.dim % conv_cuda.backward_channels_of_thread(acc, packed=True) == 0
+    count = conv_cuda.backward_channels_of_thread(acc, packed)
+    _, num_parts, _ = conv_cuda.cut_backward(shape, p.dim, count, p.num_multiprocessors)
+    return [
+        Launch(
+            "conv3x3_backward",
+            reads=[p.activation("x"), p.activation("grad_out"), *_conv_weights(p)],
+            writes=[
+                p.activation("grad_x"),
+                p.accumulator("grad_weight", num_parts, p.dim, 9),
+                p.accumulator("grad_bias", num_parts, p.dim),
+            ],
+        )
+    ]
+
+
+def conv_norm_forward(p: Problem) -> list[Launch]:
+    """``depthwise_conv3x3_layer_norm``."""
+    norm = [p.per_channel("norm_weight"), p.per_channel("norm_bias")]
+    return [
+        Launch(
+            "conv3x3_norm",
+            reads=[p.activation("x"), *_conv_weights(p), *norm],
+            writes=[p.activation("y"), p.activation("norm")],
+        )
+    ]
+
+
+def gate_forward(p: Problem) -> list[Launch]:
+    """``gated_layer_norm``."""
+    reads = [p.activation("y"), p.activation("z"), p.per_channel("weight"), p.per_channel("bias")]
+    return [Launch("gated_norm", reads=reads, writes=[p.activation("out")])]
+
+
+def gate_backward(p: Problem) -> list[Launch]:
+    """``gated_layer_norm_backward``."""
+    (forward,) = gate_forward(p)
+    team = Team.of(p.dim, _accumulation_dtype(p))
+    num_tokens = p.num_values // p.dim
+    num_parts = norm_cuda.backward_blocks(num_tokens, team, p.num_multiprocessors)
+    return [
+        Launch(
+            "gated_norm_backward",
+            reads=[*forward.reads, p.activation("grad_out")],
+            writes=[
+                p.activation("grad_y"),
+                p.activation("grad_z"),
+                p.accumulator("grad_weight", num_parts, p.dim),
+                p.accumulator("grad_bias", num_parts, p.dim),
+            ],
+        )
     ]
 
 

@@ -15,8 +15,11 @@ import torch
 
 from spatial_mamba_d2.ops.cuda import nvrtc
 from spatial_mamba_d2.ops.cuda.arguments import LANES
+from spatial_mamba_d2.ops.cuda.channels import channels_of_thread
 from spatial_mamba_d2.ops.cuda.kernels import CPP_TYPES, KernelSet
 from spatial_mamba_d2.ops.cuda.source import bundle
+from spatial_mamba_d2.ops.cuda.team import Team
+from spatial_mamba_d2.ops.depthwise_conv3x3 import cuda as conv_cuda
 from spatial_mamba_d2.ops.selective_scan.cuda import constant
 from spatial_mamba_d2.ops.state_fusion.cuda import tile_bytes, tile_shape
 from spatial_mamba_d2.system.tables import markdown_table
@@ -119,7 +122,8 @@ def _read_log(image: nvrtc.Image, architecture: int) -> list[Kernel]:
 
 def _block(name: str) -> tuple[int, int]:
     """Warps of a full block, and the bytes of shared memory that it uses."""
-    size = 8 if "<double" in name else 4
+    acc = torch.float64 if "<double" in name else torch.float32
+    size = acc.itemsize
     map_bytes = 2 * size * LANES
     kernel = name.partition("<")[0]
     if kernel == "apply_adjoint":
@@ -132,6 +136,14 @@ def _block(name: str) -> tuple[int, int]:
         return warps, warps * map_bytes
     if kernel in ("fuse_tiles", "grad_input_tiles"):
         return tile_shape(size)[0], tile_bytes(size)
+    if kernel in ("conv3x3", "conv3x3_backward"):
+        warps = conv_cuda.constant("kConvWarps")
+        count = conv_cuda.backward_channels_of_thread(acc, packed="true" in name)
+        return warps, warps * LANES * 10 * count * size if "backward" in kernel else 0
+    if kernel in ("conv3x3_norm", "gated_norm", "gated_norm_backward"):  # of 128 channels
+        warps = Team.of(1, acc).block_warps
+        sums = 2 * channels_of_thread(acc) * LANES * size if "backward" in kernel else 0
+        return warps, warps * sums
     raise ValueError(f"the size of blocks is unknown, add it to {__name__}: {name}")
 
 

@@ -38,6 +38,8 @@ HEADERS = tuple(
     sorted([*ROOT.glob("ops/**/*.h"), *ROOT.glob("ops/**/*.cuh"), *EMULATOR.glob("*.h")])
 )
 RUNTIME = (EMULATOR / "simt_emulator.cpp", EMULATOR / "kernels.cpp")
+#: of the kernels, in ``ops/``
+SOURCES = tuple(dict.fromkeys(kernel_set.source for kernel_set in KernelSet.ALL))
 #: operators with CUDA kernels, and their backward operators
 OPERATORS = tuple(_extension.CUDA_KERNELS)
 ORDERS = ("forward", "reverse", "random")
@@ -104,15 +106,17 @@ def link(objects: Sequence[Path], *flags: str, suffix: str = "") -> Path:
     return _make(command, objects, suffix)
 
 
-def kernel_source(kernel_set: KernelSet, dtype: torch.dtype) -> Path:
-    """A C++ source that registers the kernels of a set for one dtype."""
-    lines = [f'#include "ops/{kernel_set.source}"', '#include "kernels.h"']
+def kernel_source(source: str, dtype: torch.dtype) -> Path:
+    """A C++ source that registers the kernels of all sets in one file, for one dtype."""
+    sets = [kernel_set for kernel_set in KernelSet.ALL if kernel_set.source == source]
+    names = dict.fromkeys(name for kernel_set in sets for name in kernel_set.cpp_names(dtype))
+    lines = [f'#include "ops/{source}"', '#include "kernels.h"']
     lines += ["using namespace smd2::cuda;", "using smd2::emulator::Registration;"]
-    for number, name in enumerate(kernel_set.cpp_names(dtype)):
+    for number, name in enumerate(names):
         lines.append(f'static const Registration r{number}("{name}", {name});')
     text = "\n".join(lines) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    path = _folder() / f"{Path(kernel_set.source).stem}-{digest}.cpp"
+    path = _folder() / f"{Path(source).stem}-{digest}.cpp"
     if not path.exists():
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             file.write(text)
@@ -123,12 +127,12 @@ def kernel_source(kernel_set: KernelSet, dtype: torch.dtype) -> Path:
 def kernel_sources(
     dtypes: Sequence[torch.dtype] = tuple(CPP_TYPES), folder: str = ""
 ) -> list[Path]:
-    """:func:`kernel_source` of all sets, or of those in one folder of ``ops/``."""
+    """:func:`kernel_source` of all sources, or of those in one folder of ``ops/``."""
     return [
-        kernel_source(kernel_set, dtype)
-        for kernel_set in KernelSet.ALL
+        kernel_source(source, dtype)
+        for source in SOURCES
         for dtype in dtypes
-        if kernel_set.source.startswith(folder)
+        if source.startswith(folder)
     ]
 
 

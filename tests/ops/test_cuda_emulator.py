@@ -13,14 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from spatial_mamba_d2.ops.cuda.kernels import KernelSet
 from spatial_mamba_d2.ops.cuda.source import bundle
 from spatial_mamba_d2.ops.state_fusion import cuda as fusion
 from spatial_mamba_d2.profiling import dram_model
 
-from . import emulator
+from . import emulator, test_depthwise_conv3x3_layer_norm, test_structure_aware_ssm_from_dt
 from .test_conformance import CASES, arguments, call
 
+#: operators that have no gradients
+FOR_INFERENCE = {
+    suite.name: suite
+    for suite in (
+        test_depthwise_conv3x3_layer_norm.TestDepthwiseConv3x3LayerNorm(),
+        test_structure_aware_ssm_from_dt.TestStructureAwareSSMFromDt(),
+    )
+}
 # Compiler flags of the kernels, of the emulator's runtime, and of the linker.
 SANITIZERS = {
     "none": ((), (), ()),
@@ -46,9 +53,13 @@ def record(path: Path, case: str, inputs: list[Tensor]) -> Path:
     torch.use_deterministic_algorithms(True)
     try:
         with emulator.emulated_cuda(), emulator.Recording() as recording:
-            leaves = [x.requires_grad_() for x in arguments(case, inputs)]
-            output = call(case, leaves)
-            torch.autograd.grad(output, leaves, torch.ones_like(output))
+            if case in FOR_INFERENCE:
+                suite = FOR_INFERENCE[case]
+                suite.call([x.to(inputs[0].dtype) for x in suite.arguments(*inputs)])
+            else:
+                leaves = [x.requires_grad_() for x in arguments(case, inputs)]
+                output = call(case, leaves)
+                torch.autograd.grad(output, leaves, torch.ones_like(output))
     finally:
         torch.use_deterministic_algorithms(False)
     return recording.write(path)
@@ -62,8 +73,7 @@ def recordings(tmp_path, ssm_inputs, monkeypatch) -> Callable[..., list[str]]:
     def make(*problems: tuple[tuple[int, int, int, int], torch.dtype]) -> list[str]:
         return [
             str(record(tmp_path / f"{case} {number}", case, ssm_inputs(*shape, dtype)))
-            for case, (operator, _) in CASES.items()
-            if operator in emulator.OPERATORS
+            for case in (*CASES, *FOR_INFERENCE)
             for number, (shape, dtype) in enumerate(problems)
         ]
 
@@ -77,11 +87,12 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 # One token; several tiles and bands, an odd number of channels; a sequence of several rows of
-# segments.
+# segments; several warps for each token.
 PROBLEMS = [
     ((1, 1, 1, 1), torch.float32),
     ((1, 21, 21, 33), torch.float32),
     ((1, 2, 301, 2), torch.float32),
+    ((1, 3, 5, 260), torch.float32),
     ((1, 9, 18, 3), torch.float64),
     ((1, 9, 18, 3), torch.float16),
 ]
@@ -140,6 +151,12 @@ MODEL = {
     "selective_scan": (dram_model.scan_forward, dram_model.scan_backward),
     "state_fusion": (dram_model.fusion_forward, dram_model.fusion_backward),
     "structure_aware_ssm": (dram_model.ssm_forward, dram_model.ssm_backward),
+    "depthwise_conv3x3 silu": (dram_model.conv_forward, dram_model.conv_backward),
+    "gated_layer_norm": (dram_model.gate_forward, dram_model.gate_backward),
+    "depthwise_conv3x3_layer_norm": (dram_model.conv_norm_forward,),
+    "structure_aware_ssm_from_dt": (
+        lambda p: dram_model.ssm_from_dt_forward(p, rank=1 + p.dim // 16),
+    ),
 }
 
 
@@ -186,11 +203,10 @@ def test_every_barrier_is_missed(header, number, tmp_path, recordings):
     parts = copy.read_text().split(BARRIER)
     copy.write_text(BARRIER.join(parts[: number + 1]) + BARRIER.join(parts[number + 1 :]))
     included = f'#line 1 "{header.removeprefix("ops/")}"'
-    for kernel_set in KernelSet.ALL:
-        source = emulator.kernel_source(kernel_set, torch.float32)
-        is_mutated = included in bundle(kernel_set.source)
-        root = mutant if is_mutated else emulator.ROOT
-        objects.append(emulator.compile_object(source, *flags, root=root))
+    for source in emulator.SOURCES:
+        root = mutant if included in bundle(source) else emulator.ROOT
+        kernels = emulator.kernel_source(source, torch.float32)
+        objects.append(emulator.compile_object(kernels, *flags, root=root))
     problems = [problem for problem in PROBLEMS if problem[1] == torch.float32]
     done = run(emulator.link(objects, *of_linker), "once", *recordings(*problems))
     assert done.returncode != 0
@@ -201,8 +217,6 @@ def test_every_barrier_is_missed(header, number, tmp_path, recordings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_order_of_threads_changes_nothing(case, dtype, ssm_inputs):
     """Operators give the same bits: their launches as well as their sums of partial results."""
-    if CASES[case][0] not in emulator.OPERATORS:
-        pytest.skip("no CUDA kernels")
     leaves = [x.requires_grad_() for x in arguments(case, ssm_inputs(2, 40, 33, 35, dtype))]
     results = []
     for order in emulator.ORDERS:

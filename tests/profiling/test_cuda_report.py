@@ -26,6 +26,11 @@ def test_every_operator_has_its_launches():
         "state_fusion_backward": 2,
         "structure_aware_ssm": 3,
         "structure_aware_ssm_backward": 7,
+        "depthwise_conv3x3": 1,
+        "depthwise_conv3x3_backward": 1,
+        "depthwise_conv3x3_layer_norm": 1,
+        "gated_layer_norm": 1,
+        "gated_layer_norm_backward": 1,
     }
 
 

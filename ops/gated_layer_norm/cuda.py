@@ -1,0 +1,112 @@
+"""``spatial_mamba::gated_layer_norm`` on CUDA devices: launches of the kernels in ``norm.cuh``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spatial_mamba_d2.ops._precision import accumulation_dtype
+from spatial_mamba_d2.ops.cuda.arguments import (
+    LANES,
+    blocks_of,
+    check_arguments,
+    contiguous_as,
+    float_bits,
+)
+from spatial_mamba_d2.ops.cuda.channels import (
+    are_packed,
+    channels_of_thread,
+    cpp_bool,
+    with_even_tokens,
+)
+from spatial_mamba_d2.ops.cuda.kernels import KernelSet
+from spatial_mamba_d2.ops.cuda.team import Team
+from spatial_mamba_d2.ops.gated_layer_norm import eager
+
+# By whether the channels of a thread are neighbours.
+FORWARD, BACKWARD = (
+    {
+        packed: KernelSet("gated_layer_norm/norm.cuh", norm=f"{kernel}<{{T}}, {cpp_bool(packed)}>")
+        for packed in (True, False)
+    }
+    for kernel in ("gated_norm", "gated_norm_backward")
+)
+
+MAX_WARPS = 32  # of a block
+
+# Of the backward pass, whose blocks write partial sums. Not tuned on a GPU.
+WARPS_PER_MULTIPROCESSOR = 32
+MIN_TOKENS_PER_TEAM = 8
+
+
+def _check(op: str, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if y.dim() != 4 or 0 in y.shape[1:]:
+        raise ValueError(f"{op}: y must be [B, H, W, D] with H, W, D >= 1, got {list(y.shape)}")
+    dim = y.shape[3]
+    check_arguments(op, y, [("z", z, y.shape), ("weight", weight, (dim,)), ("bias", bias, (dim,))])
+
+
+def gated_layer_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See :func:`spatial_mamba_d2.ops.gated_layer_norm`."""
+    _check("gated_layer_norm", y, z, weight, bias)
+    acc = accumulation_dtype(y)
+    team = Team.of(y.shape[3], acc)
+    if team.warps > MAX_WARPS:
+        return eager.gated_layer_norm(y, z, weight, bias, eps)
+    (y, y_stride), (z, z_stride) = with_even_tokens(y), with_even_tokens(z.to(y.dtype))
+    weight, bias = contiguous_as(acc, weight, bias)
+    packed = are_packed(channels_of_thread(acc), y_stride, y, weight, bias)
+    packed = packed and are_packed(channels_of_thread(acc), z_stride, z)
+    kernels = FORWARD[packed].on(y.device, y.dtype)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if out.numel():
+        tokens, dim = y.shape[:3].numel(), y.shape[3]
+        sizes = (tokens, dim, y_stride, z_stride, team.warps, float_bits(eps))
+        blocks = blocks_of(tokens, team.teams)
+        kernels.norm(blocks, team.block_warps, team.shared_bytes, y, z, weight, bias, *sizes, out)
+    return out
+
+
+def backward_blocks(tokens: int, team: Team, multiprocessors: int) -> int:
+    """Number of blocks, each of which writes partial sums."""
+    most = blocks_of(multiprocessors * WARPS_PER_MULTIPROCESSOR, team.block_warps)
+    return min(most, blocks_of(tokens, team.teams * MIN_TOKENS_PER_TEAM))
+
+
+def gated_layer_norm_backward(
+    grad_output: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of y, z, weight, bias."""
+    op = "gated_layer_norm_backward"
+    _check(op, y, z, weight, bias)
+    check_arguments(op, y, [("grad_output", grad_output, y.shape)])
+    acc = accumulation_dtype(y)
+    team = Team.of(y.shape[3], acc)
+    if team.warps > MAX_WARPS:
+        return eager.gated_layer_norm_backward(grad_output, y, z, weight, bias, eps)
+    z_dtype, weight_dtype, bias_dtype = z.dtype, weight.dtype, bias.dtype
+    (y, y_stride), (z, z_stride) = with_even_tokens(y), with_even_tokens(z.to(y.dtype))
+    (grad,) = contiguous_as(y.dtype, grad_output)
+    weight, bias = contiguous_as(acc, weight, bias)
+    count = channels_of_thread(acc)
+    packed = are_packed(count, y_stride, y, grad, weight, bias)
+    packed = packed and are_packed(count, z_stride, z)
+    kernels = BACKWARD[packed].on(y.device, y.dtype)
+    tokens, dim = y.shape[:3].numel(), y.shape[3]
+    blocks = backward_blocks(tokens, team, kernels.multiprocessors)
+    grad_y, grad_z = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for _ in range(2))
+    sums = [torch.empty((blocks, dim), dtype=acc, device=y.device) for _ in range(2)]
+    if blocks:
+        sizes = (tokens, dim, y_stride, z_stride, team.warps, float_bits(eps))
+        of_sums = team.block_warps * 2 * count * LANES * acc.itemsize
+        shared_bytes = max(team.shared_bytes, of_sums if team.teams > 1 else 0)
+        outputs = (grad, grad_y, grad_z, *sums, blocks)
+        members = (y, z, weight, bias, *sizes, *outputs)
+        kernels.norm(blocks, team.block_warps, shared_bytes, *members)
+    grad_weight, grad_bias = sums
+    return (
+        grad_y,
+        grad_z.to(z_dtype),
+        grad_weight.sum(0).to(weight_dtype),
+        grad_bias.sum(0).to(bias_dtype),
+    )

@@ -1,0 +1,76 @@
+"""``structure_aware_ssm_from_dt`` on CUDA devices: launches of the kernels in ``ssm.cuh``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spatial_mamba_d2.ops._precision import accumulation_dtype
+from spatial_mamba_d2.ops.cuda.arguments import check_arguments, contiguous_as
+from spatial_mamba_d2.ops.cuda.kernels import KernelSet
+from spatial_mamba_d2.ops.selective_scan.cuda import Scan
+from spatial_mamba_d2.ops.state_fusion.cuda import cut, over_tiles
+from spatial_mamba_d2.ops.state_fusion.taps import TAPS
+from spatial_mamba_d2.ops.structure_aware_ssm.cuda import image_segments
+
+_STEPS = "LowRankSteps<{T}>"
+FORWARD = KernelSet(
+    "structure_aware_ssm/ssm.cuh",
+    reduce=f"reduce<{{T}}, ForwardPass<{{T}}, {_STEPS}>>",
+    carry="carry<{Acc}>",
+    observe=f"fuse_tiles<{{Acc}}, ScanRows<{{T}}, 4, {_STEPS}>, Observe<{{T}}>>",
+)
+
+
+def structure_aware_ssm_from_dt(
+    u: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    taps: Tensor,
+) -> Tensor:
+    """See :func:`spatial_mamba_d2.ops.structure_aware_ssm_from_dt`."""
+    op = "structure_aware_ssm_from_dt"
+    for name, x in (("u", u), ("dt", dt)):
+        if x.dim() != 4 or 0 in x.shape[1:]:
+            shape = list(x.shape)
+            raise ValueError(f"{op}: {name} must have four axes, none of them empty, got {shape}")
+    tokens, dim = u.shape[:3], u.shape[3]
+    rank = dt.shape[3]
+    check_arguments(
+        op,
+        u,
+        [
+            ("dt", dt, (*tokens, rank)),
+            ("dt_weight", dt_weight, (dim, rank)),
+            ("A", A, (dim,)),
+            ("B", B, tokens),
+            ("C", C, tokens),
+            ("D", D, (dim,)),
+            ("delta_bias", delta_bias, (dim,)),
+            ("taps", taps, (TAPS, dim)),
+        ],
+    )
+    kernels = FORWARD.on(u.device, u.dtype)
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    if not y.numel():
+        return y
+    missing = -rank % 4  # kernels load four values at once
+    if missing:
+        dt, dt_weight = F.pad(dt, (0, missing)), F.pad(dt_weight, (0, missing))
+    u, dt = contiguous_as(u.dtype, u, dt)
+    acc = accumulation_dtype(u)
+    dt_weight, A, B, C, D, delta_bias, taps = contiguous_as(
+        acc, dt_weight.T, A, B, C, D, delta_bias, taps
+    )
+    tiles = cut(*u.shape, acc.itemsize, kernels.multiprocessors)
+    low_rank = (dt_weight, rank + missing)
+    scan = Scan(u, dt, A, B, delta_bias, image_segments(tiles), low_rank)
+    scan.launch_carries(kernels)
+    over_tiles(kernels.observe, tiles, taps, *scan.members, u, C, D, y)
+    return y
