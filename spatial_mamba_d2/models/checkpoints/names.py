@@ -150,6 +150,22 @@ def strip_wrappers(names: Iterable[str], source: str = "checkpoint") -> dict[str
     return stripped
 
 
+def strip_owner(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """``{name: name without what trainers put around it}``, for models of others.
+
+    ``module.`` and its like are removed anywhere, and ``model.`` and its like in front of all
+    names, unless a name without them begins with one of ``known``.
+    """
+    stripped = {name: _WRAPPER_PARTS.sub("", name) for name in names}
+    owners = {
+        match[0] if (match := re.match(rf"(?:{_OWNER})+", n)) else "" for n in stripped.values()
+    }
+    if len(owners) == 1 and not any(n.startswith(tuple(known)) for n in stripped.values()):
+        (owner,) = owners
+        stripped = {name: rest.removeprefix(owner) for name, rest in stripped.items()}
+    return stripped
+
+
 def enclosing_prefix(names: Iterable[str]) -> str:
     """What precedes the names of the one Spatial-Mamba model inside another module."""
     found = (re.match(rf"(.*?){_STEM}", name) for name in names)
