@@ -26,7 +26,8 @@ from spatial_mamba_d2.models.checkpoints.reading import (
 )
 from spatial_mamba_d2.system.tables import console_table
 
-_COUNTERS = ".num_batches_tracked"  # some trainers do not save it, and nothing here depends on it
+# Some trainers do not save it, frozen batch norms of others do not have it, and it has no effect.
+_COUNTERS = ".num_batches_tracked"
 
 
 # Of classifiers, segmentors and detectors
@@ -159,7 +160,8 @@ def load_weights(
     missing = [n for n in new if not is_skipped(n) and not fit.may_be_new(n)]
     if missing:
         problems.append(f"missing from the file ({len(missing)}): {_groups(missing)}")
-    if unknown := [n for n in report.ignored if not fit.may_be_unused(n)]:
+    unused = [n for n in report.ignored if not n.endswith(_COUNTERS)]
+    if unknown := [n for n in unused if not fit.may_be_unused(n)]:
         problems.append(f"unknown to the model ({len(unknown)}): {_groups(unknown)}")
     key = fit.first_conv
     if partial and key in report.loaded and _is_of_rgb(state[file_names[key]], target[key]):

@@ -75,6 +75,7 @@ _WRAPPER_PARTS = re.compile(
 )
 _OWNER = r"(?:model|net|network|encoder)\."
 _STEM = r"(?:backbone\.(?:bottom_up\.)?)?(?:stem|patch_embed)\."
+_FIRST_LAYER = rf"{_STEM}(?:_\w+\.)*conv1\.conv\."  # other models have a stem, too
 _SEGMENTOR_MARK = "decode_head."  # prefix of names that only a segmentor has, theirs and ours
 
 
@@ -168,7 +169,7 @@ def strip_owner(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
 
 def enclosing_prefix(names: Iterable[str]) -> str:
     """What precedes the names of the one Spatial-Mamba model inside another module."""
-    found = (re.match(rf"(.*?){_STEM}", name) for name in names)
+    found = (re.match(rf"(.*?){_FIRST_LAYER}", name) for name in names)
     prefixes = {match[1] for match in found if match}
     return prefixes.pop() if len(prefixes) == 1 else ""
 
