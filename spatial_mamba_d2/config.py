@@ -72,7 +72,7 @@ def add_backbone_config(cfg: Any) -> None:
     node = type(cfg)
     mamba = cfg.MODEL.SPATIAL_MAMBA = node()
     mamba.VARIANT = "tiny"  # tiny, small, base: models/variants.py
-    mamba.DROP_PATH_RATE = None  # None: that of the variant
+    mamba.DROP_PATH_RATE = None  # None: that of the variant, or timm's default
     mamba.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     mamba.BN = "train"  # train, frozen, sync
     mamba.GRAD_CHECKPOINTING = False  # less memory in training, about a third more time
@@ -417,7 +417,8 @@ def _merge(
             if value == {}:
                 continue
             raise ValueError(
-                f"{source}: {key} must be a section with keys such as {keys[0]}, got {value!r}"
+                f"{source}: {key} must be a section with keys such as {', '.join(keys[:3])}, "
+                f"got {value!r}"
             )
         hint = "; write KEY VALUE, not KEY=VALUE" if "=" in key else _suggestion(key, cfg)
         raise ValueError(f"{source}: unknown config key {key}{hint}")

@@ -233,6 +233,12 @@ def _translate_pretrained(state: Mapping[str, Tensor], model: SpatialMambaClassi
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     name = f"spatial_mamba_{variant}"
+    strides = list(STRIDES.values())
+    if (output_stride := kwargs.pop("output_stride", strides[-1])) != strides[-1]:
+        raise ValueError(
+            f"output_stride must be {strides[-1]} for {name}, got {output_stride}: scan and state "
+            f"fusion have no dilated form; take a head for maps of stride {str(strides)[1:-1]}"
+        )
     # The authors' checkpoints hold their configuration. timm reads files by weights_only loading,
     # now or (checkpoint_path) after this returns, which knows no such class, and could not fill it
     # if it did; so no other file loads differently because of this process-wide setting.

@@ -7,20 +7,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from spatial_mamba_d2.models.timm_backbone import TimmBackbone
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: no decay for parameters whose name contains ``norm``, decay for all others.
 
     The official rule (``paramwise_cfg`` of the authors' OpenMMLab configs), by official names;
     ours contain ``norm`` exactly where theirs do. The block's ``ln1``, ``ln2``, all biases,
-    ``A_log`` and the batch norms ``bn`` of the heads therefore decay.
+    ``A_log`` and the batch norms ``bn`` of the heads therefore decay. A backbone of timm also
+    exempts what it says itself, such as Swin's position biases.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    exempt = {
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if isinstance(module, TimmBackbone)
+        for name in module.no_weight_decay()
+    }
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (others if "norm" in name or name in exempt else decaying).append(parameter)
     return [
-        {"params": [p for name, p in trainable if "norm" not in name],
-         "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if "norm" in name], "weight_decay": 0.0},
-    ]  # fmt: skip
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def build_adamw(model: nn.Module, solver: Any) -> torch.optim.AdamW:

@@ -1,4 +1,4 @@
-"""UPerNet on a Spatial-Mamba backbone, with the auxiliary FCN head of the training recipe.
+"""UPerNet on a Spatial-Mamba backbone, or one of timm's, with the recipe's auxiliary FCN head.
 
 Xiao et al., "Unified Perceptual Parsing for Scene Understanding", arXiv 1807.10221. Computes the
 same as ``UPerHead`` and ``FCNHead`` of mmsegmentation 1.2 as the Spatial-Mamba authors configure
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatial_mamba_d2.models.spatial_mamba import STAGES, SpatialMambaBackbone
+from spatial_mamba_d2.models.timm_backbone import PREFIX, TimmBackbone
 from spatial_mamba_d2.models.variants import variant_kwargs
 
 POOL_SIZES = (1, 2, 3, 6)
@@ -112,7 +113,9 @@ class UPerNet(nn.Module):
         dropout: probability with which each classifier's input channels are dropped.
         bn_policy: policy of the backbone, see :class:`~.spatial_mamba.SpatialMamba`. ``"sync"``
             applies to the heads too; they train their batch norms under every policy.
-        **kwargs: other arguments of the backbone.
+        timm_name: ``timm/NAME`` for a backbone of timm; by default it is a Spatial-Mamba.
+        **kwargs: other arguments of the backbone, :class:`~.spatial_mamba.SpatialMambaBackbone` or
+            :class:`~.timm_backbone.TimmBackbone`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -125,6 +128,7 @@ class UPerNet(nn.Module):
         aux_channels: int = 256,
         dropout: float = 0.1,
         bn_policy: str = "train",
+        timm_name: str | None = None,
         **kwargs: Any,
     ):
         super().__init__()
@@ -134,7 +138,11 @@ class UPerNet(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
-        self.backbone = SpatialMambaBackbone(STAGES, bn_policy=bn_policy, **kwargs)
+        self.backbone: SpatialMambaBackbone | TimmBackbone
+        if timm_name is None:
+            self.backbone = SpatialMambaBackbone(STAGES, bn_policy=bn_policy, **kwargs)
+        else:
+            self.backbone = TimmBackbone(timm_name, bn_policy=bn_policy, **kwargs)
         dims = self.backbone.dims
         self.decode_head = UPerHead(dims, channels, num_classes, dropout)
         self.auxiliary_head = FCNHead(dims[2], aux_channels, num_classes, dropout)
@@ -164,10 +172,13 @@ def build_upernet(variant: str, num_classes: int = 150, **overrides: Any) -> UPe
     """Build a UPerNet.
 
     Args:
-        variant: backbone, ``"tiny"``, ``"small"`` or ``"base"``.
+        variant: backbone, ``"tiny"``, ``"small"`` or ``"base"``, or ``"timm/NAME"`` with a name of
+            ``timm.list_models()``.
         overrides: arguments of :class:`UPerNet` and its backbone that replace the variant's.
 
     Raises:
         ValueError: the variant is unknown or an argument is out of range.
     """
+    if variant.startswith(PREFIX):
+        return UPerNet(num_classes=num_classes, timm_name=variant, **overrides)
     return UPerNet(num_classes=num_classes, **variant_kwargs(variant, overrides))

@@ -13,6 +13,9 @@ from spatial_mamba_d2.config import (
     require_one_of,
     require_whole,
 )
+from spatial_mamba_d2.models.timm_backbone import PREFIX, check_timm_name
+
+OURS = "spatial_mamba"
 
 
 def segmentation_defaults() -> CfgNode:
@@ -23,6 +26,9 @@ def segmentation_defaults() -> CfgNode:
 
     cfg.MODEL.NUM_CLASSES = 6
     cfg.MODEL.SPATIAL_MAMBA.BN = "sync"  # for the heads too; becomes train without a GPU
+    # spatial_mamba, or timm/NAME with a name of timm.list_models(). MODEL.SPATIAL_MAMBA counts for
+    # both, except VARIANT; MODEL.WEIGHTS may then be a file of timm's classifier.
+    cfg.MODEL.BACKBONE.NAME = OURS
     cfg.MODEL.UPERNET = CfgNode()
     cfg.MODEL.UPERNET.CHANNELS = 512
     cfg.MODEL.UPERNET.DROPOUT = 0.1
@@ -98,6 +104,22 @@ def segmentation_defaults() -> CfgNode:
     return cfg
 
 
+def _check_backbone(backbone: CfgNode) -> None:
+    if backbone.NAME == OURS:
+        return
+    if not backbone.NAME.startswith(PREFIX):
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME must be {OURS} or {PREFIX}NAME, with a name of "
+            f"timm.list_models(), got {backbone.NAME!r}"
+        )
+    check_timm_name(backbone.NAME, "MODEL.BACKBONE.NAME")
+    if backbone.FREEZE_AT:
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE_AT must be 0 with MODEL.BACKBONE.NAME {backbone.NAME}, because "
+            f"which parameters belong to a stage is unknown, got {backbone.FREEZE_AT}"
+        )
+
+
 def _check(cfg: CfgNode) -> None:
     require_one_of(
         cfg,
@@ -128,6 +150,7 @@ def _check(cfg: CfgNode) -> None:
     require_between(cfg, ("MODEL.UPERNET.DROPOUT",), 0, 1, include_high=False)
     require_between(cfg, ("INPUT.MAX_CLASS_SHARE",), 0, 1, include_low=False)
     require_whole(cfg, ("DATASETS.IGNORE_LABELS",))
+    _check_backbone(cfg.MODEL.BACKBONE)
     if cfg.TEST.STRIDE_PX > cfg.TEST.CROP_PX:
         raise ValueError(
             f"TEST.STRIDE_PX must be at most TEST.CROP_PX {cfg.TEST.CROP_PX} to cover all pixels, "

@@ -23,6 +23,7 @@ from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.param_groups import build_adamw
 from spatial_mamba_d2.models.upernet import UPerNet, build_upernet, resize
+from spatial_mamba_d2.segmentation.config import OURS
 from spatial_mamba_d2.segmentation.data import SegmentationData
 from spatial_mamba_d2.segmentation.inference import build_protocol
 from spatial_mamba_d2.segmentation.large_images import predict
@@ -35,9 +36,9 @@ logger = logging.getLogger(__name__)
 
 def build_model(cfg: CfgNode) -> UPerNet:
     """UPerNet as ``cfg.MODEL`` says, with initial weights."""
-    upernet = cfg.MODEL.UPERNET
+    upernet, name = cfg.MODEL.UPERNET, cfg.MODEL.BACKBONE.NAME
     return build_upernet(
-        cfg.MODEL.SPATIAL_MAMBA.VARIANT,
+        cfg.MODEL.SPATIAL_MAMBA.VARIANT if name == OURS else name,
         cfg.MODEL.NUM_CLASSES,
         channels=upernet.CHANNELS,
         aux_channels=upernet.AUX_CHANNELS,

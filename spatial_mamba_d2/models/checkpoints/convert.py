@@ -31,11 +31,13 @@ from spatial_mamba_d2.models.checkpoints.names import (
     translate,
 )
 from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint, unwrap
+from spatial_mamba_d2.models.checkpoints.writing import write_safetensors
 from spatial_mamba_d2.system.atomic import replacing
 
 FORMATS = ("official", "ours", "detectron2", "safetensors")
 PARTS = ("backbone",)
 _CLASSIFIER_ONLY = ("norm.", "head.")
+_RATIOS = {"ssm_ratio": 2.0, "mlp_ratio": 4.0}  # of all published variants
 
 
 @dataclass(frozen=True)
@@ -71,43 +73,70 @@ def inspect_state(state: Mapping[str, Tensor], source: str = "the given state") 
     backbone = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
     # A detector's feature pyramid has names inside of a backbone that is not its bottom-up part.
     backbone = {n: x for n, x in backbone.items() if not n.startswith(("fpn_", "top_block."))}
-    arguments = _backbone_arguments(backbone, source)
+    arguments = backbone_arguments(backbone, source)
     with torch.device("meta"):
         model: nn.Module
         if kind == "classifier":
             model = SpatialMambaClassifier(len(state["head.weight"]), **arguments)
         elif kind == "segmentor":
-            model = UPerNet(**_segmentor_arguments(state, source), **arguments)
+            model = UPerNet(**segmentor_arguments(state, source), **arguments)
         else:
             model = SpatialMambaBackbone(**arguments)
     expected = model.state_dict()
     _compare(state if kind == "segmentor" else backbone, expected, kind, source)
-    shape = {key: tuple(value) if key == "depths" else value for key, value in arguments.items()}
-    variants = (name for name, v in VARIANTS.items() if {k: v[k] for k in shape} == shape)
+    variant = find_variant(arguments)
     sizes = (x.numel() for name, x in state.items() if not _is_statistic(name))
-    return Contents(kind, next(variants, "custom"), len(state), sum(sizes))
+    return Contents(kind, variant or "custom", len(state), sum(sizes))
 
 
 def _is_statistic(name: str) -> bool:
     return name.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
 
 
-def _backbone_arguments(backbone: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """Width and depths, from the names and shapes of a bare backbone."""
+def find_variant(arguments: Mapping[str, Any]) -> str | None:
+    """The published variant that a model with these arguments is, for images of any channels."""
+    for name, values in VARIANTS.items():
+        variant = {**_RATIOS, **values}
+        if all(variant[key] == arguments[key] for key in ("embed_dim", "depths", *_RATIOS)):
+            return name
+    return None
+
+
+def backbone_arguments(backbone: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """What the names and shapes of a bare backbone, or a classifier, say about its arguments.
+
+    Raises:
+        WeightsError: parts are missing.
+    """
     depths = [0] * 4
     for name in backbone:
         if match := re.match(r"stages\.([0-3])\.blocks\.(\d+)\.", name):
             stage, block = map(int, match.groups())
             depths[stage] = max(depths[stage], block + 1)
-    widest = "stem.conv3.1.conv.weight"
-    if widest not in backbone or 0 in depths:
+    widest, first = "stem.conv3.1.conv.weight", "stem.conv1.conv.weight"
+    if not {widest, first} <= set(backbone) or 0 in depths:
         raise WeightsError(
             f"weights: {source} does not hold a complete backbone: {depths} blocks per stage"
         )
-    return {"embed_dim": len(backbone[widest]), "depths": depths}
+    dim = len(backbone[widest])
+    widths = {"ssm_ratio": "ssm.D", "mlp_ratio": "mlp.fc1.bias"}
+    sizes = {key: backbone.get(f"stages.0.blocks.0.{name}") for key, name in widths.items()}
+    ratios = {key: len(x) / dim for key, x in sizes.items() if x is not None}
+    return {
+        "embed_dim": dim,
+        "depths": tuple(depths),
+        "in_chans": backbone[first].shape[1],
+        **_RATIOS,
+        **ratios,
+    }
 
 
-def _segmentor_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+def segmentor_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """What the names and shapes of a UPerNet say about its heads.
+
+    Raises:
+        WeightsError: parts are missing.
+    """
     names = ("decode_head.classify.weight", "auxiliary_head.classify.weight")
     if absent := [name for name in names if name not in state]:
         raise WeightsError(
@@ -198,13 +227,6 @@ def _save(content: Mapping[str, Any], path: Path) -> None:
         torch.save(content, temporary)
 
 
-def _save_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    with replacing(path) as temporary:
-        save_file({name: x.contiguous() for name, x in state.items()}, temporary, {"format": "pt"})
-
-
 def convert_weights(
     source: str | Path,
     target: str | Path,
@@ -265,5 +287,5 @@ def convert_weights(
     elif to == "ours":
         _save({"model": state}, target)
     else:
-        _save_safetensors(state, target)
+        write_safetensors(state, target)
     return contents

@@ -15,15 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from timm.models import adapt_input_conv
-from torch import nn
+from torch import Tensor, nn
 
-from spatial_mamba_d2.models.checkpoints.names import (
-    backbone_prefix,
-    enclosing_prefix,
-    model_kind,
-    strip_wrappers,
-    translate,
-)
+from spatial_mamba_d2.models.checkpoints.matching import find_timm_backbone, match
+from spatial_mamba_d2.models.checkpoints.names import enclosing_prefix
 from spatial_mamba_d2.models.checkpoints.reading import (
     WeightsError,
     read_checkpoint,
@@ -31,7 +26,8 @@ from spatial_mamba_d2.models.checkpoints.reading import (
 )
 from spatial_mamba_d2.system.tables import console_table
 
-_COUNTERS = ".num_batches_tracked"  # some trainers do not save it, and nothing here depends on it
+# Some trainers do not save it, frozen batch norms of others do not have it, and it has no effect.
+_COUNTERS = ".num_batches_tracked"
 
 
 # Of classifiers, segmentors and detectors
@@ -111,12 +107,13 @@ def load_weights(
 ) -> LoadReport:
     """Load a checkpoint of ours or of the authors into ``model``, strictly.
 
+    A model around a backbone of timm takes its own checkpoints, and those of timm's classifier.
     Prefixes that trainers leave in names are removed, and a module around one model of ours, such
     as an encoder, gets that one's weights. Every parameter of the model gets a value, with the
-    exceptions in the table at :func:`_exceptions`: a backbone needs no classifier layers, for
-    example, and any checkpoint with a backbone can initialise that of a detector or a segmentor,
-    whose heads are then new. Stages that the model does not have may be unused, and the counters
-    ``num_batches_tracked`` may be missing.
+    exceptions in the table at :func:`.matching._exceptions`: a backbone needs no classifier layers,
+    for example, and any checkpoint with a backbone can initialise that of a detector or a
+    segmentor, whose heads are then new. Stages that the model does not have may be unused, and the
+    counters ``num_batches_tracked`` may be missing.
 
     Args:
         model: a backbone, a classifier, or a detector or segmentor around one.
@@ -131,7 +128,7 @@ def load_weights(
     Raises:
         FileNotFoundError: no such file.
         ValueError: a prefix in ``skip`` matches no parameter of the model.
-        WeightsError: the file is broken or no Spatial-Mamba checkpoint, of another variant or
+        WeightsError: the file is broken or no checkpoint of such a model, of another variant or
             another number of classes, a parameter has no value, or not a finite one. The model is
             then unchanged.
     """
@@ -141,13 +138,11 @@ def load_weights(
         name, content = source_name or str(source), read_checkpoint(source)
     target = model.state_dict()
     _check_skip(skip, target)
-    if place := enclosing_prefix(target):
+    place = "" if find_timm_backbone(model) else enclosing_prefix(target)
+    if place:
         return _load_inside(model, place, content, skip, partial, name)
-    wrapped = unwrap(content, name)
-    state = translate(wrapped, name)
-    file_names = _names_in_model(state, target)  # {name in the model: name in the file}
-    may_be_new, may_be_unused = _exceptions(state, target)
-
+    fit = match(model, unwrap(content, name), name)
+    state, file_names = fit.state, fit.file_names
     used = {own for key, own in file_names.items() if key in target}
 
     def is_skipped(key: str) -> bool:
@@ -158,24 +153,18 @@ def load_weights(
         loaded=[key for key in target if key in file_names and not is_skipped(key)],
         new=[key for key in target if key not in file_names or is_skipped(key)],
         ignored=[name for name in state if name not in used],
-        stripped=_stripped_parts(strip_wrappers(wrapped)),
+        stripped=fit.stripped,
     )
     problems = []
-    prefix = backbone_prefix(target)
     new = [n for n in report.new if not n.endswith(_COUNTERS)]
-    missing = [n for n in new if not is_skipped(n) and _part(n, prefix) not in may_be_new]
+    missing = [n for n in new if not is_skipped(n) and not fit.may_be_new(n)]
     if missing:
         problems.append(f"missing from the file ({len(missing)}): {_groups(missing)}")
-    prefix = backbone_prefix(state)
-    last_stage = _last_stage(target)
-    unknown = [
-        n
-        for n in report.ignored
-        if _part(n, prefix) not in may_be_unused and not _is_behind(n, prefix, last_stage)
-    ]
-    if unknown:
+    unused = [n for n in report.ignored if not n.endswith(_COUNTERS)]
+    if unknown := [n for n in unused if not fit.may_be_unused(n)]:
         problems.append(f"unknown to the model ({len(unknown)}): {_groups(unknown)}")
-    if partial and (key := _other_channels(report.loaded, state, file_names, target)):
+    key = fit.first_conv
+    if partial and key in report.loaded and _is_of_rgb(state[file_names[key]], target[key]):
         weight = state[file_names[key]]
         num_channels = target[key].shape[1]
         state = {**state, file_names[key]: adapt_input_conv(num_channels, weight)}
@@ -196,19 +185,10 @@ def load_weights(
     return report
 
 
-def _other_channels(
-    loaded: Sequence[str],
-    state: Mapping[str, Any],
-    file_names: Mapping[str, str],
-    target: Mapping[str, Any],
-) -> str | None:
-    """The first convolution, if it has RGB weights in the file and other channels in the model."""
-    key = f"{backbone_prefix(target)}stem.conv1.conv.weight"
-    if key not in loaded:
-        return None
-    (out_dim, channels, *kernel), needed = state[file_names[key]].shape, list(target[key].shape)
-    is_rgb = channels == 3 and needed[1] != 3
-    return key if is_rgb and [out_dim, *kernel] == [needed[0], *needed[2:]] else None
+def _is_of_rgb(weight: Tensor, needed: Tensor) -> bool:
+    """Whether a first convolution has RGB weights in the file and other channels in the model."""
+    (out_dim, channels, *kernel), shape = weight.shape, needed.shape
+    return channels == 3 and shape[1] != 3 and [out_dim, *kernel] == [shape[0], *shape[2:]]
 
 
 def _incomplete(model: nn.Module, new: Sequence[str], source: str) -> WeightsError:
@@ -238,28 +218,6 @@ def _load_inside(
     return report
 
 
-def _stripped_parts(stripped: Mapping[str, str]) -> list[str]:
-    """``{"module.model.head.bias": "head.bias"}`` -> ``["module.", "model."]``."""
-    parts = Counter()  # type: Counter[str]
-    for name, rest in stripped.items():
-        parts |= Counter(name.split(".")) - Counter(rest.split("."))
-    return [f"{part}." for part in parts]
-
-
-def _last_stage(target: Iterable[str]) -> int:
-    found = (re.search(r"(?:^|\.)stages\.(\d+)\.", name) for name in target)
-    return max((int(match[1]) for match in found if match), default=0)
-
-
-def _is_behind(name: str, prefix: str, last_stage: int) -> bool:
-    """Whether a parameter belongs to a stage that a model with fewer stages does not have."""
-    match = re.match(r"stages\.([0-3])\.(downsample\.)?", name.removeprefix(prefix))
-    if not match:
-        return False
-    stage = int(match[1])
-    return stage > last_stage or (stage == last_stage < 3 and match[2] is not None)
-
-
 def load_for_prediction(model: nn.Module, path: str) -> dict[str, Any]:
     """Load all of ``model``, which must be complete, from the file that ``MODEL.WEIGHTS`` names.
 
@@ -287,63 +245,6 @@ def _check_skip(skip: Sequence[str], target: Iterable[str]) -> None:
                 f"skip (MODEL.WEIGHTS_SKIP) must be prefixes of the model's parameters, got "
                 f"{prefix!r}, which matches none of them; the nearest one is {nearest[0]!r}"
             )
-
-
-def _names_in_model(state: Iterable[str], target: Iterable[str]) -> dict[str, str]:
-    """``{name in the model: name in the file}`` of all that both kinds of model may have.
-
-    If the prefix of the backbone differs, that is the backbone.
-    """
-    state = list(state)
-    theirs, ours = backbone_prefix(state), backbone_prefix(target)
-    if theirs == ours:
-        return {name: name for name in state}
-    return {ours + name.removeprefix(theirs): name for name in state if name.startswith(theirs)}
-
-
-def _part(name: str, prefix: str) -> str:
-    """Which part of its model a parameter belongs to; ``prefix`` is that of the backbone."""
-    if not name.startswith(prefix):
-        return "heads"  # the feature pyramid of a detector is one of them
-    name = name.removeprefix(prefix)
-    if name.startswith("output_norms."):
-        return "output norms"
-    return "classifier layers" if name.startswith(("norm.", "head.")) else "backbone"
-
-
-def _exceptions(state: Iterable[str], target: Iterable[str]) -> tuple[set[str], set[str]]:
-    """The parts that may be new in the model, and those of the file that may be unused.
-
-    =================== ==================== ================== =============================
-    file, model         classifier           backbone           detector or segmentor
-    =================== ==================== ================== =============================
-    classifier          none                 new: output norms  new: output norms, heads
-                                             unused: classifier unused: classifier layers
-                                             layers
-    backbone            unused: output norms unused: output     new: heads
-                                             norms (1)          unused: output norms (1)
-    detector, segmentor unused: output       unused: heads,     same kind: unused: output
-                        norms, heads         output norms (1)   norms (1); other kind: also
-                                                                heads, new and unused
-    =================== ==================== ================== =============================
-
-    (1) Of stages that the model does not return. A file with nothing outside its backbone's prefix,
-    as written for Detectron2, counts as a backbone.
-    """
-    state, target = list(state), list(target)
-    file, model = model_kind(state), model_kind(target)
-    new, unused = set(), {"output norms"}
-    if model != "classifier":
-        unused.add("classifier layers")
-        if file == "classifier":
-            new.add("output norms")
-    prefix = backbone_prefix(state)
-    if file != model or prefix != backbone_prefix(target):
-        new.add("heads")
-        unused.add("heads")
-    elif prefix and all(name.startswith(prefix) for name in state):  # a backbone in disguise
-        new.add("heads")
-    return new, unused
 
 
 def _other_shapes(

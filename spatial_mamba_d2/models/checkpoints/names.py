@@ -75,6 +75,7 @@ _WRAPPER_PARTS = re.compile(
 )
 _OWNER = r"(?:model|net|network|encoder)\."
 _STEM = r"(?:backbone\.(?:bottom_up\.)?)?(?:stem|patch_embed)\."
+_FIRST_LAYER = rf"{_STEM}(?:_\w+\.)*conv1\.conv\."  # other models have a stem, too
 _SEGMENTOR_MARK = "decode_head."  # prefix of names that only a segmentor has, theirs and ours
 
 
@@ -150,9 +151,25 @@ def strip_wrappers(names: Iterable[str], source: str = "checkpoint") -> dict[str
     return stripped
 
 
+def strip_owner(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """``{name: name without what trainers put around it}``, for models of others.
+
+    ``module.`` and its like are removed anywhere, and ``model.`` and its like in front of all
+    names, unless a name without them begins with one of ``known``.
+    """
+    stripped = {name: _WRAPPER_PARTS.sub("", name) for name in names}
+    owners = {
+        match[0] if (match := re.match(rf"(?:{_OWNER})+", n)) else "" for n in stripped.values()
+    }
+    if len(owners) == 1 and not any(n.startswith(tuple(known)) for n in stripped.values()):
+        (owner,) = owners
+        stripped = {name: rest.removeprefix(owner) for name, rest in stripped.items()}
+    return stripped
+
+
 def enclosing_prefix(names: Iterable[str]) -> str:
     """What precedes the names of the one Spatial-Mamba model inside another module."""
-    found = (re.match(rf"(.*?){_STEM}", name) for name in names)
+    found = (re.match(rf"(.*?){_FIRST_LAYER}", name) for name in names)
     prefixes = {match[1] for match in found if match}
     return prefixes.pop() if len(prefixes) == 1 else ""
 

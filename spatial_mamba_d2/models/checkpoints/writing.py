@@ -22,6 +22,18 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
         torch.save(content, temporary)
 
 
+def write_safetensors(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write tensors as a ``.safetensors`` file, complete or not at all.
+
+    Raises:
+        OSError: as for :func:`write_checkpoint`.
+    """
+    from safetensors.torch import save_file
+
+    with replacing(path, num_bytes=_num_bytes(state)) as temporary:
+        save_file({name: x.contiguous() for name, x in state.items()}, temporary, {"format": "pt"})
+
+
 def _num_bytes(content: Any) -> int:
     """Of the tensors in it."""
     if isinstance(content, Tensor):

@@ -8,6 +8,7 @@ import re
 import pytest
 import timm
 import torch
+from torch import nn
 
 from spatial_mamba_d2.models import (
     build_backbone,
@@ -108,6 +109,26 @@ def test_wrappers_inside_of_names(classifier):
     }
     report = load_weights(build_classifier("tiny", num_classes=7, **SMALL), state, partial=False)
     assert len(report.loaded) == len(state)
+
+
+class _Detector(nn.Module):
+    """As in transformers: with frozen batch norms, which count nothing, and another stem."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = build_classifier("tiny", num_classes=7, **SMALL)
+        for norm in self.backbone.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                del norm.num_batches_tracked
+        self.decoder = nn.ModuleDict({"stem": nn.Conv2d(3, 3, 1)})
+
+
+def test_a_backbone_inside_a_model_of_others(classifier):
+    model = _Detector()
+    report = load_weights(model, classifier.state_dict())
+    assert report.new == ["decoder.stem.weight", "decoder.stem.bias"]
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, classifier.state_dict()[name])
 
 
 def test_strict_in_spite_of_prefixes(classifier):
