@@ -8,6 +8,7 @@ function to ``SpatialMamba`` in ``classification/models/spatialmamba.py`` of the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class SpatialMambaClassifier(SpatialMamba):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.num_features = self.head_hidden_size = self.dims[-1]
+        self.num_features = self.dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": STRIDES[name], "module": f"stages.{i}.blocks"}
             for i, (name, dim) in enumerate(zip(STAGES, self.dims, strict=True))
@@ -74,6 +75,8 @@ class SpatialMambaClassifier(SpatialMamba):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new last layer for ``num_classes``; ``global_pool`` stays if it is None.
 
+        It has the device, dtype and mode of the rest.
+
         Raises:
             ValueError: ``num_classes`` is negative.
         """
@@ -84,7 +87,11 @@ class SpatialMambaClassifier(SpatialMamba):
         self.global_pool, self.head = create_classifier(
             self.num_features, num_classes, pool_type, input_fmt="NHWC"
         )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self._init_weights(self.head)
+        like = next(self.parameters())
+        for module in (self.global_pool, self.head):
+            module.to(like.device, like.dtype).train(self.training)
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -150,7 +157,7 @@ class SpatialMambaClassifier(SpatialMamba):
         cut = last < len(self.stages) - 1
         self.drop_stages(last)
         if cut:
-            self.num_features = self.head_hidden_size = self.dims[last]
+            self.num_features = self.dims[last]
         if prune_norm or cut:
             self.norm = nn.Identity()
         if prune_head or cut:
@@ -231,7 +238,13 @@ def _translate_pretrained(state: Mapping[str, Tensor], model: SpatialMambaClassi
     return {name: value for name, value in translated.items() if not name.startswith(unused)}
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(
+    variant: str,
+    pretrained: bool,
+    device: torch.types.Device = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     name = f"spatial_mamba_{variant}"
     # The authors' checkpoints hold their configuration. timm reads files by weights_only loading,
     # now or (checkpoint_path) after this returns, which knows no such class, and could not fill it
@@ -247,14 +260,16 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
                 "give yours as checkpoint_path=FILE, or with features_only or other num_classes "
                 "as pretrained=True, pretrained_cfg_overlay=dict(file=FILE)"
             )
-    return build_model_with_cfg(
-        SpatialMambaClassifier,
-        name,
-        pretrained,
-        pretrained_filter_fn=_translate_pretrained,
-        feature_cfg={"out_indices": tuple(range(len(STAGES))), "feature_cls": "getter"},
-        **variant_kwargs(variant, kwargs),
-    )
+    with nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            SpatialMambaClassifier,
+            name,
+            pretrained,
+            pretrained_filter_fn=_translate_pretrained,
+            feature_cfg={"out_indices": tuple(range(len(STAGES))), "feature_cls": "getter"},
+            **variant_kwargs(variant, kwargs),
+        )
+    return model.to(dtype=dtype)
 
 
 @register_model

@@ -127,7 +127,6 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int):
         super().__init__()
-        self.in_chans = in_chans
         self.conv1 = ConvLayer(in_chans, dim // 2, 3, stride=2)
         self.conv2 = nn.Sequential(
             ConvLayer(dim // 2, dim // 2, 3), ConvLayer(dim // 2, dim // 2, 3, act=False)
@@ -362,6 +361,7 @@ class SpatialMamba(nn.Module):
         if not 0 <= freeze_at <= 5:
             raise ValueError(f"freeze_at must be 0..5, got {freeze_at}")
         self.dims = [embed_dim * 2**i for i in range(len(STAGES))]
+        self.in_chans = in_chans
         self.grad_checkpointing = grad_checkpointing
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stem = Stem(in_chans, embed_dim)
@@ -431,7 +431,7 @@ class SpatialMamba(nn.Module):
         Raises:
             ValueError: ``x`` is not such a tensor.
         """
-        check_images(x, self.stem.in_chans, self.stem.dtype)
+        check_images(x, self.in_chans, self.stem.dtype)
         x = self.stem(x)
         outputs = {}
         for name, stage in zip(STAGES, self.stages, strict=False):
