@@ -21,7 +21,7 @@ LEVELS = (
     ("segmentation", "classification", "detection"),
     ("model_zoo", "doctor"),
     ("profiling",),
-    ("tools", "datasets", "dev", "setup"),
+    ("tools", "datasets", "examples", "dev", "setup"),
     ("tests",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

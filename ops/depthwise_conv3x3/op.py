@@ -51,5 +51,6 @@ def depthwise_conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: bool) -
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    check_convolution(_NAME, x, weight, bias)
+    if not torch.jit.is_scripting():
+        check_convolution(_NAME, x, weight, bias)
     return torch.ops.spatial_mamba.depthwise_conv3x3(x, weight, bias, residual)

@@ -75,7 +75,8 @@ def structure_aware_ssm(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    check_activation(_NAME, "u", u, "B H W D")
-    check_tensor(_NAME, "delta", delta, tuple(u.shape), "[B, H, W, D]")
-    check_ssm(_NAME, u, A, B, C, D, delta_bias, taps)
+    if not torch.jit.is_scripting():
+        check_activation(_NAME, "u", u, "B H W D")
+        check_tensor(_NAME, "delta", delta, tuple(u.shape), "[B, H, W, D]")
+        check_ssm(_NAME, u, A, B, C, D, delta_bias, taps)
     return torch.ops.spatial_mamba.structure_aware_ssm(u, delta, A, B, C, D, delta_bias, taps)

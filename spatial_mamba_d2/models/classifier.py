@@ -5,7 +5,7 @@ Importing this module registers ``spatial_mamba_tiny``, ``_small`` and ``_base``
 function to ``SpatialMamba`` in ``classification/models/spatialmamba.py`` of the authors.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx and TorchScript read the type of `forward`.
 
 from collections.abc import Mapping
 from contextlib import nullcontext

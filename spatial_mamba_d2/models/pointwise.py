@@ -25,6 +25,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: ``Tensor[O, I]``.
         bias: ``Tensor[O]``.
     """
+    if torch.jit.is_scripting():
+        return F.linear(x, weight, bias)
     if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES or _is_composed(weight):
         return F.linear(x, weight, bias)
     y = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)

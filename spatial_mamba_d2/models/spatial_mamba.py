@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.fx
@@ -30,6 +30,7 @@ from spatial_mamba_d2.models.recompute import (
     keeps_recipes,
     recompute,
 )
+from spatial_mamba_d2.models.scripting import scriptable_graph
 from spatial_mamba_d2.models.variants import variant_kwargs
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3,
@@ -406,18 +407,13 @@ class SpatialMamba(nn.Module):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     yield module
 
+    __prepare_scriptable__ = scriptable_graph
+
     def train(self, mode: bool = True) -> SpatialMamba:
         super().train(mode)
         for norm in self._fixed_norms():
             norm.eval()
         return self
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """What ``torch.jit.script`` calls first."""
-        raise NotImplementedError(
-            f"torch.jit.script does not support {type(self).__name__}, because its operators check "
-            "shapes in Python; use torch.jit.trace or torch.export"
-        )
 
     def forward_stages(self, x: Tensor, last: str = STAGES[-1]) -> dict[str, Tensor]:
         """Outputs of the stages up to ``last``, before downsampling.

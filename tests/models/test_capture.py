@@ -1,4 +1,4 @@
-"""Graphs of the model by torch.fx, as extractors of intermediate features use them."""
+"""Graphs of the model by torch.fx, as extractors of intermediate features use them, TorchScript."""
 
 from __future__ import annotations
 
@@ -53,7 +53,19 @@ def test_extractors_of_features(create):
     assert outputs["norm"].shape == (2, 2, 2, 256)
 
 
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-def test_torch_jit_script_says_what_to_use(build):
+@pytest.mark.parametrize("name", ["backbone", "classifier"])
+def test_torchscript_computes_the_same(name, tmp_path):
+    model = BUILDERS[name]()
+    with pytest.raises(RuntimeError, match=r"torch.jit.script needs the model in eval\(\)"):
+        torch.jit.script(model)
+    torch.jit.script(model.eval()).save(tmp_path / "model.pt")
+    scripted = torch.jit.load(tmp_path / "model.pt")
+    for size in ((64, 64), (33, 70)):
+        x = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(scripted(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_torchscript_of_a_segmentor_says_what_to_use():
     with pytest.raises(NotImplementedError, match="use torch.jit.trace or torch.export"):
-        torch.jit.script(build())
+        torch.jit.script(BUILDERS["segmentor"]().eval())
