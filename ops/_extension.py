@@ -27,6 +27,12 @@ from spatial_mamba_d2.ops._precision import empty_output
 BACKENDS = ("reference", "eager", "native")
 LIBRARY = torch.library.Library("spatial_mamba", "FRAGMENT")
 _PYTHON_KERNELS: dict[str, Callable] = {}
+#: by the operators' names
+_SCHEMAS = {
+    line.partition("(")[0]: line
+    for line in Path(__file__).with_name("schemas.h").read_text(encoding="utf-8").splitlines()
+    if ") -> " in line
+}
 
 
 def _read_backend() -> str | None:
@@ -109,7 +115,7 @@ def status() -> str:
 
 
 def define(
-    schema: str,
+    name: str,
     *,
     fake: Callable,
     eager: Callable,
@@ -118,10 +124,10 @@ def define(
     differentiable: Callable | None = None,
     by_design: tuple[str, ...] = (),
 ) -> None:
-    """Define ``spatial_mamba::<schema>`` with all that needs no compiler.
+    """Define ``spatial_mamba::<name>`` with all that needs no compiler.
 
     Args:
-        schema: name, inputs and output; tensors come before other inputs.
+        name: of the schema in ``schemas.h``, where tensors come before other inputs.
         fake: computes the outputs' metadata from that of the inputs.
         eager: the fast implementation in plain PyTorch.
         reference: the readable one.
@@ -135,17 +141,16 @@ def define(
             it logs a warning, or raises if ``SMD2_BACKEND`` is ``native``.
     """
     is_reference = FORCED_BACKEND == "reference"
-    _define(schema, fake, reference if is_reference else eager, by_design)
+    _define(name, fake, reference if is_reference else eager, by_design)
     if eager_backward is None:
         return
-    name, _, inputs = schema.partition(") ->")[0].partition("(")
-    num_tensors = sum(declaration.startswith("Tensor ") for declaration in inputs.split(", "))
+    num_tensors = _SCHEMAS[name].partition(") ->")[0].count("Tensor ")
 
     def fake_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         return tuple(empty_output(x) for x in inputs[:num_tensors])
 
     _define(
-        f"{name}_backward(Tensor grad_output, {inputs}) -> ({', '.join(['Tensor'] * num_tensors)})",
+        f"{name}_backward",
         fake_backward,
         gradients_of(reference) if is_reference else eager_backward,
         by_design,
@@ -220,12 +225,11 @@ def without_autocast(function: Callable) -> Callable:
     return called
 
 
-def _define(schema: str, fake: Callable, function: Callable, by_design: tuple[str, ...]) -> None:
+def _define(name: str, fake: Callable, function: Callable, by_design: tuple[str, ...]) -> None:
     """Define one operator, implemented by ``function`` on all devices without compiled kernels.
 
     It is a CompositeExplicitAutograd kernel: a compiled one for a device takes precedence.
     """
-    name = schema.partition("(")[0]
     kernel = without_autocast(function)
 
     def fallback(first: Tensor, *rest: Any) -> Tensor | tuple[Tensor, ...]:
@@ -233,7 +237,8 @@ def _define(schema: str, fake: Callable, function: Callable, by_design: tuple[st
             _on_fallback(first.device.type)
         return kernel(first, *rest)
 
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if not hasattr(torch.ops.spatial_mamba, name):  # the compiled library defines it as well
+        LIBRARY.define(_SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"spatial_mamba::{name}", fake, lib=LIBRARY)
     _PYTHON_KERNELS[name] = kernel

@@ -52,22 +52,18 @@ def linear_recurrence(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Solve `h_t = decay_t * h_{t-1} + drive_t` along `dim`, from a state of zero.
 
-    The reach of every step doubles, so there are log2(length) of them. Products of decays may
-    become 0, and that is right; dividing by cumulative products instead would give NaN.
+    Products of decays may become 0, and that is right; cumulative sums, which divide by them, would
+    give NaN.
 
     Returns:
         The states, and the product of all decays up to each step.
     """
-    length = drive.shape[dim]
-    reach = 1
-    while reach < length:
-        rest = length - reach
-        late = decay.narrow(dim, reach, rest)
-        far = drive.narrow(dim, reach, rest) + late * drive.narrow(dim, 0, rest)
-        drive = torch.cat([drive.narrow(dim, 0, reach), far], dim=dim)
-        decay = torch.cat([decay.narrow(dim, 0, reach), late * decay.narrow(dim, 0, rest)], dim=dim)
-        reach *= 2
-    return drive, decay
+    decays, drives = decay.unbind(dim), drive.unbind(dim)
+    states, products = [drives[0]], [decays[0]]
+    for t in range(1, len(drives)):
+        states.append(drives[t] + decays[t] * states[t - 1])
+        products.append(decays[t] * products[t - 1])
+    return torch.stack(states, dim), torch.stack(products, dim)
 
 
 @register_notrace_function  # reason: the number of steps depends on the size of the image

@@ -1,4 +1,4 @@
-"""``spatial_mamba::gated_layer_norm``: schema, documentation, argument checks."""
+"""``spatial_mamba::gated_layer_norm``: definition, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spatial_mamba_d2.ops.gated_layer_norm import eager, reference
 
 _NAME = "gated_layer_norm"
 _extension.define(
-    f"{_NAME}(Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor",
+    _NAME,
     fake=lambda y, *_: empty_output(y),
     eager=eager.gated_layer_norm,
     reference=reference.gated_layer_norm,

@@ -1,4 +1,4 @@
-"""``spatial_mamba::structure_aware_ssm_from_dt_``: schema, documentation, argument checks."""
+"""``spatial_mamba::structure_aware_ssm_from_dt_``: definition, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import eager, reference
 
 _NAME = "structure_aware_ssm_from_dt_"
 _extension.define(
-    f"{_NAME}(Tensor(a!) u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, "
-    "Tensor delta_bias, Tensor taps) -> ()",
+    _NAME,
     fake=lambda *_: None,
     eager=eager.structure_aware_ssm_from_dt_,
     reference=reference.structure_aware_ssm_from_dt_,

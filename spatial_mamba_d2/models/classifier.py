@@ -84,10 +84,12 @@ class SpatialMambaClassifier(SpatialMamba):
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
         pool_type: Any = self.global_pool.pool_type if global_pool is None else global_pool
         self.num_classes = num_classes
-        self.global_pool, self.head = create_classifier(
+        pool: Any
+        pool, self.head = create_classifier(
             self.num_features, num_classes, pool_type, input_fmt="NHWC"
         )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool = pool
+        self.head_hidden_size = self.num_features * pool.feat_mult()
         self._init_weights(self.head)
         like = next(self.parameters())
         for module in (self.global_pool, self.head):
