@@ -91,6 +91,10 @@ def native_sources() -> list[Path]:
     return sorted(path for path in ROOT.glob("ops/**/*") if path.suffix in suffixes)
 
 
+def other_native_sources() -> list[Path]:
+    return sorted([*ROOT.glob("tests/cuda_emulator/*.*"), *ROOT.glob("examples/cpp/*.cpp")])
+
+
 def fingerprint() -> str:
     """A hash of everything that the installation depends on: the checkout's place and sources."""
     digest = hashlib.sha256(str(ROOT).encode())  # an installation knows where its sources are
@@ -205,7 +209,7 @@ def test(args: list[str]) -> None:
 def lint(args: list[str]) -> None:
     run(PYTHON, "-m", "ruff", "check", *args)
     run(PYTHON, "-m", "ruff", "format", "--check", *args)
-    if sources := [*native_sources(), *sorted(ROOT.glob("tests/cuda_emulator/*.*"))]:
+    if sources := [*native_sources(), *other_native_sources()]:
         run(PYTHON.with_name("clang-format"), "--dry-run", "--Werror", *sources)
     # mypy checks a built copy, in which ops/ is spatial_mamba_d2.ops.
     copy = ROOT / "build/lint"

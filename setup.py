@@ -81,7 +81,7 @@ def cpu_extension():
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     return CppExtension(
         "spatial_mamba_d2.ops._C",
-        sources("ops/*/cpu.cpp"),
+        sources("ops/*/cpu.cpp", "ops/schemas.cpp"),
         depends=sources("ops/**/*.h"),
         extra_compile_args=[
             "-O3",

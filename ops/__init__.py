@@ -1,8 +1,8 @@
 """Operators of Spatial-Mamba, channels-last, defined through ``torch.library``.
 
-Each operator has a folder with the same files: ``op.py`` (schema, documentation, argument
-checks), ``reference.py`` (the readable truth) and ``eager.py`` (fast plain PyTorch). The dispatcher
-picks the kernel; ``SMD2_BACKEND=reference|eager|native`` forces one (see
+Each operator has a line in ``schemas.h`` and a folder with the same files: ``op.py``
+(documentation, argument checks), ``reference.py`` (the readable truth) and ``eager.py`` (fast plain
+PyTorch). The dispatcher picks the kernel; ``SMD2_BACKEND=reference|eager|native`` forces one (see
 :mod:`spatial_mamba_d2.ops._extension`).
 
 One stem names an operator's folder, function, schema, kernels and test. An operator that works in

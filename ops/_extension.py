@@ -33,6 +33,12 @@ LIBRARY = torch.library.Library("spatial_mamba", "FRAGMENT")
 _PYTHON_KERNELS: dict[str, Callable] = {}
 #: launch code of the operators that have CUDA kernels, by name
 CUDA_KERNELS: dict[str, Callable] = {}
+#: by the operators' names
+_SCHEMAS = {
+    line.partition("(")[0]: line
+    for line in Path(__file__).with_name("schemas.h").read_text(encoding="utf-8").splitlines()
+    if ") -> " in line
+}
 
 
 def _read_backend() -> str | None:
@@ -122,7 +128,7 @@ def status() -> str:
 
 
 def define(
-    schema: str,
+    name: str,
     *,
     fake: Callable,
     eager: Callable,
@@ -133,10 +139,10 @@ def define(
     cuda_backward: Callable | None = None,
     by_design: tuple[str, ...] = (),
 ) -> None:
-    """Define ``spatial_mamba::<schema>`` with all that needs no compiler.
+    """Define ``spatial_mamba::<name>`` with all that needs no compiler.
 
     Args:
-        schema: name, inputs and output; tensors come before other inputs.
+        name: of the schema in ``schemas.h``, where tensors come before other inputs.
         fake: computes the outputs' metadata from that of the inputs.
         eager: the fast implementation in plain PyTorch.
         reference: the readable one.
@@ -154,17 +160,16 @@ def define(
             it logs a warning, or raises if ``SMD2_BACKEND`` is ``native``.
     """
     is_reference = FORCED_BACKEND == "reference"
-    _define(schema, fake, reference if is_reference else eager, cuda, by_design)
+    _define(name, fake, reference if is_reference else eager, cuda, by_design)
     if eager_backward is None:
         return
-    name, _, inputs = schema.partition(") ->")[0].partition("(")
-    num_tensors = sum(declaration.startswith("Tensor ") for declaration in inputs.split(", "))
+    num_tensors = _SCHEMAS[name].partition(") ->")[0].count("Tensor ")
 
     def fake_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         return tuple(empty_output(x) for x in inputs[:num_tensors])
 
     _define(
-        f"{name}_backward(Tensor grad_output, {inputs}) -> ({', '.join(['Tensor'] * num_tensors)})",
+        f"{name}_backward",
         fake_backward,
         gradients_of(reference) if is_reference else eager_backward,
         cuda_backward,
@@ -244,7 +249,7 @@ def without_autocast(function: Callable) -> Callable:
 
 
 def _define(
-    schema: str,
+    name: str,
     fake: Callable,
     function: Callable,
     cuda: Callable | None,
@@ -254,7 +259,6 @@ def _define(
 
     It is a CompositeExplicitAutograd kernel: a compiled one for a device takes precedence.
     """
-    name = schema.partition("(")[0]
     kernel = without_autocast(function)
 
     def fallback(first: Tensor, *rest: Any) -> Tensor | tuple[Tensor, ...]:
@@ -268,7 +272,8 @@ def _define(
             _on_fallback(device_type, reason)
         return kernel(first, *rest)
 
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if not hasattr(torch.ops.spatial_mamba, name):  # the compiled library defines it as well
+        LIBRARY.define(_SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"spatial_mamba::{name}", fake, lib=LIBRARY)
     _PYTHON_KERNELS[name] = kernel

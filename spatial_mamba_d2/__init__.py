@@ -1,7 +1,8 @@
 """Spatial-Mamba backbones for detection in Detectron2, semantic segmentation and classification.
 
 Import the subpackage that you need: :mod:`spatial_mamba_d2.models`,
-:mod:`spatial_mamba_d2.detection`, :mod:`spatial_mamba_d2.segmentation`, ...
+:mod:`spatial_mamba_d2.detection`, :mod:`spatial_mamba_d2.segmentation`, ... Importing the package
+alone suffices for loading a saved graph of a model.
 """
 
 import sys
@@ -27,6 +28,16 @@ def _find_installed() -> list[str]:
 
 __path__ = _find_installed()
 
-from spatial_mamba_d2.system import renamed  # noqa: E402  from the folder that was found
+from spatial_mamba_d2.system import after_import, renamed  # noqa: E402  from the folder that was found
+
+
+def _define_operators() -> None:
+    """Saved graphs (``.pt2``, TorchScript) hold operators of ours, which PyTorch then knows."""
+    try:
+        import spatial_mamba_d2.ops  # noqa: F401
+    except ImportError:
+        pass  # of a backend that is not there: an error when a model is built
+
 
 renamed.install()
+after_import.after_import("torch", _define_operators)

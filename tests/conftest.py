@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -128,6 +129,19 @@ def test_variant(monkeypatch) -> str:
     arguments = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
     monkeypatch.setitem(VARIANTS, "test", arguments)
     return "test"
+
+
+@pytest.fixture(scope="session")
+def timm_example() -> ModuleType:
+    """The model of ``examples/timm``, which timm then knows as ``spatialmamba_tiny`` and so on."""
+    name = "timm_example.spatial_mamba"
+    path = ROOT / "examples" / "timm" / "spatial_mamba.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    # timm looks the module of a model up, to list its names
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "datasets/README.md"] + sorted(
     path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")
 )
 
-FOLDERS = rf"\.ci|configs|docs|ops|{PACKAGE}|tests|tools"
+FOLDERS = rf"\.ci|configs|docs|examples|ops|{PACKAGE}|tests|tools"
 PATHS = re.compile(
     rf"(?<![\w./-])(?:(?:{FOLDERS})/[\w./*<>-]*|datasets/[\w*<>-]+\.(?:md|py)|dev\.py|setup\.py)"
 )

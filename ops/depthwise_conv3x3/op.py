@@ -1,4 +1,4 @@
-"""``spatial_mamba::depthwise_conv3x3``: schema, documentation, argument checks."""
+"""``spatial_mamba::depthwise_conv3x3``: definition, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spatial_mamba_d2.ops.depthwise_conv3x3 import cuda, eager, reference
 
 _NAME = "depthwise_conv3x3"
 _extension.define(
-    f"{_NAME}(Tensor x, Tensor weight, Tensor bias, bool residual) -> Tensor",
+    _NAME,
     fake=lambda x, *_: empty_output(x),
     eager=eager.depthwise_conv3x3,
     reference=reference.depthwise_conv3x3,
@@ -52,5 +52,6 @@ def depthwise_conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: bool) -
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    check_convolution(_NAME, x, weight, bias)
+    if not torch.jit.is_scripting():
+        check_convolution(_NAME, x, weight, bias)
     return torch.ops.spatial_mamba.depthwise_conv3x3(x, weight, bias, residual)

@@ -1,4 +1,4 @@
-"""``spatial_mamba::depthwise_conv3x3_layer_norm``: schema, documentation, argument checks."""
+"""``spatial_mamba::depthwise_conv3x3_layer_norm``: definition, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from spatial_mamba_d2.ops.depthwise_conv3x3_layer_norm import cuda, eager, refer
 
 _NAME = "depthwise_conv3x3_layer_norm"
 _extension.define(
-    f"{_NAME}(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, "
-    "float eps) -> (Tensor, Tensor)",
+    _NAME,
     fake=lambda x, *_: (empty_output(x), empty_output(x)),
     eager=eager.depthwise_conv3x3_layer_norm,
     reference=reference.depthwise_conv3x3_layer_norm,

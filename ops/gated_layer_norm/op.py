@@ -1,4 +1,4 @@
-"""``spatial_mamba::gated_layer_norm``: schema, documentation, argument checks."""
+"""``spatial_mamba::gated_layer_norm``: definition, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spatial_mamba_d2.ops.gated_layer_norm import cuda, eager, reference
 
 _NAME = "gated_layer_norm"
 _extension.define(
-    f"{_NAME}(Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor",
+    _NAME,
     fake=lambda y, *_: empty_output(y),
     eager=eager.gated_layer_norm,
     reference=reference.gated_layer_norm,
@@ -45,9 +45,10 @@ def gated_layer_norm(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    check_activation(_NAME, "y", y, "B H W D")
-    dim = y.shape[-1]
-    check_tensor(_NAME, "z", z, tuple(y.shape), "[B, H, W, D]")
-    check_tensor(_NAME, "weight", weight, (dim,), "[D]")
-    check_tensor(_NAME, "bias", bias, (dim,), "[D]")
+    if not torch.jit.is_scripting():
+        check_activation(_NAME, "y", y, "B H W D")
+        dim = y.shape[-1]
+        check_tensor(_NAME, "z", z, tuple(y.shape), "[B, H, W, D]")
+        check_tensor(_NAME, "weight", weight, (dim,), "[D]")
+        check_tensor(_NAME, "bias", bias, (dim,), "[D]")
     return torch.ops.spatial_mamba.gated_layer_norm(y, z, weight, bias, eps)

@@ -1,4 +1,4 @@
-"""``spatial_mamba::selective_scan``: schema, documentation, argument checks."""
+"""``spatial_mamba::selective_scan``: definition, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spatial_mamba_d2.ops.selective_scan import cuda, eager, reference
 
 _NAME = "selective_scan"
 _extension.define(
-    f"{_NAME}(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor delta_bias) -> Tensor",
+    _NAME,
     fake=lambda u, *_: empty_output(u, accumulation_dtype(u)),
     eager=eager.selective_scan,
     reference=reference.selective_scan,

@@ -1,4 +1,4 @@
-"""``spatial_mamba::state_fusion``: schema, documentation, argument checks."""
+"""``spatial_mamba::state_fusion``: definition, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spatial_mamba_d2.ops.state_fusion.taps import TAPS
 
 _NAME = "state_fusion"
 _extension.define(
-    f"{_NAME}(Tensor h, Tensor taps) -> Tensor",
+    _NAME,
     fake=lambda h, _: empty_output(h, accumulation_dtype(h)),
     eager=eager.state_fusion,
     reference=reference.state_fusion,

@@ -40,12 +40,9 @@ def merge_taps(kernel_d1: Tensor, kernel_d3: Tensor, kernel_d5: Tensor, alpha: T
             )
     stacked = torch.stack((kernel_d1, kernel_d3, kernel_d5)).flatten(2)  # [3, D, 9]
     weighted = (alpha.view(3, 1, 1) * stacked).transpose(1, 2)  # [3, 9, D]
-    centre = weighted[:, _CENTRE].sum(0, keepdim=True)
-    inner, ring3, ring5 = weighted
-    return torch.cat(
-        (inner[:_CENTRE], centre, inner[_CENTRE + 1 :])
-        + (ring3[:_CENTRE], ring3[_CENTRE + 1 :], ring5[:_CENTRE], ring5[_CENTRE + 1 :])
-    )
+    before, centre, after = weighted.split([4, 1, 4], dim=1)  # [3, 4, D], [3, 1, D], [3, 4, D]
+    rings = [before[1], after[1], before[2], after[2]]
+    return torch.cat([before[0], centre.sum(0), after[0]] + rings)
 
 
 def split_taps(taps: Tensor) -> list[Tensor]:

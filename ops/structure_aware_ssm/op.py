@@ -1,4 +1,4 @@
-"""``spatial_mamba::structure_aware_ssm``: schema, documentation, argument checks."""
+"""``spatial_mamba::structure_aware_ssm``: definition, documentation, argument checks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from spatial_mamba_d2.ops.structure_aware_ssm import cuda, eager, reference
 
 _NAME = "structure_aware_ssm"
 _extension.define(
-    f"{_NAME}(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, "
-    "Tensor taps) -> Tensor",
+    _NAME,
     fake=lambda u, *_: empty_output(u),
     eager=eager.structure_aware_ssm,
     reference=reference.structure_aware_ssm,
@@ -77,7 +76,8 @@ def structure_aware_ssm(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    check_activation(_NAME, "u", u, "B H W D")
-    check_tensor(_NAME, "delta", delta, tuple(u.shape), "[B, H, W, D]")
-    check_ssm(_NAME, u, A, B, C, D, delta_bias, taps)
+    if not torch.jit.is_scripting():
+        check_activation(_NAME, "u", u, "B H W D")
+        check_tensor(_NAME, "delta", delta, tuple(u.shape), "[B, H, W, D]")
+        check_ssm(_NAME, u, A, B, C, D, delta_bias, taps)
     return torch.ops.spatial_mamba.structure_aware_ssm(u, delta, A, B, C, D, delta_bias, taps)

@@ -1,4 +1,4 @@
-"""``spatial_mamba::structure_aware_ssm_from_dt``, also in place: schemas, argument checks."""
+"""``spatial_mamba::structure_aware_ssm_from_dt``, also in place: definition, argument checks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import cuda, eager, refere
 
 _NAME = "structure_aware_ssm_from_dt"
 _IN_PLACE = f"{_NAME}_"
-_OTHERS = (
-    "Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, "
-    "Tensor taps"
-)
 _extension.define(
-    f"{_NAME}(Tensor u, {_OTHERS}) -> Tensor",
+    _NAME,
     fake=lambda u, *_: empty_output(u),
     eager=eager.structure_aware_ssm_from_dt,
     reference=reference.structure_aware_ssm_from_dt,
@@ -26,7 +22,7 @@ _extension.define(
     by_design=("cpu",),  # the operator in place has a kernel there
 )
 _extension.define(
-    f"{_IN_PLACE}(Tensor(a!) u, {_OTHERS}) -> ()",
+    _IN_PLACE,
     fake=lambda *_: None,
     eager=eager.structure_aware_ssm_from_dt_,
     reference=reference.structure_aware_ssm_from_dt_,

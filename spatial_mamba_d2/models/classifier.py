@@ -5,9 +5,10 @@ Importing this module registers ``spatial_mamba_tiny``, ``_small`` and ``_base``
 function to ``SpatialMamba`` in ``classification/models/spatialmamba.py`` of the authors.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx and TorchScript read the type of `forward`.
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class SpatialMambaClassifier(SpatialMamba):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.num_features = self.head_hidden_size = self.dims[-1]
+        self.num_features = self.dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": STRIDES[name], "module": f"stages.{i}.blocks"}
             for i, (name, dim) in enumerate(zip(STAGES, self.dims, strict=True))
@@ -74,6 +75,8 @@ class SpatialMambaClassifier(SpatialMamba):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new last layer for ``num_classes``; ``global_pool`` stays if it is None.
 
+        It has the device, dtype and mode of the rest.
+
         Raises:
             ValueError: ``num_classes`` is negative.
         """
@@ -81,10 +84,16 @@ class SpatialMambaClassifier(SpatialMamba):
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
         pool_type: Any = self.global_pool.pool_type if global_pool is None else global_pool
         self.num_classes = num_classes
-        self.global_pool, self.head = create_classifier(
+        pool: Any
+        pool, self.head = create_classifier(
             self.num_features, num_classes, pool_type, input_fmt="NHWC"
         )
+        self.global_pool = pool
+        self.head_hidden_size = self.num_features * pool.feat_mult()
         self._init_weights(self.head)
+        like = next(self.parameters())
+        for module in (self.global_pool, self.head):
+            module.to(like.device, like.dtype).train(self.training)
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -150,7 +159,7 @@ class SpatialMambaClassifier(SpatialMamba):
         cut = last < len(self.stages) - 1
         self.drop_stages(last)
         if cut:
-            self.num_features = self.head_hidden_size = self.dims[last]
+            self.num_features = self.dims[last]
         if prune_norm or cut:
             self.norm = nn.Identity()
         if prune_head or cut:
@@ -231,7 +240,13 @@ def _translate_pretrained(state: Mapping[str, Tensor], model: SpatialMambaClassi
     return {name: value for name, value in translated.items() if not name.startswith(unused)}
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(
+    variant: str,
+    pretrained: bool,
+    device: torch.types.Device = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     name = f"spatial_mamba_{variant}"
     strides = list(STRIDES.values())
     if (output_stride := kwargs.pop("output_stride", strides[-1])) != strides[-1]:
@@ -253,14 +268,16 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
                 "give yours as checkpoint_path=FILE, or with features_only or other num_classes "
                 "as pretrained=True, pretrained_cfg_overlay=dict(file=FILE)"
             )
-    return build_model_with_cfg(
-        SpatialMambaClassifier,
-        name,
-        pretrained,
-        pretrained_filter_fn=_translate_pretrained,
-        feature_cfg={"out_indices": tuple(range(len(STAGES))), "feature_cls": "getter"},
-        **variant_kwargs(variant, kwargs),
-    )
+    with nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            SpatialMambaClassifier,
+            name,
+            pretrained,
+            pretrained_filter_fn=_translate_pretrained,
+            feature_cfg={"out_indices": tuple(range(len(STAGES))), "feature_cls": "getter"},
+            **variant_kwargs(variant, kwargs),
+        )
+    return model.to(dtype=dtype)
 
 
 @register_model

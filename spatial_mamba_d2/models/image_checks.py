@@ -11,6 +11,8 @@ def check_images(x: Tensor, in_chans: int, dtype: torch.dtype | None) -> None:
 
     Autocast converts floating point types except float64, so that they are right as well.
     """
+    if torch.jit.is_scripting():
+        return
     if x.dim() != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
         raise ValueError(f"x must be [B, {in_chans}, H, W] with H, W >= 1, got {list(x.shape)}")
     if not x.is_floating_point():

@@ -288,7 +288,7 @@ class OptimizedStem(_Part):
 
     def __init__(self, stem: Stem, dtype: torch.dtype | None):
         super().__init__()
-        self.in_chans, self.dtype = stem.in_chans, stem.dtype  # of the images
+        self.dtype = stem.dtype  # of the images
         self.conv1 = _packed_conv(stem.conv1, dtype)
         self.conv2 = nn.Sequential(*(_packed_conv(layer, dtype) for layer in stem.conv2))
         widen, narrow = stem.conv3

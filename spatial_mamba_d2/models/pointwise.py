@@ -8,6 +8,8 @@ memory, so CPUs compute it as one.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: ``Tensor[O, I]``.
         bias: ``Tensor[O]``.
     """
+    if torch.jit.is_scripting():
+        return F.linear(x, weight, bias)
     if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES or _is_composed(weight):
         return F.linear(x, weight, bias)
     y = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
@@ -56,6 +60,22 @@ class Pointwise(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         operands = cast_for_autocast(x, self.weight, self.bias)
         return recompute(pointwise, *operands) if self.recompute_output else pointwise(*operands)
+
+
+def with_plain_linear_layers(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose linear layers are ``torch.nn.Linear`` and no subclass of it.
+
+    It computes the same, slower on CPUs. ``torch.ao.quantization.quantize_dynamic`` and FLOP
+    counters such as thop choose layers by their exact type, and pass over subclasses in silence.
+    """
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is Pointwise:
+                plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+                plain.weight, plain.bias = layer.weight, layer.bias
+                setattr(parent, name, plain.train(layer.training))
+    return model
 
 
 class GELU(nn.GELU):

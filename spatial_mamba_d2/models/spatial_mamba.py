@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.fx
@@ -30,6 +30,7 @@ from spatial_mamba_d2.models.recompute import (
     keeps_recipes,
     recompute,
 )
+from spatial_mamba_d2.models.scripting import scriptable_graph
 from spatial_mamba_d2.models.variants import variant_kwargs
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3,
@@ -127,7 +128,6 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int):
         super().__init__()
-        self.in_chans = in_chans
         self.conv1 = ConvLayer(in_chans, dim // 2, 3, stride=2)
         self.conv2 = nn.Sequential(
             ConvLayer(dim // 2, dim // 2, 3), ConvLayer(dim // 2, dim // 2, 3, act=False)
@@ -362,6 +362,7 @@ class SpatialMamba(nn.Module):
         if not 0 <= freeze_at <= 5:
             raise ValueError(f"freeze_at must be 0..5, got {freeze_at}")
         self.dims = [embed_dim * 2**i for i in range(len(STAGES))]
+        self.in_chans = in_chans
         self.grad_checkpointing = grad_checkpointing
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stem = Stem(in_chans, embed_dim)
@@ -406,18 +407,13 @@ class SpatialMamba(nn.Module):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     yield module
 
+    __prepare_scriptable__ = scriptable_graph
+
     def train(self, mode: bool = True) -> SpatialMamba:
         super().train(mode)
         for norm in self._fixed_norms():
             norm.eval()
         return self
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """What ``torch.jit.script`` calls first."""
-        raise NotImplementedError(
-            f"torch.jit.script does not support {type(self).__name__}, because its operators check "
-            "shapes in Python; use torch.jit.trace or torch.export"
-        )
 
     def forward_stages(self, x: Tensor, last: str = STAGES[-1]) -> dict[str, Tensor]:
         """Outputs of the stages up to ``last``, before downsampling.
@@ -431,7 +427,7 @@ class SpatialMamba(nn.Module):
         Raises:
             ValueError: ``x`` is not such a tensor.
         """
-        check_images(x, self.stem.in_chans, self.stem.dtype)
+        check_images(x, self.in_chans, self.stem.dtype)
         x = self.stem(x)
         outputs = {}
         for name, stage in zip(STAGES, self.stages, strict=False):

@@ -12,7 +12,7 @@ Symbols: K classes, F channels of the decode head. All resizing is bilinear with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.fx
@@ -149,6 +149,13 @@ class UPerNet(nn.Module):
         if bn_policy == "sync":
             for head in (self.decode_head, self.auxiliary_head):
                 nn.SyncBatchNorm.convert_sync_batchnorm(head)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` calls first."""
+        raise NotImplementedError(
+            "torch.jit.script does not support UPerNet, which resizes maps to sizes of any type; "
+            "use torch.jit.trace or torch.export"
+        )
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Segment images of any size.

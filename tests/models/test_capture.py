@@ -1,6 +1,9 @@
-"""Graphs of the model by torch.fx, as extractors of intermediate features use them."""
+"""Graphs of the model by torch.fx, as extractors of intermediate features use them, TorchScript."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,7 +56,46 @@ def test_extractors_of_features(create):
     assert outputs["norm"].shape == (2, 2, 2, 256)
 
 
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-def test_torch_jit_script_says_what_to_use(build):
+@pytest.mark.parametrize("name", ["backbone", "classifier"])
+def test_torchscript_computes_the_same(name, tmp_path):
+    model = BUILDERS[name]()
+    with pytest.raises(RuntimeError, match=r"torch.jit.script needs the model in eval\(\)"):
+        torch.jit.script(model)
+    torch.jit.script(model.eval()).save(tmp_path / "model.pt")
+    scripted = torch.jit.load(tmp_path / "model.pt")
+    for size in ((64, 64), (33, 70)):
+        x = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(scripted(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_torchscript_of_a_segmentor_says_what_to_use():
     with pytest.raises(NotImplementedError, match="use torch.jit.trace or torch.export"):
-        torch.jit.script(build())
+        torch.jit.script(BUILDERS["segmentor"]().eval())
+
+
+@pytest.mark.parametrize(
+    ("kind", "imports"),
+    [("script", "torch, spatial_mamba_d2"), ("export", "spatial_mamba_d2, torch")],
+)
+def test_saved_graphs_need_the_package_and_no_more(kind, imports, tmp_path):
+    model, x = BUILDERS["classifier"]().eval(), torch.randn(1, 3, 64, 64)
+    path = tmp_path / "model.pt2"
+    if kind == "export":
+        torch.export.save(torch.export.export(model, (x,)), path)
+        load = "torch.export.load(path).module()"
+    else:
+        torch.jit.script(model).save(path)
+        load = "torch.jit.load(path)"
+    with torch.no_grad():
+        torch.save({"x": x, "y": model(x)}, tmp_path / "expected.pth")
+    script = (
+        f"import sys, {imports}\n"
+        f"path, expected = sys.argv[1], torch.load(sys.argv[2])\nmodel = {load}\n"
+        "with torch.no_grad():\n"
+        "    torch.testing.assert_close(model(expected['x']), expected['y'])\n"
+        "print('equal')\n"
+    )
+    words = [sys.executable, "-W", "ignore", "-c", script, path, tmp_path / "expected.pth"]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]

@@ -1,0 +1,17 @@
+// The operators' schemas, one per line, for schemas.cpp and _extension.py.
+// `<name>_backward` returns the gradients of all tensors of `<name>`, in order.
+R"(
+depthwise_conv3x3(Tensor x, Tensor weight, Tensor bias, bool residual) -> Tensor
+depthwise_conv3x3_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor bias, bool residual) -> (Tensor, Tensor, Tensor)
+depthwise_conv3x3_layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps) -> (Tensor, Tensor)
+gated_layer_norm(Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor
+gated_layer_norm_backward(Tensor grad_output, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)
+selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor delta_bias) -> Tensor
+selective_scan_backward(Tensor grad_output, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor delta_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)
+state_fusion(Tensor h, Tensor taps) -> Tensor
+state_fusion_backward(Tensor grad_output, Tensor h, Tensor taps) -> (Tensor, Tensor)
+structure_aware_ssm(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> Tensor
+structure_aware_ssm_backward(Tensor grad_output, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
+structure_aware_ssm_from_dt(Tensor u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> Tensor
+structure_aware_ssm_from_dt_(Tensor(a!) u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> ()
+)"
