@@ -25,10 +25,14 @@ class Team(NamedTuple):
 
     @classmethod
     @lru_cache(None)
-    def of(cls, dim: int, acc: torch.dtype) -> Team:
-        """For tokens of ``dim`` channels and sums in ``acc``."""
+    def of(cls, dim: int, acc: torch.dtype, count: int | None = None) -> Team:
+        """For tokens of ``dim`` channels and sums in ``acc``.
+
+        Args:
+            count: channels of a thread, by default ``kPack``.
+        """
         found = constants("cuda/team.cuh")
-        warps = blocks_of(dim, LANES * channels_of_thread(acc))
+        warps = blocks_of(dim, LANES * (count or channels_of_thread(acc)))
         if warps == 1:
             return cls(1, found["kTeamWarps"], 0)
         return cls(warps, 1, 2 * found["kTeamSums"] * warps * acc.itemsize)

@@ -289,9 +289,9 @@ __global__ void __launch_bounds__(
   const int first = place.y0 - (kResidual ? 1 : 3);
   const T* x_token =
       a.x + place.token(first + 1, place.x0 - halo) * a.map.stride;
-  const T* grad_token =
-      a.grad_out + place.token(place.y0 - 1, place.x0 - 1) * dim;
-  T* out = a.grad_x + place.token(place.y0, place.x0) * dim;
+  const int64_t row_size = static_cast<int64_t>(width) * dim;
+  int64_t at =
+      place.token(place.y0 - 1, place.x0 - 1) * dim;  // of the gradient
   for (int y = first; y <= place.y1; y++) {
     const bool in_band = y + 1 >= place.y0 && y + 1 < place.y1;
     Acc row[columns + 2 * halo][count];
@@ -318,14 +318,13 @@ __global__ void __launch_bounds__(
     if (y >= place.y0 - 1) {
       Acc grad[columns + 2][count];
       load_tokens(
-          grad_token,
+          a.grad_out + at,
           dim,
           place,
           place.has_row(y),
           place.x0 - 1,
           channels,
           grad);
-      grad_token += static_cast<int64_t>(width) * dim;
       if (!kResidual) {
 #pragma unroll
         for (int c = 0; c < columns + 2; c++) {
@@ -355,12 +354,13 @@ __global__ void __launch_bounds__(
         }
       }
       if (y > place.y0) {
+        T* above = a.grad_x + at - row_size + dim;
 #pragma unroll
         for (int c = 0; c < columns; c++) {
-          channels.store(out + c * dim, place.x0 + c < width, grad_x[0][c]);
+          channels.store(above + c * dim, place.x0 + c < width, grad_x[0][c]);
         }
-        out += static_cast<int64_t>(width) * dim;
       }
+      at += row_size;
       shift_rows(grad_x, zero);
     }
     shift_rows(conv, weights.bias);

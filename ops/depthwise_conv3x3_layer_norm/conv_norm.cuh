@@ -8,13 +8,17 @@
 namespace smd2 {
 namespace cuda {
 
+// Channels of a thread; fewer where each has an address of its own.
+template <typename T, bool kPacked>
+constexpr int kConvNormPack = kPacked ? kPack<T> : kPack<T> / 2;
+
 template <typename T>
 struct ConvNormArgs : ConvArgs<T> {
   const acc_t<T>* norm_weight;  // [dim]
   const acc_t<T>* norm_bias;    // [dim]
   T* y;                         // [images, height, width, dim]
   T* norm;                      // [images, height, width, dim]
-  int64_t team_warps;           // at least dim / (32 kPack)
+  int64_t team_warps;           // at least dim / (32 kConvNormPack)
   double eps;
 };
 
@@ -28,7 +32,7 @@ __global__ void __launch_bounds__(
     kConvNormWarps* kLanes,
     min_blocks<acc_t<T>>(2, 1)) conv3x3_norm(ConvNormArgs<T> a) {
   using Acc = acc_t<T>;
-  constexpr int count = kPack<T>, columns = kConvColumns;
+  constexpr int count = kConvNormPack<T, kPacked>, columns = kConvColumns;
   SMD2_SHARED(Acc, shared);
   Team<Acc> team(shared, a.team_warps);
   const int width = static_cast<int>(a.map.width);
@@ -39,9 +43,6 @@ __global__ void __launch_bounds__(
   const ConvPlace place(
       a.map, block / across, block % across * team.teams() + team.number());
   const Channels<count, kPacked> channels(team.thread(), team.threads(), dim);
-  Acc weight[count], bias[count];
-  channels.load(a.norm_weight, true, weight);
-  channels.load(a.norm_bias, true, bias);
   int64_t at = place.token(place.y0, place.x0) * dim;
   convolve<true>(a, place, channels, [&](int, auto& values) {
     Acc scales[columns];
@@ -56,6 +57,9 @@ __global__ void __launch_bounds__(
       }
     }
     normalize(team, channels, static_cast<Acc>(a.eps), values, scales);
+    Acc weight[count], bias[count];  // from the cache, registers are scarce
+    channels.load(a.norm_weight, true, weight);
+    channels.load(a.norm_bias, true, bias);
 #pragma unroll
     for (int c = 0; c < columns; c++) {
 #pragma unroll

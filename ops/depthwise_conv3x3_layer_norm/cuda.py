@@ -41,14 +41,15 @@ def depthwise_conv3x3_layer_norm(
     dim = (x.shape[3],)
     check_arguments(op, x, [("norm_weight", norm_weight, dim), ("norm_bias", norm_bias, dim)])
     acc = accumulation_dtype(x)
-    team = Team.of(x.shape[3], acc)
+    x, stride = with_even_tokens(x)
+    small = contiguous_as(acc, weight, bias, norm_weight, norm_bias)
+    packed = are_packed(channels_of_thread(acc), stride, x, *small[2:])
+    count = channels_of_thread(acc) // (1 if packed else 2)  # kConvNormPack
+    team = Team.of(x.shape[3], acc, count)
     if team.warps > constants(_SOURCE)["kConvNormWarps"]:
         y = conv.depthwise_conv3x3(x, weight, bias, residual=True)
         norm_weight, norm_bias = contiguous_as(y.dtype, norm_weight, norm_bias)
         return y, F.layer_norm(y, dim, norm_weight, norm_bias, eps)
-    x, stride = with_even_tokens(x)
-    small = contiguous_as(acc, weight, bias, norm_weight, norm_bias)
-    packed = are_packed(channels_of_thread(acc), stride, x, *small[2:])
     kernels = FORWARD[packed].on(x.device, x.dtype)
     y, norm = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     if y.numel():

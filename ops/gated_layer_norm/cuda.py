@@ -32,7 +32,8 @@ FORWARD, BACKWARD = (
     for kernel in ("gated_norm", "gated_norm_backward")
 )
 
-MAX_WARPS = 32  # of a block
+# kMaxNormThreads, in warps; tokens that need more are left to plain PyTorch.
+MAX_WARPS = {torch.float32: 32, torch.float64: 16}
 
 # Of the backward pass, whose blocks write partial sums. Not tuned on a GPU.
 WARPS_PER_MULTIPROCESSOR = 32
@@ -51,7 +52,7 @@ def gated_layer_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: fl
     _check("gated_layer_norm", y, z, weight, bias)
     acc = accumulation_dtype(y)
     team = Team.of(y.shape[3], acc)
-    if team.warps > MAX_WARPS:
+    if team.warps > MAX_WARPS[acc]:
         return eager.gated_layer_norm(y, z, weight, bias, eps)
     (y, y_stride), (z, z_stride) = with_even_tokens(y), with_even_tokens(z.to(y.dtype))
     weight, bias = contiguous_as(acc, weight, bias)
@@ -82,7 +83,7 @@ def gated_layer_norm_backward(
     check_arguments(op, y, [("grad_output", grad_output, y.shape)])
     acc = accumulation_dtype(y)
     team = Team.of(y.shape[3], acc)
-    if team.warps > MAX_WARPS:
+    if team.warps > MAX_WARPS[acc]:
         return eager.gated_layer_norm_backward(grad_output, y, z, weight, bias, eps)
     z_dtype, weight_dtype, bias_dtype = z.dtype, weight.dtype, bias.dtype
     (y, y_stride), (z, z_stride) = with_even_tokens(y), with_even_tokens(z.to(y.dtype))

@@ -8,6 +8,10 @@
 namespace smd2 {
 namespace cuda {
 
+// Threads of a block, at most: more would leave too few registers for double.
+template <typename Acc>
+constexpr int kMaxNormThreads = sizeof(Acc) == sizeof(double) ? 512 : 1024;
+
 // Pointers to contiguous tensors, except y and z.
 template <typename T>
 struct NormArgs {
@@ -28,7 +32,8 @@ struct NormForwardArgs : NormArgs<T> {
 
 // One token for each team.
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(1024, 1) gated_norm(NormForwardArgs<T> a) {
+__global__ void __launch_bounds__(kMaxNormThreads<acc_t<T>>, 1)
+    gated_norm(NormForwardArgs<T> a) {
   using Acc = acc_t<T>;
   constexpr int count = kPack<T>;
   SMD2_SHARED(Acc, shared);
@@ -66,7 +71,7 @@ struct NormBackwardArgs : NormArgs<T> {
 // Team i processes tokens i, i + number of all teams, ...; each block writes
 // partial sums.
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(1024, 1)
+__global__ void __launch_bounds__(kMaxNormThreads<acc_t<T>>, 1)
     gated_norm_backward(NormBackwardArgs<T> a) {
   using Acc = acc_t<T>;
   constexpr int count = kPack<T>;

@@ -70,9 +70,15 @@ def recordings(tmp_path, ssm_inputs, monkeypatch) -> Callable[..., list[str]]:
     """``recordings((shape, dtype), ...)``: files, one for each of the operators' cases."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
 
+    def inputs(case: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[Tensor]:
+        batch, height, width, dim = shape
+        if case == "gated_layer_norm":  # a warp for each token; ThreadSanitizer counts to 8128
+            height, width = min(height, 5), min(width, 21)
+        return ssm_inputs(batch, height, width, dim, dtype)
+
     def make(*problems: tuple[tuple[int, int, int, int], torch.dtype]) -> list[str]:
         return [
-            str(record(tmp_path / f"{case} {number}", case, ssm_inputs(*shape, dtype)))
+            str(record(tmp_path / f"{case} {number}", case, inputs(case, shape, dtype)))
             for case in (*CASES, *FOR_INFERENCE)
             for number, (shape, dtype) in enumerate(problems)
         ]
@@ -83,7 +89,7 @@ def recordings(tmp_path, ssm_inputs, monkeypatch) -> Callable[..., list[str]]:
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     command = [program, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
 
 
 # One token; several tiles and bands, an odd number of channels; a sequence of several rows of
