@@ -59,7 +59,7 @@ def learn(
     model: nn.Module,
     loss_of: Callable[[], Tensor],
     record: Callable[[str, str], None],
-    iterations: int = 40,
+    iterations: int = 60,
     rate: float = 3e-3,
 ) -> tuple[float, float]:
     """The loss before and after some iterations, which must reach the first layer."""
