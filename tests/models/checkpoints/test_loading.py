@@ -8,7 +8,7 @@ import re
 import pytest
 import timm
 import torch
-from timm.utils import freeze_batch_norm_2d
+from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
 from spatial_mamba_d2.models import (
