@@ -59,7 +59,7 @@ def learn(
     model: nn.Module,
     loss_of: Callable[[], Tensor],
     record: Callable[[str, str], None],
-    iterations: int = 40,
+    iterations: int = 60,
     rate: float = 3e-3,
 ) -> tuple[float, float]:
     """The loss before and after some iterations, which must reach the first layer."""
@@ -193,13 +193,15 @@ def test_upernet_of_transformers(name, images, record_property):
     torch.manual_seed(0)
     model = UperNetForSemanticSegmentation(
         UperNetConfig(
-            backbone_config=config, hidden_size=16, num_labels=2,
-            use_auxiliary_head=False,
+            backbone_config=config, hidden_size=64, num_labels=2, use_auxiliary_head=False,
         )
     ).train()  # fmt: skip
     target = masks()
     start, end = learn(
-        model, lambda: model(pixel_values=images, labels=target).loss, record_property
+        model,
+        lambda: model(pixel_values=images, labels=target).loss,
+        record_property,
+        iterations=80,
     )
     assert end < start / 4
 
@@ -242,8 +244,10 @@ def build_rt_detr(config: object) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("build", "levels"), [(build_detr, 1), (build_rt_detr, 3)])
-def test_detectors_of_transformers(build, levels, name, images, record_property):
+@pytest.mark.parametrize(
+    ("build", "levels", "iterations"), [(build_detr, 1, 200), (build_rt_detr, 3, 60)]
+)
+def test_detectors_of_transformers(build, levels, iterations, name, images, record_property):
     config = backbone_config(name, levels)
     torch.manual_seed(0)
     images = F.interpolate(images, scale_factor=2)  # boxes are relative to the size
@@ -254,7 +258,7 @@ def test_detectors_of_transformers(build, levels, name, images, record_property)
         model,
         lambda: model(pixel_values=images, labels=labels).loss,
         record_property,
-        iterations=120,
+        iterations,
         rate=2e-3,
     )
     assert end < start / 2

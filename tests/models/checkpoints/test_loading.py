@@ -8,6 +8,7 @@ import re
 import pytest
 import timm
 import torch
+from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
 from spatial_mamba_d2.models import (
@@ -116,10 +117,8 @@ class _Detector(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.backbone = build_classifier("tiny", num_classes=7, **SMALL)
-        for norm in self.backbone.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                del norm.num_batches_tracked
+        backbone = build_classifier("tiny", num_classes=7, **SMALL)
+        self.backbone = freeze_batch_norm_2d(backbone)
         self.decoder = nn.ModuleDict({"stem": nn.Conv2d(3, 3, 1)})
 
 
