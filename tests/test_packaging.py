@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = (".ci", "configs", "docs", "ops", "spatial_mamba_d2", "tests", "tools")
+SHIPPED = (".ci", "configs", "docs", "examples", "ops", "spatial_mamba_d2", "tests", "tools")
 
 
 def files(folder: str, *patterns: str) -> set[str]:
@@ -51,7 +51,7 @@ def test_wheel_contains_the_package(in_wheel):
 
 
 def test_wheel_contains_operators_and_configs_inside_the_package(in_wheel):
-    expected = files("ops", "*.py") | files("configs", "*.yaml")
+    expected = files("ops", "*.py", "schemas.h") | files("configs", "*.yaml")
     assert {f"spatial_mamba_d2/{name}" for name in expected} <= in_wheel
 
 
@@ -87,7 +87,7 @@ def test_sdist_contains_what_building_and_testing_need(distributions):
     native = {"ops/selective_scan/cpu.cpp", "ops/selective_scan/scan.cuh"}
     assert native | {"dev.py", ".ci/run", "LICENSE", "NOTICE"} <= names
     assert files("tests", "*.py") | files("tools", "*.py") | files("configs", "*.yaml") <= names
-    assert files("docs", "*") <= names
+    assert files("docs", "*") | files("examples", "*.py", "*.cpp") <= names
 
 
 @pytest.fixture
