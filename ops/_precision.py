@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,9 +33,21 @@ def precise_inside(*tensors: Tensor) -> list[Tensor]:
     return precise(*tensors)
 
 
+class _Inside:
+    """Threads inside :func:`without_tf32`, and the setting to restore."""
+
+    lock = threading.Lock()
+    num_threads = 0
+    before: Any = None
+
+
 @contextmanager
 def without_tf32(x: Tensor) -> Iterator[None]:
-    """Let float32 convolutions on CUDA devices keep all bits; cuDNN rounds inputs by default."""
+    """Let float32 convolutions on CUDA devices keep all bits; cuDNN rounds inputs by default.
+
+    The setting is that of the process. It is restored when the last thread leaves: autograd runs
+    backward passes in threads of its own.
+    """
     if not x.is_cuda:
         yield
         return
@@ -43,12 +56,18 @@ def without_tf32(x: Tensor) -> Iterator[None]:
     if hasattr(cudnn, "conv"):  # since PyTorch 2.9, where reading the other may be an error
         setting = (cudnn.conv, "fp32_precision", "ieee")
     owner, name, exact = setting
-    before = getattr(owner, name)
-    setattr(owner, name, exact)
+    with _Inside.lock:
+        if not _Inside.num_threads:
+            _Inside.before = getattr(owner, name)
+            setattr(owner, name, exact)
+        _Inside.num_threads += 1
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        with _Inside.lock:
+            _Inside.num_threads -= 1
+            if not _Inside.num_threads:
+                setattr(owner, name, _Inside.before)
 
 
 def empty_output(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,11 +12,13 @@ pretrained=True)``. Only these functions use the network, and only for a reposit
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spatial_mamba_d2 import model_card
@@ -30,9 +32,12 @@ from spatial_mamba_d2.models.checkpoints.convert import (
 from spatial_mamba_d2.models.checkpoints.names import backbone_prefix, model_kind
 from spatial_mamba_d2.models.checkpoints.reading import unwrap
 from spatial_mamba_d2.models.checkpoints.writing import write_safetensors
-from spatial_mamba_d2.models.timm_backbone import TimmBackbone
+from spatial_mamba_d2.models.timm_backbone import TimmBackbone, check_timm_name
 from spatial_mamba_d2.system.atomic import replacing
 from spatial_mamba_d2.system.missing import no_such
+from spatial_mamba_d2.training.run_folder import checkpoints_and_metrics
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG, RECIPE, CARD = "model.safetensors", "config.json", "config.yaml", "README.md"
 # What a configuration says about a network and its images, and not about data or machines.
@@ -51,8 +56,9 @@ def save_pretrained(
 ) -> Path:
     """Write ``model.safetensors``, ``config.json``, a model card and, with ``cfg``, a recipe.
 
-    A model card that exists is kept. The files of a training are in ``OUTPUT_DIR``; its
-    configuration is the ``cfg`` for here, from which paths of this machine are left out.
+    A model card that exists is kept. Of a model that was trained, pass the configuration as
+    ``cfg``; paths of this machine are left out. ``OUTPUT_DIR`` is no folder for this, because it
+    holds the ``config.yaml`` of the training.
 
     Args:
         model: a classifier, a UPerNet, or a detector.
@@ -61,28 +67,37 @@ def save_pretrained(
         label_names: of the classes.
         zoo_name: the published model that this is, with the authors' weights; its card states the
             published scores.
-        scores: ``{name: value}`` of these weights, for the card.
+        scores: ``{name: value}`` of these weights, for a new card.
 
     Returns:
         the folder.
 
     Raises:
         ValueError: another kind of model, a detector without ``cfg``, another number of names than
-            classes, or a ``zoo_name`` of another architecture.
+            classes, a ``zoo_name`` of another architecture, sizes that the files cannot state, or a
+            ``folder`` that holds a training.
         WeightsError: the model has weights that are not finite.
         OSError: the folder cannot be written.
     """
+    folder = Path(folder)
+    if found := checkpoints_and_metrics(folder):
+        raise ValueError(f"folder must not hold a training, got {folder} with {found}")
     facts = _facts(model, cfg, label_names)
     card = model_card.write(facts, zoo_name, scores)
     state = unwrap(model.state_dict(), "the model")
-    folder = Path(folder)
+    config = _configuration(model, facts, cfg)
+    _check_sizes(state, config)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(state, folder / WEIGHTS)
-    texts = {CONFIG: json.dumps(_configuration(model, facts, cfg), indent=2) + "\n"}
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n"}
     if cfg is not None:
         texts[RECIPE] = _recipe(cfg)
+    else:
+        (folder / RECIPE).unlink(missing_ok=True)  # of the model that was here before
     if not (folder / CARD).exists():
         texts[CARD] = card
+    elif scores or zoo_name or label_names:
+        logger.warning("%s is kept: what it says of scores and classes may be old", folder / CARD)
     for name, text in texts.items():
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -104,13 +119,17 @@ def from_pretrained(
             the parameters, such as ``drop_path_rate``. A detector has none.
 
     Raises:
-        FileNotFoundError: no such folder, or a file is missing.
-        ValueError: an option is unknown, or the files do not belong together.
+        FileNotFoundError: no such folder or repository, or a file is missing.
+        OSError: the repository cannot be downloaded.
+        ValueError: an option is unknown, a file is broken, the files do not belong together, or a
+            ``revision`` of a folder.
         ImportError: the model is a detector, and Detectron2 is not installed.
     """
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(str(source), revision, local_files_only)
+    elif revision is not None:
+        raise ValueError(f"revision must be None for the folder {folder}, got {revision!r}")
     weights = folder / WEIGHTS
     state = unwrap(read_checkpoint(weights), str(weights))
     config = read_config(folder)
@@ -138,6 +157,8 @@ def push_to_hub(
 ) -> str:  # fmt: skip
     """Upload what :func:`save_pretrained` writes; returns the address of the commit.
 
+    A model card that the repository has is kept.
+
     Args:
         model: see :func:`save_pretrained`.
         repo_id: the repository, which is created if it does not exist.
@@ -154,22 +175,31 @@ def push_to_hub(
         save_pretrained(model, folder, **content)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if api.file_exists(repo_id, CARD):
+            Path(folder, CARD).unlink()
+        stale = None if Path(folder, RECIPE).exists() else RECIPE
         return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=commit_message
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            delete_patterns=stale,
         ).commit_url
 
 
 def _download(repo_id: str, revision: str | None, local_files_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import errors, snapshot_download
 
     files = [WEIGHTS, CONFIG, RECIPE]
     try:
         folder = snapshot_download(
             repo_id, revision=revision, local_files_only=local_files_only, allow_patterns=files
         )
-    except HFValidationError:
+    except errors.HFValidationError:
         raise no_such("source", repo_id, "folder") from None
+    except (errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError) as error:
+        raise no_such("source", repo_id, "folder, nor is it a repository at hand") from error
+    except (errors.HfHubHTTPError, ConnectionError) as error:
+        raise OSError(f"source {repo_id} cannot be downloaded: {error}") from error
     return Path(folder)
 
 
@@ -235,6 +265,8 @@ def _for_timm(model: SpatialMambaClassifier, facts: model_card.Facts, cfg: Any) 
     pretrained = known.to_dict(remove_source=True, remove_null=True)
     pretrained.pop("architecture", None)
     in_chans, crop_px = arguments["in_chans"], pretrained["input_size"][-1]
+    if cfg is None and in_chans != len(pretrained["mean"]):
+        del pretrained["mean"], pretrained["std"]  # nothing is known of these channels
     if cfg is not None:
         crop_px = cfg.INPUT.CROP_PX
         pretrained["crop_pct"] = crop_px / cfg.TEST.SHORT_PX
@@ -249,6 +281,21 @@ def _for_timm(model: SpatialMambaClassifier, facts: model_card.Facts, cfg: Any) 
         "model_args": {**arguments, "num_classes": facts.num_classes, "global_pool": pool},
         "pretrained_cfg": pretrained,
     }
+
+
+def _check_sizes(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Raises ValueError if a model of the arguments that the files state has other sizes."""
+    if model_kind(state) == "detector" or "timm_name" in config.get("model_args", {}):
+        return  # built from its cfg, or from a name
+    with torch.device("meta"):
+        rebuilt = _build(state, config, Path("."), {}).state_dict()
+    for name, value in state.items():
+        if rebuilt[name].shape != value.shape:
+            raise ValueError(
+                f"model must have the same ssm_ratio and mlp_ratio in all stages, and whole widths "
+                f"in the first: {name} would be {list(rebuilt[name].shape)}, got "
+                f"{list(value.shape)}"
+            )
 
 
 def _recipe(cfg: Any) -> str:
@@ -274,10 +321,13 @@ def _build(
 
         return build_model(load_config(folder / RECIPE, ["MODEL.DEVICE", "cpu"]))
     saved = config.get("model_args", {})
+    if not isinstance(saved, dict):
+        raise ValueError(f"{folder / CONFIG}: model_args must be an object, got {saved!r}")
     if kind == "segmentor":
         arguments = segmentor_arguments(state, weights)
         if "timm_name" in saved:
             arguments.update(timm_name=saved["timm_name"], in_chans=saved.get("in_chans", 3))
+            check_timm_name(saved["timm_name"], f"{folder / CONFIG}: timm_name")
         else:
             arguments.update(backbone_arguments(_backbone_state(state), weights))
         return _construct(UPerNet, arguments, options)

@@ -75,11 +75,12 @@ def write(
             f"{facts.num_parameters} parameters, got {zoo_name!r}, which is for {entry.task} and "
             f"has {entry.parameters}"
         )
+    is_ours = not facts.backbone.startswith("timm/")
     data = ModelCardData(
-        license=model_zoo.LICENSE.lower(),
+        license=model_zoo.LICENSE.lower() if entry else None,  # of other weights: their owner's
         library_name="timm" if facts.task == "classification" else "spatial_mamba_d2",
         pipeline_tag=_PIPELINES[facts.task],
-        tags=["spatial-mamba", "state-space-model", "vision"],
+        tags=["vision", *(["spatial-mamba", "state-space-model"] if is_ours else [])],
     )
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {entry.name if entry else facts.backbone}",
@@ -107,7 +108,8 @@ def _description(facts: Facts) -> str:
         names = facts.label_names or ()
         listed = ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
         rows.append(("classes", f"{facts.num_classes}{': ' if names else ''}{listed}"))
-    rows += [("paper", PAPER), ("authors' code", f"{model_zoo.SOURCE} ({model_zoo.LICENSE})")]
+    if not facts.backbone.startswith("timm/"):
+        rows += [("paper", PAPER), ("authors' code", f"{model_zoo.SOURCE} ({model_zoo.LICENSE})")]
     return markdown_table(("", ""), rows)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -163,6 +166,10 @@ def test_cards_claim_nothing_else(tmp_path):
     hub.save_pretrained(model, tmp_path, scores={"mIoU": 71.234})
     text = (tmp_path / "README.md").read_text()
     assert "71.23" in text and "Published" not in text and "48.6" not in text
+    assert "license" not in text and "state-space-model" in text
+    hub.save_pretrained(segmentor("timm/test_resnet"), tmp_path / "other")
+    text = (tmp_path / "other/README.md").read_text()
+    assert "license" not in text and "paper" not in text and "state-space" not in text
     with pytest.raises(
         ValueError, match="zoo_name must be that of the model, .*'upernet_spatial_m"
     ):
@@ -186,6 +193,92 @@ def test_mistakes_are_named(tmp_path):
         hub.from_pretrained(tmp_path / "no/such/folder")
     with pytest.raises(FileNotFoundError, match="weights: no such file: .*model.safetensors"):
         hub.from_pretrained(tmp_path)
+
+
+def test_the_folder_of_a_training_is_left_alone(tmp_path):
+    (tmp_path / "config.yaml").write_text("of the training")
+    (tmp_path / "last.ckpt").write_text("weights")
+    with pytest.raises(ValueError, match=r"folder must not hold a training, got .* with last.ckpt"):
+        hub.save_pretrained(segmentor(**SMALL), tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "of the training"
+
+
+def test_no_file_of_the_model_before_stays(tmp_path, caplog):
+    (tmp_path / "config.yaml").write_text("of another model")
+    hub.save_pretrained(segmentor(**SMALL), tmp_path)
+    assert not (tmp_path / "config.yaml").exists()
+    hub.save_pretrained(segmentor(**SMALL), tmp_path, scores={"mIoU": 1.0})
+    assert "README.md is kept" in caplog.text
+
+
+def test_sizes_that_the_files_cannot_state_are_refused(tmp_path):
+    uneven = classifier()
+    uneven.stages[1].blocks[0].mlp.fc1 = torch.nn.Linear(32, 100)
+    with pytest.raises(
+        ValueError, match=r"stages.1.blocks.0.mlp.fc1.weight would be .*\[100, 32\]"
+    ):
+        hub.save_pretrained(uneven, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_configurations_are_named(tmp_path):
+    hub.save_pretrained(segmentor("timm/test_convnext"), tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    for wrong, message in (
+        (None, "config.json: model_args must be an object, got None"),
+        ({"timm_name": 3}, "config.json: timm_name must be text, got 3"),
+        ({"timm_name": "timm/convnext_tiny.nope"}, "config.json: timm_name must be .*nope"),
+    ):
+        path.write_text(json.dumps({**content, "model_args": wrong}))
+        with pytest.raises(ValueError, match=message):
+            hub.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="revision must be None for the folder .*, got 'main'"):
+        hub.from_pretrained(tmp_path, revision="main")
+
+
+class _Hub:
+    """In place of ``huggingface_hub.HfApi``: a repository that has some files already."""
+
+    def __init__(self, *files):
+        self.files = set(files)
+
+    def create_repo(self, repo_id, **_):
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def file_exists(self, repo_id, name):
+        assert repo_id == "me/small"
+        return name in self.files
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
+        new = {path.name for path in Path(folder_path).iterdir()}
+        self.replaced = self.files & new
+        self.files = (self.files - {delete_patterns}) | new
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
+
+
+@pytest.mark.parametrize("before", [(), ("README.md", "config.yaml", "model.safetensors")])
+def test_upload(before, monkeypatch):
+    repository = _Hub(*before)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: repository)
+    assert hub.push_to_hub(segmentor(**SMALL), "small") == "https://hub/me/small"
+    assert repository.files == {"README.md", "config.json", "model.safetensors"}
+    assert "README.md" not in repository.replaced
+
+
+def test_errors_of_the_hub_are_named(monkeypatch):
+    def fail(error):
+        def download(*_, **__):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+    fail(huggingface_hub.errors.LocalEntryNotFoundError("offline"))
+    with pytest.raises(FileNotFoundError, match="source: no such folder, nor is it a repository"):
+        hub.from_pretrained("my-upernt", local_files_only=True)
+    fail(ConnectionError("reset"))
+    with pytest.raises(OSError, match="source me/upernet cannot be downloaded: reset"):
+        hub.from_pretrained("me/upernet")
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):

@@ -12,6 +12,7 @@
 // Run, where _C*.so is in spatial_mamba_d2/ops, and the image is 3 x height x
 // width float32 numbers, normalised as in training:
 //   ./classify _C*.so tiny.pt 224 320 < image.f32
+#include <algorithm>
 #include <cstdlib>
 #include <iostream>
 
@@ -28,6 +29,11 @@ int main(int argc, char** argv) {
     return 1;
   }
   const int64_t height = std::atoi(argv[3]), width = std::atoi(argv[4]);
+  if (height < 1 || width < 1) {
+    std::cerr << "HEIGHT and WIDTH must be at least 1, got " << argv[3] << " "
+              << argv[4] << "\n";
+    return 2;
+  }
   auto image = torch::empty({1, 3, height, width});
   const auto bytes = static_cast<std::streamsize>(image.nbytes());
   std::cin.read(reinterpret_cast<char*>(image.data_ptr<float>()), bytes);

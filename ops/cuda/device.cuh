@@ -1,6 +1,6 @@
-// Arithmetic and memory access that all kernels share. A warp processes 32
-// channels of one token, one in each lane. Control flow never depends on a
-// lane's values, so the lanes of a warp never diverge.
+// Arithmetic and memory access that all kernels share. In the scan and the
+// fusion, a warp processes 32 channels of one token, one in each lane. Lanes
+// exit early only in kernels without barriers and shuffles.
 #pragma once
 
 #include "types.h"
@@ -10,7 +10,7 @@ namespace cuda {
 
 // The minimum of resident blocks per multiprocessor that __launch_bounds__ asks
 // for: it limits the registers of a thread. More blocks hide more latency,
-// until registers spill; tests/profiling/test_cuda_report.py reads the
+// until registers spill; tests/profiling/test_kernel_resources.py reads the
 // compiler's report and allows no spills. The values were not tuned on a GPU.
 template <typename Acc>
 constexpr int min_blocks(int of_float, int of_double) {

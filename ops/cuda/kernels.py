@@ -42,7 +42,8 @@ class Device(Protocol):
         """Compile the kernels of these names from a source, and load them."""
 
 
-#: how a device is opened, by the type of tensors' devices; tests add an emulator
+#: how a device is opened, by the type of tensors' devices; tests add an emulator, and
+#: profiling a device that only counts
 OPENERS: dict[str, Callable[[torch.device], Device]] = {"cuda": driver.CudaDevice}
 
 
@@ -71,7 +72,9 @@ class KernelSet:
     def __init__(self, source: str, **kernels: str):
         self.source = source
         self.kernels = kernels
-        self._loaded: dict[tuple[torch.device, torch.dtype], Kernels | UnavailableError] = {}
+        # The kernels, or why there are none. Not an error: it keeps the frames that it passes, and
+        # their tensors.
+        self._loaded: dict[tuple[torch.device, torch.dtype], Kernels | str] = {}
         self.ALL.append(self)
 
     def cpp_names(self, dtype: torch.dtype) -> list[str]:
@@ -92,11 +95,11 @@ class KernelSet:
             with _LOADING:
                 found = self._loaded.get((device, dtype)) or self._load(device, dtype)
                 self._loaded[device, dtype] = found
-        if isinstance(found, UnavailableError):
-            raise found
+        if isinstance(found, str):
+            raise UnavailableError(found)
         return found
 
-    def _load(self, device: torch.device, dtype: torch.dtype) -> Kernels | UnavailableError:
+    def _load(self, device: torch.device, dtype: torch.dtype) -> Kernels | str:
         if dtype not in CPP_TYPES:
             known = ", ".join(map(str, CPP_TYPES))
             raise ValueError(f"{self.source}: the dtype must be one of {known}, got {dtype}")
@@ -104,7 +107,7 @@ class KernelSet:
             opened = _open(device)
             launches = opened.load(bundle(self.source), self.cpp_names(dtype), self.source)
         except UnavailableError as error:
-            return error.with_traceback(None)
+            return str(error)
         return Kernels(opened, dict(zip(self.kernels, launches, strict=True)))
 
 

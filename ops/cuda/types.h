@@ -9,7 +9,8 @@
 namespace smd2 {
 namespace cuda {
 
-// Channels that a warp processes, one for each of its threads.
+// Threads of a warp; in the scan and the fusion, also the channels that it
+// processes.
 constexpr int kLanes = 32;
 
 SMD2_DEVICE int64_t smaller(int64_t x, int64_t y) {

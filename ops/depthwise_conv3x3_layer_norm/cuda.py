@@ -49,7 +49,8 @@ def depthwise_conv3x3_layer_norm(
     if team.warps > constants(_SOURCE)["kConvNormWarps"]:
         y = conv.depthwise_conv3x3(x, weight, bias, residual=True)
         norm_weight, norm_bias = contiguous_as(y.dtype, norm_weight, norm_bias)
-        return y, F.layer_norm(y, dim, norm_weight, norm_bias, eps)
+        with torch.autocast(x.device.type, enabled=False):  # it would return float32
+            return y, F.layer_norm(y, dim, norm_weight, norm_bias, eps)
     kernels = FORWARD[packed].on(x.device, x.dtype)
     y, norm = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     if y.numel():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spatial_mamba_d2.ops._precision import accumulation_dtype
 from spatial_mamba_d2.ops.cuda.arguments import (
     LANES,
     blocks_of,
@@ -50,11 +49,13 @@ def _check(op: str, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> None:
 def gated_layer_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.gated_layer_norm`."""
     _check("gated_layer_norm", y, z, weight, bias)
-    acc = accumulation_dtype(y)
+    y_dtype, dtype = y.dtype, torch.promote_types(y.dtype, z.dtype)
+    acc = torch.promote_types(dtype, torch.float32)
     team = Team.of(y.shape[3], acc)
     if team.warps > MAX_WARPS[acc]:
-        return eager.gated_layer_norm(y, z, weight, bias, eps)
-    (y, y_stride), (z, z_stride) = with_even_tokens(y), with_even_tokens(z.to(y.dtype))
+        with torch.autocast(y.device.type, enabled=False):
+            return eager.gated_layer_norm(y, z, weight, bias, eps)
+    (y, y_stride), (z, z_stride) = with_even_tokens(y.to(dtype)), with_even_tokens(z.to(dtype))
     weight, bias = contiguous_as(acc, weight, bias)
     packed = are_packed(channels_of_thread(acc), y_stride, y, weight, bias)
     packed = packed and are_packed(channels_of_thread(acc), z_stride, z)
@@ -65,7 +66,7 @@ def gated_layer_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: fl
         sizes = (tokens, dim, y_stride, z_stride, team.warps, float_bits(eps))
         blocks = blocks_of(tokens, team.teams)
         kernels.norm(blocks, team.block_warps, team.shared_bytes, y, z, weight, bias, *sizes, out)
-    return out
+    return out.to(y_dtype)
 
 
 def backward_blocks(tokens: int, team: Team, multiprocessors: int) -> int:
@@ -76,18 +77,20 @@ def backward_blocks(tokens: int, team: Team, multiprocessors: int) -> int:
 
 def gated_layer_norm_backward(
     grad_output: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of y, z, weight, bias."""
     op = "gated_layer_norm_backward"
     _check(op, y, z, weight, bias)
     check_arguments(op, y, [("grad_output", grad_output, y.shape)])
-    acc = accumulation_dtype(y)
+    dtypes = [x.dtype for x in (y, z, weight, bias)]
+    dtype = torch.promote_types(y.dtype, z.dtype)
+    acc = torch.promote_types(dtype, torch.float32)
     team = Team.of(y.shape[3], acc)
     if team.warps > MAX_WARPS[acc]:
-        return eager.gated_layer_norm_backward(grad_output, y, z, weight, bias, eps)
-    z_dtype, weight_dtype, bias_dtype = z.dtype, weight.dtype, bias.dtype
-    (y, y_stride), (z, z_stride) = with_even_tokens(y), with_even_tokens(z.to(y.dtype))
-    (grad,) = contiguous_as(y.dtype, grad_output)
+        with torch.autocast(y.device.type, enabled=False):
+            return eager.gated_layer_norm_backward(grad_output, y, z, weight, bias, eps)
+    (y, y_stride), (z, z_stride) = with_even_tokens(y.to(dtype)), with_even_tokens(z.to(dtype))
+    (grad,) = contiguous_as(dtype, grad_output)
     weight, bias = contiguous_as(acc, weight, bias)
     count = channels_of_thread(acc)
     packed = are_packed(count, y_stride, y, grad, weight, bias)
@@ -104,10 +107,5 @@ def gated_layer_norm_backward(
         outputs = (grad, grad_y, grad_z, *sums, blocks)
         members = (y, z, weight, bias, *sizes, *outputs)
         kernels.norm(blocks, team.block_warps, shared_bytes, *members)
-    grad_weight, grad_bias = sums
-    return (
-        grad_y,
-        grad_z.to(z_dtype),
-        grad_weight.sum(0).to(weight_dtype),
-        grad_bias.sum(0).to(bias_dtype),
-    )
+    gradients = (grad_y, grad_z, *(x.sum(0) for x in sums))
+    return tuple(x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))

@@ -132,7 +132,7 @@ at::Tensor selective_scan(const ScanTensors& inputs) {
     run_blocks<Forward<scalar_t>, acc_t<scalar_t>>(
         shared, shared.images, kRun * lanes());
   });
-  return h;
+  return h.to(accumulate_type(inputs.u.scalar_type()));
 }
 
 ScanGradientTensors selective_scan_backward(

@@ -179,7 +179,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: T
         scan.launch_carries(kernels)
         warps = min(scan.segments.per_row, constant("kScanWarps"))
         kernels.apply(scan.columns * scan.rows, warps, 0, *scan.members, h)
-    return h
+    return h.to(accumulation_dtype(u))
 
 
 def selective_scan_backward(

@@ -10,7 +10,7 @@ namespace cuda {
 
 // The tile of a block of threads, in rows and columns of 32 channels. With a
 // halo of kRadius on all sides it takes 63 KiB of shared memory, which is what
-// fits on every architecture since 7.5. A wider tile recomputes or rereads less
+// fits on every architecture since 7.0. A wider tile recomputes or rereads less
 // halo; a lower one has fewer warps that share it. Not tuned on a GPU.
 template <typename Acc>
 struct TileShape {

@@ -56,14 +56,17 @@ def structure_aware_ssm_from_dt(
             ("taps", taps, (TAPS, dim)),
         ],
     )
-    kernels = FORWARD.on(u.device, u.dtype)
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    u_dtype, dtype = u.dtype, torch.promote_types(u.dtype, dt.dtype)
+    kernels = FORWARD.on(u.device, dtype)
+    y = torch.empty(u.shape, dtype=dtype, device=u.device)
     if not y.numel():
-        return y
+        return y.to(u_dtype)
     missing = -rank % 4  # kernels load four values at once
     if missing:
         dt, dt_weight = F.pad(dt, (0, missing)), F.pad(dt_weight, (0, missing))
-    u, dt = contiguous_as(u.dtype, u, dt)
+    u, dt = contiguous_as(dtype, u, dt)
+    if dt.data_ptr() % (4 * dt.itemsize):
+        dt = dt.clone()
     acc = accumulation_dtype(u)
     dt_weight, A, B, C, D, delta_bias, taps = contiguous_as(
         acc, dt_weight.T, A, B, C, D, delta_bias, taps
@@ -73,4 +76,4 @@ def structure_aware_ssm_from_dt(
     scan = Scan(u, dt, A, B, delta_bias, image_segments(tiles), low_rank)
     scan.launch_carries(kernels)
     over_tiles(kernels.observe, tiles, taps, *scan.members, u, C, D, y)
-    return y
+    return y.to(u_dtype)

@@ -19,7 +19,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     exempts what it says itself, such as Swin's position biases.
     """
     exempt = {
-        f"{place}.{name}"
+        f"{place}.{name}".lstrip(".")  # the model may be the backbone itself
         for place, module in model.named_modules()
         if isinstance(module, TimmBackbone)
         for name in module.no_weight_decay()

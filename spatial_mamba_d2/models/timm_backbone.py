@@ -27,6 +27,8 @@ def check_timm_name(name: str, what: str = "name") -> None:
     Args:
         what: the argument or key that ``name`` comes from.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"{what} must be text, got {name!r}")
     model_name = name.removeprefix(PREFIX)
     if model_name.startswith("spatial_mamba_"):
         raise ValueError(
@@ -38,6 +40,13 @@ def check_timm_name(name: str, what: str = "name") -> None:
             f"{what} must be {PREFIX}NAME with a name of timm.list_models(), got {name!r}; "
             f"the nearest one is {PREFIX}{nearest[0]}"
         )
+    try:
+        timm.get_pretrained_cfg(model_name)
+    except RuntimeError as error:  # no such tag
+        raise ValueError(
+            f"{what} must be {PREFIX}NAME with a name of timm.list_pretrained(), got {name!r}: "
+            f"{error}"
+        ) from None
 
 
 class TimmBackbone(nn.Module):
@@ -140,7 +149,8 @@ class TimmBackbone(nn.Module):
             self.body.set_grad_checkpointing(True)
         except (AssertionError, AttributeError):
             raise ValueError(
-                f"grad_checkpointing must be False for {self.name}, which does not support it"
+                "grad_checkpointing (MODEL.SPATIAL_MAMBA.GRAD_CHECKPOINTING) must be False for "
+                f"{self.name}, which does not support it, got True"
             ) from None
 
     def _fixed_norms(self) -> Iterator[nn.Module]:
@@ -205,7 +215,10 @@ def _create(name: str, in_chans: int, drop_path_rate: float | None) -> Any:
     except TypeError as error:
         if "'drop_path_rate'" not in str(error):
             raise
-        raise ValueError(f"drop_path_rate must be None for {name}, got {drop_path_rate}") from None
+        raise ValueError(
+            f"drop_path_rate (MODEL.SPATIAL_MAMBA.DROP_PATH_RATE) must be None for {name}, got "
+            f"{drop_path_rate}"
+        ) from None
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"{name} must have forward_intermediates (timm), which it does not")
     return model

@@ -3,12 +3,12 @@
 Each launch reads every byte that it needs from DRAM once and writes every byte once. Caches keep
 all that blocks of one launch share, and nothing from one launch to the next. The same rule holds
 for our launches and for the authors'. These bytes over a device's bandwidth bound the time from
-below. Nothing here was timed on a GPU.
+below.
 
 Each launch lists the tensors that it reads and writes by name and shape, in the notation of the
-kernels' argument structs (``ops/*/cuda.h``), and the bytes follow. For our kernels the tests
-compare them with the bytes that the kernels touch in the emulator. Tile sizes come from the launch
-code.
+kernels' argument structs (``ops/*/cuda.h``, ``ops/*/*.cuh``), and the bytes follow. For our kernels
+the tests compare them with the bytes that the kernels touch in the emulator. Tile sizes come from
+the launch code.
 """
 
 from __future__ import annotations

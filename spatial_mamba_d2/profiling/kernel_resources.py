@@ -138,7 +138,7 @@ def _block(name: str) -> tuple[int, int]:
         return tile_shape(size)[0], tile_bytes(size)
     if kernel in ("conv3x3", "conv3x3_backward"):
         warps = conv_cuda.constant("kConvWarps")
-        count = conv_cuda.backward_channels_of_thread(acc, packed="true" in name)
+        count = conv_cuda.backward_channels_of_thread(acc, packed=name.split(", ")[1] == "true")
         return warps, warps * LANES * 10 * count * size if "backward" in kernel else 0
     if kernel in ("conv3x3_norm", "gated_norm", "gated_norm_backward"):  # of 128 channels
         warps = Team.of(1, acc).block_warps

@@ -51,7 +51,6 @@ _FLOAT32 = {F.layer_norm, F.softmax, Tensor.softmax}
 
 #: launches of our operators, for the problem of their first map
 _OURS: dict[str, Callable[[Problem], list[Launch]]] = {
-    "selective_scan": dram_model.scan_forward,
     "state_fusion": dram_model.fusion_forward,
     "structure_aware_ssm": dram_model.ssm_forward,
     "structure_aware_ssm_backward": dram_model.ssm_backward,
@@ -264,8 +263,10 @@ class _Counter(RealLayouts):
         problem = Problem(images, height, width, dim, dtype.itemsize, _Device.multiprocessors)
         if name == "structure_aware_ssm_from_dt":
             launches = dram_model.ssm_from_dt_forward(problem, rank=args[1].shape[-1])
-        else:
+        elif name in _OURS:
             launches = _OURS[name](problem)
+        else:
+            raise ValueError(f"{name}: its launches are unknown, add it to {__name__}")
         for launch in launches:
             self.add(f"{name}: {launch.name}", 1, launch.read_bytes, launch.written_bytes)
         with self:

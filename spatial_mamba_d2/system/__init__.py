@@ -1,1 +1,1 @@
-"""What the package needs of the machine: files, memory, worker processes, toolkits, Detectron2."""
+"""What the package needs of the machine: files, memory, worker processes, Detectron2."""

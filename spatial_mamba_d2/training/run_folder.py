@@ -78,6 +78,11 @@ def _find(folder: Path, patterns: Iterable[str]) -> str:
     return ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
 
 
+def checkpoints_and_metrics(folder: Path) -> str:
+    """The names of what only a training writes to a folder; "" if there is nothing."""
+    return _find(folder, (METRICS, LAST_MARK, *_CHECKPOINTS))
+
+
 def refuse_another_run(folder: Path) -> None:
     """Raises ValueError if ``folder`` holds a training, whose files a new one would replace."""
     if found := _find(folder, _TRACES):

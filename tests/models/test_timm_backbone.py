@@ -67,6 +67,7 @@ def test_levels_are_the_feature_maps_of_timm():
     ("name", "message"),
     [
         ("timm/convnext_tiney", "nearest one is timm/convnext_tiny"),
+        ("timm/convnext_tiny.nope", "list_pretrained.., got 'timm/convnext_tiny.nope'"),
         ("timm/spatial_mamba_tiny", "must be a model of others"),
         ("timm/vit_tiny_patch16_224", "must take images of any size, here 64 x 96: "),
         ("timm/xcit_nano_12_p8_224", "32; it has none of 4, 16, 32, only of 8"),

@@ -174,6 +174,16 @@ def test_strided_inputs(case, ssm_inputs, strided):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["selective_scan", "structure_aware_ssm"])
+def test_wider_step_sizes_do_not_widen_the_output(case, ssm_inputs):
+    args = arguments(case, ssm_inputs(2, 5, 6, 8, torch.float32))
+    expected = call(case, args)
+    args[1] = args[1].double()
+    actual = call(case, args)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_autocast_does_not_reach_inside(case, ssm_inputs):
     args = [x.requires_grad_() for x in arguments(case, ssm_inputs(1, 8, 9, 16))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -229,6 +230,27 @@ def test_an_impossible_device_is_tried_once(monkeypatch):
         with pytest.raises(nvrtc.UnavailableError, match="no"):
             kernel_set.on(torch.device("meta"), torch.float32)
     assert Broken.opened == 1
+
+
+def test_an_impossible_device_keeps_no_tensor(monkeypatch):
+    """An error that is raised again would keep the frames of each call, and their tensors."""
+    kernels._open.cache_clear()
+    monkeypatch.setitem(kernels.OPENERS, "meta", Broken)
+    kernel_set = KernelSet("state_fusion/fusion.cuh", fuse="f<{T}>")
+    KernelSet.ALL.remove(kernel_set)
+
+    def call(x):
+        try:
+            kernel_set.on(x.device, x.dtype)
+        except nvrtc.UnavailableError:
+            pass
+
+    for _ in range(2):
+        x = torch.zeros(1, device="meta")
+        alive = weakref.ref(x)
+        call(x)
+        del x
+        assert alive() is None
 
 
 def test_a_dtype_without_kernels_is_refused():

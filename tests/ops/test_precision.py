@@ -76,6 +76,13 @@ def test_tf32_is_off_inside_and_as_before_outside(before, monkeypatch):
             assert settings.fp32_precision == "ieee"
             raise KeyError
         assert settings.fp32_precision == before
+        first, second = (without_tf32(SimpleNamespace(is_cuda=True)) for _ in range(2))
+        first.__enter__()  # as of two threads: neither ends within the other
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert settings.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert settings.fp32_precision == before
         with without_tf32(torch.zeros(1)):  # not on CUDA: nothing to do with cuDNN
             assert settings.fp32_precision == before
     finally:

@@ -14,8 +14,6 @@ from spatial_mamba_d2.profiling.kernel_resources import (
     resource_table,
 )
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
 
 @pytest.fixture(scope="module")
 def architectures() -> tuple[int, ...]:
@@ -40,16 +38,19 @@ def test_no_kernel_spills_or_is_over_budget(architectures):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [75, 90])
-def test_kernels_of_all_dtypes(architecture, architectures):
-    check(architecture, DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_kernels_of_other_dtypes(dtype, architectures):
+    check(90, [dtype])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LIMITS)
-def test_kernels_for_all_architectures(name, architectures):
-    """In one dtype, because the code of others differs in loads and stores only."""
-    architecture = int(name.replace(".", ""))
+@pytest.mark.parametrize("architecture", [75, 80, 86, 100, 120])
+def test_kernels_for_each_generation(architecture, architectures):
+    """In one dtype, because the code of others differs in loads and stores only.
+
+    Architectures of one generation have the same instructions; ``dev.py cuda-report`` compiles for
+    any.
+    """
     if architecture not in architectures:
         pytest.skip(f"NVRTC compiles for {architectures}")
     check(architecture, [torch.bfloat16])

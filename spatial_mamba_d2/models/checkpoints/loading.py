@@ -26,9 +26,9 @@ from spatial_mamba_d2.models.checkpoints.reading import (
 )
 from spatial_mamba_d2.system.tables import console_table
 
-# Some trainers do not save it, frozen batch norms of others do not have it, and it has no effect.
+# Some trainers do not save it, nor do frozen batch norms of other libraries have it; it has no
+# effect.
 _COUNTERS = ".num_batches_tracked"
-
 
 # Of classifiers, segmentors and detectors
 _CLASS_LAYERS = re.compile(r"(^|\.)(head|classify|cls_score|cls_logits)\.weight$")

@@ -25,7 +25,8 @@ class Match:
 
     Attributes:
         state: the tensors of the file, under our names.
-        file_names: ``{name in the model: name in state}``, also of names that the model lacks.
+        file_names: ``{name in the model: name in state}``, also of names that the model does not
+            have.
         may_be_new: whether a parameter of the model may be missing from the file.
         may_be_unused: whether a tensor of the file may have no place in the model.
         first_conv: the model's parameter that depends on the channels of the images.
@@ -47,7 +48,7 @@ def match(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Match:
         WeightsError: ``state`` belongs to no model that ``model`` could take weights from.
     """
     if found := find_timm_backbone(model):
-        return _match_timm(*found, state)
+        return _match_timm(*found, state, source)
     return _match_spatial_mamba(model.state_dict(), state, source)
 
 
@@ -59,14 +60,16 @@ def find_timm_backbone(model: nn.Module) -> tuple[str, TimmBackbone] | None:
     return None
 
 
-def _match_timm(place: str, backbone: TimmBackbone, state: Mapping[str, Tensor]) -> Match:
+def _match_timm(
+    place: str, backbone: TimmBackbone, state: Mapping[str, Tensor], source: str
+) -> Match:
     """A file of the complete model, or of timm's classifier, which initialises the backbone.
 
     After the latter, level norms and heads are new. What the levels do not need, such as the last
     layer of the classifier, may be unused.
     """
     body = f"{place}body."
-    names = strip_owner(state, {body, *backbone.body.state_dict()})
+    names = strip_owner(state, {body, *backbone.body.state_dict()}, source)
     renamed: Mapping[str, Tensor] = {names[name]: value for name, value in state.items()}
     is_complete = any(name.startswith(body) for name in renamed)
     if not is_complete:

@@ -7,6 +7,7 @@ checkpoint can go either way.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
@@ -151,11 +152,16 @@ def strip_wrappers(names: Iterable[str], source: str = "checkpoint") -> dict[str
     return stripped
 
 
-def strip_owner(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+def strip_owner(
+    names: Iterable[str], known: Iterable[str], source: str = "checkpoint"
+) -> dict[str, str]:
     """``{name: name without what trainers put around it}``, for models of others.
 
     ``module.`` and its like are removed anywhere, and ``model.`` and its like in front of all
     names, unless a name without them begins with one of ``known``.
+
+    Raises:
+        WeightsError: two names become one.
     """
     stripped = {name: _WRAPPER_PARTS.sub("", name) for name in names}
     owners = {
@@ -164,6 +170,9 @@ def strip_owner(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     if len(owners) == 1 and not any(n.startswith(tuple(known)) for n in stripped.values()):
         (owner,) = owners
         stripped = {name: rest.removeprefix(owner) for name, rest in stripped.items()}
+    if len(set(stripped.values())) < len(stripped):
+        name, times = Counter(stripped.values()).most_common(1)[0]
+        raise WeightsError(f"weights: {source} holds {name} {times} times, in wrappers of trainers")
     return stripped
 
 

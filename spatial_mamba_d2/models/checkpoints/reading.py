@@ -200,6 +200,8 @@ def unwrap(content: Mapping[str, Any], source: str = "checkpoint") -> dict[str, 
         for name, value in content.items()
         if isinstance(value, Tensor)
     }
+    if len(state) < sum(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"weights: {source} holds tensors both with and without 'module.'")
     _check_finite(state, source)
     return state
 

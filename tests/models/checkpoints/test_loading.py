@@ -102,6 +102,23 @@ def test_what_trainers_put_around_weights(
         assert torch.equal(model.state_dict()[name], value)
 
 
+@pytest.mark.parametrize(
+    ("wrapper", "message"),
+    [
+        ("module.", "holds tensors both with and without 'module.'"),
+        ("_orig_mod.", "holds {name} 2 times"),
+    ],
+)
+def test_names_that_become_one_are_refused(wrapper, message):
+    """Otherwise the last one in the file would win."""
+    model = build_upernet("timm/test_convnext", 3, channels=8, aux_channels=4)
+    state = dict(model.backbone.body.state_dict())
+    name = next(iter(state))
+    state[wrapper + name] = state[name] + 1
+    with pytest.raises(WeightsError, match=message.format(name=re.escape(name))):
+        load_weights(model, state, partial=True)
+
+
 def test_wrappers_inside_of_names(classifier):
     """Of compiled, sharded or checkpointed parts of a model."""
     state = {
