@@ -45,6 +45,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -slow[item.path])
 
 
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    """Undo what Detectron2's ``setup_logger`` changes: other tests count messages by ``caplog``."""
+    loggers = [logging.getLogger(name) for name in ("spatial_mamba_d2", "detectron2", "fvcore")]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""
