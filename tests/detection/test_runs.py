@@ -80,13 +80,14 @@ def test_signals_save_and_resuming_is_exact(run_arguments, tmp_path):
 def test_the_best_weights_survive_resuming(make_cfg):
     """Their score is in the file; a checkpoint to resume from stays the last one."""
     cfg = make_cfg()
-    checkpointer = Trainer(cfg).checkpointer
+    trainer = Trainer(cfg)  # its checkpointer has a weak reference to it
+    checkpointer = trainer.checkpointer
     assert checkpointer.read_best_score() == -math.inf
     checkpointer.save("model_0000001", iteration=1)
     checkpointer.save_best(12.5, 1)
-    again = Trainer(cfg).checkpointer
-    assert again.read_best_score() == 12.5
-    assert again.get_checkpoint_file().endswith("model_0000001.pth")
+    again = Trainer(cfg)
+    assert again.checkpointer.read_best_score() == 12.5
+    assert again.checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
     content = read_checkpoint(f"{cfg.OUTPUT_DIR}/model_best.pth")
     assert content["classes"] and content["iteration"] == 1
 
