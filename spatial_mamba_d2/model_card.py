@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from huggingface_hub import ModelCardData
 
 from spatial_mamba_d2 import model_zoo
+from spatial_mamba_d2.models.timm_backbone import PREFIX
 from spatial_mamba_d2.system.tables import markdown_table
 
 PAPER = "https://arxiv.org/abs/2410.15091"
@@ -54,6 +55,10 @@ class Facts:
     num_classes: int
     label_names: tuple[str, ...] | None = None
 
+    @property
+    def is_spatial_mamba(self) -> bool:
+        return not self.backbone.startswith(PREFIX)
+
 
 def write(
     facts: Facts, zoo_name: str | None = None, scores: Mapping[str, float] | None = None
@@ -75,12 +80,12 @@ def write(
             f"{facts.num_parameters} parameters, got {zoo_name!r}, which is for {entry.task} and "
             f"has {entry.parameters}"
         )
-    is_ours = not facts.backbone.startswith("timm/")
+    ours = ["spatial-mamba", "state-space-model"] if facts.is_spatial_mamba else []
     data = ModelCardData(
         license=model_zoo.LICENSE.lower() if entry else None,  # of other weights: their owner's
         library_name="timm" if facts.task == "classification" else "spatial_mamba_d2",
         pipeline_tag=_PIPELINES[facts.task],
-        tags=["vision", *(["spatial-mamba", "state-space-model"] if is_ours else [])],
+        tags=["vision", *ours],
     )
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {entry.name if entry else facts.backbone}",
@@ -108,7 +113,7 @@ def _description(facts: Facts) -> str:
         names = facts.label_names or ()
         listed = ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
         rows.append(("classes", f"{facts.num_classes}{': ' if names else ''}{listed}"))
-    if not facts.backbone.startswith("timm/"):
+    if facts.is_spatial_mamba:
         rows += [("paper", PAPER), ("authors' code", f"{model_zoo.SOURCE} ({model_zoo.LICENSE})")]
     return markdown_table(("", ""), rows)
 

@@ -16,6 +16,15 @@ MAX_BLOCKS = 2**31 - 1
 Launch = Callable[..., None]
 
 
+def check_map(op: str, name: str, x: Tensor, channels: str = "D") -> None:
+    """Raise ``ValueError`` unless ``x`` has four axes, of which only the batch may be empty."""
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(
+            f"{op}: {name} must be [B, H, W, {channels}] with H, W, {channels} >= 1, "
+            f"got {list(x.shape)}"
+        )
+
+
 def check_arguments(
     op: str, like: Tensor, arguments: Sequence[tuple[str, Tensor, Sequence[int]]]
 ) -> None:

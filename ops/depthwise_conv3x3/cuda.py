@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from spatial_mamba_d2.ops._precision import accumulation_dtype
-from spatial_mamba_d2.ops.cuda.arguments import LANES, blocks_of, check_arguments, contiguous_as
+from spatial_mamba_d2.ops.cuda.arguments import (
+    LANES,
+    blocks_of,
+    check_arguments,
+    check_map,
+    contiguous_as,
+)
 from spatial_mamba_d2.ops.cuda.channels import (
     are_packed,
     channels_of_thread,
@@ -96,8 +102,7 @@ def backward_channels_of_thread(acc: torch.dtype, packed: bool) -> int:
 
 def check(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Raise ``ValueError`` unless these fit together."""
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{op}: x must be [B, H, W, D] with H, W, D >= 1, got {list(x.shape)}")
+    check_map(op, "x", x)
     dim = x.shape[3]
     check_arguments(op, x, [("weight", weight, (dim, 1, 3, 3)), ("bias", bias, (dim,))])
 

@@ -9,8 +9,10 @@ from spatial_mamba_d2.ops.cuda.arguments import (
     LANES,
     blocks_of,
     check_arguments,
+    check_map,
     contiguous_as,
     float_bits,
+    in_dtypes_of,
 )
 from spatial_mamba_d2.ops.cuda.channels import (
     are_packed,
@@ -40,8 +42,7 @@ MIN_TOKENS_PER_TEAM = 8
 
 
 def _check(op: str, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if y.dim() != 4 or 0 in y.shape[1:]:
-        raise ValueError(f"{op}: y must be [B, H, W, D] with H, W, D >= 1, got {list(y.shape)}")
+    check_map(op, "y", y)
     dim = y.shape[3]
     check_arguments(op, y, [("z", z, y.shape), ("weight", weight, (dim,)), ("bias", bias, (dim,))])
 
@@ -82,7 +83,7 @@ def gated_layer_norm_backward(
     op = "gated_layer_norm_backward"
     _check(op, y, z, weight, bias)
     check_arguments(op, y, [("grad_output", grad_output, y.shape)])
-    dtypes = [x.dtype for x in (y, z, weight, bias)]
+    inputs = (y, z, weight, bias)
     dtype = torch.promote_types(y.dtype, z.dtype)
     acc = torch.promote_types(dtype, torch.float32)
     team = Team.of(y.shape[3], acc)
@@ -107,5 +108,4 @@ def gated_layer_norm_backward(
         outputs = (grad, grad_y, grad_z, *sums, blocks)
         members = (y, z, weight, bias, *sizes, *outputs)
         kernels.norm(blocks, team.block_warps, shared_bytes, *members)
-    gradients = (grad_y, grad_z, *(x.sum(0) for x in sums))
-    return tuple(x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
+    return in_dtypes_of(inputs, (grad_y, grad_z, *(x.sum(0) for x in sums)))

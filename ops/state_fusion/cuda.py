@@ -14,6 +14,7 @@ from spatial_mamba_d2.ops.cuda.arguments import (
     Launch,
     blocks_of,
     check_arguments,
+    check_map,
     contiguous_as,
 )
 from spatial_mamba_d2.ops.cuda.kernels import KernelSet
@@ -98,8 +99,7 @@ def over_tiles(launch: Launch, tiles: Tiles, taps: Tensor, *members: Tensor | in
 
 
 def _check(op: str, h: Tensor, taps: Tensor) -> None:
-    if h.dim() != 4 or 0 in h.shape[1:]:
-        raise ValueError(f"{op}: h must be [B, H, W, D] with H, W, D >= 1, got {list(h.shape)}")
+    check_map(op, "h", h)
     check_arguments(op, h, [("taps", taps, (TAPS, h.shape[3]))])
 
 

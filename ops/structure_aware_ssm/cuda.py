@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from spatial_mamba_d2.ops.cuda.arguments import (
     LANES,
     blocks_of,
     check_arguments,
+    check_map,
     contiguous_as,
     in_dtypes_of,
 )
@@ -44,6 +46,21 @@ def image_segments(tiles: Tiles) -> Segments:
     return Segments(tokens, tiles.width, tiles.tiles, tiles.tile_width, RADIUS)
 
 
+def ssm_shapes(
+    u: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, taps: Tensor
+) -> list[tuple[str, Tensor, Sequence[int]]]:
+    """All inputs except u and the step sizes, for :func:`check_arguments`."""
+    tokens, dim = u.shape[:3], u.shape[3]
+    return [
+        ("A", A, (dim,)),
+        ("B", B, tokens),
+        ("C", C, tokens),
+        ("D", D, (dim,)),
+        ("delta_bias", delta_bias, (dim,)),
+        ("taps", taps, (TAPS, dim)),
+    ]
+
+
 class _Call:
     """One call: its inputs, checked, in the dtype and layout that kernels take."""
 
@@ -60,22 +77,9 @@ class _Call:
         delta_bias: Tensor,
         taps: Tensor,
     ):
-        if u.dim() != 4 or 0 in u.shape[1:]:
-            raise ValueError(f"{op}: u must be [B, H, W, D] with H, W, D >= 1, got {list(u.shape)}")
-        tokens, dim = u.shape[:3], u.shape[3]
-        check_arguments(
-            op,
-            u,
-            [
-                ("delta", delta, u.shape),
-                ("A", A, (dim,)),
-                ("B", B, tokens),
-                ("C", C, tokens),
-                ("D", D, (dim,)),
-                ("delta_bias", delta_bias, (dim,)),
-                ("taps", taps, (TAPS, dim)),
-            ],
-        )
+        check_map(op, "u", u)
+        others = ssm_shapes(u, A, B, C, D, delta_bias, taps)
+        check_arguments(op, u, [("delta", delta, u.shape), *others])
         dtype = torch.promote_types(u.dtype, delta.dtype)
         self.kernels: Any = kernel_set.on(u.device, dtype)
         self.u, delta = contiguous_as(dtype, u, delta)

@@ -7,12 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatial_mamba_d2.ops._precision import accumulation_dtype
-from spatial_mamba_d2.ops.cuda.arguments import check_arguments, contiguous_as
+from spatial_mamba_d2.ops.cuda.arguments import check_arguments, check_map, contiguous_as
 from spatial_mamba_d2.ops.cuda.kernels import KernelSet
 from spatial_mamba_d2.ops.selective_scan.cuda import Scan
 from spatial_mamba_d2.ops.state_fusion.cuda import cut, over_tiles
-from spatial_mamba_d2.ops.state_fusion.taps import TAPS
-from spatial_mamba_d2.ops.structure_aware_ssm.cuda import image_segments
+from spatial_mamba_d2.ops.structure_aware_ssm.cuda import image_segments, ssm_shapes
 
 _STEPS = "LowRankSteps<{T}>"
 FORWARD = KernelSet(
@@ -36,26 +35,12 @@ def structure_aware_ssm_from_dt(
 ) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.structure_aware_ssm_from_dt`."""
     op = "structure_aware_ssm_from_dt"
-    for name, x in (("u", u), ("dt", dt)):
-        if x.dim() != 4 or 0 in x.shape[1:]:
-            shape = list(x.shape)
-            raise ValueError(f"{op}: {name} must have four axes, none of them empty, got {shape}")
-    tokens, dim = u.shape[:3], u.shape[3]
+    check_map(op, "u", u)
+    check_map(op, "dt", dt, channels="R")
     rank = dt.shape[3]
-    check_arguments(
-        op,
-        u,
-        [
-            ("dt", dt, (*tokens, rank)),
-            ("dt_weight", dt_weight, (dim, rank)),
-            ("A", A, (dim,)),
-            ("B", B, tokens),
-            ("C", C, tokens),
-            ("D", D, (dim,)),
-            ("delta_bias", delta_bias, (dim,)),
-            ("taps", taps, (TAPS, dim)),
-        ],
-    )
+    steps = [("dt", dt, (*u.shape[:3], rank)), ("dt_weight", dt_weight, (u.shape[3], rank))]
+    others = ssm_shapes(u, A, B, C, D, delta_bias, taps)
+    check_arguments(op, u, [*steps, *others])
     u_dtype, dtype = u.dtype, torch.promote_types(u.dtype, dt.dtype)
     kernels = FORWARD.on(u.device, dtype)
     y = torch.empty(u.shape, dtype=dtype, device=u.device)
