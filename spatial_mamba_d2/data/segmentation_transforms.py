@@ -154,6 +154,7 @@ class TestTransform:
         short_px, long_px: the frame that an image is fitted into.
         scales: factors on that frame, or on the image itself.
         scales_of: ``frame`` or ``image``.
+        max_px: the most pixels that a view may have, ``TEST.MAX_WHOLE_PX``; None: any number.
     """
 
     short_px: int
@@ -162,15 +163,32 @@ class TestTransform:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     scales_of: str = "frame"
+    max_px: int | None = None
     __test__ = False  # no test case, whatever pytest makes of the name
 
     def __call__(self, image: np.ndarray) -> list[Tensor]:
-        """Image -> ``float32 Tensor[C, H_s, W_s]`` for each scale s."""
-        height, width = image.shape[:2]
-        sizes = (self._size(height, width, scale) for scale in self.scales)
+        """Image -> ``float32 Tensor[C, H_s, W_s]`` for each scale s; raises as :meth:`sizes`."""
         return [
-            to_tensor(normalize(resize_image(image, size), self.mean, self.std)) for size in sizes
+            to_tensor(normalize(resize_image(image, size), self.mean, self.std))
+            for size in self.sizes(*image.shape[:2])
         ]
+
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width of each view of an image of this size.
+
+        Raises:
+            ValueError: a view has more than ``max_px`` pixels.
+        """
+        sizes = [self._size(height, width, scale) for scale in self.scales]
+        most = max(h * w for h, w in sizes)
+        if self.max_px is not None and most > self.max_px:
+            raise ValueError(
+                f"a view for the model must have at most {self.max_px} pixels, TEST.MAX_WHOLE_PX, "
+                f"got {most} for an image of {width} x {height}, scaled by "
+                f"{', '.join(map(str, self.scales))}: use TEST.MODE slide, smaller scales, or raise "
+                "TEST.MAX_WHOLE_PX if there is memory"
+            )
+        return sizes
 
     def _size(self, height: int, width: int, scale: float) -> tuple[int, int]:
         if self.scales_of == "image":

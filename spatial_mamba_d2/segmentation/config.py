@@ -89,6 +89,9 @@ def segmentation_defaults() -> CfgNode:
     cfg.TEST = CfgNode()
     cfg.TEST.EVAL_PERIOD = 16_000  # iterations; 0: only at the end
     cfg.TEST.MODE = "whole"  # "whole" images, or "slide": windows with averaged logits
+    # "whole" refuses a view with more pixels than this, because the memory for it would be too
+    # large: with the tiny variant, GIB_PER_MP per million pixels.
+    cfg.TEST.MAX_WHOLE_PX = 16_000_000
     cfg.TEST.CROP_PX = 512  # side of the sliding window
     cfg.TEST.STRIDE_PX = 341
     # ss: fitted into the frame of INPUT. ms: 0.75, 1 and 1.25 times the image, with flip.
@@ -139,6 +142,7 @@ def _check(cfg: CfgNode) -> None:
             "INPUT.LONG_PX": cfg.INPUT.SHORT_PX,
             "INPUT.CROP_PX": 1,
             "TEST.CROP_PX": 1,
+            "TEST.MAX_WHOLE_PX": 1,
             "TEST.STRIDE_PX": 1,
             "DATASETS.LABEL_OFFSET": 0,
             "DATASETS.IGNORE_LABELS": 0,

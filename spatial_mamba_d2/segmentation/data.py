@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,14 @@ from spatial_mamba_d2.data.ade20k import (
     load_classes,
 )
 from spatial_mamba_d2.data.class_file import numbered_names
-from spatial_mamba_d2.data.faults import OnError, read_or_skip
+from spatial_mamba_d2.data.faults import (
+    Fault,
+    OnError,
+    check_once,
+    read_or_skip,
+    settle_faults,
+)
+from spatial_mamba_d2.data.images import read_size
 from spatial_mamba_d2.data.label_format import LabelFormat, build_label_format
 from spatial_mamba_d2.data.label_maps import Classes, Pair, read_pair
 from spatial_mamba_d2.data.pair_files import Layout
@@ -133,7 +142,33 @@ class SegmentationData(DataModule[Pair]):
         )
         if split == self.train:
             check_training_counts(checked.counts, self.names, self.labels, where)
-        return checked.pairs
+        if split != self.test:
+            return checked.pairs
+        too_large = self._too_large(checked.pairs)
+        pairs = [pair for index, pair in enumerate(checked.pairs) if index not in too_large]
+        settle_faults(list(too_large.values()), self.on_error, where=where, num_usable=len(pairs))
+        left_out = Counter(checked.left_out) + Counter(f.kind for f in too_large.values())
+        self.checked[split] = replace(checked, left_out=left_out)
+        return pairs
+
+    def _too_large(self, pairs: Sequence[Pair]) -> dict[int, Fault]:
+        """Index of a pair -> why its views would be too large."""
+        if self.test_transform.max_px is None:
+            return {}
+
+        def check() -> dict[str, Any]:
+            faults = []
+            for index, pair in enumerate(pairs):
+                size = read_size(pair.image, self.num_channels, self.value_range)
+                try:
+                    self.test_transform.sizes(*size)
+                except ValueError as error:
+                    faults.append([index, "too large", f"{pair.image}: {error}"])
+            return {"faults": faults}
+
+        parameters = [asdict(self.test_transform), self.num_channels, self.value_range]
+        content = check_once("view_sizes", [pair.image for pair in pairs], parameters, check)
+        return {index: Fault(kind, reason) for index, kind, reason in content["faults"]}
 
     def training_samples(self, items: list[Pair]) -> SkippingDataset[Pair]:
         read = partial(
@@ -165,18 +200,31 @@ def label_format(cfg: CfgNode, names: Sequence[str]) -> LabelFormat:
     )
 
 
+def build_test_transform(cfg: CfgNode, protocol: Protocol) -> TestTransform:
+    """What makes the views that ``protocol`` asks for."""
+    return TestTransform(
+        scales=protocol.scales,
+        scales_of=protocol.scales_of,
+        max_px=cfg.TEST.MAX_WHOLE_PX if protocol.mode == "whole" else None,
+        **_frame_and_statistics(cfg),
+    )
+
+
+def _frame_and_statistics(cfg: CfgNode) -> dict[str, Any]:
+    return {
+        "short_px": cfg.INPUT.SHORT_PX,
+        "long_px": cfg.INPUT.LONG_PX,
+        "mean": tuple(cfg.MODEL.PIXEL_MEAN),
+        "std": tuple(cfg.MODEL.PIXEL_STD),
+    }
+
+
 def build_data(
     cfg: CfgNode, protocol: Protocol, classes: Classes | None = None
 ) -> SegmentationData:
     """The data module of ``cfg``, which has read nothing but names of classes and ``LABEL_MAP``."""
     data = cfg.DATASETS
     classes = classes or load_classes(data.CLASSES, data.ROOT, cfg.MODEL.NUM_CLASSES)
-    frame = {
-        "short_px": cfg.INPUT.SHORT_PX,
-        "long_px": cfg.INPUT.LONG_PX,
-        "mean": tuple(cfg.MODEL.PIXEL_MEAN),
-        "std": tuple(cfg.MODEL.PIXEL_STD),
-    }
     return SegmentationData(
         data.ROOT,
         data.TRAIN,
@@ -188,9 +236,9 @@ def build_data(
             max_class_share=cfg.INPUT.MAX_CLASS_SHARE,
             flip=cfg.INPUT.FLIP,
             photometric=cfg.INPUT.PHOTOMETRIC,
-            **frame,
+            **_frame_and_statistics(cfg),
         ),
-        TestTransform(scales=protocol.scales, scales_of=protocol.scales_of, **frame),
+        build_test_transform(cfg, protocol),
         names=classes.names,
         layout=Layout(data.IMAGE_FOLDER, data.LABEL_FOLDER, data.IMAGE_SUFFIX, data.LABEL_SUFFIX),
         num_channels=cfg.INPUT.CHANNELS,

@@ -114,18 +114,16 @@ def whole(model: Model, x: Tensor) -> Tensor:
     return resize(model(x).float(), x.shape[-2:])
 
 
-def mirrored_views(views: Sequence[Tensor], protocol: Protocol) -> list[Tensor]:
-    """Each view as ``Tensor[1, C, H_s, W_s]``, with ``protocol.flip`` followed by its mirror image.
+def model_inputs(views: Sequence[Tensor], protocol: Protocol) -> list[tuple[Tensor, bool]]:
+    """Each view as ``Tensor[1, C, H_s, W_s]``, and whether the model is to see its mirror image.
 
     Raises:
         ValueError: there is no view.
     """
     if not views:
         raise ValueError("views must hold at least one view, got none")
-    inputs = [x[None] for x in views]
-    if not protocol.flip:
-        return inputs
-    return [x for view in inputs for x in (view, view.flip(-1))]
+    flips = (False, True) if protocol.flip else (False,)
+    return [(x[None], flipped) for x in views for flipped in flips]
 
 
 @torch.no_grad()
@@ -142,18 +140,19 @@ def segment(
     Returns:
         ``Tensor[K, H, W]``: logits for a single view, else the mean of the views' probabilities.
     """
-    inputs = mirrored_views(views, protocol)
+    inputs = model_inputs(views, protocol)
     total: Tensor | None = None
-    for i, x in enumerate(inputs):
+    for view, flipped in inputs:
+        x = view.flip(-1) if flipped else view
         if protocol.mode == "slide":
             logits = slide(model, x, protocol.crop_px, protocol.stride_px)
         else:
             logits = whole(model, x)
-        if protocol.flip and i % 2:
+        if flipped:
             logits = logits.flip(-1)
         logits = resize(logits, size)[0]
         if len(inputs) == 1:
             return logits
         total = logits.softmax(0) if total is None else total.add_(logits.softmax(0))
-    assert total is not None  # mirrored_views returns at least one
+    assert total is not None  # model_inputs returns at least one
     return total.div_(len(inputs))

@@ -1,26 +1,25 @@
 """Predictions whose memory grows with the image, not with image x classes.
 
 Scores of 150 classes for each pixel of a large image take gigabytes, and only the largest one is
-wanted. So large images are handled class by class or in strips of rows, never as a whole.
+wanted. So large images are handled class by class, in strips of rows and in slabs of columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from spatial_mamba_d2.models.upernet import resize
 from spatial_mamba_d2.segmentation.inference import (
     Model,
     Protocol,
-    mirrored_views,
+    model_inputs,
     segment,
     slide,
-    whole,
     windows,
 )
 
@@ -28,6 +27,7 @@ from spatial_mamba_d2.segmentation.inference import (
 # 512 x 683 with 150 classes are below it.
 SCORES_BYTES = 2**28
 STRIP_BYTES = 2**26
+WINDOWS_BYTES = 2**31  # of the sums over sliding windows, for all views together
 
 
 @torch.no_grad()
@@ -50,9 +50,9 @@ def predict(
     Returns:
         ``uint8 Tensor[*size]``.
     """
-    inputs = mirrored_views(views, protocol)
+    inputs = model_inputs(views, protocol)
     height, width = size
-    view_px = max(x.shape[-2] * x.shape[-1] for x in inputs)
+    view_px = max(x.shape[-2] * x.shape[-1] for x, _ in inputs)
 
     def fits(num_px: int) -> bool:
         return 4 * num_classes * num_px <= SCORES_BYTES
@@ -60,18 +60,30 @@ def predict(
     if fits(max(height * width, view_px)):
         return segment(model, views, size, protocol).argmax(0).to(torch.uint8)
     if len(inputs) == 1 and (protocol.mode == "whole" or fits(view_px)):
-        (x,) = inputs
+        ((x, _),) = inputs
         if protocol.mode == "slide":
             scores = slide(model, x, protocol.crop_px, protocol.stride_px)
         else:
             scores = model(x).float()
         return _argmax_by_class(scores, x.shape[-2:], (height, width))
-    kind = _SlidingRows if protocol.mode == "slide" else _WholeRows
-    sources = [
-        kind(model, x, (height, width), protocol, protocol.flip and i % 2 == 1)
-        for i, x in enumerate(inputs)
-    ]
-    return _argmax_by_rows(sources, (height, width), num_classes)
+    if protocol.mode == "whole":
+        whole_views = [_WholeRows(model, x, (height, width), flipped) for x, flipped in inputs]
+        return _argmax_by_rows(whole_views, height, slice(0, width), num_classes)
+    # The wider a slab, the fewer windows belong to two of them.
+    column_bytes = sum(
+        4 * num_classes * min(2 * protocol.crop_px, x.shape[-2]) * x.shape[-1] / width
+        for x, _ in inputs
+    )
+    num_slabs = min(width, math.ceil(column_bytes * width / WINDOWS_BYTES))
+    labels = []
+    for i in range(num_slabs):
+        columns = slice(width * i // num_slabs, width * (i + 1) // num_slabs)
+        sources = [
+            _SlidingRows(model, x, (height, width), flipped, columns, protocol)
+            for x, flipped in inputs
+        ]
+        labels.append(_argmax_by_rows(sources, height, columns, num_classes))
+    return torch.cat(labels, 1)
 
 
 def _argmax_by_class(scores: Tensor, view: Sequence[int], size: tuple[int, int]) -> Tensor:
@@ -91,10 +103,11 @@ def _argmax_by_class(scores: Tensor, view: Sequence[int], size: tuple[int, int])
     return label
 
 
-def _argmax_by_rows(sources: Sequence[_Rows], size: tuple[int, int], num_classes: int) -> Tensor:
+def _argmax_by_rows(
+    sources: Sequence[_Rows], height: int, columns: slice, num_classes: int
+) -> Tensor:
     """Argmax of the scores of one source, or of the mean probabilities of several."""
-    height, width = size
-    step = max(1, STRIP_BYTES // (4 * num_classes * width))
+    step = max(1, STRIP_BYTES // (4 * num_classes * (columns.stop - columns.start)))
     strips = []
     for start in range(0, height, step):
         stop = min(start + step, height)
@@ -113,28 +126,42 @@ class _Rows:
     """Rows of a view's scores in the size of the image; they must be asked for from top to bottom.
 
     Args:
-        model, x: what to run, and the view, ``Tensor[1, C, H_s, W_s]``.
-        size: of the image.
-        mirrored: whether the view is, so that the scores must be mirrored back.
+        x: the view, ``Tensor[1, C, H_s, W_s]``.
+        size: H, W of the image.
+        flipped: whether the model sees the view's mirror image; its scores are mirrored back.
+        columns: of the image, those that are wanted; None: all.
     """
 
     def __init__(
-        self, model: Model, x: Tensor, size: tuple[int, int], protocol: Protocol, mirrored: bool
+        self,
+        model: Model,
+        x: Tensor,
+        size: tuple[int, int],
+        flipped: bool,
+        columns: slice | None = None,
     ):
-        self.model, self.x, self.size, self.mirrored = model, x, size, mirrored
-        self.protocol = protocol
+        self.model, self.x, self.size, self.flipped = model, x, size, flipped
         self.view: tuple[int, int] = (x.shape[-2], x.shape[-1])
+        self.columns = columns or slice(0, size[1])
+        # The columns of the view that these are computed from
+        self.view_columns = _source_range(self.view[1], size[1], self.columns)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """``float32 Tensor[K, stop - start, W]``."""
-        low, high = _source_rows(self.view[0], self.size[0], start, stop)
-        scores = self.view_rows(low, high)
-        scores = scores.flip(-1) if self.mirrored else scores
-        return _resize_rows(scores, low, self.view[0], self.size, start, stop)
+        """``float32 Tensor[K, stop - start, number of columns]``."""
+        rows = slice(start, stop)
+        view_rows = _source_range(self.view[0], self.size[0], rows)
+        scores = self.view_rows(view_rows.start, view_rows.stop)
+        scores = _resize(scores, 2, self.view_columns, self.view[1], self.size[1], self.columns)
+        return _resize(scores, 1, view_rows, self.view[0], self.size[0], rows)
 
     def view_rows(self, start: int, stop: int) -> Tensor:
-        """Scores in the size of the view, ``float32 Tensor[K, stop - start, W_s]``."""
+        """``float32 Tensor[K, stop - start, n]``: the view's scores at its n ``view_columns``."""
         raise NotImplementedError
+
+    def run(self, x: Tensor) -> Tensor:
+        """The model's scores of a part of the view, ``float32 Tensor[K, h, w]``."""
+        scores = self.model(x.flip(-1) if self.flipped else x)[0].float()
+        return scores.flip(-1) if self.flipped else scores
 
 
 class _WholeRows(_Rows):
@@ -142,28 +169,43 @@ class _WholeRows(_Rows):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.scores = self.model(self.x)[0].float()
+        self.scores = self.run(self.x)
 
     def view_rows(self, start: int, stop: int) -> Tensor:
-        height = self.scores.shape[1]
-        low, high = _source_rows(height, self.view[0], start, stop)
-        return _resize_rows(self.scores[:, low:high], low, height, self.view, start, stop)
+        (height, width), rows = self.scores.shape[1:], slice(start, stop)
+        read = _source_range(height, self.view[0], rows)
+        read_columns = _source_range(width, self.view[1], self.view_columns)
+        scores = self.scores[:, read, read_columns]
+        scores = _resize(scores, 2, read_columns, width, self.view[1], self.view_columns)
+        return _resize(scores, 1, read, height, self.view[0], rows)
 
 
 class _SlidingRows(_Rows):
     """Of sliding windows: holds only rows to which windows may still be added, or not yet read."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(
+        self,
+        model: Model,
+        x: Tensor,
+        size: tuple[int, int],
+        flipped: bool,
+        columns: slice,
+        protocol: Protocol,
+    ):
+        super().__init__(model, x, size, flipped, columns)
         height, width = self.view
-        crop_px, stride_px = self.protocol.crop_px, self.protocol.stride_px
-        self.bands = list(windows(height, crop_px, stride_px))
-        self.columns = list(windows(width, crop_px, stride_px))
+        self.crop_px = protocol.crop_px
+        self.bands = list(windows(height, self.crop_px, protocol.stride_px))
+        across = list(windows(width, self.crop_px, protocol.stride_px))
+        if flipped:
+            across = [slice(width - w.stop, width - w.start) for w in across]
+        low, high = self.view_columns.start, self.view_columns.stop
+        self.across = [w for w in across if w.start < high and w.stop > low]
         self.next_band = 0
         self.top = 0  # row of the view that is the first one in the buffer
         self.complete = 0  # rows of the view above this are final
-        self.total: Tensor | None = None  # [K, rows, W_s]
-        self.count = self.x.new_zeros(0, width)
+        self.total: Tensor | None = None  # [K, rows, number of view_columns]
+        self.count = self.x.new_zeros(0, high - low)
         self.longest = 0  # number of rows that were asked for at once
 
     def view_rows(self, start: int, stop: int) -> Tensor:
@@ -175,15 +217,19 @@ class _SlidingRows(_Rows):
         return self.total[:, rows] / self.count[rows]
 
     def _add_band(self, needed: int) -> None:
-        """The next windows from left to right; rows above ``needed`` are given up."""
+        """The next windows across the view; rows above ``needed`` are given up."""
         rows = self.bands[self.next_band]
-        for columns in self.columns:
-            scores = whole(self.model, self.x[..., rows, columns])[0]
-            if columns is self.columns[0]:
+        low, high = self.view_columns.start, self.view_columns.stop
+        for i, window in enumerate(self.across):
+            part = self.x[..., rows, window]
+            scores = resize(self.run(part)[None], part.shape[-2:])[0]
+            if i == 0:
                 self._make_room(len(scores), min(needed, rows.start), rows.stop)
             assert self.total is not None
             place = slice(rows.start - self.top, rows.stop - self.top)
-            self.total[:, place, columns] += scores
+            start, stop = max(window.start, low), min(window.stop, high)
+            columns = slice(start - low, stop - low)
+            self.total[:, place, columns] += scores[..., start - window.start : stop - window.start]
             self.count[place, columns] += 1
         self.next_band += 1
         last = self.next_band == len(self.bands)
@@ -191,7 +237,7 @@ class _SlidingRows(_Rows):
 
     def _make_room(self, num_classes: int, start: int, stop: int) -> None:
         """Let the buffer hold rows ``start`` to ``stop``, the new ones 0."""
-        width = self.view[1]
+        width = self.count.shape[1]
         old, shift = self.total, start - self.top
         num_old = max(0, 0 if old is None else old.shape[1] - shift)
         if old is not None and old.shape[1] >= stop - start:  # in place, class by class
@@ -199,7 +245,7 @@ class _SlidingRows(_Rows):
                 plane[:num_old] = plane[shift:].clone()
                 plane[num_old:] = 0
         else:  # as large as it will ever have to be
-            num_rows = max(stop - start, self.protocol.crop_px + self.longest + 4)
+            num_rows = max(stop - start, self.crop_px + self.longest + 4)
             self.total = self.x.new_zeros(num_classes, num_rows, width, dtype=torch.float32)
             count = self.x.new_zeros(num_rows, width)
             if old is not None:
@@ -209,37 +255,39 @@ class _SlidingRows(_Rows):
         self.top = start
 
 
-def _source_rows(source: int, height: int, start: int, stop: int) -> tuple[int, int]:
-    """Which of ``source`` rows a resizing to ``height`` rows reads for rows start to stop."""
-    if source == height:
-        return start, stop
-    first, _, _ = _neighbours(source, height, start, start + 1)
-    _, last, _ = _neighbours(source, height, stop - 1, stop)
-    return int(first[0]), int(last[0]) + 1
+def _source_range(source: int, target: int, wanted: slice) -> slice:
+    """Which of ``source`` rows a resizing to ``target`` rows reads for those that are wanted."""
+    if source == target:
+        return wanted
+    first, _, _ = _neighbours(source, target, wanted.start, wanted.start + 1)
+    _, last, _ = _neighbours(source, target, wanted.stop - 1, wanted.stop)
+    return slice(int(first[0]), int(last[0]) + 1)
 
 
-def _neighbours(source: int, height: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+def _neighbours(source: int, target: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
     """The two rows that each row of a bilinear resizing lies between, and the second's weight."""
     rows = torch.arange(start, stop, dtype=torch.float32)
-    position = ((rows + 0.5) * (source / height) - 0.5).clamp(min=0)
+    position = ((rows + 0.5) * (source / target) - 0.5).clamp(min=0)
     first = position.long().clamp(max=source - 1)
     return first, (first + 1).clamp(max=source - 1), position - first
 
 
-def _resize_rows(
-    rows: Tensor, offset: int, source: int, size: tuple[int, int], start: int, stop: int
+def _resize(
+    scores: Tensor, dim: int, read: slice, source: int, target: int, wanted: slice
 ) -> Tensor:
-    """Rows start to stop of a bilinear resizing to ``size``.
+    """A part of a linear resizing along one dimension, from ``source`` to ``target``.
 
     Args:
-        rows: ``Tensor[K, n, w]``, of ``source`` rows those from ``offset`` on.
+        scores: of the source those at ``read``, see :func:`_source_range`.
     """
-    height, width = size
-    if rows.shape[2] != width:
-        rows = F.interpolate(rows[None], (rows.shape[1], width), mode="bilinear")[0]
-    if source == height:
-        return rows
-    first, second, weight = _neighbours(source, height, start, stop)
-    weight = weight.to(rows)[:, None]
-    first, second = (index.to(rows.device) - offset for index in (first, second))
-    return rows[:, first] * (1 - weight) + rows[:, second] * weight
+    if source == target:
+        return scores
+    first, second, weight = _neighbours(source, target, wanted.start, wanted.stop)
+    first, second = ((index - read.start).to(scores.device) for index in (first, second))
+    shape = [1] * scores.dim()
+    shape[dim] = -1
+    return torch.lerp(
+        scores.index_select(dim, first),
+        scores.index_select(dim, second),
+        weight.to(scores).view(shape),
+    )

@@ -14,10 +14,9 @@ from spatial_mamba_d2.data.ade20k import load_classes
 from spatial_mamba_d2.data.images import Draw, Drawer, write_image
 from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.pixels import build_pixel_range
-from spatial_mamba_d2.data.segmentation_transforms import TestTransform
 from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
 from spatial_mamba_d2.segmentation.config import load_config
-from spatial_mamba_d2.segmentation.data import label_format
+from spatial_mamba_d2.segmentation.data import build_test_transform, label_format
 from spatial_mamba_d2.segmentation.inference import build_protocol
 from spatial_mamba_d2.segmentation.large_images import predict
 from spatial_mamba_d2.segmentation.module import build_model
@@ -41,14 +40,7 @@ class Predictor:
         content = load_for_prediction(self.model, cfg.MODEL.WEIGHTS)
         self.classes = _classes(content, cfg)
         self.protocol = build_protocol(cfg)
-        self.transform = TestTransform(
-            cfg.INPUT.SHORT_PX,
-            cfg.INPUT.LONG_PX,
-            self.protocol.scales,
-            tuple(cfg.MODEL.PIXEL_MEAN),
-            tuple(cfg.MODEL.PIXEL_STD),
-            self.protocol.scales_of,
-        )
+        self.transform = build_test_transform(cfg, self.protocol)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Image, ``uint8[H, W, C]``, usually RGB -> class indices, ``uint8[H, W]``."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
 import torch
 
 from spatial_mamba_d2.data.ade20k import load_split
+from spatial_mamba_d2.data.images import read_size
 from spatial_mamba_d2.data.label_format import LabelFormat
 from spatial_mamba_d2.data.samplers import ResumableBatchSampler
 from spatial_mamba_d2.data.segmentation_transforms import TestTransform, TrainTransform
@@ -53,3 +56,27 @@ def test_a_broken_test_image_is_an_error_or_marked(shapes, tmp_path):
     assert np.isfinite(marked[0]["views"][0]).all()
     with pytest.raises(ValueError, match="broken.jpg"):
         TestImages(pairs, LABELS, TEST, "raise")[1]
+
+
+def test_views_too_large_for_the_model_are_found_at_the_start(shapes, caplog):
+    """The views of these images, 320 x 240 or smaller, scaled by 2."""
+    transform = replace(TEST, scales=(1.0, 2.0), scales_of="image")
+
+    def setup(max_px, on_error="raise"):
+        data = SegmentationData(
+            shapes, "training", "validation", LABELS, TRAIN, replace(transform, max_px=max_px),
+            batch_size=2, num_workers=0, on_error=on_error,
+        )  # fmt: skip
+        data.setup("validate")
+        return data
+
+    sizes = [read_size(pair.image) for pair in load_split(shapes, "validation", LABELS)]
+    views_px = sorted(4 * height * width for height, width in sizes)
+    assert len(setup(views_px[-1]).val_dataloader()) == len(sizes)
+    with pytest.raises(ValueError, match=r"at most .* pixels, TEST.MAX_WHOLE_PX, got .* slide"):
+        setup(views_px[-1] - 1)
+    data = setup(views_px[-1] - 1, "skip")
+    left_out = views_px.count(views_px[-1])
+    assert data.checked["validation"].left_out == {"too large": left_out}
+    assert len(data.val_dataloader()) == len(sizes) - left_out
+    assert "TEST.MAX_WHOLE_PX" in caplog.text

@@ -31,6 +31,7 @@ def model():
 def tiny_buffers(monkeypatch):
     monkeypatch.setattr(large_images, "SCORES_BYTES", 1000)
     monkeypatch.setattr(large_images, "STRIP_BYTES", 5000)
+    monkeypatch.setattr(large_images, "WINDOWS_BYTES", 100_000)  # several slabs of columns
 
 
 @pytest.mark.parametrize("protocol", [SS, SLIDE], ids=["whole", "slide"])
@@ -81,15 +82,19 @@ def test_strips_agree_up_to_rounding(mode, size, num_views, model, tiny_buffers)
     assert (label.long() == scores.argmax(0)).float().mean() > 0.999
 
 
-def test_rows_of_a_resizing():
-    x = torch.randn(2, 23, 31)
-    for size in ((23, 31), (50, 31), (11, 64), (90, 7), (1, 1)):
+@pytest.mark.parametrize("dim", [1, 2])
+def test_parts_of_a_resizing(dim):
+    x = torch.randn(2, 23, 23)
+    for target in (23, 50, 11, 90, 1):
+        size = (target, 23) if dim == 1 else (23, target)
         expected = F.interpolate(x[None], size, mode="bilinear")[0]
-        for start in range(0, size[0], 4):
-            stop = min(start + 4, size[0])
-            low, high = large_images._source_rows(23, size[0], start, stop)
-            actual = large_images._resize_rows(x[:, low:high], low, 23, size, start, stop)
-            torch.testing.assert_close(actual, expected[:, start:stop], rtol=0, atol=1e-5)
+        for start in range(0, target, 4):
+            wanted = slice(start, min(start + 4, target))
+            read = large_images._source_range(23, target, wanted)
+            part = x.narrow(dim, read.start, read.stop - read.start)
+            actual = large_images._resize(part, dim, read, 23, target, wanted)
+            expected_part = expected.narrow(dim, start, wanted.stop - start)
+            torch.testing.assert_close(actual, expected_part, rtol=0, atol=1e-5)
 
 
 MEASURE = """
@@ -99,6 +104,7 @@ from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.inference import build_protocol
 
 large_images.SCORES_BYTES, large_images.STRIP_BYTES = 2**23, 2**21
+large_images.WINDOWS_BYTES = 2**24
 whole = build_protocol(load_config(None))
 slide = dataclasses.replace(whole, mode="slide", crop_px=64, stride_px=48)
 weight = torch.randn(150, 1, 1)
@@ -109,14 +115,21 @@ def model(x):
 def peak_mb():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
-def run(protocol, view, size):
-    label = large_images.predict(model, [torch.randn(3, *view)], size, protocol, 150)
+def run(protocol, size, *views):
+    views = [torch.randn(3, *view) for view in views]
+    label = large_images.predict(model, views, size, protocol, 150)
     assert label.shape == size
 
 run(whole, (64, 64), (64, 64))
 before = peak_mb()
-for protocol, view in (whole, (64, 85)), (slide, (64, 85)), (slide, (400, 540)):
-    run(protocol, view, (400, 540))
+flip = dataclasses.replace(slide, flip=True)
+for protocol, *views in (
+    (whole, (64, 85)),
+    (slide, (64, 85)),
+    (slide, (400, 540)),
+    (flip, (300, 405), (400, 540), (500, 675)),
+):
+    run(protocol, (400, 540), *views)
     print(peak_mb() - before)
 """
 
