@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
+import torch
 
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops.cuda.nvrtc import UnavailableError
 from spatial_mamba_d2.profiling import cuda_report
 from spatial_mamba_d2.profiling.dram_model import stage_problems
+from spatial_mamba_d2.profiling.kernel_resources import compile_all
 
 
 def test_the_table_in_the_docs_is_the_models(root):
@@ -36,7 +39,9 @@ def test_every_operator_has_its_launches():
 
 @pytest.mark.skipif(bool(_extension.why_no_cuda()), reason="no NVRTC")
 @pytest.mark.slow
-def test_the_report_is_written(tmp_path, capsys):
+def test_the_report_is_written(tmp_path, capsys, monkeypatch):
+    """With one dtype, because test_kernel_resources.py compiles the others."""
+    monkeypatch.setattr(cuda_report, "compile_all", partial(compile_all, dtypes=[torch.float32]))
     assert cuda_report.report(tmp_path, [90]) == 0
     printed = capsys.readouterr().out
     assert (tmp_path / "cuda_report.md").read_text() == printed

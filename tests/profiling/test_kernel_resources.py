@@ -44,7 +44,7 @@ def test_kernels_of_other_dtypes(dtype, architectures):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [75, 80, 86, 100, 120])
+@pytest.mark.parametrize("architecture", [75, 80, 100, 120])
 def test_kernels_for_each_generation(architecture, architectures):
     """In one dtype, because the code of others differs in loads and stores only.
 
