@@ -30,6 +30,8 @@ if int(setuptools.__version__.split(".")[0]) < int(re.findall(r"\d+", REQUIRED)[
     )
 
 
+# Top-level folders that are installed as subpackages, next to ops
+BESIDE_THE_PACKAGE = ("configs", "tools", "datasets")
 # Python's own flags ask for it, which nearly doubles the time of compilation, and makes the library
 # 15 times as large.
 NO_DEBUG_INFO = "-g0"
@@ -108,8 +110,8 @@ setup(
         *find_packages(include=["spatial_mamba_d2", "spatial_mamba_d2.*"]),
         "spatial_mamba_d2.ops",
         *(f"spatial_mamba_d2.ops.{name}" for name in find_packages("ops")),
-        "spatial_mamba_d2.configs",
+        *(f"spatial_mamba_d2.{name}" for name in BESIDE_THE_PACKAGE),
     ],
-    package_dir={"spatial_mamba_d2.ops": "ops", "spatial_mamba_d2.configs": "configs"},
+    package_dir={f"spatial_mamba_d2.{name}": name for name in ("ops", *BESIDE_THE_PACKAGE)},
     **native_build(),
 )

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     from spatial_mamba_d2.data.pixels import build_pixel_range
 
     parser = build_parser(__doc__)
-    default = Path(__file__).resolve().parent / "ADEChallengeData2016"
+    default = Path("datasets/ADEChallengeData2016")
     parser.add_argument("--zip", type=Path, help="unpack this into --root, unless that exists")
     parser.add_argument("--root", type=Path, default=default)
     parser.add_argument("--splits", nargs="+", default=("training", "validation"))

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     from spatial_mamba_d2.data.shape_classes import generate_shape_classes
 
     parser = build_parser(__doc__)
-    default = Path(__file__).resolve().parent / "shape_classes"
+    default = Path("datasets/shape_classes")
     parser.add_argument("--root", type=Path, default=default)
     parser.add_argument(
         "--num-train", type=int, default=100, metavar="N", help="images of each class"

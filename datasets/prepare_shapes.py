@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     from spatial_mamba_d2.data.shapes import generate_shapes
 
     parser = build_parser(__doc__)
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent / "shapes")
+    parser.add_argument("--root", type=Path, default=Path("datasets/shapes"))
     parser.add_argument("--num-train", type=int, default=1000, metavar="N")
     parser.add_argument("--num-val", type=int, default=100, metavar="N")
     parser.add_argument("--image-px", type=int, nargs=2, default=(128, 192), metavar=("MIN", "MAX"))

@@ -25,6 +25,7 @@ from spatial_mamba_d2.models.spatial_mamba import BN_POLICIES
 from spatial_mamba_d2.models.variants import VARIANTS
 from spatial_mamba_d2.system.data_folder import find_data
 from spatial_mamba_d2.system.devices import check_device, check_device_name
+from spatial_mamba_d2.system.package_files import find_recipe
 from spatial_mamba_d2.system.value_types import convert_value
 from spatial_mamba_d2.system.yaml_file import read_yaml
 
@@ -124,6 +125,7 @@ def merge_config(
     """Merge a YAML file (with its ``_BASE_``) and then ``KEY VALUE`` pairs into ``cfg``, in place.
 
     Args:
+        config_file: a file, or the name of a recipe, see :func:`~.package_files.find_recipe`.
         types: of keys that accept more types than that of their default.
 
     Raises:
@@ -138,7 +140,7 @@ def merge_config(
             f"{' '.join(overrides)}"
         )
     defaults = dict(flat_items(cfg))
-    for path, content in read_yaml(config_file) if config_file else []:
+    for path, content in read_yaml(find_recipe(config_file)) if config_file else []:
         _merge(cfg, flat_items(content), str(path), defaults, types or {})
     pairs = zip(overrides[::2], overrides[1::2], strict=True)
     _merge(cfg, pairs, "command line", defaults, types or {})

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spatial_mamba_d2.system.package_files import top_level_folder
 from spatial_mamba_d2.system.tables import markdown_table
 
 SOURCE = "https://github.com/EdwardChasel/Spatial-Mamba"
 LICENSE = "Apache-2.0"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 BEGIN, END = "<!-- model zoo -->", "<!-- /model zoo -->"
-_PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,7 @@ class Entry:
     @property
     def config_file(self) -> Path:
         """The recipe."""
-        # The recipes are next to the package in a checkout, and inside it in an installation.
-        installed = _PACKAGE / "configs"
-        folder = installed if installed.is_dir() else _PACKAGE.parent / "configs"
-        return folder / f"{self.name}.yaml"
+        return top_level_folder("configs") / f"{self.name}.yaml"
 
 
 _CLASSIFIER = (26_748_862, 27, 4.5), (43_074_280, 43, 7.1), (95_745_592, 96, 15.8)

@@ -33,6 +33,9 @@ def distributions(tmp_path_factory) -> Path:
             shutil.copy(path, source)
     for folder in SHIPPED:
         shutil.copytree(ROOT / folder, source / folder)
+    (source / "datasets").mkdir()
+    for path in (ROOT / "datasets").glob("*.*"):  # without data
+        shutil.copy(path, source / "datasets")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", output, source]
     env = {**os.environ, "SMD2_BUILD_NATIVE": "0"}  # other tests compile
     run = subprocess.run(build, env=env, capture_output=True, text=True)
@@ -50,8 +53,9 @@ def test_wheel_contains_the_package(in_wheel):
     assert files("spatial_mamba_d2", "*.py", "py.typed") <= in_wheel
 
 
-def test_wheel_contains_operators_and_configs_inside_the_package(in_wheel):
+def test_wheel_contains_the_folders_beside_the_package_inside_it(in_wheel):
     expected = files("ops", "*.py", "schemas.h") | files("configs", "*.yaml")
+    expected |= files("tools", "*.py") | {f"datasets/{p.name}" for p in ROOT.glob("datasets/*.py")}
     assert {f"spatial_mamba_d2/{name}" for name in expected} <= in_wheel
 
 
@@ -60,11 +64,55 @@ def test_wheel_contains_nothing_else(in_wheel):
     assert not any(name.endswith(".cpp") for name in in_wheel)
 
 
-def test_wheel_contains_the_sources_of_cuda_kernels(distributions, tmp_path):
-    """They are compiled where the wheel is installed: here, as one text without includes."""
+@pytest.fixture(scope="module")
+def installed(distributions, tmp_path_factory) -> Path:
+    """A folder with the wheel's contents."""
     (wheel,) = distributions.glob("spatial_mamba_d2-*.whl")
+    folder = tmp_path_factory.mktemp("installed")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def command(installed, tmp_path):
+    """``command(*words)``: ``spatial-mamba-d2 WORDS`` of the wheel, in an empty folder."""
+    env = {**os.environ, "PYTHONPATH": str(installed), "SMD2_BACKEND": "eager"}
+
+    def run(*words: object) -> subprocess.CompletedProcess:
+        line = [sys.executable, "-m", "spatial_mamba_d2", *map(str, words)]
+        return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    return run
+
+
+def test_the_command_lists_the_tools(command):
+    done = command("--help")
+    assert done.returncode == 0, done.stderr
+    listed = done.stdout.partition("tools:")[2]
+    for path in (*ROOT.glob("tools/*.py"), *ROOT.glob("datasets/*.py")):
+        assert f"  {path.stem} " in listed, path
+    done = command("train_sge")
+    assert done.returncode == 2 and "invalid choice: 'train_sge'" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_trains_in_an_empty_folder(command, tmp_path):
+    done = command("prepare_shapes", "--num-train", 4, "--num-val", 2, "--image-px", 64, 64)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "datasets/shapes/objectInfo.txt").is_file()
+    done = command(
+        "train_seg", "--config-file", "configs/demo_upernet_spatial_mamba_t.yaml", "--num-gpus", 2,
+        "SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 4, "INPUT.CROP_PX", 48, "INPUT.SHORT_PX", 48,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "output/demo_seg").glob("scores_*.json"))
+    done = command("train_seg", "--config-file", "configs/no_such.yaml")
+    assert done.returncode == 2 and "configs/no_such.yaml" in done.stderr
+
+
+def test_wheel_contains_the_sources_of_cuda_kernels(installed):
+    """They are compiled where the wheel is installed: here, as one text without includes."""
     script = (
         "from spatial_mamba_d2.ops.cuda.kernels import KernelSet\n"
         "from spatial_mamba_d2.ops.cuda import source\n"
@@ -72,12 +120,12 @@ def test_wheel_contains_the_sources_of_cuda_kernels(distributions, tmp_path):
     )
     run = subprocess.run(
         [sys.executable, "-S", "-c", script],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
-        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), *sys.path])},
+        cwd=installed,
         capture_output=True,
         text=True,
     )
-    assert run.stdout == f"{tmp_path / 'spatial_mamba_d2/ops'} {{True}}\n", run.stderr
+    assert run.stdout == f"{installed / 'spatial_mamba_d2/ops'} {{True}}\n", run.stderr
 
 
 def test_sdist_contains_what_building_and_testing_need(distributions):

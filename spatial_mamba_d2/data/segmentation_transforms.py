@@ -185,8 +185,8 @@ class TestTransform:
             raise ValueError(
                 f"a view for the model must have at most {self.max_px} pixels, TEST.MAX_WHOLE_PX, "
                 f"got {most} for an image of {width} x {height}, scaled by "
-                f"{', '.join(map(str, self.scales))}: use TEST.MODE slide, smaller scales, or raise "
-                "TEST.MAX_WHOLE_PX if there is memory"
+                f"{', '.join(map(str, self.scales))}: use TEST.MODE slide, smaller scales, or "
+                "raise TEST.MAX_WHOLE_PX if there is memory"
             )
         return sizes
 
