@@ -190,24 +190,25 @@ def raw_losses(output: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(root, equal_images, tmp_path):
+def test_two_processes_equal_one(root, equal_images, run_arguments, tmp_path):
     """The real tool with the real backbone: half the batch each, gloo, the same losses."""
+    words = [*equal_images, "MODEL.SPATIAL_MAMBA.VARIANT", "tiny", "SOLVER.MAX_ITER", "3"]
+    run(run_arguments(*words, "OUTPUT_DIR", str(tmp_path / "one")))
+    curves = {"one": raw_losses(tmp_path / "one")}
     tool = [str(root / "tools/train_net.py"), "--config-file", str(root / CONFIG)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    commands = {"one": tool, "flag": [*tool, "--num-gpus", "2"], "torchrun": [*torchrun, *tool]}
+    commands = {"flag": [*tool, "--num-gpus", "2"], "torchrun": [*torchrun, *tool]}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    curves = {}
     for name, command in commands.items():
         output = tmp_path / name
         done = subprocess.run(
-            [sys.executable, *command, *equal_images, "MODEL.SPATIAL_MAMBA.VARIANT", "tiny",
-             "SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(output)],
+            [sys.executable, *command, *words, "OUTPUT_DIR", str(output)],
             env=env, cwd=root, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         curves[name] = raw_losses(output)
     assert len(curves["one"]) == 3
-    for name in ("flag", "torchrun"):
+    for name in commands:
         for one, two in zip(curves["one"], curves[name], strict=True):
             assert two == pytest.approx(one, rel=1e-3), name
 
