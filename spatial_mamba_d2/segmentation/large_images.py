@@ -27,7 +27,7 @@ from spatial_mamba_d2.segmentation.inference import (
 # 512 x 683 with 150 classes are below it.
 SCORES_BYTES = 2**28
 STRIP_BYTES = 2**26
-WINDOWS_BYTES = 2**31  # of the sums over sliding windows, for all views together
+WINDOWS_BYTES = 2**30  # of the sums over sliding windows, for all views together
 
 
 @torch.no_grad()
