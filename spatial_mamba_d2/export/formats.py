@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental import _config
 
 from spatial_mamba_d2.export.exportable import Exportable, Outputs, Tolerance
 
@@ -68,8 +67,7 @@ def trace(exportable: Exportable, size: tuple[int, int] | None) -> ExportedProgr
         axes[2] = Dim.DYNAMIC
     generator = torch.Generator().manual_seed(0)
     example = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    # As in the exporter for ONNX: a batch of 1 and a map of 1 x 1 are no special cases.
-    with torch.no_grad(), _config.patch(backed_size_oblivious=True):
+    with torch.no_grad():
         program = torch.export.export(
             exportable.module, (example,), dynamic_shapes=None if size else (axes,)
         )
