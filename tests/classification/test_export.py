@@ -1,4 +1,4 @@
-"""The classifier as a file."""
+"""The classifier as a file; ``tests/examples/test_onnx_runner.py`` has one in ONNX."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-for _package in ("onnx", "onnxscript", "onnxruntime"):
-    pytest.importorskip(_package, reason=f"{_package} (extra export) is not installed")
-
 from spatial_mamba_d2 import deploy
 from spatial_mamba_d2.classification.config import load_config
+from spatial_mamba_d2.classification.export import ExportableClassifier, compare_probabilities
 from spatial_mamba_d2.classification.predict import Predictor
 from spatial_mamba_d2.export import checks, formats
+from spatial_mamba_d2.export.exportable import Tolerance
+from spatial_mamba_d2.export.portable import portable_copy
 from spatial_mamba_d2.models import build_classifier
 
 NAMES = ["circle", "square", "triangle", "star", "cross"]
@@ -34,70 +34,70 @@ def export(root, overrides, weights, tmp_path):
 
     def run(format, **arguments):
         path = tmp_path / f"exported/model{formats.SUFFIXES[format]}"
-        config = root / "configs/spatial_mamba_t.yaml"
-        words = [*overrides, "MODEL.NUM_CLASSES", str(len(NAMES))]
-        arguments = {"config_file": config, "overrides": words, **arguments}
+        config = root / "configs/demo_spatial_mamba_t.yaml"
+        arguments = {"config_file": config, "overrides": overrides, **arguments}
         return deploy.export_model(weights, format, path, **arguments), path
 
     return run
 
 
-def test_onnx(export, overrides, weights, shapes, caplog):
-    with caplog.at_level("INFO", "spatial_mamba_d2"):
-        metadata, path = export("onnx")
-    assert "compared with PyTorch on 5 inputs (1x36x36x3, 2x131x97x3, 5x64x224x3" in caplog.text
-    assert "probabilities, relative" in caplog.text
-    assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
-    assert metadata["classes"] == NAMES and metadata["resize"]["crop_px"] == 36
-    assert metadata["inputs"] == {"image": {"dtype": "uint8", "shape": ["B", "H", "W", 3]}}
-    assert json.loads(formats.read_metadata(path, "onnx")) == metadata
-    # Against the predictor itself, with its resizing
-    words = [*overrides, "MODEL.NUM_CLASSES", "5", "MODEL.WEIGHTS", str(weights)]
-    predictor = Predictor(load_config(None, words))
+def test_the_function_equals_the_predictor(overrides, weights):
+    """With the crop in the middle of the image outside of the function, as documented."""
+    words = [*overrides, "MODEL.WEIGHTS", str(weights), "TEST.SHORT_PX", "36"]
+    cfg = load_config(None, words)
+    predictor = Predictor(cfg)
+    statistics = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    function = ExportableClassifier(portable_copy(predictor.model), *statistics)
     image = np.random.default_rng(0).integers(0, 256, (36, 40, 3), np.uint8)
-    found = formats.open_file(path, "onnx")(image[None, :, 2:38])["probabilities"][0]
-    crop = load_config(None, [*words, "TEST.SHORT_PX", "36"])
-    assert np.allclose(found, Predictor(crop)(image), atol=1e-5)
-    assert predictor.classes == tuple(NAMES)
+    with torch.no_grad():
+        (found,) = function(torch.from_numpy(image[None, :, 2:38]))
+    assert np.allclose(found[0], predictor(image), rtol=0, atol=1e-6)
 
 
-def test_a_graph_of_pytorch_for_one_size(export, tmp_path):
-    metadata, path = export("pt2", size=(48, 64))
-    assert metadata["inputs"]["image"]["shape"] == [1, 48, 64, 3]
+@pytest.mark.slow
+def test_a_graph_of_pytorch_for_one_size(export, caplog):
+    with caplog.at_level("INFO", "spatial_mamba_d2"):
+        metadata, path = export("pt2", size=(48, 64))
+    assert "compared with PyTorch on 5 inputs (1x48x64x3), 5 results" in caplog.text
+    assert [p.name for p in path.parent.iterdir()] == ["model.pt2"]
+    assert metadata["inputs"] == {"image": {"dtype": "uint8", "shape": [1, 48, 64, 3]}}
+    assert metadata["classes"] == NAMES and metadata["resize"]["crop_px"] == 36
+    assert len(metadata["weights"]["sha256"]) == 64
+    assert json.loads(formats.read_metadata(path, "pt2")) == metadata
     with pytest.raises(ValueError, match="output: 1 files exist already"):
         export("pt2", size=(48, 64))
 
 
 def test_a_file_that_is_wrong_is_not_written(export, monkeypatch, tmp_path):
-    write = formats.write
-
-    def write_other(exportable, program, format, path, metadata):
-        with torch.no_grad():
-            program.state_dict["model.head.bias"][2] += 1e-2
-        return write(exportable, program, format, path, metadata)
-
-    # The weights are the original's, too: copy them before they are changed.
-    trace = formats.trace
-
-    def trace_copied(exportable, size):
-        program = trace(exportable, size)
-        program._state_dict = {k: v.detach().clone() for k, v in program.state_dict.items()}
-        return program
-
-    monkeypatch.setattr(formats, "trace", trace_copied)
-    monkeypatch.setattr(formats, "write", write_other)
+    identity = torch.export.export(torch.nn.Identity(), (torch.zeros(2),))
+    monkeypatch.setattr(formats, "trace", lambda *_: identity)
+    uniform = np.full((1, len(NAMES)), 1 / len(NAMES), np.float32)
+    monkeypatch.setattr(formats, "open_file", lambda *_: lambda image: {"probabilities": uniform})
     with pytest.raises(checks.ExportError, match=r"differs from PyTorch .* probabilities"):
         export("pt2", size=(48, 64))
     assert list((tmp_path / "exported").iterdir()) == []
+
+
+def test_differences_are_seen():
+    expected = {"probabilities": np.array([[0.5, 0.3, 0.2], [0.5004, 0.4996, 0.0]], np.float32)}
+    swapped = {"probabilities": expected["probabilities"] + np.float32([[0, 0, 0], [-4e-5, 0, 0]])}
+
+    def accepted(found):
+        return all(d.is_accepted for d in compare_probabilities(expected, found, Tolerance()))
+
+    assert accepted(expected) and accepted(swapped)
+    assert not accepted({"probabilities": expected["probabilities"] + 1e-3})
+    assert not accepted({"probabilities": expected["probabilities"][:1]})
+    assert not accepted({"probabilities": expected["probabilities"] * np.nan})
 
 
 @pytest.mark.parametrize(
     ("format", "arguments", "message"),
     [
         ("tflite", {}, "format must be one of onnx, openvino, pt2, got 'tflite'"),
-        ("onnx", {"size": (0, 5)}, r"size must be H W, both above 0, got \[0, 5\]"),
-        ("onnx", {"result": "labels"}, "result is for UPerNet only, got 'labels'"),
-        ("onnx", {"config_file": None}, "is of no published variant; give the configuration"),
+        ("pt2", {"size": (0, 5)}, r"size must be H W, both above 0, got \[0, 5\]"),
+        ("pt2", {"result": "labels"}, "result is for UPerNet only, got 'labels'"),
+        ("pt2", {"config_file": None}, "is of no published variant; give the configuration"),
     ],
 )
 def test_wrong_arguments(format, arguments, message, export, monkeypatch):
@@ -106,7 +106,12 @@ def test_wrong_arguments(format, arguments, message, export, monkeypatch):
         export(format, **arguments)
 
 
+def test_the_file_must_have_the_suffix_of_its_format(weights, tmp_path):
+    with pytest.raises(ValueError, match=r"output must end with .pt2 for pt2, got .*model.onnx"):
+        deploy.export_model(weights, "pt2", tmp_path / "model.onnx")
+
+
 def test_a_missing_package_is_named(export, monkeypatch):
-    monkeypatch.setitem(formats._PACKAGES, "onnx", ("onnx", "no_such_package"))
+    monkeypatch.setitem(formats._PACKAGES, "onnx", ("torch", "no_such_package"))
     with pytest.raises(ImportError, match=r"no_such_package: pip install 'spatial-mamba-d2\[export"):
         export("onnx")

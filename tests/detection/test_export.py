@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-for _package in ("onnx", "onnxscript", "onnxruntime"):
-    pytest.importorskip(_package, reason=f"{_package} (extra export) is not installed")
-
 from detectron2.modeling import build_model
 
 from spatial_mamba_d2 import deploy
@@ -63,6 +60,8 @@ def test_nothing_is_found(model):
 
 @pytest.mark.slow
 def test_onnx(model, root, overrides, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} (extra export) is not installed")
     weights, path = tmp_path / "detector.pth", tmp_path / "model.onnx"
     names = ["circle", "square", "triangle", "star", "cross"]
     torch.save({"model": model.state_dict(), "classes": names}, weights)
