@@ -31,7 +31,7 @@ class Model:
         self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         properties = self.session.get_modelmeta().custom_metadata_map
         self.metadata = json.loads(properties["spatial_mamba_d2"])
-        shape = [d for d in self.metadata["inputs"]["image"]["shape"]][-3:-1]
+        shape = self.metadata["inputs"]["image"]["shape"][-3:-1]
         self.size = None if isinstance(shape[0], str) else tuple(shape)
 
     def __call__(self, image):
@@ -42,20 +42,19 @@ class Model:
         batches = self.metadata["task"] != "detection"
         feed = {"image": np.ascontiguousarray(pixels[None] if batches else pixels)}
         names = self.metadata["outputs"]
-        outputs = dict(zip(names, self.session.run(names, feed)))
+        outputs = dict(zip(names, self.session.run(names, feed), strict=True))
         if batches:
             outputs = {name: value[0] for name, value in outputs.items()}
         if "boxes" in outputs:
             (height, width), (h, w) = image.shape[:2], pixels.shape[:2]
             outputs["boxes"] = outputs["boxes"] * np.float32([width / w, height / h] * 2)
         if "masks" in outputs:
-            pairs = zip(outputs["masks"], outputs["boxes"])
+            pairs = zip(outputs["masks"], outputs["boxes"], strict=True)
             masks = [paste(mask, box, *image.shape[:2]) for mask, box in pairs]
             outputs["masks"] = np.array(masks, bool).reshape(-1, *image.shape[:2])
         if "labels" in outputs:  # nearest neighbours
-            rows, columns = (
-                np.arange(n) * m // n for n, m in zip(image.shape, outputs["labels"].shape)
-            )
+            (height, width), (h, w) = image.shape[:2], outputs["labels"].shape
+            rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
             outputs["labels"] = outputs["labels"][rows][:, columns]
         return outputs
 
@@ -67,8 +66,7 @@ class Model:
             return bilinear(image, *self.size)
         if how["filter"] == "bicubic":  # and a centre crop
             short, crop = how["short_px"], how["crop_px"]
-            scale = short / min(height, width)
-            size = [short if side == min(width, height) else int(side * scale) for side in (width, height)]
+            size = [int(short * side / min(height, width)) for side in (width, height)]
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
             top, left = (round((side - crop) / 2) for side in image.shape[:2])
             return image[top : top + crop, left : left + crop]
@@ -92,13 +90,14 @@ def bilinear(image, height, width):
 
 def paste(mask, box, height, width):
     """Probabilities float32[M, M] within a box -> bool[height, width], as Detectron2 does it."""
-    rows, columns = (
-        np.maximum(
-            0, 1 - np.abs(((np.arange(n) + 0.5 - a) / (b - a) * len(mask) - 0.5)[:, None] - np.arange(len(mask)))
-        ).astype(np.float32)
-        for n, a, b in ((height, box[1], box[3]), (width, box[0], box[2]))
-    )  # weights of linear interpolation, [n, M]
-    return rows @ mask @ columns.T >= 0.5
+    cells = np.arange(len(mask))
+
+    def weights(side, low, high):
+        """Of linear interpolation, [side, M]."""
+        position = (np.arange(side) + 0.5 - low) / (high - low) * len(mask) - 0.5
+        return np.maximum(0, 1 - np.abs(position[:, None] - cells))
+
+    return weights(height, box[1], box[3]) @ mask @ weights(width, box[0], box[2]).T >= 0.5
 
 
 def describe(outputs, classes):
@@ -107,7 +106,7 @@ def describe(outputs, classes):
         best = outputs["probabilities"].argsort()[::-1][:5]
         return [f"{classes[i]} {outputs['probabilities'][i]:.1%}" for i in best]
     if "boxes" in outputs:
-        found = zip(outputs["boxes"], outputs["scores"], outputs["classes"])
+        found = zip(outputs["boxes"], outputs["scores"], outputs["classes"], strict=True)
         return [
             f"{classes[c]} {score:.2f} at {', '.join(f'{side:.1f}' for side in box)}"
             for box, score, c in found

@@ -200,7 +200,7 @@ class ExportableDetector(nn.Module):
     def propose_level(
         self, anchors: nn.Module, logits: Tensor, deltas: Tensor, height: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        """Boxes and scores of one level, from ``Tensor[1, A, h, w]`` and ``Tensor[1, 4 A, h, w]``."""
+        """Boxes and scores from one level, ``Tensor[1, A, h, w]`` and ``Tensor[1, 4 A, h, w]``."""
         columns = logits.shape[-1]
         scores = logits[0].permute(1, 2, 0).reshape(-1)
         deltas = deltas[0].unflatten(0, (-1, 4)).permute(2, 3, 0, 1).reshape(-1, 4)
@@ -375,7 +375,7 @@ def _box_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def _mask_distance(expected: np.ndarray, found: np.ndarray, margin: float) -> float:
-    """1 - IoU of two masks, without the cells whose probability is the threshold up to ``margin``."""
+    """1 - IoU of two masks, without cells that are at most ``margin`` from the threshold."""
     decided = np.abs(expected - MASK_THRESHOLD) > margin
     a, b = ((x > MASK_THRESHOLD) & decided for x in (expected, found))
     union = np.count_nonzero(a | b)

@@ -91,7 +91,9 @@ def compare(
     rows = [(d.name, f"{d.value:.1e}", f"{d.limit:.0e}") for d in worst.values()]
     table = console_table(("largest difference", "", "at most"), rows)
     sizes = ", ".join(dict.fromkeys(shapes))
-    return f"compared with PyTorch on {len(shapes)} inputs ({sizes}), {num_answers} results\n{table}"
+    return (
+        f"compared with PyTorch on {len(shapes)} inputs ({sizes}), {num_answers} results\n{table}"
+    )
 
 
 def _count(outputs: Outputs) -> int:

@@ -73,7 +73,9 @@ def trace(exportable: Exportable, size: tuple[int, int] | None) -> ExportedProgr
         )
     for node in program.graph.nodes:
         if (name := str(node.target)).startswith("spatial_mamba"):
-            raise ValueError(f"model must consist of its own layers for export, got one with {name}")
+            raise ValueError(
+                f"model must consist of its own layers for export, got one with {name}"
+            )
     return program
 
 

@@ -94,7 +94,7 @@ def structure_aware_ssm(
     delta_bias: Tensor,
     kernels: list[Tensor],
 ) -> Tensor:
-    """:func:`spatial_mamba_d2.ops.structure_aware_ssm`, with ``kernels`` of :func:`state_fusion`."""
+    """:func:`spatial_mamba_d2.ops.structure_aware_ssm`, with the kernels of the fusion."""
     step = F.softplus(delta + delta_bias)
     h = linear_recurrence((step * A).exp(), step * u * B.unsqueeze(-1))
     return state_fusion(h, kernels) * C.unsqueeze(-1) + u * D
@@ -146,7 +146,7 @@ class PortableConv(nn.Module):
 
 
 class PortableSSM(nn.Module):
-    """:class:`~spatial_mamba_d2.models.spatial_mamba.StructureAwareSSM`, with A and taps computed."""
+    """:class:`~spatial_mamba_d2.models.spatial_mamba.StructureAwareSSM`; A and taps are computed."""
 
     A: Tensor
 

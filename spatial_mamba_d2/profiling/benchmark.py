@@ -58,8 +58,8 @@ def run_benchmark(
             channels, forward and backward; ``"backbone"``: the four feature maps, forward;
             ``"train"``: forward and backward of the same; ``"growth"``: ``"backbone"`` on squares
             of ``growth_px``; ``"detector"``: all layers of Mask R-CNN, with 1000 proposals and 100
-            detections for each image; ``"export"``: backbone and UPerNet, in PyTorch and as files in
-            onnxruntime and OpenVINO, on a CPU.
+            detections for each image; ``"export"``: backbone and UPerNet in PyTorch, and as files
+            in onnxruntime and OpenVINO, on a CPU.
         height, width: size of the image in pixels.
         batch: images per call.
         rounds: how often each candidate is timed.

@@ -36,9 +36,7 @@ class ExportableSegmentor(nn.Module):
             ``float32 [B, K, H, W]``.
     """
 
-    def __init__(
-        self, model: nn.Module, mean: Sequence[float], std: Sequence[float], output: str
-    ):
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], output: str):
         super().__init__()
         self.normalize, self.model, self.output = Normalize(mean, std), model, output
 

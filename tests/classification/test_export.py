@@ -113,5 +113,7 @@ def test_the_file_must_have_the_suffix_of_its_format(weights, tmp_path):
 
 def test_a_missing_package_is_named(export, monkeypatch):
     monkeypatch.setitem(formats._PACKAGES, "onnx", ("torch", "no_such_package"))
-    with pytest.raises(ImportError, match=r"no_such_package: pip install 'spatial-mamba-d2\[export"):
+    with pytest.raises(
+        ImportError, match=r"no_such_package: pip install 'spatial-mamba-d2\[export"
+    ):
         export("onnx")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from detectron2.modeling import build_model
 
 from spatial_mamba_d2 import deploy

@@ -48,7 +48,7 @@ class Operator(torch.nn.Module):
 def test_one_graph_of_the_ssm_for_all_sizes():
     torch.manual_seed(0)
     inputs, taps = ssm_inputs((2, 6, 7, 8))
-    map_ = {axis: Dim.DYNAMIC for axis in range(3)}
+    map_ = dict.fromkeys(range(3), Dim.DYNAMIC)
     shapes = (map_, map_, None, map_, map_, None, None, None)
     with torch.no_grad():
         graph = torch.export.export(Operator(), (*inputs, taps), dynamic_shapes=shapes).module()
@@ -61,7 +61,10 @@ def test_one_graph_of_the_ssm_for_all_sizes():
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_depthwise_conv3x3(shape, residual):
-    x, (weight, bias) = torch.randn(shape), (torch.randn(shape[-1], 1, 3, 3), torch.randn(shape[-1]))
+    x, (weight, bias) = (
+        torch.randn(shape),
+        (torch.randn(shape[-1], 1, 3, 3), torch.randn(shape[-1])),
+    )
     expected = conv_reference.depthwise_conv3x3(x.double(), weight, bias, residual)
     close(portable.depthwise_conv3x3(x, weight, bias, residual), expected)
 
@@ -112,5 +115,7 @@ def test_a_portable_copy_computes_the_same(build, filled_state):
 
 def test_other_dtypes_are_refused():
     model = build_backbone("tiny", **SMALL).to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"model must be float32 for export, got torch.bfloat16 in"):
+    with pytest.raises(
+        ValueError, match=r"model must be float32 for export, got torch.bfloat16 in"
+    ):
         portable.portable_copy(model)
