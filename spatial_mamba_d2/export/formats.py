@@ -82,21 +82,30 @@ def trace(exportable: Exportable, size: tuple[int, int] | None) -> ExportedProgr
 def write(
     exportable: Exportable, program: ExportedProgram, format: str, path: Path, metadata: str
 ) -> list[Path]:
-    """Write ``path`` in ``format``, with ``metadata``, a JSON text; returns the files."""
+    """Write ``path`` in ``format``, with ``metadata``, a JSON text; returns the files.
+
+    PyTorch's exporter for ONNX uses ``program`` up: it fails on the same one a second time.
+    """
     if format == "pt2":
         torch.export.save(program, path, extra_files={METADATA: metadata})
         return [path]
     if format == "onnx":
         _write_onnx(exportable, program, path, metadata)
         return [path]
-    import openvino
-
     intermediate = path.with_suffix(".onnx")
     _write_onnx(exportable, program, intermediate, metadata)
-    model = openvino.convert_model(intermediate)
+    files = convert_to_openvino(intermediate, path, metadata)
+    intermediate.unlink()
+    return files
+
+
+def convert_to_openvino(source: Path, path: Path, metadata: str) -> list[Path]:
+    """Write an ONNX file for OpenVINO, in float32; returns the files."""
+    import openvino
+
+    model = openvino.convert_model(source)
     model.set_rt_info(metadata, [METADATA])
     openvino.save_model(model, path, compress_to_fp16=False)
-    intermediate.unlink()
     return [path, path.with_suffix(".bin")]
 
 

@@ -146,7 +146,7 @@ class PortableConv(nn.Module):
 
 
 class PortableSSM(nn.Module):
-    """:class:`~spatial_mamba_d2.models.spatial_mamba.StructureAwareSSM`; A and taps are computed."""
+    """:class:`~spatial_mamba_d2.models.spatial_mamba.StructureAwareSSM`, A and taps computed."""
 
     A: Tensor
 

@@ -60,11 +60,12 @@ def export_candidates(batch: int, height: int, width: int) -> Candidates:
             for name, variant in own.items()
         }
         exportable = _exportable(model)
+        files = {f: Path(folder.name, network + formats.SUFFIXES[f]) for f in _RUNTIMES}
         program = formats.trace(exportable, None)
+        formats.write(exportable, program, "onnx", files["onnx"], "{}")
+        formats.convert_to_openvino(files["onnx"], files["openvino"], "{}")
         for format, runtime in _RUNTIMES.items():
-            path = Path(folder.name, network + formats.SUFFIXES[format])
-            formats.write(exportable, program, format, path, "{}")
-            run = formats.open_file(path, format)
+            run = formats.open_file(files[format], format)
             name = f"{runtime} {versions[runtime].split('-')[0]}: {network}"
             calls[name] = partial(_in_runtime, run, pixels, folder)
         check_agreement({name: call() for name, call in calls.items()})
