@@ -141,7 +141,7 @@ class ExportableDetector(nn.Module):
         ValueError: it has other parts than a Mask R-CNN or Faster R-CNN.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         require_exportable(model)
         super().__init__()
         rpn: Any = model.proposal_generator
@@ -189,10 +189,10 @@ class ExportableDetector(nn.Module):
 
     def propose(self, features: dict[str, Tensor], height: int, width: int) -> Tensor:
         """Boxes of the RPN, ``Tensor[N, 4]``, in the order of their scores."""
-        maps = self.rpn_head([features[name] for name in self.rpn_features])
+        all_logits, all_deltas = self.rpn_head([features[name] for name in self.rpn_features])
         levels = [
-            self.propose_level(anchors, *level, height, width)
-            for anchors, *level in zip(self.anchors, *maps, strict=True)
+            self.propose_level(anchors, logits, deltas, height, width)
+            for anchors, logits, deltas in zip(self.anchors, all_logits, all_deltas, strict=True)
         ]
         boxes, scores = (torch.cat(parts) for parts in zip(*levels, strict=True))
         return boxes[best(scores, self.post_nms)]

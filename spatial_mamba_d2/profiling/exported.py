@@ -45,7 +45,7 @@ def export_candidates(batch: int, height: int, width: int) -> Candidates:
     Raises:
         ImportError: one of them is not installed.
     """
-    versions = {}
+    versions: dict[str, str] = {}
     for format in _RUNTIMES:
         versions |= formats.require_packages(format)
     rng = np.random.default_rng(0)
