@@ -21,6 +21,7 @@ import torch
 
 from spatial_mamba_d2.data.shape_classes import generate_shape_classes
 from spatial_mamba_d2.data.shapes import generate_shapes
+from spatial_mamba_d2.models.checkpoints.names import to_official
 from spatial_mamba_d2.models.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +101,17 @@ def official_state(golden) -> Callable[[str], dict[str, torch.Tensor]]:
         return {name: torch.from_numpy(value) for name, value in _fill.fill(shapes).items()}
 
     return state
+
+
+@pytest.fixture(scope="session")
+def filled_state() -> Callable[[torch.nn.Module], dict[str, torch.Tensor]]:
+    """``filled_state(model)``: the goldens' weights for a model of any width, in official names."""
+
+    def fill(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        shapes = {to_official(name): x.shape for name, x in model.state_dict().items()}
+        return {name: torch.from_numpy(value) for name, value in _fill.fill(shapes).items()}
+
+    return fill
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,11 @@ LEVELS = (
     ("ops", "system"),
     ("models", "data"),
     ("config",),
-    ("training", "explain"),
+    ("training", "explain", "export"),
     ("segmentation", "classification", "detection"),
     ("model_zoo", "doctor"),
     ("model_card",),
-    ("hub", "profiling"),
+    ("hub", "deploy", "profiling"),
     ("tools", "datasets", "examples", "dev", "setup", "__main__"),
     ("tests",),
 )

@@ -52,6 +52,13 @@ class Predictor:
         return self.model(batch).float().softmax(dim=-1)[0].cpu().numpy()
 
 
+def readable_names(classes: Sequence[str]) -> list[str]:
+    """``classes``, with words instead of WordNet ids."""
+    info = ImageNetInfo()
+    words = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
+    return [words.get(name, name) for name in classes]
+
+
 def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw:
     """Draws the most probable classes for :func:`~.images.visualize_images`.
 
@@ -62,9 +69,7 @@ def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw
     """
     cfg = load_config(config_file, overrides)
     predictor = Predictor(cfg)
-    info = ImageNetInfo()
-    words = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
-    names = [words.get(name, name) for name in predictor.classes]
+    names = readable_names(predictor.classes)
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         probabilities = predictor(image)

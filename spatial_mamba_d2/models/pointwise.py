@@ -72,10 +72,15 @@ def with_plain_linear_layers(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if type(layer) is Pointwise:
-                plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
-                plain.weight, plain.bias = layer.weight, layer.bias
-                setattr(parent, name, plain.train(layer.training))
+                setattr(parent, name, plain_linear(layer))
     return model
+
+
+def plain_linear(layer: Pointwise) -> nn.Linear:
+    """A ``torch.nn.Linear`` with the weights of ``layer``, which computes the same."""
+    plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain.train(layer.training)
 
 
 class GELU(nn.GELU):

@@ -29,7 +29,8 @@ torch.fx.wrap("resize")  # a node of torch.fx's graphs, where sizes are unknown
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear interpolation, ``Tensor[B, C, H, W]`` -> ``Tensor[B, C, *size]``."""
-    if x.shape[-2:] == torch.Size(size):
+    # An exported graph is for all sizes; interpolation to the same size changes nothing there.
+    if not torch.compiler.is_exporting() and x.shape[-2:] == torch.Size(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
@@ -68,10 +69,14 @@ class UPerHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.classify = _classify(channels, num_classes)
 
+    def pool(self, x: Tensor, size: int) -> Tensor:
+        """``Tensor[B, C, H, W]`` -> means over ``size`` x ``size`` bins."""
+        return F.adaptive_avg_pool2d(x, size)
+
     def pool_pyramid(self, x: Tensor) -> Tensor:
         """``Tensor[B, C, H, W]`` -> ``Tensor[B, F, H, W]`` with context from the entire image."""
         pooled = [
-            resize(conv(F.adaptive_avg_pool2d(x, size)), x.shape[-2:])
+            resize(conv(self.pool(x, size)), x.shape[-2:])
             for conv, size in zip(self.pool_convs, POOL_SIZES, strict=True)
         ]
         return self.pool_fuse(torch.cat([x, *pooled], dim=1))

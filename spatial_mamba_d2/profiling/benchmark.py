@@ -28,12 +28,13 @@ from spatial_mamba_d2.profiling.candidates import (
     operator_candidates,
     training_candidates,
 )
+from spatial_mamba_d2.profiling.exported import export_candidates
 from spatial_mamba_d2.profiling.flops import official_flops
 from spatial_mamba_d2.profiling.gemm_peak import fraction_of_peak, matrix_products
 from spatial_mamba_d2.profiling.memory import peak_memory_mb, reset_peak_memory_mb
 from spatial_mamba_d2.system.allocator import keep_freed_memory
 
-TASKS = ("op", "backbone", "train", "growth", "detector")
+TASKS = ("op", "backbone", "train", "growth", "detector", "export")
 DEVICES = ("cpu", "cuda")
 GROWTH_PX = (256, 512, 1024, 2048)
 
@@ -57,7 +58,8 @@ def run_benchmark(
             channels, forward and backward; ``"backbone"``: the four feature maps, forward;
             ``"train"``: forward and backward of the same; ``"growth"``: ``"backbone"`` on squares
             of ``growth_px``; ``"detector"``: all layers of Mask R-CNN, with 1000 proposals and 100
-            detections for each image.
+            detections for each image; ``"export"``: backbone and UPerNet in PyTorch, and as files
+            in onnxruntime and OpenVINO, on a CPU.
         height, width: size of the image in pixels.
         batch: images per call.
         rounds: how often each candidate is timed.
@@ -90,6 +92,8 @@ def run_benchmark(
     if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
         available = DEVICES if torch.cuda.is_available() else DEVICES[:1]
         raise ValueError(f"device must be one of {', '.join(available)} here, got {device!r}")
+    if task == "export" and device != "cpu":
+        raise ValueError(f"device must be cpu for the task export, got {device!r}")
     if threads:
         torch.set_num_threads(threads)
     kept = keep_memory and keep_freed_memory()
@@ -103,6 +107,8 @@ def run_benchmark(
             result = {**_measure(candidates, rounds, device), "memory_mb": memory_mb}
         elif task == "detector":
             result = _measure(detector_candidates(batch, height, width), rounds, device)
+        elif task == "export":
+            result = _measure(export_candidates(batch, height, width), rounds, device)
         elif task == "backbone":
             candidates = backbone_candidates(batch, height, width, compile) | matrix_products()
             result = _measure(candidates, rounds, device)

@@ -216,17 +216,22 @@ def _way_to_tensors(content: object, depth: int = _MAX_WRAPPERS) -> tuple[str, .
     return () if any(isinstance(value, Tensor) for value in content.values()) else None
 
 
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _verify(path: Path, sha256: str) -> None:
     if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != sha256.lower():
+    if (found := file_sha256(path)) != sha256.lower():
         raise WeightsError(
             f"weights: {path} is another file than expected, or damaged: "
-            f"its SHA-256 is {digest.hexdigest()}, must be {sha256.lower()}"
+            f"its SHA-256 is {found}, must be {sha256.lower()}"
         )
 
 
