@@ -66,6 +66,15 @@ _MAX_SEED = 2**32 - 1  # of NumPy's global generator
 _MAY_BE_INFINITE = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the largest element
 _SHARED_TYPES: dict[str, Sequence[type]] = {"MODEL.SPATIAL_MAMBA.DROP_PATH_RATE": (float,)}
 
+_PACKAGE = Path(__file__).parent
+
+
+def recipe_file(name: str) -> Path:
+    """``configs/NAME.yaml``, which is next to the package in a checkout, and else inside it."""
+    installed = _PACKAGE / "configs"
+    folder = installed if installed.is_dir() else _PACKAGE.parent / "configs"
+    return folder / f"{name}.yaml"
+
 
 def add_backbone_config(cfg: Any) -> None:
     """Add the backbone's keys to any fvcore configuration, in place."""

@@ -22,7 +22,6 @@ SOURCE = "https://github.com/EdwardChasel/Spatial-Mamba"
 LICENSE = "Apache-2.0"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 BEGIN, END = "<!-- model zoo -->", "<!-- /model zoo -->"
-_PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,9 @@ class Entry:
     @property
     def config_file(self) -> Path:
         """The recipe."""
-        # The recipes are next to the package in a checkout, and inside it in an installation.
-        installed = _PACKAGE / "configs"
-        folder = installed if installed.is_dir() else _PACKAGE.parent / "configs"
-        return folder / f"{self.name}.yaml"
+        from spatial_mamba_d2.config import recipe_file  # torch, which the table does not need
+
+        return recipe_file(self.name)
 
 
 _CLASSIFIER = (26_748_862, 27, 4.5), (43_074_280, 43, 7.1), (95_745_592, 96, 15.8)

@@ -52,6 +52,13 @@ class Predictor:
         return self.model(batch).float().softmax(dim=-1)[0].cpu().numpy()
 
 
+def class_words(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of classes, with words in place of ImageNet's WordNet ids."""
+    info = ImageNetInfo()
+    words = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
+    return tuple(words.get(name, name) for name in names)
+
+
 def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw:
     """Draws the most probable classes for :func:`~.images.visualize_images`.
 
@@ -62,9 +69,7 @@ def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw
     """
     cfg = load_config(config_file, overrides)
     predictor = Predictor(cfg)
-    info = ImageNetInfo()
-    words = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
-    names = [words.get(name, name) for name in predictor.classes]
+    names = class_words(predictor.classes)
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         probabilities = predictor(image)
