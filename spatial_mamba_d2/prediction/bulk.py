@@ -356,7 +356,7 @@ class _Progress:
     def show(self, done: float) -> None:
         """Args: done: images, with a fraction of one that is handled by windows."""
         now = time.monotonic()
-        if now - self.last < _LOG_PERIOD_S and done < len(self.files):
+        if now - self.last < _LOG_PERIOD_S:
             return
         self.last = now
         left_s = (now - self.start) / max(done, 1e-9) * (len(self.files) - done)

@@ -23,6 +23,9 @@ import numpy as np
 from spatial_mamba_d2.prediction import Detections, Predictor
 from spatial_mamba_d2.prediction.bulk import Options, predict_files
 from spatial_mamba_d2.prediction.masks import crop_of_rle, encode_bitmap
+from spatial_mamba_d2.prediction.merging import merge_detections
+from spatial_mamba_d2.prediction.sources import open_raster
+from spatial_mamba_d2.prediction.windows import Grid
 from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 NAMES = ("ball", "bar", "ring")
@@ -152,8 +155,22 @@ def _predict(folder: Path, window_px: int, overlap_px: int) -> None:
         "seconds": time.perf_counter() - start,
         "peak_mb": _peak_mb(),
         "peak_mb_before": before,
+        **_time_merging(folder / "scene.tif", window_px, overlap_px),
     }
     (folder / "figures.json").write_text(json.dumps(figures))
+
+
+def _time_merging(path: Path, window_px: int, overlap_px: int) -> dict[str, Any]:
+    """Of the detections of all windows, which are in the memory."""
+    model, raster = Oracle(), open_raster(path, 3, None)
+    grid = Grid(raster.size, window_px, overlap_px)
+    images = map(raster.read, grid)
+    results = [None if image is None else model(image) for image in images]
+    start = time.perf_counter()
+    num_objects = sum(map(len, merge_detections(grid, results, NAMES)))
+    seconds = time.perf_counter() - start
+    num_masks = sum(len(result) for result in results if result is not None)
+    return {"merged_masks": num_masks, "merged_objects": num_objects, "merging_seconds": seconds}
 
 
 def _peak_mb() -> float:
@@ -164,7 +181,7 @@ def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/scene"))
     parser.add_argument("--side", type=int, default=20_000)
-    parser.add_argument("--objects", type=int, default=12_000)
+    parser.add_argument("--objects", type=int, default=25_000)
     parser.add_argument("--large", type=int, default=60, help="of them larger than a window")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--overlap", type=int, default=128)

@@ -20,7 +20,10 @@ from spatial_mamba_d2.segmentation.config import load_config as segmentation_con
 from spatial_mamba_d2.segmentation.module import build_model as build_segmentor
 
 SMALL = {
-    "detection": ["INPUT.MIN_SIZE_TEST", "64", "MODEL.ROI_HEADS.NUM_CLASSES", "2"],
+    "detection": [
+        "INPUT.MIN_SIZE_TEST", "64", "MODEL.ROI_HEADS.NUM_CLASSES", "2",
+        "MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "5",
+    ],
     "segmentation": [
         "MODEL.UPERNET.CHANNELS", "16", "MODEL.UPERNET.AUX_CHANNELS", "8", "MODEL.NUM_CLASSES", "3",
         "INPUT.SHORT_PX", "64", "DATASETS.CLASSES", "",
