@@ -8,7 +8,6 @@ files are the same bytes whatever happened, and whatever number of processes sha
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import time
@@ -25,6 +24,7 @@ import numpy as np
 from spatial_mamba_d2.data.images import read_size
 from spatial_mamba_d2.data.outputs import check_outputs, common_folder, name_outputs, same_folder
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.models.checkpoints.reading import hash_file
 from spatial_mamba_d2.prediction.blending import Blender
 from spatial_mamba_d2.prediction.loading import load_predictor
 from spatial_mamba_d2.prediction.merging import merge_detections
@@ -383,8 +383,7 @@ def run(args: argparse.Namespace) -> None:
     predictor = load_predictor(
         args.weights, args.config_file or None, args.device, args.task, args.opts
     )
-    content = Path(args.weights).read_bytes()
-    identity = json.dumps([hashlib.sha256(content).hexdigest(), args.config_file, args.opts])
+    identity = json.dumps([hash_file(args.weights), args.config_file, args.opts])
     predict_files(args.input, args.output, predictor, options, identity=identity)
 
 

@@ -116,8 +116,8 @@ def _counts(text: bytes | str) -> np.ndarray:
     Each number is a sequence of 5-bit groups, low ones first; from the third on, it is the
     difference to the last but one.
     """
-    codes = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
-    codes = codes.astype(np.int64) - 48
+    stored = text.encode() if isinstance(text, str) else text
+    codes = np.frombuffer(stored, np.uint8).astype(np.int64) - 48
     if not len(codes):
         return np.zeros(0, np.int64)
     is_last = (codes & 0x20) == 0

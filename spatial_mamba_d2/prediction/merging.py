@@ -156,7 +156,8 @@ class _Merger:
         """The objects that no window after this row can reach."""
         tops = self.grid.tops
         limit = tops[row + 1] if row + 1 < len(tops) else self.grid.size[0]
-        done, waiting = [], []
+        done: list[_Fragment] = []
+        waiting: list[_Fragment] = []
         for fragment in self.objects:
             if fragment.owner is not None:
                 continue  # stands for nothing any more

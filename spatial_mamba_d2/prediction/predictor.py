@@ -124,7 +124,9 @@ class Predictor:
             )
         return raster
 
-    def _predict_file(self, path: Path, thresh: float, window: int | None, overlap: int | None):  # type: ignore[no-untyped-def]
+    def _predict_file(
+        self, path: Path, thresh: float, window: int | None, overlap: int | None
+    ) -> Any:
         raster: Raster
         if window is None:
             raster = ArrayRaster(read_image(path, self.model.num_channels, self.model.value_range))

@@ -30,7 +30,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from spatial_mamba_d2.data.images import read_image, write_image
+from spatial_mamba_d2.data.images import encode_image, read_image
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.prediction.label_files import GeoTiffLabels, PngLabels
 from spatial_mamba_d2.prediction.masks import crop_of_rle, polygons_of, ring_area
@@ -296,7 +296,7 @@ class LabelmeWriter(Writer):
         self.file = self._begin(path, files)
         self.num_shapes, self.num_groups = 0, 0
         height, width = image.size
-        head = {
+        head: dict[str, Any] = {
             "version": self.version,
             "flags": {},
             "imagePath": Path(os.path.relpath(image.file, path.parent)).as_posix(),
@@ -377,8 +377,10 @@ class PngWriter(Writer):
     def add(self, image: ImageInfo, result: Detections | LabelMap | ClassScores) -> None:
         if image.is_whole:
             pixels = read_image(image.file, self.model.num_channels, self.model.value_range)
-            drawing = self.model.draw(pixels, result)
-            write_image(self.path_of(image.file, image.name), drawing)
+            path = self.path_of(image.file, image.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_bytes(encode_image(self.model.draw(pixels, result), path.suffix))
 
 
 FORMATS: dict[str, type[Writer]] = {

@@ -20,6 +20,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.prediction import Detections, Predictor
 from spatial_mamba_d2.prediction.bulk import Options, predict_files
 from spatial_mamba_d2.prediction.masks import crop_of_rle, encode_bitmap
@@ -37,9 +38,9 @@ class Oracle:
     """A detector that reads the objects of a window, and their classes, out of the colours."""
 
     task = "detection"
-    names = NAMES
+    names: tuple[str, ...] = NAMES
     num_channels = 3
-    value_range = None
+    value_range: PixelRange | None = None
 
     def __call__(self, image: np.ndarray) -> Detections:
         numbers = image.astype(np.int32) @ np.array([1, 256, 65536], np.int32)

@@ -219,15 +219,21 @@ def _way_to_tensors(content: object, depth: int = _MAX_WRAPPERS) -> tuple[str, .
 def _verify(path: Path, sha256: str) -> None:
     if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != sha256.lower():
+    found = hash_file(path)
+    if found != sha256.lower():
         raise WeightsError(
             f"weights: {path} is another file than expected, or damaged: "
-            f"its SHA-256 is {digest.hexdigest()}, must be {sha256.lower()}"
+            f"its SHA-256 is {found}, must be {sha256.lower()}"
         )
+
+
+def hash_file(path: str | Path) -> str:
+    """The SHA-256 of a file, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
