@@ -60,19 +60,28 @@ def runs_of_crop(crop: Crop, height: int) -> np.ndarray:
     for step in (1, -1):
         columns, rows = np.nonzero(steps == step)
         runs.append((columns + crop.left).astype(np.int64) * height + rows + crop.top)
-    return join_runs([np.stack(runs, axis=1)])
+    in_columns = np.stack(runs, axis=1)
+    if crop.bitmap.shape[0] < height:
+        return in_columns
+    return _joined(in_columns)  # a run may go on at the top of the next column
 
 
 def join_runs(runs: Sequence[np.ndarray]) -> np.ndarray:
     """The runs of the union of several masks; see :func:`runs_of_crop`."""
-    together = np.concatenate(runs) if len(runs) > 1 else runs[0]
-    if not len(together):
-        return together
-    together = together[np.argsort(together[:, 0], kind="stable")]
-    ends = np.maximum.accumulate(together[:, 1])
-    is_first = np.concatenate([[True], together[1:, 0] > ends[:-1]])
+    if len(runs) == 1:
+        return runs[0]
+    together = np.concatenate(runs)
+    return _joined(together[np.argsort(together[:, 0], kind="stable")])
+
+
+def _joined(runs: np.ndarray) -> np.ndarray:
+    """Runs that are sorted by their first pixels -> runs that are apart."""
+    if not len(runs):
+        return runs
+    ends = np.maximum.accumulate(runs[:, 1])
+    is_first = np.concatenate([[True], runs[1:, 0] > ends[:-1]])
     is_last = np.concatenate([is_first[1:], [True]])
-    return np.stack([together[is_first, 0], ends[is_last]], axis=1)
+    return np.stack([runs[is_first, 0], ends[is_last]], axis=1)
 
 
 def num_pixels(runs: np.ndarray) -> int:

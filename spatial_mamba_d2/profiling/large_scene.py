@@ -10,7 +10,6 @@ peak of the memory is that of the process that predicts, which does nothing else
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from spatial_mamba_d2.prediction.masks import crop_of_rle, encode_bitmap
 from spatial_mamba_d2.prediction.merging import merge_detections
 from spatial_mamba_d2.prediction.sources import open_raster
 from spatial_mamba_d2.prediction.windows import Grid
+from spatial_mamba_d2.profiling.memory import peak_memory_mb, reset_peak_memory_mb
 from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 NAMES = ("ball", "bar", "ring")
@@ -149,13 +149,13 @@ def compare(numbers: np.ndarray, coco: dict[str, Any]) -> dict[str, Any]:
 
 def _predict(folder: Path, window_px: int, overlap_px: int) -> None:
     options = Options(["coco", "geojson"], 0.0, window_px, overlap_px)
-    before = _peak_mb()
+    before = reset_peak_memory_mb()
     start = time.perf_counter()
     predict_files([folder / "scene.tif"], folder / "predictions", Predictor(Oracle()), options)
     figures = {
         "seconds": time.perf_counter() - start,
-        "peak_mb": _peak_mb(),
-        "peak_mb_before": before,
+        "peak_mb": peak_memory_mb(),
+        "before_mb": before,
         **_time_merging(folder / "scene.tif", window_px, overlap_px),
     }
     (folder / "figures.json").write_text(json.dumps(figures))
@@ -172,10 +172,6 @@ def _time_merging(path: Path, window_px: int, overlap_px: int) -> dict[str, Any]
     seconds = time.perf_counter() - start
     num_masks = sum(len(result) for result in results if result is not None)
     return {"merged_masks": num_masks, "merged_objects": num_objects, "merging_seconds": seconds}
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
