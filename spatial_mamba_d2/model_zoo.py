@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spatial_mamba_d2.system.package_files import top_level_folder
+from spatial_mamba_d2.system.package_files import recipe_file
 from spatial_mamba_d2.system.tables import markdown_table
 
 SOURCE = "https://github.com/EdwardChasel/Spatial-Mamba"
@@ -97,7 +97,7 @@ class Entry:
     @property
     def config_file(self) -> Path:
         """The recipe."""
-        return top_level_folder("configs") / f"{self.name}.yaml"
+        return recipe_file(self.name)
 
 
 _CLASSIFIER = (26_748_862, 27, 4.5), (43_074_280, 43, 7.1), (95_745_592, 96, 15.8)

@@ -17,7 +17,7 @@ LEVELS = (
     ("ops", "system"),
     ("models", "data"),
     ("config",),
-    ("training", "explain", "export"),
+    ("training", "prediction", "explain", "export"),
     ("segmentation", "classification", "detection"),
     ("model_zoo", "doctor"),
     ("model_card",),

@@ -9,7 +9,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from spatial_mamba_d2.classification.predict import Predictor, readable_names
+from spatial_mamba_d2.classification.predict import Predictor, class_words
 from spatial_mamba_d2.export.exportable import (
     Difference,
     Exportable,
@@ -65,7 +65,7 @@ def build_exportable(cfg: CfgNode) -> Exportable:
         metadata={
             "task": "classification",
             "architecture": f"spatial_mamba_{cfg.MODEL.SPATIAL_MAMBA.VARIANT}",
-            "classes": readable_names(predictor.classes),
+            "classes": list(class_words(predictor.classes)),
             "channels": "RGB",
             "mean": list(cfg.MODEL.PIXEL_MEAN),
             "std": list(cfg.MODEL.PIXEL_STD),

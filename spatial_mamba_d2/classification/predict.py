@@ -52,11 +52,11 @@ class Predictor:
         return self.model(batch).float().softmax(dim=-1)[0].cpu().numpy()
 
 
-def readable_names(classes: Sequence[str]) -> list[str]:
-    """``classes``, with words instead of WordNet ids."""
+def class_words(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of classes, with words in place of ImageNet's WordNet ids."""
     info = ImageNetInfo()
     words = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
-    return [words.get(name, name) for name in classes]
+    return tuple(words.get(name, name) for name in names)
 
 
 def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw:
@@ -69,7 +69,7 @@ def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw
     """
     cfg = load_config(config_file, overrides)
     predictor = Predictor(cfg)
-    names = readable_names(predictor.classes)
+    names = class_words(predictor.classes)
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         probabilities = predictor(image)

@@ -345,9 +345,9 @@ def _to_8_bits(stored: np.ndarray, layout: Layout, value_range: PixelRange | Non
     else:
         _check_fit(float(low), float(high), layout, value_range)
     if stored.dtype.itemsize == 2 and stored.dtype.kind == "u":
-        table = _scaled(np.arange(1 << 16, dtype=np.float64), value_range)
+        table = scale_to_8_bits(np.arange(1 << 16, dtype=np.float64), value_range)
         return table[stored]
-    return _scaled(stored.astype(np.float64), value_range)
+    return scale_to_8_bits(stored.astype(np.float64), value_range)
 
 
 def _check_fit(low: float, high: float, layout: Layout, value_range: PixelRange) -> None:
@@ -370,7 +370,8 @@ def _check_fit(low: float, high: float, layout: Layout, value_range: PixelRange)
     )
 
 
-def _scaled(values: np.ndarray, value_range: PixelRange) -> np.ndarray:
+def scale_to_8_bits(values: np.ndarray, value_range: PixelRange) -> np.ndarray:
+    """Values, float64 -> ``uint8``: the range becomes 0 .. 255; others are clipped."""
     low, high = value_range
     return np.rint((values.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
 

@@ -27,6 +27,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         save_dir: where checkpoints go.
         skip: prefixes of parameters that keep their initial values when a training starts.
         classes: names of the classes, which are kept in the checkpoint for prediction.
+        config: the configuration as YAML, which is kept for the same reason.
         **objects: training state, with ``state_dict`` and ``load_state_dict``.
 
     A file appears under its name only when it is complete and on disk, and ``last_checkpoint``
@@ -40,11 +41,13 @@ class SafeCheckpointer(DetectionCheckpointer):
         *,
         skip: tuple[str, ...] = (),
         classes: list[str] | None = None,
+        config: str | None = None,
         **objects: Any,
     ):
         super().__init__(model, save_dir, **objects)
         self.skip = skip
         self.classes = classes
+        self.config = config
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Raises OSError if there is no room, FloatingPointError if weights are not finite."""
@@ -67,7 +70,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _weights(self, name: str) -> dict[str, Any]:
         state = self.model.state_dict()
         require_finite_weights(state, f"weights for {name}")
-        return {"model": state, "classes": self.classes}
+        return {"model": state, "classes": self.classes, "config": self.config}
 
     def read_best_score(self) -> float:
         """Of ``model_best.pth``; minus infinity if there is none.
@@ -116,5 +119,5 @@ class SafeCheckpointer(DetectionCheckpointer):
         for key, item in self.checkpointables.items():
             item.load_state_dict(content[key])
         comm.synchronize()
-        known = {"model", "classes", *self.checkpointables}
+        known = {"model", "classes", "config", *self.checkpointables}
         return {key: value for key, value in content.items() if key not in known}

@@ -183,6 +183,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             skip=tuple(cfg.MODEL.WEIGHTS_SKIP),
             classes=self.classes,
+            config=cfg.dump(),
             trainer=weakref.proxy(self),
         )
         trainer = weakref.proxy(self)

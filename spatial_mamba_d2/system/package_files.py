@@ -13,6 +13,11 @@ def top_level_folder(name: str) -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / name
 
 
+def recipe_file(name: str) -> Path:
+    """``configs/NAME.yaml``."""
+    return top_level_folder("configs") / f"{name}.yaml"
+
+
 def find_recipe(path: str | Path) -> Path:
     """``path``, or the recipe of that name if there is no such file.
 

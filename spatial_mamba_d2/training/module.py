@@ -113,6 +113,7 @@ class TrainingModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.require_finite_weights()
+        checkpoint["config"] = self.cfg.dump()
         if self.ema is not None:
             checkpoint["training_model"] = self.model.state_dict()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 
 import cv2
@@ -10,6 +11,7 @@ import pytest
 
 from spatial_mamba_d2.data.images import visualize_images
 from spatial_mamba_d2.data.label_maps import Classes, distinct_colors, read_label
+from spatial_mamba_d2.prediction import load_predictor
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.predict import Predictor, build_draw, label_folder
 from spatial_mamba_d2.segmentation.train import run
@@ -31,6 +33,10 @@ def test_a_folder_with_a_broken_image(arguments, overrides, shapes, tmp_path, ca
     assert [path.name for path in drawings] == ["a.png", "tiny.png"]
     label = cv2.imread(str(tmp_path / "drawings/a_label.png"), cv2.IMREAD_UNCHANGED)
     assert label.shape == image.shape[:2] and label.max() < 6
+    # A copy of the checkpoint is enough: it holds its configuration.
+    alone = shutil.copy(tmp_path / "output/last.ckpt", tmp_path / "alone.ckpt")
+    predict = load_predictor(alone, overrides=["TEST.PROTOCOL", "ms"])
+    assert np.array_equal(predict(folder / "a.png").label, label)
     out = capsys.readouterr().out
     assert "skipped: image file" in out and "2 images in" in out and ", 1 skipped" in out
 

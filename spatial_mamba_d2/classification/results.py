@@ -1,0 +1,44 @@
+"""The classifier's output as :class:`~spatial_mamba_d2.prediction.ClassScores`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from spatial_mamba_d2.classification.predict import Predictor, class_words
+from spatial_mamba_d2.classification.visualize import draw_classes
+from spatial_mamba_d2.data.pixels import build_pixel_range
+from spatial_mamba_d2.prediction.results import ClassScores
+
+RECIPE = "spatial_mamba_"
+WITHOUT_DATA: list[str] = []
+
+
+def sizes_of(state: Mapping[str, Tensor]) -> list[Any]:
+    """``KEY VALUE`` pairs that the shapes of a classifier's parameters tell."""
+    return ["MODEL.NUM_CLASSES", len(state["head.weight"])]
+
+
+class ImagePredictor:
+    """A classifier for images one at a time; see :class:`~.prediction.predictor.ImagePredictor`."""
+
+    task = "classification"
+    num_channels = 3
+
+    def __init__(self, cfg: CfgNode):
+        self.predictor = Predictor(cfg)
+        self.names = class_words(self.predictor.classes)
+        self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
+
+    def __call__(self, image: np.ndarray) -> ClassScores:
+        return ClassScores(
+            scores=self.predictor(image), names=self.names, image_size=image.shape[:2]
+        )
+
+    def draw(self, image: np.ndarray, result: ClassScores) -> np.ndarray:
+        """RGB ``uint8[H, W, 3]`` -> a drawing, RGB ``uint8[H', W', 3]``."""
+        return draw_classes(image, [f"{name} {score:.1%}" for name, score in result.top()])

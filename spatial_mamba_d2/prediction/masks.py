@@ -1,0 +1,283 @@
+"""Masks in frames of any size: bitmaps of the part that is not empty, runs, COCO's RLE, polygons.
+
+A frame of 20,000 x 20,000 pixels cannot hold a bitmap for each object. So a mask is a bitmap of
+the object's own rectangle, or the runs of its pixels; both know where in the frame they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+# COCO's RLE: {"size": [H, W], "counts": bytes}, runs of 0 and 1 in column-major order.
+Rle = dict[str, Any]
+_MAX_FRAME_PX = 2**32 - 1  # pycocotools counts in 32 bits
+
+
+class Crop(NamedTuple):
+    """The rectangle of a mask that has all of its pixels.
+
+    Attributes:
+        top, left: of the rectangle in its frame, in pixels.
+        bitmap: ``bool[h, w]``.
+    """
+
+    top: int
+    left: int
+    bitmap: np.ndarray
+
+    @property
+    def bottom(self) -> int:
+        return self.top + self.bitmap.shape[0]
+
+    @property
+    def right(self) -> int:
+        return self.left + self.bitmap.shape[1]
+
+    def within(self, top: int, left: int, bottom: int, right: int) -> np.ndarray:
+        """The bitmap's part in a rectangle of the frame; may be empty."""
+        rows = slice(max(top - self.top, 0), max(bottom - self.top, 0))
+        return self.bitmap[rows, max(left - self.left, 0) : max(right - self.left, 0)]
+
+
+def encode_bitmap(mask: np.ndarray) -> Rle:
+    """``bool[H, W]`` -> RLE."""
+    return _coco_mask().encode(np.asfortranarray(mask, dtype=np.uint8))
+
+
+def runs_of_crop(crop: Crop, height: int) -> np.ndarray:
+    """``int64[N, 2]``: first pixel and the one after the last of each run.
+
+    Pixels are numbered as in COCO's RLE: down the columns of a frame of ``height`` rows.
+    """
+    framed = np.zeros((crop.bitmap.shape[1], crop.bitmap.shape[0] + 2), np.int8)
+    framed[:, 1:-1] = crop.bitmap.T
+    steps = np.diff(framed, axis=1)
+    runs = []
+    for step in (1, -1):
+        columns, rows = np.nonzero(steps == step)
+        runs.append((columns + crop.left).astype(np.int64) * height + rows + crop.top)
+    in_columns = np.stack(runs, axis=1)
+    if crop.bitmap.shape[0] < height:
+        return in_columns
+    return _joined(in_columns)  # a run may go on at the top of the next column
+
+
+def join_runs(runs: Sequence[np.ndarray]) -> np.ndarray:
+    """The runs of the union of several masks; see :func:`runs_of_crop`."""
+    if len(runs) == 1:
+        return runs[0]
+    together = np.concatenate(runs)
+    return _joined(together[np.argsort(together[:, 0], kind="stable")])
+
+
+def _joined(runs: np.ndarray) -> np.ndarray:
+    """Runs that are sorted by their first pixels -> runs that are apart."""
+    if not len(runs):
+        return runs
+    ends = np.maximum.accumulate(runs[:, 1])
+    is_first = np.concatenate([[True], runs[1:, 0] > ends[:-1]])
+    is_last = np.concatenate([is_first[1:], [True]])
+    return np.stack([runs[is_first, 0], ends[is_last]], axis=1)
+
+
+def num_pixels(runs: np.ndarray) -> int:
+    return int((runs[:, 1] - runs[:, 0]).sum())
+
+
+def encode_runs(runs: np.ndarray, size: tuple[int, int]) -> Rle:
+    """Runs, sorted and apart -> RLE.
+
+    Args:
+        size: height and width of the frame.
+
+    Raises:
+        ValueError: the frame has 2^32 pixels or more, which COCO's RLE cannot count.
+    """
+    height, width = size
+    if height * width > _MAX_FRAME_PX:
+        raise ValueError(
+            f"image_size must have fewer than 2^32 pixels for masks as RLE, got {height} x {width}"
+        )
+    edges = np.concatenate([[0], runs.ravel(), [height * width]])
+    counts = np.diff(edges)
+    if counts[-1] == 0 and len(counts) > 1:
+        counts = counts[:-1]
+    plain = {"counts": counts.tolist(), "size": [height, width]}
+    return _coco_mask().frPyObjects(plain, height, width)
+
+
+def runs_of_rle(rle: Rle) -> np.ndarray:
+    """RLE -> runs, without a bitmap of the frame; see :func:`runs_of_crop`."""
+    edges = np.cumsum(_counts(rle["counts"]))
+    if len(edges) % 2:  # the last run is of zeros
+        edges = edges[:-1]
+    runs = edges.reshape(-1, 2)
+    return runs[runs[:, 1] > runs[:, 0]]
+
+
+def _counts(text: bytes | str) -> np.ndarray:
+    """The run lengths of COCO's compressed RLE, ``int64[N]``: rleFrString of pycocotools.
+
+    Each number is a sequence of 5-bit groups, low ones first; from the third on, it is the
+    difference to the last but one.
+    """
+    stored = text.encode() if isinstance(text, str) else text
+    codes = np.frombuffer(stored, np.uint8).astype(np.int64) - 48
+    if not len(codes):
+        return np.zeros(0, np.int64)
+    is_last = (codes & 0x20) == 0
+    ends = np.flatnonzero(is_last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    place = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    values = np.add.reduceat((codes & 0x1F) << (5 * place), starts)
+    lengths = ends - starts + 1
+    values -= np.where(codes[ends] & 0x10, 1 << (5 * lengths), 0)  # negative
+    # x[i] = v[i] + x[i - 2] for i > 2, and x[0], x[1], x[2] as they are
+    for parity in (1, 2):
+        values[parity::2] = np.cumsum(values[parity::2])
+    return values
+
+
+def crop_of_rle(rle: Rle) -> Crop:
+    """RLE -> the smallest rectangle with all of its pixels; of no pixel: an empty bitmap."""
+    return crop_of_runs(runs_of_rle(rle), rle["size"][0])
+
+
+def crop_of_runs(runs: np.ndarray, height: int) -> Crop:
+    """Runs in a frame of ``height`` rows -> the smallest rectangle with all pixels."""
+    if not len(runs):
+        return Crop(0, 0, np.zeros((0, 0), bool))
+    left, right = int(runs[0, 0] // height), int((runs[-1, 1] - 1) // height) + 1
+    # Rows: a run that goes on in the next column has the frame's last row and its first.
+    first_rows, last_rows = runs[:, 0] % height, (runs[:, 1] - 1) % height
+    is_in_one_column = runs[:, 0] // height == (runs[:, 1] - 1) // height
+    if is_in_one_column.all():
+        top, bottom = int(first_rows.min()), int(last_rows.max()) + 1
+    else:
+        top, bottom = 0, height
+    marks = np.zeros((right - left) * (bottom - top) + 1, np.int8)
+    columns = runs[:, 0] // height - left
+    starts = columns * (bottom - top) + first_rows - top
+    np.add.at(marks, starts, 1)
+    np.add.at(marks, starts + runs[:, 1] - runs[:, 0], -1)
+    bitmap = np.cumsum(marks[:-1], dtype=np.int8).astype(bool).reshape(right - left, -1).T
+    used = np.flatnonzero(bitmap.any(axis=1))
+    rows = slice(int(used[0]), int(used[-1]) + 1)
+    return Crop(top + rows.start, left, np.ascontiguousarray(bitmap[rows]))
+
+
+def crop_of_bitmap(mask: np.ndarray, top: int = 0, left: int = 0) -> Crop:
+    """``bool[H, W]``, which begins at (top, left) of its frame -> the part with pixels."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return Crop(top, left, np.zeros((0, 0), bool))
+    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return Crop(top + int(rows[0]), left + int(columns[0]), np.array(part, bool))
+
+
+def polygons_of(crop: Crop) -> list[list[np.ndarray]]:
+    """The outlines of a mask along the edges of its pixels, so that areas are exact.
+
+    Returns:
+        for each part that is connected by edges of pixels, the largest first: its outline and then
+        its holes, ``float64[N, 2]`` of (x, y) in the frame, closed by repeating the first point.
+        Outlines have a positive area by the shoelace formula with y down, holes a negative one.
+    """
+    num_labels, labels, statistics, _ = cv2.connectedComponentsWithStats(
+        crop.bitmap.astype(np.uint8), connectivity=4
+    )
+    parts = sorted(range(1, num_labels), key=lambda i: -statistics[i, cv2.CC_STAT_AREA])
+    polygons = []
+    for index in parts:
+        left, top, width, height, _ = statistics[index]
+        part = labels[top : top + height, left : left + width] == index
+        rings = [ring + (crop.left + left, crop.top + top) for ring in _rings(part)]
+        rings.sort(key=lambda ring: -ring_area(ring))
+        polygons.append(rings)
+    return polygons
+
+
+def ring_area(ring: np.ndarray) -> float:
+    """Shoelace formula, for a closed ring ``[N, 2]``; positive if clockwise on the screen."""
+    x, y = ring[:, 0] - ring[0, 0], ring[:, 1] - ring[0, 1]
+    return float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2)
+
+
+def _rings(part: np.ndarray) -> list[np.ndarray]:
+    """Closed rings along the edges of a connected bitmap; no ring passes through a point twice."""
+    framed = np.pad(part, 1).astype(np.int8)
+    down, right = np.diff(framed, axis=0), np.diff(framed, axis=1)
+    # Each edge has the inside on its right: (y, x) of the corner where it starts -> where it leads.
+    edges: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for steps, offset_start, move in (
+        (down == 1, (0, -1), (0, 1)),  # top edge, to the right
+        (down == -1, (0, 0), (0, -1)),  # bottom edge, to the left
+        (right == 1, (0, 0), (-1, 0)),  # left edge, up
+        (right == -1, (-1, 0), (1, 0)),  # right edge, down
+    ):
+        for y, x in zip(*(v.tolist() for v in np.nonzero(steps)), strict=True):
+            edges.setdefault((y + offset_start[0], x + offset_start[1]), []).append(move)
+    rings = []
+    while edges:
+        start = next(iter(edges))
+        rings += _walk(edges, start)
+    return rings
+
+
+def _walk(
+    edges: dict[tuple[int, int], list[tuple[int, int]]], start: tuple[int, int]
+) -> list[np.ndarray]:
+    """Take one closed walk out of ``edges``; where it meets itself, a ring is cut off."""
+    path: list[tuple[int, int]] = [start]
+    position = {start: 0}
+    rings = []
+    while True:
+        y, x = path[-1]
+        moves = edges[y, x]
+        # Any choice at a corner where two pixels touch gives valid rings, because they are cut.
+        dy, dx = moves.pop()
+        if not moves:
+            del edges[y, x]
+        point = y + dy, x + dx
+        if point not in position:
+            position[point] = len(path)
+            path.append(point)
+            continue
+        first = position[point]
+        rings.append(_without_collinear(path[first:]))
+        for gone in path[first + 1 :]:
+            del position[gone]
+        del path[first + 1 :]
+        if first == 0 and start not in edges:
+            return rings
+
+
+def _without_collinear(path: list[tuple[int, int]]) -> np.ndarray:
+    points = np.array(path, np.float64)[:, ::-1]
+    steps = np.roll(points, -1, axis=0) - points
+    turns = (steps != np.roll(steps, 1, axis=0)).any(axis=1)
+    points = points[turns]
+    return np.concatenate([points, points[:1]])
+
+
+def paint_crops(crops: Iterable[Crop], size: tuple[int, int]) -> np.ndarray:
+    """``bool[N, H, W]`` of crops in a frame."""
+    crops = list(crops)
+    masks = np.zeros((len(crops), *size), bool)
+    for mask, crop in zip(masks, crops, strict=True):
+        mask[crop.top : crop.bottom, crop.left : crop.right] = crop.bitmap
+    return masks
+
+
+def _coco_mask() -> Any:
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise ImportError(
+            "masks as RLE need pycocotools: pip install 'spatial-mamba-d2[prediction]'"
+        ) from error
+    return mask

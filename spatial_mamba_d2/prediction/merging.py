@@ -1,0 +1,268 @@
+"""Detections of windows become detections of the image: each object once, and complete.
+
+The rules, for two detections of one class in two windows that overlap:
+
+1. Only what both windows see is compared: the parts of the two masks (or boxes, if there are no
+   masks) in the margin that the windows share.
+2. They are one object if the IoU of these parts is at least :data:`MATCH_IOU`. In a pair of windows
+   each detection is matched once, the best pairs first.
+3. A detection that an inner edge of its window cuts, and that rule 2 has not matched, is one object
+   with the detection that covers at least :data:`COVERED_SHARE` of its part in the margin, or, of
+   two pieces of one object, with the one that it covers.
+
+Matches are joined by union-find, so an object may cross any number of windows. Of the detections
+that are one object:
+
+4. If one that no inner edge cuts has at least :data:`COMPLETE_SHARE` of the pixels of all of them
+   together, that one is the result, with its box, mask and score: the one with the most pixels.
+5. Else the result is the union of masks and boxes, with the highest score.
+
+Parts of an object that are nowhere connected within a margin stay apart: nothing tells that they
+belong together. Results come as soon as no later window can reach them, in an order that depends
+on the windows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from spatial_mamba_d2.prediction.masks import (
+    Crop,
+    crop_of_rle,
+    encode_runs,
+    join_runs,
+    num_pixels,
+    runs_of_crop,
+)
+from spatial_mamba_d2.prediction.results import Detections
+from spatial_mamba_d2.prediction.windows import Grid, Window
+
+MATCH_IOU = 0.5
+COVERED_SHARE = 0.8
+COMPLETE_SHARE = 0.9
+CUT_PX = 2  # a detection is cut if it ends so close to an inner edge of its window
+
+
+@dataclass(eq=False)
+class _Fragment:
+    """A detection of one window, in the frame of the image.
+
+    ``owner`` leads to the fragment that stands for its object, which has the ``members``.
+    """
+
+    number: int  # in the order of windows and of detections in them
+    class_index: int
+    score: float
+    box: np.ndarray  # float32[4]
+    crop: Crop
+    is_cut: bool
+    owner: _Fragment | None = None
+    members: list[_Fragment] | None = None
+
+    def __post_init__(self) -> None:
+        self.members = [self]
+
+    def find(self) -> _Fragment:
+        root = self
+        while root.owner is not None:
+            root = root.owner
+        node = self
+        while node.owner is not None:  # later searches are short
+            node.owner, node = root, node.owner
+        return root
+
+    def join(self, other: _Fragment) -> None:
+        first, second = sorted((self.find(), other.find()), key=lambda f: f.number)
+        if first is not second:
+            assert first.members is not None and second.members is not None
+            first.members += second.members
+            second.owner, second.members = first, None
+
+
+def merge_detections(
+    grid: Grid, results: Iterable[Detections | None], names: tuple[str, ...]
+) -> Iterator[Detections]:
+    """Objects of the image from those of its windows.
+
+    Args:
+        results: of each window of ``grid``, in this order; None for windows without a result.
+        names: of the classes.
+
+    Yields:
+        objects in the frame of the image, those of about one row of windows at a time. Memory holds
+        those of about two rows, and of objects that reach into them.
+    """
+    merger = _Merger(grid, names)
+    num_columns = len(grid.lefts)
+    for index, result in enumerate(results):
+        if result is not None:
+            merger.add(index, result)
+        if index % num_columns == num_columns - 1:
+            if objects := merger.finish_row(index // num_columns):
+                yield merger.build(objects)
+
+
+class _Merger:
+    def __init__(self, grid: Grid, names: tuple[str, ...]):
+        self.grid, self.names = grid, names
+        self.with_masks = False
+        self.num_fragments = 0
+        self.open: dict[int, list[_Fragment]] = {}  # window -> fragments that later ones may meet
+        self.objects: list[_Fragment] = []  # open ones, by the fragment that stands for them
+
+    def add(self, index: int, result: Detections) -> None:
+        window = self.grid[index]
+        self.with_masks = result.masks is not None
+        fragments = list(self._fragments(window, result))
+        for other_index, others in self.open.items():
+            if shared := window.shared_with(self.grid[other_index]):
+                _match(fragments, others, shared)
+        self.open[index] = fragments
+        self.objects += fragments
+
+    def _fragments(self, window: Window, result: Detections) -> Iterator[_Fragment]:
+        offset = np.array([window.left, window.top] * 2, np.float32)
+        for i in range(len(result)):
+            box = result.boxes[i]
+            crop = _crop(result, i)
+            if not crop.bitmap.size:
+                continue  # a mask without a pixel
+            is_cut = self._is_cut(window, box, crop)
+            crop = crop._replace(top=crop.top + window.top, left=crop.left + window.left)
+            self.num_fragments += 1
+            yield _Fragment(
+                self.num_fragments,
+                int(result.classes[i]),
+                float(result.scores[i]),
+                box + offset,
+                crop,
+                is_cut,
+            )
+
+    def _is_cut(self, window: Window, box: np.ndarray, crop: Crop) -> bool:
+        height, width = window.size
+        x1, y1, x2, y2 = box
+        gaps = (
+            min(crop.top, y1), min(crop.left, x1),
+            height - max(crop.bottom, y2), width - max(crop.right, x2),
+        )  # fmt: skip
+        inner = self.grid.inner_edges(window)
+        return any(is_inner and gap < CUT_PX for is_inner, gap in zip(inner, gaps, strict=True))
+
+    def finish_row(self, row: int) -> list[_Fragment]:
+        """The objects that no window after this row can reach."""
+        tops = self.grid.tops
+        limit = tops[row + 1] if row + 1 < len(tops) else self.grid.size[0]
+        done: list[_Fragment] = []
+        waiting: list[_Fragment] = []
+        for fragment in self.objects:
+            if fragment.owner is not None:
+                continue  # stands for nothing any more
+            assert fragment.members is not None
+            reach = max(member.crop.bottom for member in fragment.members)
+            (done if reach <= limit else waiting).append(fragment)
+        self.objects = waiting
+        self.open = {
+            index: [f for f in fragments if f.crop.bottom > limit]
+            for index, fragments in self.open.items()
+            if self.grid[index].bottom > limit
+        }
+        return [self._merge(fragment) for fragment in done]
+
+    def _merge(self, fragment: _Fragment) -> _Fragment:
+        members = fragment.members
+        assert members is not None
+        if len(members) == 1:
+            return fragment
+        height = self.grid.size[0]
+        union = num_pixels(join_runs([runs_of_crop(m.crop, height) for m in members]))
+        complete = [m for m in members if not m.is_cut]
+        if complete:
+            largest = max(complete, key=lambda m: (m.crop.bitmap.sum(), m.score, -m.number))
+            if largest.crop.bitmap.sum() >= COMPLETE_SHARE * union:
+                return replace(largest, owner=None)
+        boxes = np.stack([m.box for m in members])
+        box = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
+        merged = replace(fragment, score=max(m.score for m in members), box=box)
+        merged.members = members
+        return merged
+
+    def build(self, objects: list[_Fragment]) -> Detections:
+        height = self.grid.size[0]
+        masks = None
+        if self.with_masks:
+            masks = tuple(
+                encode_runs(
+                    join_runs([runs_of_crop(m.crop, height) for m in f.members or ()]),
+                    self.grid.size,
+                )
+                for f in objects
+            )
+        return Detections(
+            boxes=np.stack([f.box for f in objects]).astype(np.float32),
+            scores=np.array([f.score for f in objects], np.float32),
+            classes=np.array([f.class_index for f in objects], np.int64),
+            masks=masks,
+            names=self.names,
+            image_size=self.grid.size,
+        )
+
+
+def _crop(result: Detections, index: int) -> Crop:
+    """The mask of a detection, or its box, in the frame of the window."""
+    if result.masks is not None:
+        return crop_of_rle(result.masks[index])
+    height, width = result.image_size
+    x1, y1, x2, y2 = result.boxes[index]
+    top, left = max(int(np.floor(y1)), 0), max(int(np.floor(x1)), 0)
+    bottom, right = min(int(np.ceil(y2)), height), min(int(np.ceil(x2)), width)
+    return Crop(top, left, np.ones((max(bottom - top, 0), max(right - left, 0)), bool))
+
+
+def _match(fragments: list[_Fragment], others: list[_Fragment], shared: Window) -> None:
+    """Join the fragments of two windows that are one object, by rules 1 to 3."""
+    firsts, seconds = _in(fragments, shared), _in(others, shared)
+    if not firsts or not seconds:
+        return
+    pairs = []
+    rectangles = [np.array([_rectangle(f) for f in side]) for side in (firsts, seconds)]
+    classes = [np.array([f.class_index for f in side]) for side in (firsts, seconds)]
+    first, second = (r[:, None] if i == 0 else r[None] for i, r in enumerate(rectangles))
+    meets = (first[..., :2] < second[..., 2:]).all(-1) & (second[..., :2] < first[..., 2:]).all(-1)
+    meets &= classes[0][:, None] == classes[1][None]
+    for i, j in np.argwhere(meets).tolist():
+        a, b = firsts[i], seconds[j]
+        common = _rectangle_of_both(a, b, shared)
+        inside = int((a.crop.within(*common) & b.crop.within(*common)).sum())
+        if inside:
+            areas = [int(f.crop.within(*shared).sum()) for f in (a, b)]
+            pairs.append((inside / (sum(areas) - inside), inside, areas, i, j))
+    pairs.sort(key=lambda pair: (-pair[0], pair[3], pair[4]))
+    matched: set[tuple[int, int]] = set()  # (side, index)
+    for iou, _, _, i, j in pairs:
+        if iou >= MATCH_IOU and not matched & {(0, i), (1, j)}:
+            matched |= {(0, i), (1, j)}
+            firsts[i].join(seconds[j])
+    for _, inside, areas, i, j in pairs:
+        for side, k, area in ((0, i, areas[0]), (1, j, areas[1])):
+            fragment = (firsts, seconds)[side][k]
+            if fragment.is_cut and (side, k) not in matched and inside >= COVERED_SHARE * area:
+                matched.add((side, k))
+                firsts[i].join(seconds[j])
+
+
+def _in(fragments: list[_Fragment], window: Window) -> list[_Fragment]:
+    return [f for f in fragments if f.crop.within(*window).any()]
+
+
+def _rectangle(fragment: _Fragment) -> tuple[int, int, int, int]:
+    crop = fragment.crop
+    return crop.top, crop.left, crop.bottom, crop.right
+
+
+def _rectangle_of_both(a: _Fragment, b: _Fragment, shared: Window) -> tuple[int, int, int, int]:
+    tops, lefts, bottoms, rights = zip(_rectangle(a), _rectangle(b), shared, strict=True)
+    return max(tops), max(lefts), min(bottoms), min(rights)

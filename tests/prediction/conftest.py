@@ -1,0 +1,127 @@
+"""A scene whose pixels tell which object they belong to, and a model that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+
+from spatial_mamba_d2.prediction.masks import encode_bitmap
+from spatial_mamba_d2.prediction.results import ClassScores, Detections, LabelMap
+
+NAMES = ("ball", "bar", "ring")
+
+
+@dataclass
+class Scene:
+    """``image``: RGB, whose colour is the object's number (0: none); ``numbers`` int32[H, W]."""
+
+    image: np.ndarray
+    numbers: np.ndarray
+
+    @property
+    def num_objects(self) -> int:
+        return len(np.unique(self.numbers)) - 1
+
+
+def as_image(numbers: np.ndarray) -> np.ndarray:
+    return np.stack([numbers & 255, numbers >> 8 & 255, numbers >> 16], axis=2).astype(np.uint8)
+
+
+def make_scene(size: tuple[int, int], num_objects: int, num_large: int, seed: int = 0) -> Scene:
+    """Objects that do not touch; class: number % 3."""
+    rng = np.random.default_rng(seed)
+    numbers = np.zeros(size, np.int32)
+    number = 0
+    height, width = size
+    for _ in range(30 * (num_objects + num_large)):
+        if number == num_objects + num_large:
+            break
+        shape = np.zeros(size, np.uint8)
+        center = int(rng.integers(width)), int(rng.integers(height))
+        if number < num_large:
+            end = int(rng.integers(width)), int(rng.integers(height))
+            cv2.line(shape, center, end, 1, int(rng.integers(8, 25)))
+        elif number % 3 == 2:
+            cv2.circle(shape, center, int(rng.integers(6, 20)), 1, 3)
+        else:
+            axes = int(rng.integers(3, 25)), int(rng.integers(3, 25))
+            cv2.ellipse(shape, center, axes, float(rng.uniform(0, 180)), 0, 360, 1, -1)
+        if (cv2.dilate(shape, np.ones((3, 3), np.uint8)) * numbers).any() or shape.sum() < 20:
+            continue
+        number += 1
+        numbers[shape > 0] = number
+    return Scene(as_image(numbers), numbers)
+
+
+class Oracle:
+    """Reads the truth out of the colours of :func:`as_image`."""
+
+    num_channels = 3
+    value_range = None
+    names = NAMES
+
+    def __init__(self, task: str = "detection", with_masks: bool = True):
+        self.task, self.with_masks = task, with_masks
+        self.change: Callable[[np.ndarray], np.ndarray] = lambda mask: mask
+
+    def __call__(self, image: np.ndarray) -> Any:
+        numbers = image.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+        if self.task == "segmentation":
+            return LabelMap(label=(numbers % 3).astype(np.uint8), names=NAMES)
+        if self.task == "classification":
+            counts = np.bincount(numbers.ravel() % 3, minlength=3)
+            scores = (counts / counts.sum()).astype(np.float32)
+            return ClassScores(scores=scores, names=NAMES, image_size=numbers.shape)
+        boxes, masks, found = [], [], []
+        for number in np.unique(numbers[numbers > 0]):
+            mask = self.change(numbers == number)
+            if mask.any():
+                rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+                boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+                masks.append(encode_bitmap(mask))
+                found.append(number)
+        found_numbers = np.array(found, np.int64)
+        return Detections(
+            boxes=np.array(boxes, np.float32).reshape(-1, 4),
+            scores=(0.5 + found_numbers % 50 / 100).astype(np.float32),
+            classes=found_numbers % 3,
+            masks=tuple(masks) if self.with_masks else None,
+            names=NAMES,
+            image_size=numbers.shape,
+        )
+
+    def probabilities(self, image: np.ndarray) -> np.ndarray:
+        label = self(image).label
+        return (label[None] == np.arange(3)[:, None, None]).astype(np.float32)
+
+    def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
+        return 255 - image
+
+
+@pytest.fixture
+def oracle() -> type[Oracle]:
+    return Oracle
+
+
+@pytest.fixture(scope="session")
+def scene() -> Scene:
+    """900 x 1100 with 150 objects, some of them larger than windows of 256."""
+    return make_scene((900, 1100), 150, 6)
+
+
+@pytest.fixture(scope="session")
+def small_scene(scene) -> Scene:
+    """500 x 600 of it, 9 windows of 256."""
+    return Scene(scene.image[:500, :600], scene.numbers[:500, :600])
+
+
+@pytest.fixture
+def scene_of() -> Callable[..., Scene]:
+    return make_scene
