@@ -144,19 +144,24 @@ _ENTRIES = (
     Entry("upernet_spatial_mamba_b", "segmentation", "base", (51.8, 52.6), *_UPERNET[2]),
 )
 ENTRIES = {entry.name: entry for entry in _ENTRIES}
-_T = "_spatial_mamba_t"
+_CASCADE, _DETECTOR = (74_029_492, 289), ("detection", "tiny")
 _COUNTED = (
-    CountedRecipe(f"faster_rcnn{_T}", "detection", "tiny", "Faster R-CNN", 0, 0),
-    CountedRecipe(f"cascade_mask_rcnn{_T}", "detection", "tiny", "Cascade Mask R-CNN, 1x", 0, 0),
-    CountedRecipe(f"cascade_mask_rcnn{_T}_3x", "detection", "tiny", "Cascade Mask R-CNN, 3x", 0, 0),
-    CountedRecipe(f"retinanet{_T}", "detection", "tiny", "RetinaNet", 0, 0),
-    CountedRecipe(f"panoptic_fpn{_T}", "detection", "tiny", "Panoptic FPN", 0, 0),
-    CountedRecipe(f"point_rend{_T}", "detection", "tiny", "PointRend", 0, 0),
-    CountedRecipe(f"keypoint_rcnn{_T}", "detection", "tiny", "Keypoint R-CNN", 0, 0),
+    CountedRecipe("faster_rcnn_spatial_mamba_t", *_DETECTOR, "Faster R-CNN", 43_744_502, 208),
     CountedRecipe(
-        f"mask_rcnn{_T}_lsj", "detection", "tiny", "Mask R-CNN, large-scale jitter", 0, 0
+        "cascade_mask_rcnn_spatial_mamba_t", *_DETECTOR, "Cascade Mask R-CNN, 1x", *_CASCADE
     ),
-)
+    CountedRecipe(
+        "cascade_mask_rcnn_spatial_mamba_t_3x", *_DETECTOR, "Cascade Mask R-CNN, 3x", *_CASCADE
+    ),
+    CountedRecipe("retinanet_spatial_mamba_t", *_DETECTOR, "RetinaNet", 36_470_218, 242),
+    CountedRecipe("panoptic_fpn_spatial_mamba_t", *_DETECTOR, "Panoptic FPN", 48_018_556, 292),
+    CountedRecipe("point_rend_spatial_mamba_t", *_DETECTOR, "PointRend", 62_206_358, 301),
+    CountedRecipe("keypoint_rcnn_spatial_mamba_t", *_DETECTOR, "Keypoint R-CNN", 61_177_724, 557),
+    CountedRecipe(
+        "mask_rcnn_spatial_mamba_t_lsj", *_DETECTOR, "Mask R-CNN, large-scale jitter", 46_387_782,
+        261,
+    ),
+)  # fmt: skip
 #: Recipes of Detectron2's other architectures.
 COUNTED = {recipe.name: recipe for recipe in _COUNTED}
 

@@ -165,8 +165,8 @@ def detectron2_cfg(variant, *words):
     cfg = get_cfg()
     add_spatial_mamba_config(cfg)
     cfg.merge_from_list([
-        "MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.SPATIAL_MAMBA.VARIANT", variant,
-        "MODEL.BACKBONE.NAME", "build_spatial_mamba_fpn_backbone",
+        "MODEL.DEVICE", "cpu", "MODEL.SPATIAL_MAMBA.VARIANT", variant,
+        "MODEL.BACKBONE.NAME", "build_spatial_mamba_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", 0,
         "MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"], "MODEL.FPN.OUT_CHANNELS", 32,
         "MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"],
         "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]],

@@ -1,4 +1,4 @@
-"""Averaged weights, early stopping, freezing, layer decay, throughput: in ours and other trainers."""
+"""Hooks of ours and other trainers: averaged weights, early stopping, freezing, throughput."""
 
 from __future__ import annotations
 
