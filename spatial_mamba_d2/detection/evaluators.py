@@ -27,7 +27,7 @@ from spatial_mamba_d2.system.atomic import replacing
 
 
 def build_evaluator(cfg: CfgNode, dataset: DetectionDataset, suffix: str = "") -> DatasetEvaluators:
-    """COCO evaluation by ``TEST.EVALUATOR``, panoptic quality, and drawings of predictions, if asked for.
+    """COCO evaluation by ``TEST.EVALUATOR``, panoptic quality, and drawings if asked for.
 
     Args:
         suffix: of the folders that results are written to.
