@@ -121,7 +121,8 @@ def test_keys_of_chosen_parts_are_accepted():
         ("SOLVER.BASE_LR_END", 1e-6, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
         ("MODEL.RETINANET.NUM_CLASSES", 3, "MODEL.META_ARCHITECTURE", "RetinaNet"),
         ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.4, 0.5, 0.6), "MODEL.ROI_HEADS.NAME",
-         "CascadeROIHeads"),
+         "CascadeROIHeads", "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.4],
+         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
         ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2,
          "TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.2]),
     ):  # fmt: skip
