@@ -59,7 +59,8 @@ def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     place, backbone = found[0]
     first_block = [1]  # of each stage; the stem is layer 0
     for stage in backbone.stages:
-        first_block.append(first_block[-1] + len(stage.blocks))
+        num_blocks = len(list(stage.get_submodule("blocks").children()))
+        first_block.append(first_block[-1] + num_blocks)
     pattern = re.compile(
         rf"{re.escape(place)}\.?(?:(stem)|stages\.(\d+)\.(?:blocks\.(\d+)|(downsample)))\."
     )
