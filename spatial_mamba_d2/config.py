@@ -61,7 +61,11 @@ _SHARED_SHARES = (  # 1 excluded
 )
 _DATA_PATHS = (
     "DATASETS.ROOT",
-    *(f"DATASETS.{split}_{what}" for split in ("TRAIN", "TEST") for what in ("JSON", "IMAGES")),
+    *(
+        f"DATASETS.{split}_{what}"
+        for split in ("TRAIN", "TEST")
+        for what in ("JSON", "IMAGES", "SEM_SEG")
+    ),
 )
 _MAX_SEED = 2**32 - 1  # of NumPy's global generator
 _MAY_BE_INFINITE = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the largest element

@@ -67,13 +67,45 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A published model.
+class Recipe:
+    """A model on our backbone.
 
     Attributes:
         name: its recipe is ``configs/<name>.yaml``.
         task: a key of :data:`TASKS`.
         variant: ``"tiny"``, ``"small"`` or ``"base"``.
+    """
+
+    name: str
+    task: str
+    variant: str
+
+    @property
+    def config_file(self) -> Path:
+        """The recipe."""
+        return recipe_file(self.name)
+
+
+@dataclass(frozen=True)
+class CountedRecipe(Recipe):
+    """A model that the authors did not publish, so that it has no scores.
+
+    Attributes:
+        title: what it is.
+        parameters: exact number.
+        gflops: by the authors' formula, at :attr:`Task.input_shape`, rounded.
+    """
+
+    title: str
+    parameters: int
+    gflops: float
+
+
+@dataclass(frozen=True)
+class Entry(Recipe):
+    """A published model.
+
+    Attributes:
         scores: published values of :attr:`Task.metrics`.
         parameters: exact number, including UPerNet's auxiliary head.
         published_parameters_m: millions, as the authors round them.
@@ -82,9 +114,6 @@ class Entry:
         sha256: SHA-256 of that file, if known.
     """
 
-    name: str
-    task: str
-    variant: str
     scores: tuple[float, ...]
     parameters: int
     published_parameters_m: int
@@ -93,11 +122,6 @@ class Entry:
     sha256: str | None = None
     source: str = SOURCE
     license: str = LICENSE
-
-    @property
-    def config_file(self) -> Path:
-        """The recipe."""
-        return recipe_file(self.name)
 
 
 _CLASSIFIER = (26_748_862, 27, 4.5), (43_074_280, 43, 7.1), (95_745_592, 96, 15.8)
@@ -117,6 +141,26 @@ _ENTRIES = (
     Entry("upernet_spatial_mamba_b", "segmentation", "base", (51.8, 52.6), *_UPERNET[2]),
 )
 ENTRIES = {entry.name: entry for entry in _ENTRIES}
+_CASCADE, _DETECTOR = (74_029_492, 289), ("detection", "tiny")
+_COUNTED = (
+    CountedRecipe("faster_rcnn_spatial_mamba_t", *_DETECTOR, "Faster R-CNN", 43_744_502, 208),
+    CountedRecipe(
+        "cascade_mask_rcnn_spatial_mamba_t", *_DETECTOR, "Cascade Mask R-CNN, 1x", *_CASCADE
+    ),
+    CountedRecipe(
+        "cascade_mask_rcnn_spatial_mamba_t_3x", *_DETECTOR, "Cascade Mask R-CNN, 3x", *_CASCADE
+    ),
+    CountedRecipe("retinanet_spatial_mamba_t", *_DETECTOR, "RetinaNet", 36_470_218, 242),
+    CountedRecipe("panoptic_fpn_spatial_mamba_t", *_DETECTOR, "Panoptic FPN", 48_018_556, 292),
+    CountedRecipe("point_rend_spatial_mamba_t", *_DETECTOR, "PointRend", 62_206_358, 301),
+    CountedRecipe("keypoint_rcnn_spatial_mamba_t", *_DETECTOR, "Keypoint R-CNN", 61_177_724, 557),
+    CountedRecipe(
+        "mask_rcnn_spatial_mamba_t_lsj", *_DETECTOR, "Mask R-CNN, large-scale jitter", 46_387_782,
+        261,
+    ),
+)  # fmt: skip
+#: Recipes of Detectron2's other architectures.
+COUNTED = {recipe.name: recipe for recipe in _COUNTED}
 
 
 def list_models(task: str | None = None) -> list[str]:
@@ -141,24 +185,33 @@ def get_entry(name: str) -> Entry:
     return ENTRIES[name]
 
 
+def get_recipe(name: str) -> Entry | CountedRecipe:
+    """A published model, or a recipe of :data:`COUNTED`.
+
+    Raises:
+        ValueError: no such recipe.
+    """
+    return COUNTED[name] if name in COUNTED else get_entry(name)
+
+
 def get_config(name: str, overrides: Sequence[str] = ()) -> Any:
-    """The recipe of a published model, as the tools load it.
+    """A recipe, as the tools load it.
 
     Args:
-        name: see :func:`list_models`.
+        name: see :func:`list_models`; or of :data:`COUNTED`.
         overrides: ``KEY VALUE`` pairs.
 
     Raises:
         ValueError: no such model, or a wrong override.
     """
-    entry = get_entry(name)
+    entry = get_recipe(name)
     # Imported here because detection needs Detectron2.
     subpackage = importlib.import_module(f"spatial_mamba_d2.{entry.task}.config")
     return subpackage.load_config(entry.config_file, overrides)
 
 
 def build(name: str) -> Any:
-    """A published model with initial weights, on the CPU, in eval mode.
+    """A published model, or one of :data:`COUNTED`, with initial weights, on the CPU, in eval mode.
 
     Raises:
         ValueError: no such model.
@@ -166,7 +219,7 @@ def build(name: str) -> Any:
     """
     from spatial_mamba_d2 import models
 
-    entry = get_entry(name)
+    entry = get_recipe(name)
     if entry.task == "detection":
         from spatial_mamba_d2.detection import build_model
 
@@ -215,8 +268,8 @@ def _find(entry: Entry, weights: Path) -> Path:
 
 
 def markdown_tables() -> str:
-    """The tables of the README: what was published, and by which recipe."""
-    return "\n\n".join(_markdown_table(task) for task in TASKS)
+    """The tables of the README: what was published, and what else has a recipe."""
+    return "\n\n".join([*(_markdown_table(task) for task in TASKS), _counted_table()])
 
 
 def _markdown_table(task_name: str) -> str:
@@ -234,6 +287,22 @@ def _markdown_table(task_name: str) -> str:
     ]
     header = ("model", *task.metrics, "parameters", f"FLOPs at {height} x {width}", "recipe")
     return f"**{task.title}** ({task.protocol})\n\n{markdown_table(header, rows)}"
+
+
+def _counted_table() -> str:
+    height, width = TASKS["detection"].input_shape[2:]
+    rows = [
+        (
+            recipe.title,
+            f"{recipe.parameters / 1e6:.0f} M",
+            f"{recipe.gflops:g} G",
+            f"[{recipe.name}.yaml](configs/{recipe.name}.yaml)",
+        )
+        for recipe in COUNTED.values()
+    ]
+    header = ("architecture", "parameters", f"FLOPs at {height} x {width}", "recipe")
+    title = "**Other architectures of Detectron2, tiny backbone** (no scores are published)"
+    return f"{title}\n\n{markdown_table(header, rows)}"
 
 
 if __name__ == "__main__":

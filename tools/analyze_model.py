@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Parameters, FLOPs and activation memory of the published models, as Markdown.
+"""Parameters, FLOPs and activation memory of the models in configs/, as Markdown.
 
-    python tools/analyze_model.py                              # all of them
+    python tools/analyze_model.py                              # those that were published
     python tools/analyze_model.py upernet_spatial_mamba_t --json upernet.json
 
 Detectors need Detectron2; without it, name the other models.
@@ -13,11 +13,13 @@ from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 
 def main() -> None:
-    from spatial_mamba_d2.model_zoo import list_models
+    from spatial_mamba_d2.model_zoo import COUNTED, list_models
     from spatial_mamba_d2.profiling.model_report import report
 
     parser = build_parser(__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(list_models()))
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=", ".join([*list_models(), *COUNTED])
+    )
     parser.add_argument(
         "--input-px", nargs=2, type=int, metavar=("H", "W"), help="default: as published"
     )

@@ -13,6 +13,7 @@ from spatial_mamba_d2.detection.backbone import (
     SpatialMambaBottomUp,
     build_spatial_mamba_backbone,
     build_spatial_mamba_fpn_backbone,
+    build_spatial_mamba_retinanet_fpn_backbone,
 )
 from spatial_mamba_d2.detection.config import add_spatial_mamba_config
 
@@ -22,4 +23,5 @@ __all__ = [
     "build_model",
     "build_spatial_mamba_backbone",
     "build_spatial_mamba_fpn_backbone",
+    "build_spatial_mamba_retinanet_fpn_backbone",
 ]

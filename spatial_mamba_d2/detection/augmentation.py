@@ -47,6 +47,14 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return ResizeTransform(pillow.h, pillow.w, max(1, pillow.new_h), max(1, pillow.new_w))
 
 
+class ResizeScale(T.ResizeScale):
+    """Detectron2's ``ResizeScale`` with :class:`ResizeTransform`, of at least one pixel."""
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        pillow = super().get_transform(image)
+        return ResizeTransform(pillow.h, pillow.w, max(1, pillow.new_h), max(1, pillow.new_w))
+
+
 class RandomCrop(T.RandomCrop):
     """Detectron2's ``RandomCrop``, in whole pixels (its sides may be 384.0), of which one is left.
 
@@ -70,7 +78,7 @@ class OneOf(T.Augmentation):
 
 
 def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """Resize to ``cfg.INPUT`` sizes; in training also ``INPUT.RESIZE_CROP``, crop and flip."""
+    """Resize to ``cfg.INPUT`` sizes; in training also crop, flip, and jitter of the scale."""
     if not is_train:
         return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
     max_size = cfg.INPUT.MAX_SIZE_TRAIN
@@ -85,6 +93,10 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
             resize,
         ]
         augmentations = [OneOf([resize], crop)]
+    if cfg.INPUT.SCALE_JITTER.ENABLED:
+        side_px = cfg.INPUT.SCALE_JITTER.SIZE
+        jitter = ResizeScale(*cfg.INPUT.SCALE_JITTER.SCALES, side_px, side_px)
+        augmentations = [jitter, T.FixedSizeCrop((side_px, side_px))]
     if cfg.INPUT.CROP.ENABLED:
         augmentations.insert(0, RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
     if cfg.INPUT.RANDOM_FLIP != "none":

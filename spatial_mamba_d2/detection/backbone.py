@@ -5,7 +5,8 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import nn
 
 from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.models import SpatialMambaBackbone
@@ -41,11 +42,23 @@ def build_spatial_mamba_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Spatia
 @BACKBONE_REGISTRY.register()
 def build_spatial_mamba_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The backbone with Detectron2's FPN and a max-pooled ``p6``."""
+    return _build_pyramid(cfg, build_spatial_mamba_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_spatial_mamba_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The backbone with Detectron2's FPN, and ``p6`` and ``p7`` convolved from ``res5``."""
+    bottom_up = build_spatial_mamba_backbone(cfg, input_shape)
+    channels = bottom_up.output_shape()["res5"].channels
+    return _build_pyramid(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+
+
+def _build_pyramid(cfg: CfgNode, bottom_up: SpatialMambaBottomUp, top_block: nn.Module) -> FPN:
     return FPN(
-        bottom_up=build_spatial_mamba_backbone(cfg, input_shape),
+        bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
+        top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )

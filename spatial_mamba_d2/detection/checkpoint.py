@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from spatial_mamba_d2.data.class_file import compare_class_names
+from spatial_mamba_d2.detection.training_hooks import WeightAverage
 from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.models.checkpoints.writing import write_checkpoint
 from spatial_mamba_d2.system.atomic import replacing
@@ -32,6 +35,10 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     A file appears under its name only when it is complete and on disk, and ``last_checkpoint``
     names it only after that: a process killed at any moment leaves the previous one valid.
+
+    Attributes:
+        average: of the weights, if there is one. It is saved as the model, and the weights in
+            training as the state of the average.
     """
 
     def __init__(
@@ -48,29 +55,35 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.skip = skip
         self.classes = classes
         self.config = config
+        self.average: WeightAverage | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Raises OSError if there is no room, FloatingPointError if weights are not finite."""
         if not self.save_dir or not self.save_to_disk:
             return
-        content = self._weights(name)
-        content.update({key: item.state_dict() for key, item in self.checkpointables.items()})
-        content.update(kwargs)
+        require_finite_weights(self.model.state_dict(), f"weights for {name}")
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info("Saving checkpoint to %s", path)
-        write_checkpoint(content, path)
+        with self._evaluated_weights(name) as content:
+            content.update({key: item.state_dict() for key, item in self.checkpointables.items()})
+            content.update(kwargs)
+            write_checkpoint(content, path)
         self.tag_last_checkpoint(path.name)
 
     def save_best(self, score: float, iteration: int) -> None:
         """Write the weights as ``model_best.pth``, with the score that made them the best."""
         if self.save_dir and self.save_to_disk:
-            content = {**self._weights(DETECTION_BEST), BEST_SCORE: score, "iteration": iteration}
-            write_checkpoint(content, Path(self.save_dir) / DETECTION_BEST)
+            with self._evaluated_weights(DETECTION_BEST) as content:
+                content.update({BEST_SCORE: score, "iteration": iteration})
+                write_checkpoint(content, Path(self.save_dir) / DETECTION_BEST)
 
-    def _weights(self, name: str) -> dict[str, Any]:
-        state = self.model.state_dict()
-        require_finite_weights(state, f"weights for {name}")
-        return {"model": state, "classes": self.classes, "config": self.config}
+    @contextmanager
+    def _evaluated_weights(self, name: str) -> Iterator[dict[str, Any]]:
+        """What evaluation and prediction need; within it, the average has the other weights."""
+        with self.average.applied() if self.average else nullcontext():
+            state = self.model.state_dict()
+            require_finite_weights(state, f"weights for {name}")
+            yield {"model": state, "classes": self.classes, "config": self.config}
 
     def read_best_score(self) -> float:
         """Of ``model_best.pth``; minus infinity if there is none.

@@ -13,9 +13,12 @@ from detectron2.modeling import (
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
     ROI_MASK_HEAD_REGISTRY,
     RPN_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
 )
+from detectron2.projects.point_rend import add_pointrend_config
 
 from spatial_mamba_d2.config import (
     add_shared_config,
@@ -28,8 +31,10 @@ from spatial_mamba_d2.config import (
     require_one_of,
     require_whole,
 )
+from spatial_mamba_d2.detection.coco_evaluation import PACKAGES, check_installed
 from spatial_mamba_d2.detection.data import register_json_datasets
-from spatial_mamba_d2.detection.unused_keys import check_unused_keys
+from spatial_mamba_d2.detection.scores import main_scores
+from spatial_mamba_d2.detection.unused_keys import check_unused_keys, is_panoptic, uses_point_rend
 
 _POOLERS = ("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated")
 _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
@@ -38,9 +43,14 @@ _GROUPS = 32  # of GN
 # Whose IN_FEATURES a detector uses; the anchors are on those of the first
 _PARTS_WITH_FEATURES = {
     "GeneralizedRCNN": ("RPN", "ROI_HEADS"),
-    "PanopticFPN": ("RPN", "ROI_HEADS"),
+    "PanopticFPN": ("RPN", "ROI_HEADS", "SEM_SEG_HEAD"),
     "ProposalNetwork": ("RPN",),
     "RetinaNet": ("RETINANET",),
+}
+# The coarsest level of our pyramids
+_LAST_LEVELS = {
+    "build_spatial_mamba_fpn_backbone": 6,
+    "build_spatial_mamba_retinanet_fpn_backbone": 7,
 }
 # Rules for Detectron2's keys, which it does not check, and for ours
 _CHOICES: dict[str, Collection[Any]] = {
@@ -59,8 +69,9 @@ _CHOICES: dict[str, Collection[Any]] = {
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "TEST.EVALUATOR": tuple(PACKAGES),
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLERS,
-    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("", *_POOLERS),  # "": the head pools, as PointRend's
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
     "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
@@ -76,6 +87,8 @@ _REGISTRIES = {
     "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
     "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
     "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
+    "MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
 }
 _MINIMA = {
     "INPUT.MIN_SIZE_TEST": 0,  # 0: images keep their size
@@ -93,8 +106,13 @@ _MINIMA = {
     "MODEL.RETINANET.NUM_CONVS": 1,
     "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": 0,
     "MODEL.RETINANET.TOPK_CANDIDATES_TEST": 1,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 2,  # things, and at least one kind of stuff
+    "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": 0,
+    "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": 0,
     "TEST.DETECTIONS_PER_IMAGE": 1,
     "TEST.PRECISE_BN.NUM_ITER": 1,
+    "TEST.PATIENCE": 0,
+    "SOLVER.UNFREEZE_ITER": 0,
     "VIS_PERIOD": 0,
 }
 _ABOVE_0 = (
@@ -102,6 +120,8 @@ _ABOVE_0 = (
     "INPUT.MAX_SIZE_TRAIN",
     "INPUT.MAX_SIZE_TEST",
     "INPUT.RESIZE_CROP.SIZES",
+    "INPUT.SCALE_JITTER.SCALES",
+    "INPUT.SCALE_JITTER.SIZE",
     "TEST.AUG.MIN_SIZES",
     "TEST.AUG.MAX_SIZE",
     "SOLVER.STEPS",
@@ -122,6 +142,7 @@ _ABOVE_0 = (
     "MODEL.ROI_BOX_HEAD.CONV_DIM",
     "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION",
     "MODEL.ROI_MASK_HEAD.CONV_DIM",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM",
 )
 _FRACTIONS = (  # 0 and 1 included
     "TEST.PICTURES_SCORE_THRESH",
@@ -133,9 +154,12 @@ _FRACTIONS = (  # 0 and 1 included
     "MODEL.RETINANET.NMS_THRESH_TEST",
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
     "MODEL.ROI_HEADS.NMS_THRESH_TEST",
+    "MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH",
+    "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH",
 )
 _SHARES = (  # above 0
     "SOLVER.GAMMA",
+    "SOLVER.LAYER_DECAY",
     "MODEL.RPN.POSITIVE_FRACTION",
     "MODEL.ROI_HEADS.POSITIVE_FRACTION",
 )
@@ -151,6 +175,7 @@ def add_spatial_mamba_config(cfg: CfgNode) -> None:
         cfg: from ``detectron2.config.get_cfg()``.
     """
     add_shared_config(cfg)
+    add_pointrend_config(cfg)
 
     # Any data set in COCO format. If a json is given, it replaces the names in TRAIN or TEST. Each
     # is one file or folder, or a list: ("a.json", "b.json") of one folder, or of as many.
@@ -158,6 +183,9 @@ def add_spatial_mamba_config(cfg: CfgNode) -> None:
     cfg.DATASETS.TRAIN_IMAGES = ""
     cfg.DATASETS.TEST_JSON = ""
     cfg.DATASETS.TEST_IMAGES = ""
+    # Panoptic segmentation: folders of the label maps, NAME.png for the image NAME.jpg.
+    cfg.DATASETS.TRAIN_SEM_SEG = ""
+    cfg.DATASETS.TEST_SEM_SEG = ""
 
     # The 3x recipe: half of the images are resized to one of SIZES, cropped, and resized again.
     cfg.INPUT.RESIZE_CROP = CfgNode()
@@ -165,6 +193,26 @@ def add_spatial_mamba_config(cfg: CfgNode) -> None:
     cfg.INPUT.RESIZE_CROP.SIZES = (400, 500, 600)
     cfg.INPUT.RESIZE_CROP.CROP_RANGE = (384, 600)  # sides of the crop in pixels: shortest, longest
 
+    # Large-scale jitter: images are resized to SIZE times a random factor, cut and padded to SIZE.
+    cfg.INPUT.SCALE_JITTER = CfgNode()
+    cfg.INPUT.SCALE_JITTER.ENABLED = False
+    cfg.INPUT.SCALE_JITTER.SCALES = (0.1, 2.0)  # smallest and largest factor
+    cfg.INPUT.SCALE_JITTER.SIZE = 1024  # sides in pixels of what the network gets
+
+    # Prefixes of parameters that keep their starting weights, such as ("backbone.bottom_up",); from
+    # UNFREEZE_ITER on they are trained, unless it is 0.
+    cfg.MODEL.FREEZE = ()
+    cfg.SOLVER.UNFREEZE_ITER = 0
+    cfg.SOLVER.EMA_DECAY = 0.0  # above 0: evaluate and save a moving average of the weights
+    # Below 1: factor of the learning rate from each block of the backbone to the one before it
+    cfg.SOLVER.LAYER_DECAY = 1.0
+
+    # The score that chooses model_best.pth, such as bbox/AP50 or segm/AP-circle; "": AP of the
+    # keypoints, else the masks, else the boxes; PQ of panoptic segmentation.
+    cfg.TEST.BEST_METRIC = ""
+    cfg.TEST.PATIENCE = 0  # evaluations without a new best score that end the training; 0: none do
+    # What computes COCO's scores: pycocotools, or hotcoco or faster_coco_eval, which are faster.
+    cfg.TEST.EVALUATOR = "pycocotools"
     cfg.TEST.PICTURES = 8  # test images to draw with ground truth and prediction
     cfg.TEST.PICTURES_SCORE_THRESH = 0.5
 
@@ -185,11 +233,12 @@ def _feature_maps(model: CfgNode) -> tuple[list[str], str] | None:
     bare = list(model.SPATIAL_MAMBA.OUT_FEATURES)
     if model.BACKBONE.NAME == "build_spatial_mamba_backbone":
         return bare, "MODEL.SPATIAL_MAMBA.OUT_FEATURES"
-    if model.BACKBONE.NAME != "build_spatial_mamba_fpn_backbone":
+    last_level = _LAST_LEVELS.get(model.BACKBONE.NAME)
+    if last_level is None:
         return None
     levels = [f"res{n}" for n in range(2, 6)]
     used = list(model.FPN.IN_FEATURES)
-    if used not in (levels[first:] for first in range(4)):  # p6 is pooled from res5's p5
+    if used not in (levels[first:] for first in range(4)):  # p6 is made from res5 or its p5
         raise ValueError(
             f"MODEL.FPN.IN_FEATURES must be {levels} or the last ones of these, got {used}"
         )
@@ -198,7 +247,8 @@ def _feature_maps(model: CfgNode) -> tuple[list[str], str] | None:
             f"MODEL.SPATIAL_MAMBA.OUT_FEATURES must have {', '.join(missing)} of "
             f"MODEL.FPN.IN_FEATURES, got {bare}"
         )
-    return [f"p{n}" for n in range(6 - len(used), 7)], "the pyramid of MODEL.FPN.IN_FEATURES"
+    names = [f"p{n}" for n in range(6 - len(used), last_level + 1)]
+    return names, "the pyramid of MODEL.FPN.IN_FEATURES"
 
 
 def _check_features(cfg: CfgNode) -> None:
@@ -265,6 +315,7 @@ def _check_group_norm(cfg: CfgNode) -> None:
         ("RETINANET.NORM", "FPN.OUT_CHANNELS", model.META_ARCHITECTURE == "RetinaNet"),
         ("ROI_BOX_HEAD.NORM", "ROI_BOX_HEAD.CONV_DIM", model.ROI_BOX_HEAD.NUM_CONV > 0),
         ("ROI_MASK_HEAD.NORM", "ROI_MASK_HEAD.CONV_DIM", model.MASK_ON),
+        ("SEM_SEG_HEAD.NORM", "SEM_SEG_HEAD.CONVS_DIM", is_panoptic(cfg)),
     ):
         (part, key), (its_part, its_key) = norm.split("."), channels.split(".")
         number = model[its_part][its_key]
@@ -273,6 +324,41 @@ def _check_group_norm(cfg: CfgNode) -> None:
                 f"MODEL.{channels} must be a multiple of {_GROUPS}, the groups of MODEL.{norm} GN, "
                 f"got {number}"
             )
+
+
+def _check_cascade(cfg: CfgNode) -> None:
+    if cfg.MODEL.ROI_HEADS.NAME != "CascadeROIHeads":
+        return
+    cascade, heads = cfg.MODEL.ROI_BOX_CASCADE_HEAD, cfg.MODEL.ROI_HEADS
+    if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+        raise ValueError(
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG must be True for CascadeROIHeads, got False"
+        )
+    if not cascade.IOUS or list(cascade.IOUS[:1]) != list(heads.IOU_THRESHOLDS):
+        raise ValueError(
+            "MODEL.ROI_BOX_CASCADE_HEAD.IOUS must begin with MODEL.ROI_HEADS.IOU_THRESHOLDS "
+            f"{heads.IOU_THRESHOLDS}, got {cascade.IOUS}"
+        )
+    require_length(cfg, {"MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": len(cascade.IOUS)})
+
+
+def _check_point_rend(cfg: CfgNode) -> None:
+    if not uses_point_rend(cfg):
+        return
+    points, num_classes = cfg.MODEL.POINT_HEAD, cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON and points.NUM_CLASSES != num_classes:
+        raise ValueError(
+            f"MODEL.POINT_HEAD.NUM_CLASSES must be MODEL.ROI_HEADS.NUM_CLASSES {num_classes}, "
+            f"got {points.NUM_CLASSES}"
+        )
+    head_channels, channels = cfg.MODEL.ROI_MASK_HEAD.CONV_DIM, cfg.MODEL.FPN.OUT_CHANNELS
+    if head_channels > channels:
+        raise ValueError(
+            f"MODEL.ROI_MASK_HEAD.CONV_DIM must be at most MODEL.FPN.OUT_CHANNELS {channels} for "
+            f"PointRend, got {head_channels}"
+        )
+    required = {"MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("",), "INPUT.MASK_FORMAT": ("bitmask",)}
+    require_one_of(cfg, required)
 
 
 def _check_crop(cfg: CfgNode) -> None:
@@ -284,11 +370,23 @@ def _check_crop(cfg: CfgNode) -> None:
         raise ValueError(f"INPUT.CROP.SIZE must be whole numbers above 0 for {kind}, got {size}")
     if kind == "absolute_range":
         require_low_high(cfg, ("INPUT.CROP.SIZE",))
+    for key in ("CROP", "RESIZE_CROP"):
+        if cfg.INPUT.SCALE_JITTER.ENABLED and cfg.INPUT[key].ENABLED:
+            raise ValueError(
+                f"INPUT.{key}.ENABLED must be False with INPUT.SCALE_JITTER, which also crops"
+            )
 
 
 def _check_values(cfg: CfgNode) -> None:
+    unused = {
+        "MODEL.ROI_MASK_HEAD.": not cfg.MODEL.MASK_ON,
+        "MODEL.ROI_KEYPOINT_HEAD.": not cfg.MODEL.KEYPOINT_ON,
+        "MODEL.SEM_SEG_HEAD.": not is_panoptic(cfg),
+    }
+    prefixes = tuple(prefix for prefix, is_unused in unused.items() if is_unused)
+
     def used(keys: Iterable[str]) -> Iterator[str]:
-        return (k for k in keys if cfg.MODEL.MASK_ON or not k.startswith("MODEL.ROI_MASK_HEAD."))
+        return (k for k in keys if not k.startswith(prefixes))
 
     choices = {**_CHOICES, **{k: dict(r) for k, r in _REGISTRIES.items()}}
     require_one_of(cfg, {k: choices[k] for k in used(choices)})
@@ -297,6 +395,7 @@ def _check_values(cfg: CfgNode) -> None:
     require_one_of(cfg, {"MODEL.ROI_BOX_HEAD.NAME": ("", *dict(ROI_BOX_HEAD_REGISTRY))})
     require_at_least(cfg, {k: _MINIMA[k] for k in used(_MINIMA)})
     require_above_0(cfg, used(_ABOVE_0))
+    require_low_high(cfg, ("INPUT.SCALE_JITTER.SCALES",))
     require_between(cfg, _FRACTIONS, 0, 1)
     require_between(cfg, _SHARES, 0, 1, include_low=False)
     require_whole(cfg, _WHOLE)
@@ -304,6 +403,8 @@ def _check_values(cfg: CfgNode) -> None:
     _check_crop(cfg)
     _check_matching(cfg)
     _check_group_norm(cfg)
+    _check_cascade(cfg)
+    _check_point_rend(cfg)
     _check_sizes(cfg)
     _check_schedule(cfg)
 
@@ -317,6 +418,15 @@ def _check_sizes(cfg: CfgNode) -> None:
             raise ValueError(f"{key} must be at least one side in pixels, got none")
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
         require_low_high(cfg, ("INPUT.MIN_SIZE_TRAIN",))
+
+
+def _check_scores(cfg: CfgNode) -> None:
+    main_scores(cfg)
+    if cfg.TEST.PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST):
+        raise ValueError(
+            f"TEST.PATIENCE must be 0 without evaluations (TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD},"
+            f" DATASETS.TEST {cfg.DATASETS.TEST}), got {cfg.TEST.PATIENCE}"
+        )
 
 
 def _check_schedule(cfg: CfgNode) -> None:
@@ -334,8 +444,14 @@ def _check_and_resolve(cfg: CfgNode) -> None:
     _check_values(cfg)
     check_unused_keys(cfg, detection_defaults())
     _check_features(cfg)
+    check_installed(cfg.TEST.EVALUATOR)
     register_json_datasets(cfg)
+    _check_scores(cfg)
 
 
-_FILES = [f"DATASETS.{split}_{what}" for split in ("TRAIN", "TEST") for what in ("JSON", "IMAGES")]
+_FILES = [
+    f"DATASETS.{split}_{what}"
+    for split in ("TRAIN", "TEST")
+    for what in ("JSON", "IMAGES", "SEM_SEG")
+]
 load_config = config_loader(detection_defaults, _check_and_resolve, dict.fromkeys(_FILES, (tuple,)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,9 @@ from spatial_mamba_d2.detection.classes import (
 )
 from spatial_mamba_d2.detection.keypoints import Keypoints, count_visible, read_keypoints
 from spatial_mamba_d2.detection.mapper import Mapper, Record
+from spatial_mamba_d2.detection.unused_keys import is_panoptic
 from spatial_mamba_d2.system.atomic import replacing
+from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.workers import single_thread_opencv, worker_options
 
 logger = logging.getLogger(__name__)
@@ -64,13 +67,14 @@ class DetectionDataset:
 
 
 def register_json_datasets(cfg: CfgNode) -> None:
-    """Register ``DATASETS.{TRAIN,TEST}_{JSON,IMAGES}`` with Detectron2, under a name each.
+    """Register ``DATASETS.{TRAIN,TEST}_{JSON,IMAGES,SEM_SEG}`` with Detectron2, under a name each.
 
     Each of them is one file or folder, or a list; the names take the place of those in
     ``DATASETS.TRAIN`` and ``DATASETS.TEST``; ``cfg`` must not be frozen.
 
     Raises:
-        ValueError: the numbers of files and folders differ.
+        ValueError: the numbers of files and folders differ, or label maps are missing that
+            panoptic segmentation needs.
     """
     for split in ("TRAIN", "TEST"):
         files, folders = _paths(cfg, f"{split}_JSON"), _paths(cfg, f"{split}_IMAGES")
@@ -79,19 +83,21 @@ def register_json_datasets(cfg: CfgNode) -> None:
                 f"DATASETS.{split}_JSON and DATASETS.{split}_IMAGES must be given together, "
                 f"got {_shown(files)} and {_shown(folders)}"
             )
-        if len(folders) == 1:
-            folders *= len(files)
-        if len(files) != len(folders):
+        folders = _one_for_each(folders, files, split, "IMAGES")
+        semantic = _paths(cfg, f"{split}_SEM_SEG")
+        if bool(semantic) != bool(files and is_panoptic(cfg)):
             raise ValueError(
-                f"DATASETS.{split}_IMAGES must be one folder for all files in "
-                f"DATASETS.{split}_JSON, or one for each of the {len(files)}, got {len(folders)}"
+                f"DATASETS.{split}_SEM_SEG must be given with DATASETS.{split}_JSON for "
+                f"MODEL.META_ARCHITECTURE PanopticFPN, got {_shown(semantic)} and {_shown(files)}"
             )
+        semantic = _one_for_each(semantic or [""], files, split, "SEM_SEG")
         names = []
-        for json_file, images in zip(files, folders, strict=True):
+        for json_file, images, labels in zip(files, folders, semantic, strict=True):
             json_file, images = str(Path(json_file).resolve()), str(Path(images).resolve())
-            names.append(f"{json_file} of {images}")
+            more = {"sem_seg_root": str(Path(labels).resolve())} if labels else {}
+            names.append(f"{json_file} of {images}" + "".join(f" with {p}" for p in more.values()))
             MetadataCatalog.get(names[-1]).set(
-                json_file=json_file, image_root=images, evaluator_type="coco"
+                json_file=json_file, image_root=images, evaluator_type="coco", **more
             )
         if len(set(names)) < len(names):
             raise ValueError(f"DATASETS.{split}_JSON names a file twice: {_shown(files)}")
@@ -102,6 +108,17 @@ def register_json_datasets(cfg: CfgNode) -> None:
 def _paths(cfg: CfgNode, key: str) -> list[str]:
     value = cfg.DATASETS[key]
     return [value] if value and isinstance(value, str) else list(value)
+
+
+def _one_for_each(folders: list[str], files: list[str], split: str, what: str) -> list[str]:
+    if len(folders) == 1:
+        folders = folders * len(files)
+    if len(files) != len(folders):
+        raise ValueError(
+            f"DATASETS.{split}_{what} must be one folder for all files in "
+            f"DATASETS.{split}_JSON, or one for each of the {len(files)}, got {len(folders)}"
+        )
+    return folders
 
 
 def _shown(paths: list[str]) -> str:
@@ -230,14 +247,33 @@ def _build_coco(
     if cfg.MODEL.KEYPOINT_ON:
         keypoints, completed = read_keypoints(cfg, coco, json_file)
         is_changed |= completed
+    records = _to_detectron2(cfg, coco, ids)
+    if is_panoptic(cfg):
+        _add_label_maps(records, source.name)
     return replace(
         source,
-        records=_to_detectron2(cfg, coco, ids),
+        records=records,
         classes=names,
         category_ids=category_ids(ids, len(names)),
         coco=coco if is_changed else None,
         keypoints=keypoints,
     )
+
+
+def _add_label_maps(records: list[Record], name: str) -> None:
+    """The label map of each image, under its path in the folder of images, as a PNG.
+
+    Raises:
+        FileNotFoundError: there are images without one.
+    """
+    metadata = MetadataCatalog.get(name)
+    for record in records:
+        place = Path(os.path.relpath(record["file_name"], metadata.image_root))
+        record["sem_seg_file_name"] = str(Path(metadata.sem_seg_root, place.with_suffix(".png")))
+    absent = [r["sem_seg_file_name"] for r in records if not os.path.isfile(r["sem_seg_file_name"])]
+    if absent:
+        what = f"label maps of {len(absent)} of {len(records)} images are missing, the first"
+        raise no_such(what, absent[0])
 
 
 def _require_masks(cfg: CfgNode, coco: CocoDataset, json_file: str) -> bool:

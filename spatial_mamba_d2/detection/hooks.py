@@ -14,6 +14,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 
+from spatial_mamba_d2.detection.scores import main_scores
 from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.system.atomic import naming
 from spatial_mamba_d2.training.run_folder import DETECTION_BEST, score_of_iteration
@@ -39,14 +40,7 @@ class FinalEvaluation(hooks.EvalHook):
     ):
         super().__init__(period, evaluate)
         self.cfg = cfg
-        # The score that decides, and what stands in for it where it is not computed.
-        asked = {"keypoints": cfg.MODEL.KEYPOINT_ON, "segm": cfg.MODEL.MASK_ON, "bbox": True}
-        tasks = [task for task, is_asked in asked.items() if is_asked]
-        if len(cfg.DATASETS.TEST) > 1:
-            name = f"{cfg.DATASETS.TEST[0]}{suffix}"
-            self.main_scores = [f"{name}/{task}/AP" for task in tasks]
-        else:
-            self.main_scores = [f"{task}{suffix}/AP" for task in tasks]
+        self.main_scores = main_scores(cfg, suffix)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -179,10 +173,17 @@ class ProgressPrinter(CommonMetricPrinter):
 
     def write(self, **kwargs: Any) -> None:
         iteration = get_event_storage().iter
-        any_done = "lr" in get_event_storage().histories()  # not in a finished training
+        histories = get_event_storage().histories()
+        any_done = "lr" in histories  # not in a finished training
         if any_done and iteration != self.told:
             self.told = iteration
             super().write(**kwargs)
+            if "images_per_s" in histories:
+                window = min(self._window_size, len(histories["images_per_s"].values()))
+                speed = histories["images_per_s"].median(window)
+                latest = get_event_storage().latest().get("memory_mb")
+                memory = "" if latest is None else f", at most {latest[0]:.0f} MB of memory"
+                logger.info("%.1f images/s%s", speed, memory)
 
 
 class NamedWriter(EventWriter):

@@ -17,6 +17,7 @@ from fvcore.transforms.transform import TransformList
 from spatial_mamba_d2.data.images import orientation_hint, read_image
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.detection.augmentation import build_augmentation
+from spatial_mamba_d2.detection.panoptic import read_semantic
 from spatial_mamba_d2.system.seeding import seeded
 
 Record = dict[str, Any]
@@ -38,10 +39,14 @@ class Mapper(DatasetMapper):
             use_keypoint=cfg.MODEL.KEYPOINT_ON,
             instance_mask_format=cfg.INPUT.MASK_FORMAT,
             keypoint_hflip_indices=flip_indices,
-            # As in Detectron2, where this crop is the only one: boxes of what is left of masks
-            recompute_boxes=is_train and cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON,
+            # As in Detectron2, where these crops are the only ones: boxes of what is left of masks
+            recompute_boxes=is_train
+            and cfg.MODEL.MASK_ON
+            and (cfg.INPUT.CROP.ENABLED or cfg.INPUT.SCALE_JITTER.ENABLED),
         )
         self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
+        semantic = cfg.MODEL.SEM_SEG_HEAD
+        self.num_semantic, self.ignored = semantic.NUM_CLASSES, semantic.IGNORE_VALUE
 
     def __call__(self, record: Record) -> Record:
         return self.transform(*self.read(record))
@@ -51,7 +56,8 @@ class Mapper(DatasetMapper):
 
         Raises:
             FileNotFoundError: the image is missing.
-            ValueError: it is truncated, no image, or of another size than its record says.
+            ValueError: it is truncated, no image, or of another size than its record says; or its
+                label map is.
         """
         image = read_image(record["file_name"], value_range=self.value_range)
         record = copy.deepcopy(record)
@@ -60,9 +66,9 @@ class Mapper(DatasetMapper):
         except d2_utils.SizeMismatchError as error:
             hint = orientation_hint(record["file_name"], (record["height"], record["width"]))
             raise ValueError(f"image file {record['file_name']}: {error}{hint}") from None
-        if "sem_seg_file_name" in record:  # of data sets in Detectron2's catalogue
-            label = d2_utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
-            record["sem_seg"] = label
+        if path := record.pop("sem_seg_file_name", None):
+            size = (record["height"], record["width"])
+            record["sem_seg"] = read_semantic(path, size, self.num_semantic, self.ignored)
         return record, image[..., ::-1] if self.image_format == "BGR" else image
 
     def transform(

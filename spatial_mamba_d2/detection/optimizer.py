@@ -13,8 +13,8 @@ from spatial_mamba_d2.training.guard import gradient_norm
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW from ``cfg.SOLVER``."""
-    return build_adamw(model, cfg.SOLVER)
+    """AdamW from ``cfg.SOLVER``; raises ValueError for a layer decay of another backbone."""
+    return build_adamw(model, cfg.SOLVER, cfg.SOLVER.LAYER_DECAY)
 
 
 def clip_gradients(cfg: CfgNode, parameters: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.detection.augmentation import build_augmentation
 from spatial_mamba_d2.detection.classes import num_classes
 from spatial_mamba_d2.detection.config import load_config
+from spatial_mamba_d2.detection.mask_rle import with_rle_masks
 from spatial_mamba_d2.detection.visualize import draw_instances
 from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
 
@@ -24,13 +25,18 @@ from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
 class Predictor:
     """A detector from a configuration and ``MODEL.WEIGHTS``, for images one at a time.
 
+    Args:
+        rle_masks: masks are :class:`~.mask_rle.RleMasks`, in bounded memory, instead of tensors
+            ``bool[N, H, W]``.
+
     Raises:
         FileNotFoundError, ValueError: the weights are missing, or do not fit.
     """
 
-    def __init__(self, cfg: CfgNode):
-        self.model = build_model(cfg).eval()
-        content = load_for_prediction(self.model, cfg.MODEL.WEIGHTS)
+    def __init__(self, cfg: CfgNode, *, rle_masks: bool = False):
+        model = build_model(cfg).eval()
+        content = load_for_prediction(model, cfg.MODEL.WEIGHTS)
+        self.model = with_rle_masks(model) if rle_masks else model
         self.metadata = _metadata(cfg, content.get("classes"))
         (self.resize,) = build_augmentation(cfg, is_train=False)
 
@@ -50,7 +56,7 @@ def build_draw(config_file: str | Path | None, overrides: Sequence[str]) -> Draw
         FileNotFoundError, ValueError: configuration or weights are unusable.
     """
     cfg = load_config(config_file, overrides)
-    predictor, score_thresh = Predictor(cfg), cfg.TEST.PICTURES_SCORE_THRESH
+    predictor, score_thresh = Predictor(cfg, rle_masks=True), cfg.TEST.PICTURES_SCORE_THRESH
 
     def draw(image: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
         instances = predictor(image)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.evaluation import (
-    COCOEvaluator,
     DatasetEvaluator,
-    DatasetEvaluators,
     inference_on_dataset,
     print_csv_format,
 )
@@ -33,17 +30,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.samplers import ResumableBatchSampler
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
 from spatial_mamba_d2.detection.data import (
-    DetectionDataset,
     build_test_loader,
     build_train_loader,
-    drawing_metadata,
     load_dataset,
     load_training_datasets,
-    register_for_evaluation,
+)
+from spatial_mamba_d2.detection.evaluators import (
+    build_evaluator,
+    describe_protocol,
+    write_scores,
 )
 from spatial_mamba_d2.detection.hooks import (
     Evaluation,
@@ -53,12 +51,20 @@ from spatial_mamba_d2.detection.hooks import (
     StopOnSignal,
     StoppableLoader,
 )
+from spatial_mamba_d2.detection.mask_rle import with_rle_masks
 from spatial_mamba_d2.detection.optimizer import build_optimizer, clip_gradients
+from spatial_mamba_d2.detection.scores import main_scores
 from spatial_mamba_d2.detection.test_time_augmentation import (
     build_augmented_model,
     without_resize,
 )
-from spatial_mamba_d2.detection.visualize import VisualizationWriter
+from spatial_mamba_d2.detection.training_hooks import (
+    EarlyStopping,
+    FreezeByName,
+    ThroughputLogger,
+    TrainingEnded,
+    WeightAverage,
+)
 from spatial_mamba_d2.system.seeding import derive_seed, seed_all
 from spatial_mamba_d2.training.guard import IterationGuard, require_finite_weights
 from spatial_mamba_d2.training.resuming import ConfiguredSchedule, require_iterations_left
@@ -163,6 +169,9 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        self.freezing = None
+        if cfg.MODEL.FREEZE:  # before the optimizer, which gets what is trained
+            self.freezing = FreezeByName(model, cfg.MODEL.FREEZE, cfg.SOLVER.UNFREEZE_ITER)
         optimizer = build_optimizer(cfg, model)
         datasets = load_training_datasets(cfg)
         # Also what is read only at the first evaluation, so that its faults are found now
@@ -192,11 +201,16 @@ class Trainer(DefaultTrainer):
             self._trainer.find_scale,
             torch.device(cfg.MODEL.DEVICE),
         )
+        self._trainer.after_backward = lambda: trainer.after_backward()
+        self.average = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
+        self.checkpointer.average = self.average
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         # Detectron2's hook of evaluation calls self.test(cfg, model).
-        self.test = partial(type(self).test, classes=self.classes)  # type: ignore[method-assign]
+        self.test = self._evaluating(  # type: ignore[method-assign]
+            partial(type(self).test, classes=self.classes)
+        )
         self.iteration_is_complete = True
         self.register_hooks(self.build_hooks())
 
@@ -222,6 +236,23 @@ class Trainer(DefaultTrainer):
         """The signal that asked one of the processes to stop, or 0."""
         return self._trainer.guard.signum
 
+    def _evaluating(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        """``evaluate``, which finds the moving average of the weights if there is one."""
+        average = self.average
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with average.applied() if average else contextlib.nullcontext():
+                return evaluate(*args, **kwargs)
+
+        return wrapped
+
+    def train(self) -> Any:
+        """Returns the results of the last evaluation, also of a training that ended early."""
+        try:
+            return super().train()
+        except TrainingEnded:
+            return self.last_results
+
     def before_step(self) -> None:
         self.iteration_is_complete = False
         super().before_step()
@@ -245,7 +276,13 @@ class Trainer(DefaultTrainer):
         done = state_dict["iteration"] + 1
         require_iterations_left(done, self.max_iter, "SOLVER.MAX_ITER", "the last checkpoint")
         configured = ConfiguredSchedule(self._trainer.optimizer, self.scheduler)
-        super().load_state_dict(state_dict)
+        hooks_state = dict(state_dict.get("hooks", {}))
+        others = hooks_state.get("WeightAverage")
+        if others and self.average is None:  # the checkpoint has the average as its weights
+            self.network.load_state_dict(hooks_state.pop("WeightAverage")["average"])
+        super().load_state_dict({**state_dict, "hooks": hooks_state})
+        if others and self.average:
+            self.average.exchange()
         configured.restore(done)
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -260,16 +297,24 @@ class Trainer(DefaultTrainer):
         return max(1, min(20, self.max_iter // 50))
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's, with our evaluation and write period, and an end by signals."""
-        built: list[HookBase | None] = []
+        """Detectron2's, with our evaluation and write period, and what keys and signals ask for."""
+        built: list[HookBase | None] = [
+            ThroughputLogger(self.cfg.SOLVER.IMS_PER_BATCH),
+            self.freezing,
+            self.average,
+        ]
         for hook in super().build_hooks():
             is_evaluation = isinstance(hook, hooks.EvalHook)
             built.append(Evaluation(self.cfg, hook._func) if is_evaluation else hook)
             if is_evaluation and self.cfg.TEST.AUG.ENABLED:
                 test = partial(self.test_augmented, self.cfg, self.model, self.classes)
-                built.append(FinalEvaluation(self.cfg, test, "_TTA"))
+                built.append(FinalEvaluation(self.cfg, self._evaluating(test), "_TTA"))
             if isinstance(hook, hooks.PeriodicWriter):
                 hook._period = self._write_period
+        if self.cfg.TEST.PATIENCE:
+            metric, period = main_scores(self.cfg)[0], self.cfg.TEST.EVAL_PERIOD
+            folder = self.cfg.OUTPUT_DIR
+            built.append(EarlyStopping(metric, self.cfg.TEST.PATIENCE, period, folder))
         return [*built, StopOnSignal()]
 
     def build_writers(self) -> list[EventWriter]:
@@ -315,12 +360,16 @@ class Trainer(DefaultTrainer):
         model: nn.Module,
         evaluators: Sequence[DatasetEvaluator] | None = None,
         classes: Sequence[str] | None = None,
+        augmented: bool = False,
     ) -> dict[str, Any]:
         """Evaluate on each data set of ``DATASETS.TEST``, which is read once.
+
+        The scores are also written, with the protocol, by :func:`~.evaluators.write_scores`.
 
         Args:
             classes: names of the model's, by which those of the data are matched; None: those of
                 the data.
+            augmented: whether ``model`` computes several views of an image, for the protocol.
 
         Returns:
             ``{task: {metric: value}}``, for several data sets by their names.
@@ -335,63 +384,28 @@ class Trainer(DefaultTrainer):
             dataset = load_dataset(cfg, name, is_train=False, classes=classes)
             loader = StoppableLoader(build_test_loader(cfg, dataset))
             evaluator = evaluators[number] if evaluators else build_evaluator(cfg, dataset)
-            results[name] = inference_on_dataset(model, loader, evaluator)
+            results[name] = inference_on_dataset(with_rle_masks(model), loader, evaluator)
             if comm.is_main_process():
                 logger.info("results for %s:", name)
                 print_csv_format(results[name])
-        return results[name] if len(results) == 1 else results
+        if len(results) == 1:
+            results = results[name]
+        if comm.is_main_process() and results:
+            path = write_scores(cfg, results, augmented=augmented)
+            logger.info("%s: %s", path, describe_protocol(cfg, augmented=augmented))
+        return results
 
     @classmethod
     def test_augmented(
         cls, cfg: CfgNode, model: nn.Module, classes: Sequence[str] | None = None
     ) -> dict[str, Any]:
         """:meth:`test` with ``TEST.AUG``; the keys end in ``_TTA``, as in Detectron2's script."""
-        logger.info("evaluation with test-time augmentation (TEST.AUG)")
+        logger.info("evaluation: %s", describe_protocol(cfg, augmented=True))
         cfg = without_resize(cfg)
         evaluators = [
             build_evaluator(cfg, load_dataset(cfg, name, is_train=False, classes=classes), "_TTA")
             for name in cfg.DATASETS.TEST
         ]
         augmented = build_augmented_model(cfg, model)
-        results = cls.test(cfg, augmented, evaluators, classes)
+        results = cls.test(cfg, augmented, evaluators, classes, augmented=True)
         return {f"{key}_TTA": value for key, value in results.items()}
-
-
-def build_evaluator(cfg: CfgNode, dataset: DetectionDataset, suffix: str = "") -> DatasetEvaluators:
-    """COCO evaluation by pycocotools and, if asked for, drawings of predictions.
-
-    Args:
-        suffix: of the folders that results are written to.
-    """
-    metadata = register_for_evaluation(cfg, dataset)
-    # Each of several data sets has its own files.
-    several = len(cfg.DATASETS.TEST) > 1
-    place = re.sub(r"[^\w.-]+", "_", dataset.name).strip("_") if several else ""
-    output_dir = Path(cfg.OUTPUT_DIR)
-    evaluators: list[DatasetEvaluator] = [
-        COCOEvaluator(
-            metadata.name,
-            tasks=(
-                "bbox",
-                *(["segm"] if cfg.MODEL.MASK_ON else []),
-                *(["keypoints"] if cfg.MODEL.KEYPOINT_ON else []),
-            ),
-            output_dir=str(output_dir / f"inference{suffix}" / place),
-            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-            max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-            use_fast_impl=False,
-        )
-    ]
-    if cfg.TEST.PICTURES:
-        folder, threshold = output_dir / f"pictures{suffix}" / place, cfg.TEST.PICTURES_SCORE_THRESH
-        value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
-        evaluators.append(
-            VisualizationWriter(
-                drawing_metadata(metadata, dataset),
-                folder,
-                cfg.TEST.PICTURES,
-                threshold,
-                value_range,
-            )
-        )
-    return DatasetEvaluators(evaluators)

@@ -29,6 +29,16 @@ def _single_stage(cfg: CfgNode) -> bool:
     return cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
 
 
+def is_panoptic(cfg: CfgNode) -> bool:
+    """Whether the detector has a semantic head, and so needs label maps."""
+    return cfg.MODEL.META_ARCHITECTURE == "PanopticFPN"
+
+
+def uses_point_rend(cfg: CfgNode) -> bool:
+    """Whether its mask head is one of PointRend's."""
+    return cfg.MODEL.MASK_ON and "PointRend" in cfg.MODEL.ROI_MASK_HEAD.NAME
+
+
 def _schedule(*names: str) -> Callable[[CfgNode], bool]:
     return lambda cfg: cfg.SOLVER.LR_SCHEDULER_NAME in names
 
@@ -40,7 +50,9 @@ _DECAY = (
     "SOLVER.WEIGHT_DECAY and BASE_LR hold for all parameters, except that those with norm in their "
     "name have no decay"
 )
-_SEMANTIC = "detection has no semantic labels (tools/train_seg.py has)"
+_SEMANTIC = "MODEL.META_ARCHITECTURE is not PanopticFPN"
+_SEGMENTOR = "tools/train_seg.py is for semantic segmentation alone"
+_POINT_REND = "MODEL.ROI_MASK_HEAD.NAME is not PointRendMaskHead"
 _FED_LOSS = "only LVIS says how many images each class has"
 _STEP, _COSINE, _FIXED = "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"
 
@@ -56,8 +68,18 @@ UNUSED = (
     Unused("SOLVER.BASE_LR_END", f"only {_COSINE} has it", _schedule(_COSINE)),
     Unused("SOLVER.NUM_DECAYS", f"only {_FIXED} has it", _schedule(_FIXED)),
     Unused("SOLVER.GAMMA", f"only {_STEP} and {_FIXED} have it", _schedule(_STEP, _FIXED)),
-    Unused("MODEL.SEM_SEG_HEAD.*", _SEMANTIC),
-    Unused("MODEL.PANOPTIC_FPN.*", _SEMANTIC),
+    Unused("MODEL.SEM_SEG_HEAD.*", _SEMANTIC, is_panoptic),
+    Unused("MODEL.PANOPTIC_FPN.COMBINE.ENABLED", "results are always combined"),
+    Unused("MODEL.PANOPTIC_FPN.*", _SEMANTIC, is_panoptic),
+    Unused("DATASETS.*_SEM_SEG", _SEMANTIC, is_panoptic),
+    Unused("MODEL.POINT_HEAD.*", _POINT_REND, uses_point_rend),
+    Unused("MODEL.IMPLICIT_POINTREND.*", _POINT_REND, uses_point_rend),
+    *(
+        Unused(f"MODEL.ROI_MASK_HEAD.{key}", _POINT_REND, uses_point_rend)
+        for key in ("IN_FEATURES", "FC_DIM", "NUM_FC", "OUTPUT_SIDE_RESOLUTION", "POINT_HEAD_ON")
+    ),
+    Unused("INPUT.COLOR_AUG_SSD", _SEGMENTOR),
+    Unused("INPUT.CROP.SINGLE_CATEGORY_MAX_AREA", _SEGMENTOR),
     Unused("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", _FED_LOSS),
     Unused("MODEL.ROI_BOX_HEAD.FED_LOSS_*", _FED_LOSS),
     Unused("MODEL.ANCHOR_GENERATOR.ANGLES", "boxes are not rotated"),
@@ -78,7 +100,7 @@ UNUSED = (
 )
 # Values of Detectron2's keys for which there are no data here
 _IMPOSSIBLE = {
-    "MODEL.META_ARCHITECTURE": {"PanopticFPN": _SEMANTIC, "SemanticSegmentor": _SEMANTIC},
+    "MODEL.META_ARCHITECTURE": {"SemanticSegmentor": _SEGMENTOR},
     "MODEL.PROPOSAL_GENERATOR.NAME": {
         "PrecomputedProposals": _PROPOSALS,
         "RRPN": "boxes are not rotated",
@@ -115,8 +137,12 @@ def _without_partner(cfg: CfgNode) -> Iterator[str]:
         for key in ("MASK_ON", "KEYPOINT_ON"):
             if model[key]:
                 yield f"MODEL.{key} True: MODEL.META_ARCHITECTURE RetinaNet finds boxes only"
-        if test.AUG.ENABLED:
-            yield "TEST.AUG.ENABLED True: only MODEL.META_ARCHITECTURE GeneralizedRCNN has it"
+    if test.AUG.ENABLED and model.META_ARCHITECTURE != "GeneralizedRCNN":
+        yield "TEST.AUG.ENABLED True: only MODEL.META_ARCHITECTURE GeneralizedRCNN has it"
+    if cfg.SOLVER.UNFREEZE_ITER and not model.FREEZE:
+        yield f"SOLVER.UNFREEZE_ITER {cfg.SOLVER.UNFREEZE_ITER}: MODEL.FREEZE names no parameters"
+    if cfg.SOLVER.EMA_DECAY and test.PRECISE_BN.ENABLED:
+        yield "TEST.PRECISE_BN.ENABLED True: not for a moving average (SOLVER.EMA_DECAY)"
     if not model.KEYPOINT_ON:
         if len(test.KEYPOINT_OKS_SIGMAS):
             yield "TEST.KEYPOINT_OKS_SIGMAS: MODEL.KEYPOINT_ON is False"

@@ -22,6 +22,7 @@ from spatial_mamba_d2.data.drawing import enlargement
 from spatial_mamba_d2.data.images import read_image, write_image
 from spatial_mamba_d2.data.outputs import name_outputs
 from spatial_mamba_d2.data.pixels import PixelRange
+from spatial_mamba_d2.detection.mask_rle import RleMasks
 
 logger = logging.getLogger(__name__)
 _SHORTEST_PX = 480  # smaller images are enlarged to this, so that labels can be read
@@ -42,6 +43,8 @@ def draw_instances(
     """
     visualizer = Visualizer(image, metadata, enlargement(image, _SHORTEST_PX), ColorMode.IMAGE)
     kept = instances[instances.scores >= score_thresh].to("cpu")
+    if kept.has("pred_masks") and isinstance(kept.pred_masks, RleMasks):
+        kept.pred_masks = kept.pred_masks.rles  # which Detectron2 decodes one by one
     return visualizer.draw_instance_predictions(kept).get_image()
 
 

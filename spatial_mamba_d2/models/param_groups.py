@@ -1,12 +1,14 @@
-"""The weight decay rule that the official detection and segmentation recipes share."""
+"""Weight decay as the official detection and segmentation recipes have it, and layer decay."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import nn
 
+from spatial_mamba_d2.models.spatial_mamba import SpatialMamba
 from spatial_mamba_d2.models.timm_backbone import TimmBackbone
 
 
@@ -35,10 +37,71 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_adamw(model: nn.Module, solver: Any) -> torch.optim.AdamW:
-    """AdamW with :func:`parameter_groups`, from a configuration's ``SOLVER``."""
-    return torch.optim.AdamW(
-        parameter_groups(model, solver.WEIGHT_DECAY),
-        lr=solver.BASE_LR,
-        betas=tuple(solver.BETAS),
+def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Factors of the learning rate by the names of a model's parameters: lower in early layers.
+
+    As in ViTDet (Li et al., 2022): the last block of our backbone has ``layer_decay``, each block
+    before it that factor once more, the stem one more than the first block; all else has 1. What
+    leads from one stage to the next belongs to the block after it.
+
+    Args:
+        model: with one of our backbones in it.
+        layer_decay: above 0, at most 1.
+
+    Raises:
+        ValueError: ``layer_decay`` is out of its range, or the model has none of our backbones.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
+    found = [(place, m) for place, m in model.named_modules() if isinstance(m, SpatialMamba)]
+    if not found:
+        raise ValueError("layer_decay must be 1 for a model without a Spatial-Mamba backbone")
+    place, backbone = found[0]
+    first_block = [1]  # of each stage; the stem is layer 0
+    for stage in backbone.stages:
+        num_blocks = len(list(stage.get_submodule("blocks").children()))
+        first_block.append(first_block[-1] + num_blocks)
+    pattern = re.compile(
+        rf"{re.escape(place)}\.?(?:(stem)|stages\.(\d+)\.(?:blocks\.(\d+)|(downsample)))\."
     )
+
+    def layer(name: str) -> int:
+        match = pattern.match(name)
+        if match is None:
+            return first_block[-1]
+        stem, stage, block, downsample = match.groups()
+        if stem:
+            return 0
+        return first_block[int(stage) + 1] if downsample else first_block[int(stage)] + int(block)
+
+    return {
+        name: layer_decay ** (first_block[-1] - layer(name)) for name, _ in model.named_parameters()
+    }
+
+
+def build_adamw(model: nn.Module, solver: Any, layer_decay: float = 1.0) -> torch.optim.AdamW:
+    """AdamW with :func:`parameter_groups`, from a configuration's ``SOLVER``.
+
+    Args:
+        layer_decay: below 1, the learning rates are scaled by :func:`layer_scales`.
+
+    Raises:
+        ValueError: see :func:`layer_scales`.
+    """
+    groups = parameter_groups(model, solver.WEIGHT_DECAY)
+    if layer_decay != 1:
+        scales = layer_scales(model, layer_decay)
+        groups = _split(groups, {p: scales[name] for name, p in model.named_parameters()}, solver)
+    return torch.optim.AdamW(groups, lr=solver.BASE_LR, betas=tuple(solver.BETAS))
+
+
+def _split(
+    groups: list[dict[str, Any]], scales: dict[nn.Parameter, float], solver: Any
+) -> list[dict[str, Any]]:
+    """Each group once for each learning rate in it; the highest rate comes first."""
+    return [
+        {**group, "params": chosen, "lr": solver.BASE_LR * scale}
+        for scale in sorted(set(scales.values()), reverse=True)
+        for group in groups
+        if (chosen := [p for p in group["params"] if scales[p] == scale])
+    ]

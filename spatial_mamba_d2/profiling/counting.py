@@ -38,6 +38,7 @@ COMPLETE_COUNTS: dict[str, Callable[..., int]] = {
     **dict.fromkeys("add add_ div_ exp gelu mul neg relu relu_ silu".split(), _per_output),
     **dict.fromkeys(("mean", "sum"), _per_input),
     **dict.fromkeys(FREE_OPERATORS, lambda *_: 0),
+    "native_group_norm": lambda output, x, *_: 5 * x.numel(),
     "max_pool2d_with_indices": lambda output, *_: output[0].numel(),
     "structure_aware_ssm": lambda output, u, *_: (7 + 25 + 2) * u.numel(),
     "depthwise_conv3x3": lambda output, *_: (9 + 1) * output.numel(),  # sum or SiLU

@@ -18,8 +18,8 @@ mode; the scan is 7 per channel and token (bias, softplus, two products for the 
 product and exponential, the multiply-add of the recursion), the fusion 25, one for each distinct
 tap, and the observation 2; element-wise operations and activations are 1 per element,
 normalisations 5, a frozen batch norm 2. Mask R-CNN: 1000 proposals in the box head and 100 of them
-in the mask head, as mmdetection counts; both counts leave out RoIAlign, NMS and the pasting of
-masks. UPerNet: the auxiliary head has parameters, but takes no part in inference.
+in the heads of masks and keypoints, as mmdetection counts; both counts leave out RoIAlign, NMS and
+the pasting of masks. UPerNet: the auxiliary head has parameters, but takes no part in inference.
 Memory: float32, one image. *Kept for backward*: the distinct activations that autograd keeps in
 train mode, measured at batch size 2 and halved; Mask R-CNN with its 512 sampled proposals, of which
 128 enter the mask head. *Peak of forward*: activations alive at once without gradients. Parameters,
@@ -54,10 +54,9 @@ def _summary(analyses: Sequence[Analysis]) -> str:
             f"`{a.name}`",
             " x ".join(map(str, a.input_shape[2:])),
             f"{a.total.parameters:,}",
-            f"{a.published_parameters_m} M",
+            "" if a.published_parameters_m is None else f"{a.published_parameters_m} M",
             f"{a.total.official_gflops:.2f} G",
-            f"{a.published_gflops:g} G",
-            f"{a.total.official_gflops / a.published_gflops - 1:+.2%}",
+            *_published_gflops(a),
             f"{a.total.complete_gflops:.2f} G",
             f"{a.total.saved_mib:.0f} MiB",
             f"{a.peak_mib:.0f} MiB",
@@ -65,6 +64,14 @@ def _summary(analyses: Sequence[Analysis]) -> str:
         for a in analyses
     ]
     return markdown_table(header, rows)
+
+
+def _published_gflops(analysis: Analysis) -> tuple[str, str]:
+    """The figure, and how far ours is from it."""
+    if analysis.published_gflops is None:
+        return "", ""
+    difference = analysis.total.official_gflops / analysis.published_gflops - 1
+    return f"{analysis.published_gflops:g} G", f"{difference:+.2%}"
 
 
 def _parts(analysis: Analysis) -> str:

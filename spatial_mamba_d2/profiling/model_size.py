@@ -32,6 +32,9 @@ _PARTS = (
     (r"proposal_generator\b", "proposal head"),
     (r"roi_heads\.box_", "box head"),
     (r"roi_heads\.mask_", "mask head"),
+    (r"roi_heads\.keypoint_", "keypoint head"),
+    (r"sem_seg_head\b", "semantic head"),
+    (r"head\.(cls|bbox)_", "dense head"),
     (r"decode_head\b", "decode head"),
     (r"auxiliary_head\b", "auxiliary head"),
     (r"", "classifier head"),
@@ -66,8 +69,9 @@ class Analysis:
     """What :func:`analyze` found, next to what was published.
 
     Attributes:
-        name: see :func:`~.model_zoo.list_models`.
+        name: see :func:`~.model_zoo.get_recipe`.
         input_shape: ``[B, 3, H, W]`` for the FLOPs and the peak.
+        published_parameters_m, published_gflops: None if nothing was published.
         total: figures of the complete model.
         peak_mib: most memory of activations in a forward pass without gradients.
         parts, operators: figures by name.
@@ -75,8 +79,8 @@ class Analysis:
 
     name: str
     input_shape: tuple[int, ...]
-    published_parameters_m: int
-    published_gflops: float
+    published_parameters_m: int | None
+    published_gflops: float | None
     total: Size
     peak_mib: float
     parts: dict[str, Size]
@@ -84,17 +88,17 @@ class Analysis:
 
 
 def analyze(name: str, input_px: tuple[int, int] | None = None) -> Analysis:
-    """Count a published model.
+    """Count a published model, or one of another recipe.
 
     Args:
-        name: see :func:`~.model_zoo.list_models`.
+        name: see :func:`~.model_zoo.get_recipe`.
         input_px: height and width; by default those of the published FLOPs.
 
     Raises:
         ValueError: no such model, or an input without pixels.
         ImportError: the model is a detector, and Detectron2 is not installed.
     """
-    entry = model_zoo.get_entry(name)
+    entry = model_zoo.get_recipe(name)
     shape = model_zoo.TASKS[entry.task].input_shape
     if input_px is not None:
         if min(input_px) < 1:
@@ -126,8 +130,8 @@ def analyze(name: str, input_px: tuple[int, int] | None = None) -> Analysis:
     return Analysis(
         name,
         shape,
-        entry.published_parameters_m,
-        entry.published_gflops,
+        entry.published_parameters_m if isinstance(entry, model_zoo.Entry) else None,
+        entry.published_gflops if isinstance(entry, model_zoo.Entry) else None,
         _total(parts.values()),
         peak_bytes / 2**20,
         parts,
@@ -141,7 +145,7 @@ def _prepare(
     """A model on ``meta``, which computes shapes only, and a call of it on images of ``shape``."""
     model = model_zoo.build(name).to("meta").train(train)
     images = torch.empty(tuple(shape), device="meta")
-    if model_zoo.ENTRIES[name].task != "detection":
+    if model_zoo.get_recipe(name).task != "detection":
         return model, lambda: model(images)
     sampled = {"num_proposals": 512, "num_detections": 128} if train else {}
     return model, lambda: forward_all_layers(model, images, **sampled)

@@ -206,17 +206,22 @@ def log_end(library_logger: str) -> Iterator[None]:
 
 def score_of_iteration(folder: str | Path, iteration: int, name: str) -> float | None:
     """The score that ``metrics.json`` has of the evaluation after so many iterations, if any."""
-    score = None
+    return read_scores(folder, name).get(iteration - 1)
+
+
+def read_scores(folder: str | Path, name: str) -> dict[int, float]:
+    """``{iteration, from 0: score}`` of ``metrics.json``; the last of a repeated iteration."""
+    scores = {}
     try:
         with Path(folder, METRICS).open(encoding="utf-8") as file:
             for line in file:
                 if f'"{name}"' in line:
                     content = _parse(line)
-                    if content.get("iteration") == iteration - 1 and name in content:
-                        score = float(content[name])
+                    if isinstance(content.get("iteration"), int) and name in content:
+                        scores[content["iteration"]] = float(content[name])
     except OSError:
         pass
-    return score
+    return scores
 
 
 def _parse(line: str) -> dict[str, Any]:

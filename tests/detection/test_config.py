@@ -197,7 +197,7 @@ def test_sides_of_anchors_may_be_fractions():
 def test_a_script_of_detectron2_reads_our_files(source, root, tmp_path):
     """With its own ``merge_from_file``, after ``add_spatial_mamba_config``."""
     paths = sorted((root / "configs").glob("*mask_rcnn*.yaml"))
-    assert len(paths) == 6
+    assert len(paths) == 9
     for path in paths:
         ours = load_config(path, ["MODEL.WEIGHTS_SKIP", "('a', 'b')"])
         if source != "recipe":

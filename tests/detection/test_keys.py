@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def test_each_key_has_an_effect_or_is_refused(key, value, readers):
 @pytest.mark.parametrize(
     "words",
     [
-        ("MODEL.META_ARCHITECTURE", "PanopticFPN"),
+        ("MODEL.META_ARCHITECTURE", "SemanticSegmentor"),
         ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"),
         ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"),
         ("MODEL.ROI_HEADS.NAME", "RROIHeads"),
@@ -99,6 +100,10 @@ def test_each_key_has_an_effect_or_is_refused(key, value, readers):
         ("TEST.KEYPOINT_OKS_SIGMAS", [0.1] * 17),
         ("TEST.KEYPOINT_OKS_SIGMAS", [0.1], "MODEL.KEYPOINT_ON", True),
         ("TEST.AUG.ENABLED", True, "MODEL.KEYPOINT_ON", True),
+        ("TEST.AUG.ENABLED", True, "MODEL.META_ARCHITECTURE", "RetinaNet"),
+        ("TEST.AUG.ENABLED", True, "MODEL.META_ARCHITECTURE", "PanopticFPN"),
+        ("MODEL.POINT_HEAD.FC_DIM", 9),
+        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 9),
         ("INPUT.RANDOM_FLIP", "vertical", "MODEL.KEYPOINT_ON", True),
         ("SOLVER.GAMMA", 0.5, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
         ("MODEL.RESNETS.DEPTH", 101, "MODEL.BACKBONE.NAME", "build_spatial_mamba_fpn_backbone",
@@ -116,7 +121,8 @@ def test_keys_of_chosen_parts_are_accepted():
         ("SOLVER.BASE_LR_END", 1e-6, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
         ("MODEL.RETINANET.NUM_CLASSES", 3, "MODEL.META_ARCHITECTURE", "RetinaNet"),
         ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.4, 0.5, 0.6), "MODEL.ROI_HEADS.NAME",
-         "CascadeROIHeads"),
+         "CascadeROIHeads", "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.4],
+         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
         ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2,
          "TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.2]),
     ):  # fmt: skip
@@ -179,6 +185,12 @@ def test_evaluation_on_augmented_images(make_cfg, monkeypatch):
     results = Trainer.test_augmented(cfg, Trainer.build_model(cfg), names)
     assert set(results) == {"bbox_TTA", "segm_TTA"}
     assert results["bbox_TTA"]["AP"] > 99
+    stored = json.loads(Path(cfg.OUTPUT_DIR, "scores_TTA.json").read_text())
+    assert stored["protocol"] == (
+        "test-time augmentation, short sides 64, 96, long side at most 4000, each with its mirror "
+        "image; at most 100 detections for an image; pycocotools"
+    )
+    assert stored["bbox/AP"] == results["bbox_TTA"]["AP"] and stored["data"] == [name]
     assert len(views) == 4 * len(records) and len(set(views)) == 2 * len(records)
     assert len(list(Path(cfg.OUTPUT_DIR, "pictures_TTA").rglob("*.png"))) == 1
 

@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from spatial_mamba_d2 import model_zoo
+from spatial_mamba_d2.profiling.counting import count_operators
 from spatial_mamba_d2.profiling.model_report import CONVENTIONS, markdown_report, write_json
-from spatial_mamba_d2.profiling.model_size import analyze
+from spatial_mamba_d2.profiling.model_size import _prepare, analyze, part_of
 
 analyze_once = functools.cache(analyze)
 TOTALS = {"tiny": 4.467681280000001, "small": 7.11697408, "base": 15.800638464}
@@ -71,6 +72,24 @@ def test_mask_rcnns(entry, golden):
     if entry.variant == "tiny":  # the authors' own code, where scan and fusion are opaque: 259.27
         opaque = analysis.operators["structure_aware_ssm"].official_gflops
         assert analysis.total.official_gflops - opaque == pytest.approx(259.27, abs=0.02)
+
+
+OTHERS = [r for r in model_zoo.COUNTED.values() if not r.name.endswith(("_3x", "_lsj"))]
+
+
+@pytest.mark.parametrize("recipe", OTHERS, ids=lambda recipe: recipe.name)
+def test_other_architectures(recipe):
+    """The figures of the table; the complete count has a rule for every operator."""
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    shape = model_zoo.TASKS["detection"].input_shape
+    model, run = _prepare(recipe.name, shape)
+    assert sum(p.numel() for p in model.parameters()) == recipe.parameters
+    official, _ = count_operators(model, run, complete=False)
+    total = sum(flops for _, flops in official.values())
+    assert round(total / 1e9) == recipe.gflops
+    complete, _ = count_operators(model, run, complete=True)
+    assert 1 < sum(flops for _, flops in complete.values()) / total < 1.02
+    assert "classifier head" not in {part_of(name) for name, _ in model.named_parameters()}
 
 
 def test_the_sums_agree():
