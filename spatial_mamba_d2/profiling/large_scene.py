@@ -87,7 +87,7 @@ def draw_numbers(numbers: np.ndarray, num_objects: int, num_large: int, seed: in
     """Draw objects that do not touch into ``numbers``, zeros ``int32[H, W]``; how many there are.
 
     Args:
-        num_large: of them bars of up to 3000 pixels; the others have 6 to 50.
+        num_large: of them bars of up to 2100 pixels; the others have 6 to 50.
     """
     rng = np.random.default_rng(seed)
     height, width = numbers.shape
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/scene"))
     parser.add_argument("--side", type=int, default=20_000)
     parser.add_argument("--objects", type=int, default=25_000)
-    parser.add_argument("--large", type=int, default=60, help="of them larger than a window")
+    parser.add_argument("--large", type=int, default=60, help="of them bars of up to 2100 pixels")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--overlap", type=int, default=128)
     parser.add_argument("--only-predict", action="store_true", help="for the scene in --output")
