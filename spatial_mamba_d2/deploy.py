@@ -100,7 +100,7 @@ def export_model(
         path = Path(folder, output.name)
         text = json.dumps(metadata)
         files = formats.write(exportable, program, format, path, text)
-        if json.loads(formats.read_metadata(path, format)) != metadata:
+        if formats.read_metadata(path, format) != metadata:
             raise RuntimeError(f"{path} does not hold its metadata")
         run = formats.open_file(path, format)
         inputs = checks.check_images(exportable, size, images, value_range)

@@ -22,14 +22,18 @@ READERS: dict[tuple[str, ...], set[str]] = {
     },
     # They read checkpoints themselves: timm, torch.hub, PyTorch's scripts and exported programs.
     ("load_checkpoint", "load_state_dict_from_url", "load_pretrained", "hub.load", "jit.load",
-     "export.load"): set(),
-    ("np.load", "numpy.load", "np.fromfile", "np.loadtxt", "np.genfromtxt"): set(),
+     "export.load"): {f"{PACKAGE}/export/formats.py"},  # a file that it has just written
+    ("np.load", "numpy.load", "np.fromfile", "np.loadtxt", "np.genfromtxt"): {
+        f"{PACKAGE}/prediction/parts.py",  # of an unfinished run, without pickled objects
+    },
     ("json.load", "json.loads"): {
         f"{PACKAGE}/data/json_file.py",
         # Files that this package has written, in the cache and in OUTPUT_DIR; damage is expected.
         f"{PACKAGE}/system/once.py",
         "ops/cuda/cache.py",
         f"{PACKAGE}/training/run_folder.py",
+        f"{PACKAGE}/prediction/parts.py",
+        f"{PACKAGE}/export/formats.py",
         f"{PACKAGE}/doctor.py",  # what pip has recorded about this package
     },
     ("yaml.load", "yaml.safe_load", "yaml.full_load", "yaml.unsafe_load", "load_yaml_with_base",

@@ -170,7 +170,7 @@ def _open_openvino(path: Path, threads: int | None) -> Runner:
 
 def _open_pt2(path: Path, threads: int | None) -> Runner:
     module = torch.export.load(path).module()
-    names = json.loads(read_metadata(path, "pt2"))["outputs"]
+    names = read_metadata(path, "pt2")["outputs"]
 
     def run(image: np.ndarray) -> Outputs:
         with torch.no_grad():
@@ -180,8 +180,12 @@ def _open_pt2(path: Path, threads: int | None) -> Runner:
     return run
 
 
-def read_metadata(path: Path, format: str) -> str:
-    """The JSON text that :func:`write` has put into the file."""
+def read_metadata(path: Path, format: str) -> dict[str, Any]:
+    """What :func:`write` has put into the file."""
+    return json.loads(_metadata_text(path, format))
+
+
+def _metadata_text(path: Path, format: str) -> str:
     if format == "onnx":
         import onnx
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from spatial_mamba_d2.data.images import read_size
+from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.outputs import check_outputs, common_folder, name_outputs, same_folder
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.checkpoints.reading import file_sha256
@@ -185,7 +186,7 @@ class _Run:
     def _finished(self) -> dict[str, Any] | None:
         """The summary of a run with the same settings that has ended."""
         try:
-            content = json.loads((self.output / SUMMARY).read_text(encoding="utf-8"))
+            content = read_json(self.output / SUMMARY)
         except (OSError, ValueError):
             return None
         is_same = isinstance(content, dict) and content.get("settings") == self.digest

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from spatial_mamba_d2.config import flat_items
@@ -21,6 +20,7 @@ from spatial_mamba_d2.models.checkpoints.reading import (
 from spatial_mamba_d2.prediction.predictor import Predictor
 from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.package_files import recipe_file
+from spatial_mamba_d2.system.yaml_file import parse_yaml
 
 TASKS = ("detection", "segmentation", "classification")
 _TASK_OF_KIND = {
@@ -105,7 +105,7 @@ def _configuration(
             raise no_such("config", config)
         return Path(config), []
     if isinstance(recorded := content.get("config"), str):
-        pairs = flat_items(yaml.safe_load(recorded))
+        pairs = flat_items(parse_yaml(recorded.encode(), f"{weights}: config"))
         return None, [word for pair in pairs for word in pair]
     if (beside := weights.with_name(_CONFIG)).is_file():
         return beside, []

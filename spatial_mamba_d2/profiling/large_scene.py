@@ -19,6 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.prediction import Detections, Predictor
 from spatial_mamba_d2.prediction.bulk import Options, predict_files
@@ -192,8 +193,8 @@ def main() -> None:
     write_scene(numbers, args.output / "scene.tif")
     command = [sys.executable, "-m", "spatial_mamba_d2.profiling.large_scene", *sys.argv[1:]]
     subprocess.run([*command, "--only-predict"], check=True)
-    figures = json.loads((args.output / "figures.json").read_text())
-    coco = json.loads((args.output / "predictions/coco.json").read_text())
+    figures = read_json(args.output / "figures.json")
+    coco = read_json(args.output / "predictions/coco.json")
     for name, value in {**figures, **compare(numbers, coco)}.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 

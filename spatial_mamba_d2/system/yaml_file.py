@@ -64,7 +64,7 @@ def _read(path: Path, readers: tuple[Path, ...], what: str) -> list[Document]:
     if path.resolve() in map(Path.resolve, readers):
         chain = " -> ".join(map(str, (*readers, path)))
         raise ValueError(f"{path}: {BASE} leads back to the file itself: {chain}")
-    content = _parse(path)
+    content = parse_yaml(path.read_bytes(), path)
     bases = content.pop(BASE, [])
     documents = []
     for base in bases if isinstance(bases, list) else [bases]:
@@ -75,23 +75,30 @@ def _read(path: Path, readers: tuple[Path, ...], what: str) -> list[Document]:
     return [*documents, Document(path, content)]
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
+def parse_yaml(data: bytes, source: object) -> dict[str, Any]:
+    """The content of a file, or of a text such as a checkpoint's configuration.
+
+    Args:
+        source: what names it in errors.
+
+    Raises:
+        ValueError: it is not UTF-8, not plain YAML, empty or no mapping.
+    """
     try:
         content = yaml.load(decode_unicode(data), _Loader)  # derived from SafeLoader: runs no code
         _check_aliases(content)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be text in UTF-8: {error}") from None
+        raise ValueError(f"{source}: must be text in UTF-8: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: impossible dates
         hint = _NO_CODE if "tag:yaml.org,2002:python/" in str(error) else ""
-        raise ValueError(f"{path}: not plain YAML: {error}{hint}") from None
+        raise ValueError(f"{source}: not plain YAML: {error}{hint}") from None
     except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
+        raise ValueError(f"{source}: nested too deeply") from None
     if content is None:
-        raise ValueError(f"{path}: is empty; it must hold KEY: VALUE, at least {BASE}: FILE")
+        raise ValueError(f"{source}: is empty; it must hold KEY: VALUE, at least {BASE}: FILE")
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path}: must hold KEY: VALUE, got {type(content).__name__} {str(content)[:60]!r}"
+            f"{source}: must hold KEY: VALUE, got {type(content).__name__} {str(content)[:60]!r}"
         )
     return content
 
