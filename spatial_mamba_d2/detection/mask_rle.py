@@ -20,7 +20,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-Rle = dict[str, Any]  # COCO's: size [H, W], counts (compressed, bytes)
+from spatial_mamba_d2.prediction.masks import Crop, Rle, encode_runs, runs_of_crop
+
 _CHUNK = 100  # objects that pass through the heads of masks and keypoints at once
 
 
@@ -62,19 +63,7 @@ def encode_crop(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) ->
         top, left: of the crop in the image.
         size: height and width of the image.
     """
-    height, width = size
-    columns = np.zeros((crop.shape[1], crop.shape[0] + 2), np.int8)
-    columns[:, 1:-1] = crop.T
-    steps = np.diff(columns, axis=1)
-    column, row = np.nonzero(steps)  # starts and ends of runs alternate
-    positions = (left + column) * height + top + row
-    # A run that ends at the bottom of a column, and one at the top of the next, are one.
-    is_joint = np.flatnonzero(positions[1:-1:2] == positions[2::2])
-    positions = np.delete(positions, np.concatenate([2 * is_joint + 1, 2 * is_joint + 2]))
-    counts = np.diff(positions, prepend=0, append=height * width).tolist()
-    if counts[-1] == 0:  # the last run ends with the image
-        counts.pop()
-    return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, *size)
+    return encode_runs(runs_of_crop(Crop(top, left, crop), size[0]), size)
 
 
 def paste_rle(mask: Tensor, box: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Rle:
