@@ -31,8 +31,6 @@ class Model:
         self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         properties = self.session.get_modelmeta().custom_metadata_map
         self.metadata = json.loads(properties["spatial_mamba_d2"])
-        shape = self.metadata["inputs"]["image"]["shape"][-3:-1]
-        self.size = None if isinstance(shape[0], str) else tuple(shape)
 
     def __call__(self, image):
         """uint8[H, W, 3] in RGB -> dictionary of arrays; labels, boxes and masks fit the image."""
@@ -62,8 +60,8 @@ class Model:
         """To what the network takes."""
         how = self.metadata["resize"]
         height, width = image.shape[:2]
-        if self.size:
-            return bilinear(image, *self.size)
+        if "size_px" in how:  # the file is for one size
+            return bilinear(image, *how["size_px"])
         if how["filter"] == "bicubic":  # and a centre crop
             short, crop = how["short_px"], how["crop_px"]
             size = [int(short * side / min(height, width)) for side in (width, height)]

@@ -18,25 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import spatial_mamba_d2
-from spatial_mamba_d2 import model_zoo
 from spatial_mamba_d2.data.outputs import check_outputs
-from spatial_mamba_d2.data.pixels import build_pixel_range
+from spatial_mamba_d2.data.pixels import PixelRange, build_pixel_range
 from spatial_mamba_d2.export import checks, formats
 from spatial_mamba_d2.export.exportable import Exportable
-from spatial_mamba_d2.models import read_checkpoint
-from spatial_mamba_d2.models.checkpoints.convert import (
-    inspect_state,
-    segmentor_arguments,
-)
-from spatial_mamba_d2.models.checkpoints.names import model_kind, translate
-from spatial_mamba_d2.models.checkpoints.reading import file_sha256, unwrap
+from spatial_mamba_d2.models.checkpoints.reading import file_sha256
+from spatial_mamba_d2.prediction.loading import recognise_model
 
 logger = logging.getLogger(__name__)
-
-TASKS = {"classifier": "classification", "segmentor": "segmentation", "detector": "detection"}
 
 
 def export_model(
@@ -59,8 +50,8 @@ def export_model(
         weights: a complete checkpoint, ours or the authors'.
         format: ``onnx``, ``openvino`` or ``pt2``.
         output: ends with ``.onnx``, ``.xml`` (and there will be a ``.bin`` next to it) or ``.pt2``.
-        config_file, overrides: of the model; by default the published recipe of this variant, with
-            the number of classes of the weights.
+        config_file, overrides: of the model; by default recognised, see
+            :func:`~spatial_mamba_d2.prediction.loading.recognise_model`.
         size: H, W of the only image size that the file is for; by default, it is for all sizes.
         result: of UPerNet, ``labels`` (by default) or ``probabilities``.
         images: files and folders to check on; by default, images are generated.
@@ -82,17 +73,7 @@ def export_model(
     targets = [output, output.with_suffix(".bin")] if format == "openvino" else [output]
     check_outputs(targets, [Path(weights)], overwrite=overwrite)
     exportable, value_range = build_exportable(weights, config_file, overrides, result)
-    metadata = {
-        **exportable.metadata,
-        "inputs": {formats.INPUT: _describe_input(exportable, size)},
-        "outputs": list(exportable.outputs),
-        "weights": {"file": Path(weights).name, "sha256": file_sha256(weights)},
-        "versions": {
-            "spatial_mamba_d2": spatial_mamba_d2.__version__,
-            "torch": torch.__version__,
-            **versions,
-        },
-    }
+    metadata = describe(exportable, value_range, weights, size, versions)
     program = formats.trace(exportable, size)
     logger.info("traced: %d operations", len(program.graph.nodes))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -100,9 +81,9 @@ def export_model(
         path = Path(folder, output.name)
         text = json.dumps(metadata)
         files = formats.write(exportable, program, format, path, text)
-        if formats.read_metadata(path, format) != metadata:
-            raise RuntimeError(f"{path} does not hold its metadata")
         run = formats.open_file(path, format)
+        if run.metadata != metadata:
+            raise RuntimeError(f"{path} does not hold its metadata")
         inputs = checks.check_images(exportable, size, images, value_range)
         logger.info("%s", checks.compare(exportable, run, inputs, formats.TOLERANCES[format]))
         for file, target in zip(files, targets, strict=True):
@@ -117,63 +98,57 @@ def build_exportable(
     config_file: str | Path | None = None,
     overrides: Sequence[str] = (),
     result: str | None = None,
-) -> tuple[Exportable, Any]:
+) -> tuple[Exportable, PixelRange | None]:
     """What :func:`export_model` exports, and the range of its images' values.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: see :func:`export_model`.
     """
-    state = unwrap(read_checkpoint(weights), str(weights))
-    task = _find_task(state, str(weights))
+    task, cfg = recognise_model(weights, config_file or None, device="cpu", overrides=overrides)
     if result is not None and task != "segmentation":
         raise ValueError(f"result is for UPerNet only, got {result!r} for {task}")
-    words = [*overrides, "MODEL.WEIGHTS", str(weights), "MODEL.DEVICE", "cpu"]
-    if config_file:
-        cfg = importlib.import_module(f"spatial_mamba_d2.{task}.config").load_config(
-            config_file, words
-        )
-    else:
-        name, defaults = _recipe(task, translate(state, str(weights)), str(weights))
-        logger.info("%s: %s, by the recipe %s", weights, task, name)
-        cfg = model_zoo.get_config(name, [*defaults, *words])
     subpackage = importlib.import_module(f"spatial_mamba_d2.{task}.export")
     arguments = {} if result is None else {"output": result}
     return subpackage.build_exportable(cfg, **arguments), build_pixel_range(cfg.INPUT.PIXEL_RANGE)
 
 
-def _find_task(state: Mapping[str, Tensor], source: str) -> str:
-    kind = model_kind(state)
-    if kind != "segmentor":  # which may have a backbone of timm
-        kind = model_kind(translate(state, source))
-    if kind not in TASKS:
-        raise ValueError(
-            f"weights: {source} must be of a classifier, a UPerNet or a detector, got a {kind}"
-        )
-    return TASKS[kind]
+def describe(
+    exportable: Exportable,
+    value_range: PixelRange | None,
+    weights: str | Path,
+    size: tuple[int, int] | None,
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """The metadata of a file, see docs/export.md.
 
-
-def _recipe(task: str, state: Mapping[str, Tensor], source: str) -> tuple[str, list[str]]:
-    """The published recipe of a model with these weights, and what to change in it."""
-    variant = inspect_state(state, source).variant
-    entries = map(model_zoo.get_entry, model_zoo.list_models(task))
-    names = [entry.name for entry in entries if entry.variant == variant]
-    if not names:
-        raise ValueError(
-            f"weights: {source} is of no published variant; give the configuration of its training "
-            "as --config-file"
-        )
-    if task == "detection":
-        num_classes = len(state["roi_heads.box_predictor.cls_score.weight"]) - 1
-        return names[0], ["MODEL.ROI_HEADS.NUM_CLASSES", str(num_classes)]
-    if task == "classification":
-        return names[0], ["MODEL.NUM_CLASSES", str(len(state["head.weight"]))]
-    arguments = segmentor_arguments(state, source)
-    keys = {
-        "MODEL.NUM_CLASSES": "num_classes",
-        "MODEL.UPERNET.CHANNELS": "channels",
-        "MODEL.UPERNET.AUX_CHANNELS": "aux_channels",
+    Raises:
+        ValueError: there is no such file of this task for one ``size``.
+    """
+    return {
+        **exportable.metadata,
+        "resize": _describe_resize(exportable.metadata["resize"], size),
+        "pixel_range": list(value_range or ()),
+        "inputs": {formats.INPUT: _describe_input(exportable, size)},
+        "outputs": list(exportable.outputs),
+        "weights": {"file": Path(weights).name, "sha256": file_sha256(weights)},
+        "versions": {
+            "spatial_mamba_d2": spatial_mamba_d2.__version__,
+            "torch": torch.__version__,
+            **versions,
+        },
     }
-    return names[0], [word for key, arg in keys.items() for word in (key, str(arguments[arg]))]
+
+
+def _describe_resize(resize: dict[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
+    """How images get the size that a file is for."""
+    if size is None:
+        return resize
+    if "crop_px" not in resize:
+        return {"filter": resize["filter"], "size_px": list(size)}
+    if size[0] != size[1]:
+        raise ValueError(f"size of a classifier must be square, got {list(size)}")
+    short_px = round(resize["short_px"] * size[0] / resize["crop_px"])
+    return {**resize, "short_px": short_px, "crop_px": size[0]}
 
 
 def _describe_input(exportable: Exportable, size: tuple[int, int] | None) -> dict[str, Any]:

@@ -16,8 +16,8 @@ PACKAGE = "spatial_mamba_d2"
 LEVELS = (
     ("ops", "system"),
     ("models", "data"),
-    ("config",),
-    ("training", "prediction", "explain", "export"),
+    ("config", "export"),
+    ("training", "prediction", "explain"),
     ("segmentation", "classification", "detection"),
     ("model_zoo", "doctor"),
     ("model_card",),

@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from spatial_mamba_d2.classification.predict import Predictor, class_words
-from spatial_mamba_d2.classification.visualize import draw_classes
+from spatial_mamba_d2.classification.visualize import draw_scores
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.prediction.results import ClassScores
 
@@ -41,4 +41,4 @@ class ImagePredictor:
 
     def draw(self, image: np.ndarray, result: ClassScores) -> np.ndarray:
         """RGB ``uint8[H, W, 3]`` -> a drawing, RGB ``uint8[H', W', 3]``."""
-        return draw_classes(image, [f"{name} {score:.1%}" for name, score in result.top()])
+        return draw_scores(image, result)

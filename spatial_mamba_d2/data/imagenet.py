@@ -257,17 +257,18 @@ def _shorten(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def build_test_crop(short_px: int, crop_px: int) -> transforms.Compose:
+    """The pixels of :func:`build_test_transform`: ``Image`` -> ``Image`` of P x P."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    return transforms.Compose(
+        [_shorten, transforms.Resize(short_px, bicubic), transforms.CenterCrop(crop_px)]
+    )
+
+
 def build_test_transform(
     short_px: int, crop_px: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> transforms.Compose:
     """The official evaluation: short side by bicubic resizing, centre crop; ``Tensor[3, P, P]``."""
-    bicubic = transforms.InterpolationMode.BICUBIC
-    return transforms.Compose(
-        [
-            _shorten,
-            transforms.Resize(short_px, bicubic),
-            transforms.CenterCrop(crop_px),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
-    )
+    crop = build_test_crop(short_px, crop_px)
+    normalize = transforms.Normalize(mean, std)
+    return transforms.Compose([*crop.transforms, transforms.ToTensor(), normalize])

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.layers.mask_ops import _do_paste_mask
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
@@ -20,7 +19,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spatial_mamba_d2.prediction.masks import Crop, Rle, encode_runs, runs_of_crop
+from spatial_mamba_d2.prediction.masks import Rle, paste_rle
 
 _CHUNK = 100  # objects that pass through the heads of masks and keypoints at once
 
@@ -53,30 +52,6 @@ class RleMasks:
     def to(self, *args: Any, **kwargs: Any) -> RleMasks:
         """Itself: they are on no device."""
         return self
-
-
-def encode_crop(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) -> Rle:
-    """The RLE of a mask that is empty outside of a crop, without a map of the image's size.
-
-    Args:
-        crop: ``bool[h, w]``.
-        top, left: of the crop in the image.
-        size: height and width of the image.
-    """
-    return encode_runs(runs_of_crop(Crop(top, left, crop), size[0]), size)
-
-
-def paste_rle(mask: Tensor, box: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Rle:
-    """The RLE of a mask's probabilities, pasted into a box of an image.
-
-    Args:
-        mask: ``float[M, M]``, on the CPU.
-        box: ``float[4]``: x0, y0, x1, y1 in pixels, on the CPU.
-        size: height and width of the image.
-        threshold: lowest probability of the object.
-    """
-    pasted, (rows, columns) = _do_paste_mask(mask[None, None], box[None], *size, skip_empty=True)
-    return encode_crop((pasted[0] >= threshold).numpy(), int(rows.start), int(columns.start), size)
 
 
 class MaskByMask(nn.Module):

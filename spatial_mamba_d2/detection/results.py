@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.detection.predict import Predictor
-from spatial_mamba_d2.detection.visualize import draw_instances
+from spatial_mamba_d2.detection.visualize import draw_detections
 from spatial_mamba_d2.prediction.masks import encode_bitmap
 from spatial_mamba_d2.prediction.results import Detections
 
@@ -63,10 +61,4 @@ class ImagePredictor:
 
     def draw(self, image: np.ndarray, result: Detections) -> np.ndarray:
         """RGB ``uint8[H, W, 3]`` -> a drawing, RGB ``uint8[H', W', 3]``."""
-        instances = Instances(result.image_size)
-        instances.pred_boxes = Boxes(torch.from_numpy(result.boxes))
-        instances.scores = torch.from_numpy(result.scores)
-        instances.pred_classes = torch.from_numpy(result.classes)
-        if result.masks is not None:
-            instances.pred_masks = torch.from_numpy(result.bitmaps())
-        return draw_instances(image, instances, self.predictor.metadata, score_thresh=0)
+        return draw_detections(image, result)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.data import Metadata
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from pycocotools.coco import COCO
@@ -23,6 +24,7 @@ from spatial_mamba_d2.data.images import read_image, write_image
 from spatial_mamba_d2.data.outputs import name_outputs
 from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.detection.mask_rle import RleMasks
+from spatial_mamba_d2.prediction.results import Detections
 
 logger = logging.getLogger(__name__)
 _SHORTEST_PX = 480  # smaller images are enlarged to this, so that labels can be read
@@ -46,6 +48,18 @@ def draw_instances(
     if kept.has("pred_masks") and isinstance(kept.pred_masks, RleMasks):
         kept.pred_masks = kept.pred_masks.rles  # which Detectron2 decodes one by one
     return visualizer.draw_instance_predictions(kept).get_image()
+
+
+def draw_detections(image: np.ndarray, result: Detections) -> np.ndarray:
+    """:func:`draw_instances` for all of ``result``, of which the image is RGB ``uint8[H, W, 3]``."""
+    instances = Instances(result.image_size)
+    instances.pred_boxes = Boxes(torch.from_numpy(result.boxes))
+    instances.scores = torch.from_numpy(result.scores)
+    instances.pred_classes = torch.from_numpy(result.classes)
+    if result.masks is not None:
+        instances.pred_masks = torch.from_numpy(result.bitmaps())
+    metadata = Metadata(thing_classes=list(result.names))
+    return draw_instances(image, instances, metadata, score_thresh=0)
 
 
 def draw_ground_truth(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.data.segmentation_transforms import resize_image
 from spatial_mamba_d2.data.shapes import render_image
 from spatial_mamba_d2.export.exportable import Difference, Exportable, Outputs, Tolerance
-from spatial_mamba_d2.export.formats import Runner
+
 from spatial_mamba_d2.system.tables import console_table
 
 _BATCHES = (1, 2, 5)
@@ -64,7 +64,7 @@ def check_images(
 
 
 def compare(
-    exportable: Exportable, run: Runner, inputs: Iterable[np.ndarray], tolerance: Tolerance
+    exportable: Exportable, run: Callable[[np.ndarray], Outputs], inputs: Iterable[np.ndarray], tolerance: Tolerance
 ) -> str:
     """Compare the answers of ``run`` with PyTorch's; returns a table of the largest differences.
 

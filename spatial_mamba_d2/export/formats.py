@@ -11,7 +11,7 @@ import importlib
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from spatial_mamba_d2.export.exportable import Exportable, Outputs, Tolerance
+from spatial_mamba_d2.system.missing import no_such
 
 FORMATS = ("onnx", "openvino", "pt2")
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
@@ -30,7 +31,7 @@ _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": ()}
 _PACKAGES["openvino"] = (*_PACKAGES["onnx"][:2], "openvino")
 # Of OpenVINO's results in float32, which are less accurate than those of the others
 TOLERANCES = {"onnx": Tolerance(), "pt2": Tolerance(), "openvino": Tolerance(score=1e-3)}
-Runner = Callable[[np.ndarray], Outputs]
+RUN_BY_SUFFIX = {".onnx": "onnx", ".xml": "openvino"}  # by predictors, without PyTorch
 
 
 def require_packages(format: str) -> dict[str, str]:
@@ -42,15 +43,18 @@ def require_packages(format: str) -> dict[str, str]:
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    versions = {}
-    for name in _PACKAGES[format]:
-        try:
-            versions[name] = importlib.import_module(name).__version__
-        except ImportError:
-            raise ImportError(
-                f"format {format} needs the package {name}: pip install 'spatial-mamba-d2[export]'"
-            ) from None
-    return versions
+    return {name: _import(name, format).__version__ for name in _PACKAGES[format]}
+
+
+def _import(package: str, format: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        extra = "openvino" if package == "openvino" else "export"
+        raise ImportError(
+            f"format {format} needs the package {package}: "
+            f"pip install 'spatial-mamba-d2[{extra}]'"
+        ) from None
 
 
 def trace(exportable: Exportable, size: tuple[int, int] | None) -> ExportedProgram:
@@ -135,66 +139,104 @@ def _write_onnx(
         raise RuntimeError(f"{path} must have standard operators only, got domains {domains}")
 
 
-def open_file(path: Path, format: str, threads: int | None = None) -> Runner:
-    """A function that runs the file: ``uint8[(B,) H, W, C] -> {name: array}``."""
-    return {"onnx": _open_onnx, "openvino": _open_openvino, "pt2": _open_pt2}[format](path, threads)
+class ExportedFile:
+    """A file that is ready to run: ``uint8[(B,) H, W, C] -> {name: array}``.
+
+    Args:
+        path: for messages.
+        run: from the input to the outputs, in the order of ``names``.
+        names: of the outputs.
+        metadata: a JSON text, if the file has one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        run: Callable[[np.ndarray], Sequence[np.ndarray]],
+        names: Sequence[str],
+        metadata: str | None,
+    ):
+        self.path, self.run, self.names = path, run, tuple(names)
+        self._metadata = metadata
+
+    def __call__(self, image: np.ndarray) -> Outputs:
+        return dict(zip(self.names, self.run(image), strict=True))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What :func:`write` has put into the file.
+
+        Raises:
+            ValueError: there is nothing, or something else.
+        """
+        try:
+            content = json.loads(self._metadata or "")
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{self.path} must be a file of tools/export_model.py, got one without its "
+                f"metadata {METADATA}"
+            )
+        return content
 
 
-def _open_onnx(path: Path, threads: int | None) -> Runner:
-    import onnxruntime
+def open_file(path: Path, format: str, threads: int | None = None) -> ExportedFile:
+    """Make a file ready to run, on the CPU.
 
+    Args:
+        threads: None: as many as PyTorch has.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: the runtime is not installed.
+        ValueError: the runtime cannot read the file.
+    """
+    if not path.is_file():
+        raise no_such("weights", path)
+    opener = {"onnx": _open_onnx, "openvino": _open_openvino, "pt2": _open_pt2}[format]
+    return opener(path, threads or torch.get_num_threads())
+
+
+def _open_onnx(path: Path, threads: int) -> ExportedFile:
+    onnxruntime = _import("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its types are private
+        raise ValueError(f"{path} cannot be read by onnxruntime: {error}") from error
     names = [output.name for output in session.get_outputs()]
-    return lambda image: dict(zip(names, session.run(None, {INPUT: image}), strict=True))
+    metadata = session.get_modelmeta().custom_metadata_map.get(METADATA)
+    return ExportedFile(path, lambda image: session.run(None, {INPUT: image}), names, metadata)
 
 
-def _open_openvino(path: Path, threads: int | None) -> Runner:
-    import openvino
-
-    config = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-    }
-    compiled = openvino.Core().compile_model(path, "CPU", config)
+def _open_openvino(path: Path, threads: int) -> ExportedFile:
+    openvino = _import("openvino", "openvino")
+    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    core = openvino.Core()
+    try:
+        model = core.read_model(path)
+        compiled = core.compile_model(model, "CPU", config)
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read by OpenVINO: {error}") from error
     names = [output.get_any_name() for output in compiled.outputs]
+    has_metadata = model.has_rt_info([METADATA])
+    metadata = model.get_rt_info([METADATA]).astype(str) if has_metadata else None
 
-    def run(image: np.ndarray) -> Outputs:
-        values = compiled([image]).to_tuple()
-        return {name: value.copy() for name, value in zip(names, values, strict=True)}
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        return [value.copy() for value in compiled([image]).to_tuple()]
 
-    return run
-
-
-def _open_pt2(path: Path, threads: int | None) -> Runner:
-    module = torch.export.load(path).module()
-    names = read_metadata(path, "pt2")["outputs"]
-
-    def run(image: np.ndarray) -> Outputs:
-        with torch.no_grad():
-            values = module(torch.from_numpy(image))
-        return {name: value.numpy() for name, value in zip(names, values, strict=True)}
-
-    return run
+    return ExportedFile(path, run, names, metadata)
 
 
-def read_metadata(path: Path, format: str) -> dict[str, Any]:
-    """What :func:`write` has put into the file."""
-    return json.loads(_metadata_text(path, format))
-
-
-def _metadata_text(path: Path, format: str) -> str:
-    if format == "onnx":
-        import onnx
-
-        model = onnx.load(path, load_external_data=False)
-        return {entry.key: entry.value for entry in model.metadata_props}[METADATA]
-    if format == "openvino":
-        import openvino
-
-        return openvino.Core().read_model(path).get_rt_info([METADATA]).astype(str)
+def _open_pt2(path: Path, threads: int) -> ExportedFile:
     files: dict[str, Any] = {METADATA: ""}
-    torch.export.load(path, extra_files=files)
-    return files[METADATA]
+    module = torch.export.load(path, extra_files=files).module()
+
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [value.numpy() for value in module(torch.from_numpy(image))]
+
+    return ExportedFile(path, run, json.loads(files[METADATA])["outputs"], files[METADATA])

@@ -24,6 +24,9 @@ from spatial_mamba_d2.models.timm_backbone import PREFIX, TimmBackbone
 from spatial_mamba_d2.models.variants import variant_kwargs
 
 POOL_SIZES = (1, 2, 3, 6)
+# Scores that are held at once: the buffers of images above this are split. Images of ADE20K's usual
+# 512 x 683 with 150 classes are below it.
+SCORES_BYTES = 2**28
 torch.fx.wrap("resize")  # a node of torch.fx's graphs, where sizes are unknown
 
 
@@ -33,6 +36,37 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     if not torch.compiler.is_exporting() and x.shape[-2:] == torch.Size(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def resized_argmax(
+    scores: Tensor, sizes: Sequence[Sequence[int]], max_bytes: int = SCORES_BYTES
+) -> Tensor:
+    """The class of each pixel, after :func:`resize` to one size after the other.
+
+    Args:
+        scores: of at most 255 classes, ``Tensor[1, K, h, w]``.
+        sizes: H, W; the last one is that of the result.
+        max_bytes: of resized scores that are held at once: as many classes as fit, but at least one.
+
+    Returns:
+        ``uint8 Tensor[H, W]``.
+    """
+    height, width = sizes[-1]
+    step = max(1, max_bytes // (4 * height * width))
+    best = label = None
+    for first in range(0, scores.shape[1], step):
+        part = scores[:, first : first + step]
+        for size in sizes:
+            part = resize(part, size)
+        value, index = part[0].max(0)
+        index = index.to(torch.uint8) + first
+        if best is None or label is None:
+            best, label = value, index
+        else:
+            label = torch.where(value > best, index, label)
+            torch.maximum(best, value, out=best)
+    assert label is not None  # there is at least one class
+    return label
 
 
 class ConvBNReLU(nn.Module):

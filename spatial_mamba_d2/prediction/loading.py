@@ -1,4 +1,4 @@
-"""``load_predictor``: a checkpoint is enough, because task and configuration are recognised."""
+"""``load_predictor``: a file is enough, because task and configuration are recognised."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from spatial_mamba_d2.models.checkpoints.reading import (
     read_checkpoint,
     unwrap,
 )
+from spatial_mamba_d2.prediction.exported import is_exported, load_exported
 from spatial_mamba_d2.prediction.predictor import Predictor
 from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.package_files import recipe_file
@@ -37,7 +38,60 @@ def load_predictor(
     task: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Predictor:
-    """A model that is ready to predict, from its checkpoint.
+    """A model that is ready to predict, from its checkpoint or an exported file.
+
+    Args:
+        weights: a checkpoint, see :func:`recognise_model`; or a file of ``tools/export_model.py``
+            for onnxruntime (``.onnx``) or OpenVINO (``.xml``), which has its configuration inside.
+        config: a YAML file of the task.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None: a GPU if there is one. Exported files run on
+            the CPU.
+        task: ``detection``, ``segmentation`` or ``classification``; None: recognised.
+        overrides: ``KEY VALUE`` pairs, which count most.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no complete model, its configuration does not fit or cannot be
+            recognised, or an argument is unknown.
+        ImportError: a package of the task, or the runtime of an exported file, is missing.
+    """
+    if is_exported(weights):
+        model = load_exported(weights)
+        _check_exported(weights, model.task, config, device, task, overrides)
+        return Predictor(model)
+    task, cfg = recognise_model(weights, config, device=device, task=task, overrides=overrides)
+    subpackage = importlib.import_module(f"spatial_mamba_d2.{task}.results")
+    return Predictor(subpackage.ImagePredictor(cfg))
+
+
+def _check_exported(
+    weights: str | Path,
+    found: str,
+    config: str | Path | None,
+    device: str | None,
+    task: str | None,
+    overrides: Sequence[str],
+) -> None:
+    for name, value in (("config", config), ("overrides", list(overrides))):
+        if value:
+            raise ValueError(
+                f"{name}: {weights} is exported with its configuration inside, got {value}"
+            )
+    if device not in (None, "cpu"):
+        raise ValueError(f"device must be cpu for the exported file {weights}, got {device!r}")
+    if task not in (None, found):
+        raise ValueError(f"task must be {found}, which {weights} is for, got {task!r}")
+
+
+def recognise_model(
+    weights: str | Path,
+    config: str | Path | None = None,
+    *,
+    device: str | None = None,
+    task: str | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[str, Any]:
+    """Task and configuration of a checkpoint, with ``MODEL.WEIGHTS``.
 
     The configuration is ``config``; else what the checkpoint holds; else the ``config.yaml`` that
     the training left next to it; else the recipe of the published model that has these parameters,
@@ -46,17 +100,10 @@ def load_predictor(
     Args:
         weights: a checkpoint of ours or of the authors: a complete classifier, segmentor or
             detector.
-        config: a YAML file of the task.
-        device: ``cpu``, ``cuda`` or ``cuda:N``; None: a GPU if there is one.
-        task: ``detection``, ``segmentation`` or ``classification``; None: the one that the names
-            of the parameters tell.
-        overrides: ``KEY VALUE`` pairs, which count most.
+        config, device, task, overrides: see :func:`load_predictor`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is no complete model, its configuration does not fit or cannot be
-            recognised, or an argument is unknown.
-        ImportError: a package of the task is missing.
+        FileNotFoundError, ValueError, ImportError: see :func:`load_predictor`.
     """
     if task not in (None, *TASKS):
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -71,12 +118,11 @@ def load_predictor(
     pairs = [*recorded, *subpackage.WITHOUT_DATA, "MODEL.WEIGHTS", str(weights)]
     pairs += ["MODEL.DEVICE", device or "cuda"]  # which becomes the CPU if there is no GPU
     try:
-        cfg = load_config(config_file, [*pairs, *overrides])
+        return task, load_config(config_file, [*pairs, *overrides])
     except ValueError as error:
         if config is not None or overrides:
             raise
         raise ValueError(f"weights: the configuration of {weights}: {error}") from error
-    return Predictor(subpackage.ImagePredictor(cfg))
 
 
 def recognise_task(content: Mapping[str, Any], source: str) -> str:

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 # COCO's RLE: {"size": [H, W], "counts": bytes}, runs of 0 and 1 in column-major order.
 Rle = dict[str, Any]
@@ -108,6 +111,37 @@ def encode_runs(runs: np.ndarray, size: tuple[int, int]) -> Rle:
         counts = counts[:-1]
     plain = {"counts": counts.tolist(), "size": [height, width]}
     return _coco_mask().frPyObjects(plain, height, width)
+
+
+def encode_crop(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) -> Rle:
+    """The RLE of a mask that is empty outside of a crop, without a map of the image's size.
+
+    Args:
+        crop: ``bool[h, w]``.
+        top, left: of the crop in the image.
+        size: height and width of the image.
+    """
+    return encode_runs(runs_of_crop(Crop(top, left, crop), size[0]), size)
+
+
+def paste_rle(mask: Tensor, box: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Rle:
+    """The RLE of a mask's probabilities, pasted into a box of an image, as Detectron2 does it.
+
+    Args:
+        mask: ``float[M, M]``, on the CPU.
+        box: ``float[4]``: x0, y0, x1, y1 in pixels, on the CPU.
+        size: height and width of the image.
+        threshold: lowest probability of the object.
+    """
+    first = (box[:2].floor() - 1).clamp(min=0).int().tolist()
+    last = (box[2:].ceil() + 1).int().tolist()
+    places = []  # of x and of y in the mask, from -1 to 1
+    for i, side in enumerate((size[1], size[0])):
+        pixels = torch.arange(first[i], min(last[i], side), dtype=torch.float32) + 0.5
+        places.append((pixels - box[i]) / (box[i + 2] - box[i]) * 2 - 1)
+    y, x = torch.meshgrid(places[1], places[0], indexing="ij")
+    pasted = F.grid_sample(mask[None, None], torch.stack((x, y), -1)[None], align_corners=False)
+    return encode_crop((pasted[0, 0] >= threshold).numpy(), first[1], first[0], size)
 
 
 def runs_of_rle(rle: Rle) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,9 +21,10 @@ from spatial_mamba_d2.export.exportable import (
     wrong_decisions,
 )
 from spatial_mamba_d2.export.portable import portable_copy
-from spatial_mamba_d2.segmentation.inference import whole
+from spatial_mamba_d2.segmentation.inference import Protocol, build_protocol, whole
 from spatial_mamba_d2.segmentation.predict import Predictor
 
+logger = logging.getLogger(__name__)
 LABELS, PROBABILITIES = "labels", "probabilities"
 OUTPUTS = (LABELS, PROBABILITIES)
 
@@ -91,8 +94,20 @@ def build_exportable(cfg: CfgNode, output: str = LABELS) -> Exportable:
                 "short_px": cfg.INPUT.SHORT_PX,
                 "long_px": cfg.INPUT.LONG_PX,
             },
+            "protocol": str(_protocol(cfg)),
         },
     )
+
+
+def _protocol(cfg: CfgNode) -> Protocol:
+    """What a file does of the configuration's protocol: the image as a whole, once."""
+    configured = build_protocol(cfg)
+    protocol = replace(
+        configured, name="ss", mode="whole", scales=(1.0,), scales_of="frame", flip=False
+    )
+    if protocol != replace(configured, name="ss"):
+        logger.warning("protocol: the file predicts by %s, not by %s", protocol, configured)
+    return protocol
 
 
 def compare_maps(expected: Outputs, found: Outputs, tolerance: Tolerance) -> list[Difference]:

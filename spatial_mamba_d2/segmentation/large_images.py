@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatial_mamba_d2.models.upernet import resize
+from spatial_mamba_d2.models.upernet import SCORES_BYTES, resize, resized_argmax
 from spatial_mamba_d2.segmentation.inference import (
     Model,
     Protocol,
@@ -23,9 +23,6 @@ from spatial_mamba_d2.segmentation.inference import (
     windows,
 )
 
-# Scores that are held at once: the buffers of images above this are split. Images of ADE20K's usual
-# 512 x 683 with 150 classes are below it.
-SCORES_BYTES = 2**28
 STRIP_BYTES = 2**26
 WINDOWS_BYTES = 2**30  # of the sums over sliding windows, for all views together
 
@@ -65,7 +62,7 @@ def predict(
             scores = slide(model, x, protocol.crop_px, protocol.stride_px)
         else:
             scores = model(x).float()
-        return _argmax_by_class(scores, x.shape[-2:], (height, width))
+        return resized_argmax(scores, (x.shape[-2:], (height, width)), SCORES_BYTES)
     if protocol.mode == "whole":
         whole_views = [_WholeRows(model, x, (height, width), flipped) for x, flipped in inputs]
         return _argmax_by_rows(whole_views, height, slice(0, width), num_classes)
@@ -84,23 +81,6 @@ def predict(
         ]
         labels.append(_argmax_by_rows(sources, height, columns, num_classes))
     return torch.cat(labels, 1)
-
-
-def _argmax_by_class(scores: Tensor, view: Sequence[int], size: tuple[int, int]) -> Tensor:
-    """Argmax of ``Tensor[1, K, h, w]``, resized to the view's size, then to ``size``."""
-    step = max(1, SCORES_BYTES // (4 * size[0] * size[1]))
-    best = label = None
-    for first in range(0, scores.shape[1], step):
-        part = resize(resize(scores[:, first : first + step], view), size)[0]
-        value, index = part.max(0)
-        index = index.to(torch.uint8) + first
-        if best is None or label is None:
-            best, label = value, index
-        else:
-            label = torch.where(value > best, index, label)
-            torch.maximum(best, value, out=best)
-    assert label is not None  # there is at least one class
-    return label
 
 
 def _argmax_by_rows(

@@ -55,24 +55,35 @@ def test_the_function_equals_the_predictor(overrides, weights):
 @pytest.mark.slow
 def test_a_graph_of_pytorch_for_one_size(export, caplog):
     with caplog.at_level("INFO", "spatial_mamba_d2"):
-        metadata, path = export("pt2", size=(48, 64))
-    assert "compared with PyTorch on 5 inputs (1x48x64x3), 5 results" in caplog.text
+        metadata, path = export("pt2", size=(48, 48))
+    assert "compared with PyTorch on 5 inputs (1x48x48x3), 5 results" in caplog.text
     assert [p.name for p in path.parent.iterdir()] == ["model.pt2"]
-    assert metadata["inputs"] == {"image": {"dtype": "uint8", "shape": [1, 48, 64, 3]}}
-    assert metadata["classes"] == NAMES and metadata["resize"]["crop_px"] == 36
+    assert metadata["inputs"] == {"image": {"dtype": "uint8", "shape": [1, 48, 48, 3]}}
+    assert metadata["classes"] == NAMES and metadata["resize"]["crop_px"] == 48
     assert len(metadata["weights"]["sha256"]) == 64
-    assert formats.read_metadata(path, "pt2") == metadata
+    assert formats.open_file(path, "pt2").metadata == metadata
     with pytest.raises(ValueError, match="output: 1 files exist already"):
-        export("pt2", size=(48, 64))
+        export("pt2", size=(48, 48))
 
 
 def test_a_file_that_is_wrong_is_not_written(export, monkeypatch, tmp_path):
     identity = torch.export.export(torch.nn.Identity(), (torch.zeros(2),))
     monkeypatch.setattr(formats, "trace", lambda *_: identity)
     uniform = np.full((1, len(NAMES)), 1 / len(NAMES), np.float32)
-    monkeypatch.setattr(formats, "open_file", lambda *_: lambda image: {"probabilities": uniform})
+
+    def open_file(path, *_):
+        return formats.ExportedFile(path, lambda image: [uniform], ["probabilities"], files[path])
+
+    def write(*args):
+        files[args[3]] = args[4]
+        args[3].touch()
+        return [args[3]]
+
+    files = {}
+    monkeypatch.setattr(formats, "write", write)
+    monkeypatch.setattr(formats, "open_file", open_file)
     with pytest.raises(checks.ExportError, match=r"differs from PyTorch .* probabilities"):
-        export("pt2", size=(48, 64))
+        export("pt2", size=(48, 48))
     assert list((tmp_path / "exported").iterdir()) == []
 
 
@@ -95,7 +106,7 @@ def test_differences_are_seen():
         ("tflite", {}, "format must be one of onnx, openvino, pt2, got 'tflite'"),
         ("pt2", {"size": (0, 5)}, r"size must be H W, both above 0, got \[0, 5\]"),
         ("pt2", {"result": "labels"}, "result is for UPerNet only, got 'labels'"),
-        ("pt2", {"config_file": None}, "is of no published variant; give the configuration"),
+        ("pt2", {"size": (48, 64)}, r"size of a classifier must be square, got \[48, 64\]"),
     ],
 )
 def test_wrong_arguments(format, arguments, message, export, monkeypatch):

@@ -15,14 +15,9 @@ from pycocotools import mask as coco_mask
 from spatial_mamba_d2.detection import mask_rle
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.data import build_test_loader, load_dataset
-from spatial_mamba_d2.detection.mask_rle import (
-    MaskByMask,
-    RleMasks,
-    encode_crop,
-    paste_rle,
-    with_rle_masks,
-)
+from spatial_mamba_d2.detection.mask_rle import MaskByMask, RleMasks, with_rle_masks
 from spatial_mamba_d2.detection.trainer import Trainer
+from spatial_mamba_d2.prediction.masks import encode_crop, paste_rle
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

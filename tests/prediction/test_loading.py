@@ -1,8 +1,10 @@
-"""Checkpoints of all tasks: task, configuration and classes are recognised."""
+"""Checkpoints and exported files of all tasks: task, configuration and classes are recognised."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ import torch
 pytest.importorskip("lightning", reason="Lightning is not installed")
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+from spatial_mamba_d2 import deploy
 from spatial_mamba_d2.classification.config import load_config as classification_config
 from spatial_mamba_d2.detection import build_model
 from spatial_mamba_d2.detection.config import load_config as detection_config
+from spatial_mamba_d2.export.formats import ExportedFile
 from spatial_mamba_d2.models import build_backbone, build_classifier
-from spatial_mamba_d2.prediction import ClassScores, Detections, LabelMap, load_predictor
+from spatial_mamba_d2.prediction import ClassScores, Detections, LabelMap, exported, load_predictor
 from spatial_mamba_d2.segmentation.config import load_config as segmentation_config
 from spatial_mamba_d2.segmentation.module import build_model as build_segmentor
 
@@ -158,3 +162,96 @@ def test_windows_through_real_models(checkpoint):
     assert label.shape == image.shape[:2] and label.max() < 3
     with pytest.raises(ValueError, match="window_px .* has no meaning in classification"):
         load_predictor(checkpoint("classification"))(image, window_px=96)
+
+
+@pytest.fixture
+def load_exported(monkeypatch):
+    """``load_exported(checkpoint)``: the predictor of an exported file, which PyTorch runs here."""
+
+    def load(path, size=None, result=None, **changes):
+        exportable, value_range = deploy.build_exportable(path, result=result)
+        metadata = deploy.describe(exportable, value_range, path, size, {}) | changes
+
+        def run(image):
+            with torch.no_grad():
+                return [x.numpy() for x in exportable.module(torch.from_numpy(image))]
+
+        name = Path("model.onnx")
+        file = ExportedFile(name, run, exportable.outputs, json.dumps(metadata))
+        monkeypatch.setattr(exported, "open_file", lambda *_: file)
+        return load_predictor(name)
+
+    return load
+
+
+@pytest.mark.parametrize("task", RESULTS)
+def test_an_exported_file_predicts_what_its_checkpoint_does(task, checkpoint, load_exported):
+    """Images of another size than the network's, and odd ones."""
+    path = checkpoint(task)
+    original = load_predictor(path)
+    for result in ("labels", "probabilities") if task == "segmentation" else (None,):
+        predict = load_exported(path, result=result)
+        assert predict.task == task and predict.names == original.names
+        for image in (IMAGE, np.ascontiguousarray(np.tile(IMAGE, (1, 2, 1))[:, :131])):
+            expected, found = original(image, score_thresh=0), predict(image, score_thresh=0)
+            assert isinstance(found, RESULTS[task]) and found.image_size == image.shape[:2]
+            assert_near(found, expected, least_equal=0.999 if result == "probabilities" else 0.9)
+        drawing = predict.model.draw(image, found)
+        assert np.array_equal(drawing, original.model.draw(image, found))
+
+
+def assert_near(found, expected, least_equal=1.0):
+    if isinstance(expected, ClassScores):
+        assert np.allclose(found.scores, expected.scores, rtol=0, atol=1e-5)
+    elif isinstance(expected, LabelMap):
+        assert np.mean(found.label == expected.label) >= least_equal
+    else:
+        assert len(found) == len(expected) > 2
+        assert np.allclose(found.boxes, expected.boxes, rtol=0, atol=0.01)
+        assert np.array_equal(found.classes, expected.classes)
+        assert np.mean(found.bitmaps() == expected.bitmaps()) > 0.999
+
+
+def test_windows_through_exported_files(checkpoint, load_exported):
+    image = np.tile(IMAGE, (3, 3, 1))
+    for task in ("segmentation", "detection"):
+        path = checkpoint(task)
+        expected = load_predictor(path)(image, window_px=96, score_thresh=0)
+        result = "probabilities" if task == "segmentation" else None
+        predict = load_exported(path, result=result)
+        assert_near(predict(image, window_px=96, score_thresh=0), expected, least_equal=0.999)
+    with pytest.raises(ValueError, match="must have probabilities for windows .* got labels: expo"):
+        load_exported(checkpoint("segmentation"))(image, window_px=96)
+
+
+@pytest.mark.parametrize("task", RESULTS)
+def test_an_exported_file_for_one_size(task, checkpoint, load_exported):
+    """It gets images of that size, and results are in the frame of the original image."""
+    predict = load_exported(checkpoint(task), size=(40, 40))
+    assert predict.model.fit(IMAGE).shape == (40, 40, 3)
+    assert predict(IMAGE, score_thresh=0).image_size == IMAGE.shape[:2]
+    if task == "classification":  # the same part of the image as at 32 of 36 pixels
+        assert predict.model.resize == {"filter": "bicubic", "short_px": 45, "crop_px": 40}
+        with pytest.raises(ValueError, match=r"size of a classifier must be square, got \[40, 48\]"):
+            load_exported(checkpoint(task), size=(40, 48))
+
+
+def test_errors_about_exported_files(checkpoint, load_exported, tmp_path):
+    with pytest.raises(FileNotFoundError, match="weights: no such file: .*absent.onnx"):
+        load_predictor(tmp_path / "absent.onnx")
+    path = checkpoint("classification")
+    with pytest.raises(ValueError, match="model.onnx must be for a task of this package, got 'po"):
+        load_exported(path, task="pose")
+    with pytest.raises(ValueError, match="model.onnx has incomplete metadata: KeyError 'filter'"):
+        load_exported(path, resize={})
+    load_exported(path)
+    for arguments, message in (
+        ({"overrides": ["INPUT.CROP_PX", "32"]}, "overrides: model.onnx is exported with its conf"),
+        ({"config": "x.yaml"}, "config: model.onnx is exported with its configuration inside, got"),
+        ({"device": "cuda"}, "device must be cpu for the exported file model.onnx, got 'cuda'"),
+        ({"task": "detection"}, "task must be classification, which model.onnx is for, got 'dete"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_predictor("model.onnx", **arguments)
+    with pytest.raises(ValueError, match="model.onnx must be a file of tools/export_model.py"):
+        _ = ExportedFile(Path("model.onnx"), None, (), "[]").metadata
