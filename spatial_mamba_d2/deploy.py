@@ -24,6 +24,7 @@ from spatial_mamba_d2.data.outputs import check_outputs
 from spatial_mamba_d2.data.pixels import PixelRange, build_pixel_range
 from spatial_mamba_d2.export import checks, formats
 from spatial_mamba_d2.export.exportable import Exportable
+from spatial_mamba_d2.export.precision import check_precision
 from spatial_mamba_d2.models.checkpoints.reading import file_sha256
 from spatial_mamba_d2.prediction.loading import recognise_model
 
@@ -38,6 +39,7 @@ def export_model(
     config_file: str | Path | None = None,
     overrides: Sequence[str] = (),
     size: Sequence[int] | None = None,
+    precision: str = "fp32",
     result: str | None = None,
     images: Iterable[Path] = (),
     overwrite: bool = False,
@@ -48,11 +50,12 @@ def export_model(
 
     Args:
         weights: a complete checkpoint, ours or the authors'.
-        format: ``onnx``, ``openvino`` or ``pt2``.
+        format: ``onnx``, ``openvino``, ``pt2`` or, unless it is a detector, ``aoti``.
         output: ends with ``.onnx``, ``.xml`` (and there will be a ``.bin`` next to it) or ``.pt2``.
         config_file, overrides: of the model; by default recognised, see
             :func:`~spatial_mamba_d2.prediction.loading.recognise_model`.
         size: H, W of the only image size that the file is for; by default, it is for all sizes.
+        precision: ``fp32``; or ``fp16`` or ``int8``, see :mod:`.export.precision`.
         result: of UPerNet, ``labels`` (by default) or ``probabilities``.
         images: files and folders to check on; by default, images are generated.
         overwrite: replace ``output``.
@@ -68,24 +71,32 @@ def export_model(
     """
     output, size, images = Path(output), checks.check_size(size), list(images)
     versions = formats.require_packages(format)
+    check_precision(format, precision)
     if output.suffix != (suffix := formats.SUFFIXES[format]):
         raise ValueError(f"output must end with {suffix} for {format}, got {output}")
     targets = [output, output.with_suffix(".bin")] if format == "openvino" else [output]
     check_outputs(targets, [Path(weights)], overwrite=overwrite)
     exportable, value_range = build_exportable(weights, config_file, overrides, result)
+    if format == "aoti" and exportable.native is None:
+        raise ValueError(
+            f"format aoti is for classifiers and UPerNets, got {exportable.metadata['task']}: "
+            "AOTInductor compiled a detector with wrong masks, without an error"
+        )
     metadata = describe(exportable, value_range, weights, size, versions)
-    program = formats.trace(exportable, size)
+    metadata["precision"] = precision
+    program = formats.trace(exportable, size, native=format == "aoti")
     logger.info("traced: %d operations", len(program.graph.nodes))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as folder:
         path = Path(folder, output.name)
         text = json.dumps(metadata)
-        files = formats.write(exportable, program, format, path, text)
+        files = formats.write(exportable, program, format, path, text, precision)
         run = formats.open_file(path, format)
         if run.metadata != metadata:
             raise RuntimeError(f"{path} does not hold its metadata")
+        tolerance = formats.tolerance_of(format, precision)
         inputs = checks.check_images(exportable, size, images, value_range)
-        logger.info("%s", checks.compare(exportable, run, inputs, formats.TOLERANCES[format]))
+        logger.info("%s", checks.compare(exportable, run, inputs, tolerance))
         for file, target in zip(files, targets, strict=True):
             os.replace(file, target)
     sizes = ", ".join(f"{target} ({target.stat().st_size / 1e6:.1f} MB)" for target in targets)

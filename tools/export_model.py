@@ -5,8 +5,8 @@
         --output classifier.onnx
 
 The task follows from the weights. A file is for images of all sizes, or with --size for those of
-one. Without --config-file, the model has the published recipe. docs/export.md describes the files,
-and examples/onnx_runner.py runs them.
+one. Without --config-file, the configuration is the one in the checkpoint, or recognised.
+docs/export.md describes the files; tools/predict.py and examples/onnx_runner.py run them.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from spatial_mamba_d2.system.cli import build_key_value_parser, log_to_stdout, r
 def main() -> None:
     from spatial_mamba_d2 import deploy
     from spatial_mamba_d2.export.formats import FORMATS
+    from spatial_mamba_d2.export.precision import PRECISIONS
 
     parser = build_key_value_parser(__doc__)
     parser.add_argument("--weights", required=True, type=Path, metavar="FILE")
@@ -26,6 +27,7 @@ def main() -> None:
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--dynamic", action="store_true", help="for images of all sizes (default)")
     sizes.add_argument("--size", type=int, nargs=2, metavar=("H", "W"))
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument(
         "--result", choices=("labels", "probabilities"), help="of UPerNet (default: labels)"
     )
@@ -44,6 +46,7 @@ def main() -> None:
         config_file=args.config_file,
         overrides=args.opts,
         size=args.size,
+        precision=args.precision,
         result=args.result,
         images=args.images,
         overwrite=args.overwrite,

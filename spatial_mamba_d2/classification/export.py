@@ -55,6 +55,7 @@ def build_exportable(cfg: CfgNode) -> Exportable:
 
     return Exportable(
         module=ExportableClassifier(portable_copy(predictor.model), *statistics).eval(),
+        native=original,
         reference=reference,
         outputs=("probabilities",),
         takes_batches=True,

@@ -270,6 +270,7 @@ def build_exportable(cfg: CfgNode) -> Exportable:
     names = ("boxes", "scores", "classes", "masks")
     return Exportable(
         module=ExportableDetector(portable_copy(model)).eval(),
+        native=None,  # AOTInductor compiled masks that were wrong, without an error
         reference=lambda image: detect_in(model, image),
         outputs=names if model.roi_heads.mask_on else names[:3],
         takes_batches=False,

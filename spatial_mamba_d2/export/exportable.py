@@ -58,6 +58,7 @@ class Exportable:
     Attributes:
         module: of standard operators: ``uint8 Tensor[B, H, W, C]``, or ``[H, W, C]`` if it takes a
             single image, -> a tensor for each of ``outputs``.
+        native: the same over our own operators, for AOTInductor; None if it must not be compiled.
         reference: the answer of the original model in PyTorch to the same input. It may have
             further tensors, which ``compare`` needs.
         outputs: names.
@@ -70,6 +71,7 @@ class Exportable:
     """
 
     module: nn.Module
+    native: nn.Module | None
     reference: Callable[[Tensor], Outputs]
     outputs: tuple[str, ...]
     takes_batches: bool

@@ -1,8 +1,9 @@
-"""Files of exported networks in three formats: how they are written, run, and what they say.
+"""Files of exported networks in four formats: how they are written, run, and what they say.
 
 ``onnx``: one file of the standard operators of opset 20. ``openvino``: the same, converted, as
 ``NAME.xml`` and ``NAME.bin``. ``pt2``: the graph of ``torch.export``, which needs PyTorch only (and
-torchvision for detectors). Metadata are JSON under one key in each of them.
+torchvision for detectors). ``aoti``: compiled by AOTInductor for this kind of processor, over our
+compiled operators. Metadata are JSON under one key in each of them.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from spatial_mamba_d2.export.exportable import Exportable, Outputs, Tolerance
+from spatial_mamba_d2.export.precision import LOWER, quantise_products, store_as_float16
 from spatial_mamba_d2.system.missing import no_such
 
-FORMATS = ("onnx", "openvino", "pt2")
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
+FORMATS = ("onnx", "openvino", "pt2", "aoti")
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "aoti": ".pt2"}
 METADATA = "spatial_mamba_d2"
 OPSET = 20
 INPUT = "image"
-_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": ()}
+_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "aoti": ()}
 _PACKAGES["openvino"] = (*_PACKAGES["onnx"][:2], "openvino")
-# Of OpenVINO's results in float32, which are less accurate than those of the others
-TOLERANCES = {"onnx": Tolerance(), "pt2": Tolerance(), "openvino": Tolerance(score=1e-3)}
+_EXACT, _OF_OPENVINO = Tolerance(), Tolerance(score=1e-3)
 RUN_BY_SUFFIX = {".onnx": "onnx", ".xml": "openvino"}  # by predictors, without PyTorch
 
 
@@ -57,8 +58,20 @@ def _import(package: str, format: str) -> Any:
         ) from None
 
 
-def trace(exportable: Exportable, size: tuple[int, int] | None) -> ExportedProgram:
+def tolerance_of(format: str, precision: str) -> Tolerance:
+    """OpenVINO's results in float32 are less accurate than those of the others."""
+    if precision != "fp32":
+        return LOWER[precision]
+    return _OF_OPENVINO if format == "openvino" else _EXACT
+
+
+def trace(
+    exportable: Exportable, size: tuple[int, int] | None, *, native: bool = False
+) -> ExportedProgram:
     """The graph of ``exportable``: for all sizes and batches, or for one image of ``size``.
+
+    Args:
+        native: over our compiled operators.
 
     Raises:
         ValueError: an operator of ours is in the graph, from a layer that has no portable form.
@@ -73,9 +86,11 @@ def trace(exportable: Exportable, size: tuple[int, int] | None) -> ExportedProgr
     example = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     with torch.no_grad():
         program = torch.export.export(
-            exportable.module, (example,), dynamic_shapes=None if size else (axes,)
+            exportable.native if native else exportable.module,
+            (example,),
+            dynamic_shapes=None if size else (axes,),
         )
-    for node in program.graph.nodes:
+    for node in () if native else program.graph.nodes:
         if (name := str(node.target)).startswith("spatial_mamba"):
             raise ValueError(
                 f"model must consist of its own layers for export, got one with {name}"
@@ -84,7 +99,12 @@ def trace(exportable: Exportable, size: tuple[int, int] | None) -> ExportedProgr
 
 
 def write(
-    exportable: Exportable, program: ExportedProgram, format: str, path: Path, metadata: str
+    exportable: Exportable,
+    program: ExportedProgram,
+    format: str,
+    path: Path,
+    metadata: str,
+    precision: str = "fp32",
 ) -> list[Path]:
     """Write ``path`` in ``format``, with ``metadata``, a JSON text; returns the files.
 
@@ -93,28 +113,45 @@ def write(
     if format == "pt2":
         torch.export.save(program, path, extra_files={METADATA: metadata})
         return [path]
+    if format == "aoti":
+        _write_aoti(program, path, metadata)
+        return [path]
     if format == "onnx":
-        _write_onnx(exportable, program, path, metadata)
+        _write_onnx(exportable, program, path, metadata, precision)
         return [path]
     intermediate = path.with_suffix(".onnx")
     _write_onnx(exportable, program, intermediate, metadata)
-    files = convert_to_openvino(intermediate, path, metadata)
+    files = convert_to_openvino(intermediate, path, metadata, precision)
     intermediate.unlink()
     return files
 
 
-def convert_to_openvino(source: Path, path: Path, metadata: str) -> list[Path]:
-    """Write an ONNX file for OpenVINO, in float32; returns the files."""
+def convert_to_openvino(
+    source: Path, path: Path, metadata: str, precision: str = "fp32"
+) -> list[Path]:
+    """Write an ONNX file for OpenVINO, in ``fp32`` or ``fp16``; returns the files."""
     import openvino
 
     model = openvino.convert_model(source)
     model.set_rt_info(metadata, [METADATA])
-    openvino.save_model(model, path, compress_to_fp16=False)
+    openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
     return [path, path.with_suffix(".bin")]
 
 
+def _write_aoti(program: ExportedProgram, path: Path, metadata: str) -> None:
+    torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(path),
+        inductor_configs={"aot_inductor.metadata": {METADATA: metadata}},
+    )
+
+
 def _write_onnx(
-    exportable: Exportable, program: ExportedProgram, path: Path, metadata: str
+    exportable: Exportable,
+    program: ExportedProgram,
+    path: Path,
+    metadata: str,
+    precision: str = "fp32",
 ) -> None:
     import onnx
 
@@ -132,6 +169,8 @@ def _write_onnx(
     assert exported is not None  # because no file is given
     exported.model.metadata_props[METADATA] = metadata
     exported.save(path, external_data=False)
+    if precision != "fp32":
+        {"fp16": store_as_float16, "int8": quantise_products}[precision](path)
     model = onnx.load(path)
     onnx.checker.check_model(model)
     domains = {entry.domain for entry in model.opset_import} - {""}
@@ -194,7 +233,7 @@ def open_file(path: Path, format: str, threads: int | None = None) -> ExportedFi
     """
     if not path.is_file():
         raise no_such("weights", path)
-    opener = {"onnx": _open_onnx, "openvino": _open_openvino, "pt2": _open_pt2}[format]
+    opener = {"onnx": _open_onnx, "openvino": _open_openvino, "pt2": _open_pt2, "aoti": _open_aoti}[format]
     return opener(path, threads or torch.get_num_threads())
 
 
@@ -229,6 +268,17 @@ def _open_openvino(path: Path, threads: int) -> ExportedFile:
         return [value.copy() for value in compiled([image]).to_tuple()]
 
     return ExportedFile(path, run, names, metadata)
+
+
+def _open_aoti(path: Path, threads: int) -> ExportedFile:
+    model = torch._inductor.aoti_load_package(str(path))
+    metadata = model.get_metadata()[METADATA]
+
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [value.numpy() for value in model(torch.from_numpy(image))]
+
+    return ExportedFile(path, run, json.loads(metadata)["outputs"], metadata)
 
 
 def _open_pt2(path: Path, threads: int) -> ExportedFile:

@@ -79,6 +79,7 @@ def _exportable(model: nn.Module) -> Exportable:
 
     return Exportable(
         module=_OnPixels(portable_copy(model)).eval(),
+        native=None,
         reference=refuse,
         outputs=("y",),
         takes_batches=True,

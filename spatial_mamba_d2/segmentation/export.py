@@ -73,6 +73,7 @@ def build_exportable(cfg: CfgNode, output: str = LABELS) -> Exportable:
 
     return Exportable(
         module=ExportableSegmentor(portable, *statistics, output).eval(),
+        native=ExportableSegmentor(predictor.model, *statistics, output).eval(),
         reference=reference,
         outputs=(output,),
         takes_batches=True,
