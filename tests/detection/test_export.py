@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,16 +12,20 @@ from detectron2.modeling import build_model
 
 from spatial_mamba_d2 import deploy
 from spatial_mamba_d2.data.shapes import render_image
+from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.export import (
     ExportableDetector,
     compare_detections,
     detect_in,
     require_exportable,
 )
-from spatial_mamba_d2.export import formats
+from spatial_mamba_d2.export import checks, formats
 from spatial_mamba_d2.export.exportable import Tolerance
 from spatial_mamba_d2.export.portable import portable_copy
 from spatial_mamba_d2.models import load_weights
+from spatial_mamba_d2.prediction import load_predictor
+
+THRESHOLD = 0.5  # no object in a black image has it
 
 
 @pytest.fixture
@@ -58,23 +65,40 @@ def test_nothing_is_found(model):
 
 
 @pytest.mark.slow
-def test_onnx(model, root, overrides, tmp_path):
+def test_files_for_onnxruntime_and_openvino(model, root, overrides, coco_mini, tmp_path):
+    """Photos in five sizes, images in which nothing is found, and the predictor of the file."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} (extra export) is not installed")
     weights, path = tmp_path / "detector.pth", tmp_path / "model.onnx"
     names = ["circle", "square", "triangle", "star", "cross"]
-    torch.save({"model": model.state_dict(), "classes": names}, weights)
-    metadata = deploy.export_model(
-        weights, "onnx", path, overrides=overrides,
-        config_file=root / "configs/demo_mask_rcnn_spatial_mamba_t.yaml",
-    )  # fmt: skip
+    cfg = load_config(root / "configs/demo_mask_rcnn_spatial_mamba_t.yaml", overrides)
+    torch.save({"model": model.state_dict(), "classes": names, "config": cfg.dump()}, weights)
+    words = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(THRESHOLD)]
+    photos = sorted((coco_mini / "images").glob("*.jpg"))[:5]
+    metadata = deploy.export_model(weights, "onnx", path, overrides=words, images=photos)
     assert metadata["outputs"] == ["boxes", "scores", "classes", "masks"]
     assert metadata["classes"] == names
-    run = formats.open_file(path, "onnx")
-    for image in (np.full((96, 100, 3), 124, np.uint8), np.zeros((33, 40, 3), np.uint8)):
-        found = run(image)  # one box on a level, or none
-        expected = detect_in(model, torch.from_numpy(image))
-        assert abs(len(found["scores"]) - len(expected["scores"])) <= 1
+
+    runs = {"onnx": formats.open_file(path, "onnx")}
+    if importlib.util.find_spec("openvino"):
+        formats.convert_to_openvino(path, path.with_suffix(".xml"), json.dumps(metadata))
+        runs["openvino"] = formats.open_file(path.with_suffix(".xml"), "openvino")
+    exportable, _ = deploy.build_exportable(weights, overrides=words)
+    for format, run in runs.items():
+        inputs = checks.check_images(exportable, None, photos)
+        table = checks.compare(exportable, run, inputs, formats.tolerance_of(format, "fp32"))
+        assert "compared with PyTorch on 5 inputs" in table
+        for size in ((96, 100), (33, 40)):
+            found = run(np.zeros((*size, 3), np.uint8))
+            shapes = [found[name].shape for name in metadata["outputs"]]
+            assert shapes == [(0, 4), (0,), (0,), (0, 28, 28)]
+            assert found["classes"].dtype == np.int64
+
+    expected = load_predictor(weights, overrides=words)(photos[0], score_thresh=THRESHOLD)
+    found = load_predictor(path)(photos[0], score_thresh=THRESHOLD)
+    assert len(found) == len(expected) > 3
+    assert np.allclose(found.boxes, expected.boxes, rtol=0, atol=0.05)
+    assert np.mean(found.bitmaps() == expected.bitmaps()) > 0.999
 
 
 def answer(boxes, scores, classes, masks):

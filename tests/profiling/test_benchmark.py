@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spatial_mamba_d2.models import build_backbone
-from spatial_mamba_d2.profiling import benchmark, candidates, gemm_peak
+from spatial_mamba_d2.profiling import benchmark, candidates, exported, gemm_peak
 from spatial_mamba_d2.profiling.benchmark_report import plot, report, to_markdown
 from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
 from spatial_mamba_d2.profiling.flops import official_flops
@@ -49,6 +49,18 @@ def test_small_run(task, device, tmp_path, small):
         least, most = result["spread"][name]
         assert 0 < least <= seconds <= most
         assert f"\n| {name} | {seconds:.4f} | " in table
+
+
+@pytest.mark.slow
+def test_exported_networks(tmp_path, monkeypatch):
+    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    networks = {"backbone": partial(build_backbone, "tiny", **NARROW)}
+    monkeypatch.setattr(exported, "_NETWORKS", networks)
+    report("export", 64, 96, rounds=2, output=tmp_path)
+    result, _ = read(tmp_path / "benchmark_export_1x64x96.json")
+    runtimes = {name.split()[0] for name in result["seconds"]}
+    assert runtimes == {"ours,", "onnxruntime", "openvino"} and len(result["seconds"]) == 4
 
 
 def test_a_run_for_each_number_of_threads(tmp_path, small):
