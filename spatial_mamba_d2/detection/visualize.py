@@ -51,7 +51,7 @@ def draw_instances(
 
 
 def draw_detections(image: np.ndarray, result: Detections) -> np.ndarray:
-    """:func:`draw_instances` for all of ``result``, of which the image is RGB ``uint8[H, W, 3]``."""
+    """All of ``result`` in its image, RGB ``uint8[H, W, 3]``; see :func:`draw_instances`."""
     instances = Instances(result.image_size)
     instances.pred_boxes = Boxes(torch.from_numpy(result.boxes))
     instances.scores = torch.from_numpy(result.scores)

@@ -14,7 +14,6 @@ from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.data.segmentation_transforms import resize_image
 from spatial_mamba_d2.data.shapes import render_image
 from spatial_mamba_d2.export.exportable import Difference, Exportable, Outputs, Tolerance
-
 from spatial_mamba_d2.system.tables import console_table
 
 _BATCHES = (1, 2, 5)
@@ -64,7 +63,10 @@ def check_images(
 
 
 def compare(
-    exportable: Exportable, run: Callable[[np.ndarray], Outputs], inputs: Iterable[np.ndarray], tolerance: Tolerance
+    exportable: Exportable,
+    run: Callable[[np.ndarray], Outputs],
+    inputs: Iterable[np.ndarray],
+    tolerance: Tolerance,
 ) -> str:
     """Compare the answers of ``run`` with PyTorch's; returns a table of the largest differences.
 

@@ -53,8 +53,7 @@ def _import(package: str, format: str) -> Any:
     except ImportError:
         extra = "openvino" if package == "openvino" else "export"
         raise ImportError(
-            f"format {format} needs the package {package}: "
-            f"pip install 'spatial-mamba-d2[{extra}]'"
+            f"format {format} needs the package {package}: pip install 'spatial-mamba-d2[{extra}]'"
         ) from None
 
 
@@ -233,7 +232,9 @@ def open_file(path: Path, format: str, threads: int | None = None) -> ExportedFi
     """
     if not path.is_file():
         raise no_such("weights", path)
-    opener = {"onnx": _open_onnx, "openvino": _open_openvino, "pt2": _open_pt2, "aoti": _open_aoti}[format]
+    opener = {"onnx": _open_onnx, "openvino": _open_openvino, "pt2": _open_pt2, "aoti": _open_aoti}[
+        format
+    ]
     return opener(path, threads or torch.get_num_threads())
 
 

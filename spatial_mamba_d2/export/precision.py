@@ -1,8 +1,8 @@
 """Files with smaller numbers than float32, and what of it there is for which format.
 
 ``fp16``: weights are stored as float16, in half the space, and everything is computed in float32.
-``int8``: matrix products with weights are computed in integers, by scales that onnxruntime finds for
-each input; convolutions and the scan stay in float32.
+``int8``: matrix products with weights are computed in integers, by scales that onnxruntime finds
+for each input; convolutions and the scan stay in float32.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _OFFERED = {
     "aoti": ("fp32",),
 }
 _WHY_NOT = {
-    "bf16": "such a file would be as large as in fp16, and less accurate; OpenVINO computes any file "
-    "in bfloat16 on processors that can, if its INFERENCE_PRECISION_HINT is bf16",
+    "bf16": "such a file would be as large as in fp16, and less accurate; OpenVINO computes any "
+    "file in bfloat16 on processors that can, if its INFERENCE_PRECISION_HINT is bf16",
     "fp16": "PyTorch would compute in float16, and the scan needs float32",
     "int8": "only onnxruntime quantises without calibration",
 }

@@ -46,7 +46,7 @@ def resized_argmax(
     Args:
         scores: of at most 255 classes, ``Tensor[1, K, h, w]``.
         sizes: H, W; the last one is that of the result.
-        max_bytes: of resized scores that are held at once: as many classes as fit, but at least one.
+        max_bytes: of resized scores that are held at once: as many classes as fit, at least one.
 
     Returns:
         ``uint8 Tensor[H, W]``.

@@ -40,7 +40,7 @@ def product(tmp_path):
          helper.make_node("Add", ["y", "bias"], ["z"])], "product",
         [helper.make_tensor_value_info("x", kinds.FLOAT, ["N", 64])],
         [helper.make_tensor_value_info("z", kinds.FLOAT, ["N", 32])],
-        [onnx.numpy_helper.from_array(weight, "weight"), onnx.numpy_helper.from_array(bias, "bias")],
+        [onnx.numpy_helper.from_array(x, name) for name, x in (("weight", weight), ("bias", bias))],
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 20)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)

@@ -1,4 +1,4 @@
-"""Real files in their runtimes, with a graph that takes no export: the mean colour as probabilities."""
+"""Files in their runtimes, of a graph that needs no export: the mean colour as probabilities."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-
-onnx = pytest.importorskip("onnx", reason="onnx (extra export) is not installed")
-pytest.importorskip("onnxruntime", reason="onnxruntime (extra export) is not installed")
 
 from spatial_mamba_d2.data.images import write_image
 from spatial_mamba_d2.export.formats import convert_to_openvino
@@ -29,6 +26,8 @@ METADATA = {
 
 @pytest.fixture
 def file(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="onnx (extra export) is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime (extra export) is not installed")
     helper, kinds = onnx.helper, onnx.TensorProto
     nodes = [
         helper.make_node("Cast", ["image"], ["x"], to=kinds.FLOAT),
@@ -71,7 +70,9 @@ def test_in_a_process_without_the_frameworks(file, tmp_path):
 
 
 def test_other_files(file):
-    with pytest.raises(ValueError, match=r"plain.onnx must be a file of tools/export_model.py, got"):
+    with pytest.raises(
+        ValueError, match=r"plain.onnx must be a file of tools/export_model.py, got"
+    ):
         load_predictor(file.with_name("plain.onnx"))
     file.write_bytes(file.read_bytes()[:80])
     with pytest.raises(ValueError, match=r"model.onnx cannot be read by onnxruntime: "):

@@ -232,7 +232,9 @@ def test_an_exported_file_for_one_size(task, checkpoint, load_exported):
     assert predict(IMAGE, score_thresh=0).image_size == IMAGE.shape[:2]
     if task == "classification":  # the same part of the image as at 32 of 36 pixels
         assert predict.model.resize == {"filter": "bicubic", "short_px": 45, "crop_px": 40}
-        with pytest.raises(ValueError, match=r"size of a classifier must be square, got \[40, 48\]"):
+        with pytest.raises(
+            ValueError, match=r"size of a classifier must be square, got \[40, 48\]"
+        ):
             load_exported(checkpoint(task), size=(40, 48))
 
 
