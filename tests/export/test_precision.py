@@ -50,7 +50,7 @@ def product(tmp_path):
 
     def run(x):
         session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        assert session.get_modelmeta().custom_metadata_map == {"key": "text"}
+        assert session.get_modelmeta().custom_metadata_map["key"] == "text"
         return session.run(None, {"x": x})[0]
 
     return path, run
