@@ -19,7 +19,8 @@
 
 int main(int argc, char** argv) {
   if (argc != 5) {
-    std::cerr << "usage: run_aoti OPERATORS.so MODEL.pt2 HEIGHT WIDTH < IMAGE\n";
+    std::cerr
+        << "usage: run_aoti OPERATORS.so MODEL.pt2 HEIGHT WIDTH < IMAGE\n";
     return 2;
   }
   if (!dlopen(argv[1], RTLD_NOW)) {  // defines the operators
@@ -53,8 +54,9 @@ int main(int argc, char** argv) {
       }
     } else {  // labels, as 8 bits for each pixel
       const auto labels = output.to(torch::kUInt8).contiguous();
-      std::cout.write(static_cast<const char*>(labels.data_ptr()),
-                      static_cast<std::streamsize>(labels.nbytes()));
+      std::cout.write(
+          static_cast<const char*>(labels.data_ptr()),
+          static_cast<std::streamsize>(labels.nbytes()));
     }
   } catch (const std::exception& error) {
     std::cerr << error.what() << "\n";

@@ -48,9 +48,12 @@ int main(int argc, char** argv) {
       const auto type = found.get_element_type();
       std::cout << output.get_any_name() << " " << found.get_shape();
       for (size_t i = 0; i < found.get_size(); ++i) {
-        if (type == ov::element::f32) std::cout << " " << found.data<float>()[i];
-        if (type == ov::element::i64) std::cout << " " << found.data<int64_t>()[i];
-        if (type == ov::element::u8) std::cout << " " << +found.data<uint8_t>()[i];
+        if (type == ov::element::f32)
+          std::cout << " " << found.data<float>()[i];
+        if (type == ov::element::i64)
+          std::cout << " " << found.data<int64_t>()[i];
+        if (type == ov::element::u8)
+          std::cout << " " << +found.data<uint8_t>()[i];
       }
       std::cout << "\n";
     }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
 
 from spatial_mamba_d2 import deploy
-from spatial_mamba_d2.export import formats
+from spatial_mamba_d2.export import checks, formats
 from spatial_mamba_d2.export.exportable import Tolerance
 from spatial_mamba_d2.models import build_upernet
+from spatial_mamba_d2.prediction import load_predictor
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.export import OUTPUTS, build_exportable, compare_maps
 from spatial_mamba_d2.segmentation.predict import Predictor
@@ -47,17 +51,28 @@ def test_the_function_equals_the_predictor(weights, overrides):
 
 
 @pytest.mark.slow
-def test_onnx(weights, root, overrides, tmp_path):
+def test_files_for_onnxruntime_and_openvino(weights, root, overrides, tmp_path):
     """Compared in batches of 1, 2 and 5 images and in five sizes before it is written."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} (extra export) is not installed")
     path, config = tmp_path / "model.onnx", root / "configs/demo_upernet_spatial_mamba_t.yaml"
-    metadata = deploy.export_model(
-        weights, "onnx", path, config_file=config, overrides=overrides, result="labels"
-    )
-    assert metadata["outputs"] == ["labels"] and metadata["classes"] == NAMES
-    labels = formats.open_file(path, "onnx")(np.zeros((1, 50, 70, 3), np.uint8))["labels"]
-    assert labels.shape == (1, 50, 70) and labels.dtype == np.uint8
+    arguments = {"config_file": config, "overrides": overrides, "result": "probabilities"}
+    metadata = deploy.export_model(weights, "onnx", path, **arguments)
+    assert metadata["outputs"] == ["probabilities"] and metadata["classes"] == NAMES
+    assert metadata["protocol"].startswith("ss (whole; scales 1.0 of short side 64")
+
+    image = np.random.default_rng(0).integers(0, 256, (50, 71, 3), np.uint8)
+    expected = load_predictor(weights, config=config, overrides=overrides)(image).label
+    assert np.mean(load_predictor(path)(image).label == expected) > 0.999
+    if find_spec("openvino"):
+        (file, _) = formats.convert_to_openvino(
+            path, path.with_suffix(".xml"), json.dumps(metadata)
+        )
+        run = formats.open_file(file, "openvino")
+        exportable, value_range = deploy.build_exportable(weights, **arguments)
+        inputs = checks.check_images(exportable, None, value_range=value_range)
+        checks.compare(exportable, run, inputs, formats.tolerance_of("openvino", "fp32"))
+        assert np.mean(load_predictor(file)(image).label == expected) > 0.999
 
 
 def test_differences_are_seen():
