@@ -68,7 +68,7 @@ def test_a_graph_of_pytorch_for_one_size(export, caplog):
 
 def test_a_file_that_is_wrong_is_not_written(export, monkeypatch, tmp_path):
     identity = torch.export.export(torch.nn.Identity(), (torch.zeros(2),))
-    monkeypatch.setattr(formats, "trace", lambda *_: identity)
+    monkeypatch.setattr(formats, "trace", lambda *_, **__: identity)
     uniform = np.full((1, len(NAMES)), 1 / len(NAMES), np.float32)
 
     def open_file(path, *_):
@@ -103,7 +103,8 @@ def test_differences_are_seen():
 @pytest.mark.parametrize(
     ("format", "arguments", "message"),
     [
-        ("tflite", {}, "format must be one of onnx, openvino, pt2, got 'tflite'"),
+        ("tflite", {}, "format must be one of onnx, openvino, pt2, aoti, got 'tflite'"),
+        ("pt2", {"precision": "fp16"}, "precision must be fp32 for pt2, got 'fp16': PyTorch would"),
         ("pt2", {"size": (0, 5)}, r"size must be H W, both above 0, got \[0, 5\]"),
         ("pt2", {"result": "labels"}, "result is for UPerNet only, got 'labels'"),
         ("pt2", {"size": (48, 64)}, r"size of a classifier must be square, got \[48, 64\]"),

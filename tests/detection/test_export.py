@@ -104,6 +104,15 @@ def test_files_for_onnxruntime_and_openvino(model, root, overrides, coco_mini, t
             assert found["classes"].dtype == np.int64
 
 
+def test_a_detector_is_not_compiled_by_aotinductor(model, root, overrides, tmp_path):
+    torch.save({"model": model.state_dict()}, weights := tmp_path / "detector.pth")
+    config = root / "configs/demo_mask_rcnn_spatial_mamba_t.yaml"
+    with pytest.raises(ValueError, match="format aoti is for classifiers and UPerNets, got detect"):
+        deploy.export_model(
+            weights, "aoti", tmp_path / "m.pt2", config_file=config, overrides=overrides
+        )
+
+
 def raise_threshold(path, target):
     """A file in which no object has the score that is reported."""
     import onnx
