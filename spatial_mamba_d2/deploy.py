@@ -77,11 +77,6 @@ def export_model(
     targets = [output, output.with_suffix(".bin")] if format == "openvino" else [output]
     check_outputs(targets, [Path(weights)], overwrite=overwrite)
     exportable, value_range = build_exportable(weights, config_file, overrides, result)
-    if format == "aoti" and exportable.native is None:
-        raise ValueError(
-            f"format aoti is for classifiers and UPerNets, got {exportable.metadata['task']}: "
-            "AOTInductor compiled a detector with wrong masks, without an error"
-        )
     metadata = describe(exportable, value_range, weights, size, versions)
     metadata["precision"] = precision
     program = formats.trace(exportable, size, native=format == "aoti")

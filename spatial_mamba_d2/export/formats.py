@@ -73,7 +73,8 @@ def trace(
         native: over our compiled operators.
 
     Raises:
-        ValueError: an operator of ours is in the graph, from a layer that has no portable form.
+        ValueError: an operator of ours is in the graph, from a layer that has no portable form; or
+            there is no ``native`` form.
     """
     height, width = size or exportable.trace_px
     shape: tuple[int, ...] = (height, width, exportable.num_channels)
@@ -83,12 +84,14 @@ def trace(
         axes[2] = Dim.DYNAMIC
     generator = torch.Generator().manual_seed(0)
     example = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    with torch.no_grad():
-        program = torch.export.export(
-            exportable.native if native else exportable.module,
-            (example,),
-            dynamic_shapes=None if size else (axes,),
+    module = exportable.native if native else exportable.module
+    if module is None:
+        raise ValueError(
+            f"format aoti is for classifiers and UPerNets, got {exportable.metadata['task']}: "
+            "AOTInductor compiled a detector with wrong masks, without an error"
         )
+    with torch.no_grad():
+        program = torch.export.export(module, (example,), dynamic_shapes=None if size else (axes,))
     for node in () if native else program.graph.nodes:
         if (name := str(node.target)).startswith("spatial_mamba"):
             raise ValueError(

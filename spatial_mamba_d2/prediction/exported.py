@@ -77,7 +77,8 @@ class _Exported:
             return resize_image(image, tuple(how["size_px"]))
         if not how["short_px"]:
             return image
-        size = fitted_size(*image.shape[:2], how["short_px"], how["long_px"])
+        height, width = image.shape[:2]
+        size = fitted_size(height, width, how["short_px"], how["long_px"])
         return resize_image(image, size)
 
     def run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -166,8 +167,9 @@ class ExportedDetector(_Exported):
         pixels = self.fit(image)
         found = self.run(pixels)
         (height, width), (h, w) = image.shape[:2], pixels.shape[:2]
+        scale = np.array([width / w, height / h] * 2, np.float32)
         limits = np.array([width, height] * 2, np.float32)
-        boxes = np.clip(found["boxes"] * np.float32([width / w, height / h] * 2), 0, limits)
+        boxes = np.clip(found["boxes"] * scale, 0, limits)
         kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
         boxes, masks = boxes[kept], None
         if "masks" in found:
