@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from functools import partial
 
 import cv2
@@ -208,11 +206,8 @@ def test_the_size_table():
 
 
 @pytest.mark.parametrize("tool", ["plot_erf", "plot_states"])
-def test_the_tools(tool, root, tmp_path):
-    command = [sys.executable, f"tools/{tool}.py", "--number", "1", "--size-px", "64"]
-    done = subprocess.run(
-        [*command, "--output", tmp_path], cwd=root, capture_output=True, text=True
-    )
+def test_the_tools(tool, run_tool, tmp_path):
+    done = run_tool(f"{tool}.py", "--number", 1, "--size-px", 64, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "spatial_mamba_tiny has RANDOM weights" in done.stderr
     written = {path.name for path in tmp_path.iterdir()}
