@@ -19,7 +19,8 @@ def test_the_tool(run_tool, shapes, tmp_path):
     torch.save(content, tmp_path / "weights.pth")
     done = run_tool(
         "predict.py", "--weights", tmp_path / "weights.pth",
-        "--input", shapes / "images/validation", "--output", tmp_path / "out", "--format", "csv,png", "--device", "cpu",
+        "--input", shapes / "images/validation", "--output", tmp_path / "out",
+        "--format", "csv,png", "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "5 of 5 images are in" in done.stdout
