@@ -119,14 +119,15 @@ def test_models_side_by_side(tmp_path):
     state = {to_official(k): v for k, v in build_classifier("tiny").state_dict().items()}
     torch.save({"model": state}, tmp_path / "official.pth")
     names = ["spatial_mamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny"]
-    for run in ("one", "two"):
+    for run, number in (("one", 3), ("two", 1)):
         plot_receptive_fields(
-            names, [tmp_path / "official.pth", None, None], [], tmp_path / run,
+            names[:number], [tmp_path / "official.pth", None, None][:number], [], tmp_path / run,
             num_images=2, size_px=64, seed=3, device="cpu",
         )  # fmt: skip
     one, two = (np.load(tmp_path / run / "erf.npz") for run in ("one", "two"))
+    assert np.array_equal(one[names[0]], two[names[0]])
     for name in names:
-        assert one[name].shape == (4, 64, 64) and np.array_equal(one[name], two[name])
+        assert one[name].shape == (4, 64, 64)
         assert (one[name] >= 0).all() and (one[name].sum((1, 2)) > 0).all()
     content = json.loads((tmp_path / "one/erf.json").read_text())
     assert content["weights"]["swin_tiny_patch4_window7_224"] == "random"
