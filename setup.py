@@ -17,12 +17,17 @@ import setuptools
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+
+
+def from_pyproject(pattern):
+    """The group of the line that matches; Python 3.10 has no tomllib."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (value,) = re.findall(f"^{pattern}$", text, re.MULTILINE)
+    return value
+
+
 # Older ones describe the schema of pyproject.toml instead of saying so.
-(REQUIRED,) = re.findall(
-    r'^requires = \["(setuptools>=.*)"\]',
-    (ROOT / "pyproject.toml").read_text(encoding="utf-8"),
-    re.MULTILINE,
-)
+REQUIRED = from_pyproject(r'requires = \["(setuptools>=.*)"\]')
 if int(setuptools.__version__.split(".")[0]) < int(re.findall(r"\d+", REQUIRED)[0]):
     raise SystemExit(
         f"spatial_mamba_d2 needs {REQUIRED}, but this is setuptools {setuptools.__version__}: "
@@ -96,6 +101,32 @@ def cpu_extension():
     )
 
 
+def public_page():
+    """The arguments of ``setup()`` about the package's page, whose links work on any host."""
+    repository = from_pyproject(r'repository = "(.*)"').rstrip("/")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    relative = r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)"
+
+    def absolute(link):
+        image, label, path = link.groups()
+        if not repository:
+            return "" if image else label
+        return f"{image}[{label}]({repository}/{'raw' if image else 'blob'}/main/{path})"
+
+    page = {
+        "long_description": re.sub(relative, absolute, text),
+        "long_description_content_type": "text/markdown",
+    }
+    if repository:
+        page["project_urls"] = {
+            "Repository": repository,
+            "Documentation": f"{repository}/tree/main/docs",
+            "Changelog": f"{repository}/blob/main/CHANGELOG.md",
+            "Issues": f"{repository}/issues",
+        }
+    return page
+
+
 def explain(reason):
     """Print in one line why nothing is compiled, or exit if it was requested."""
     message = f"spatial_mamba_d2: operators are not compiled: {reason}"
@@ -113,5 +144,6 @@ setup(
         *(f"spatial_mamba_d2.{name}" for name in BESIDE_THE_PACKAGE),
     ],
     package_dir={f"spatial_mamba_d2.{name}": name for name in ("ops", *BESIDE_THE_PACKAGE)},
+    **public_page(),
     **native_build(),
 )

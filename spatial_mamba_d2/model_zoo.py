@@ -210,22 +210,33 @@ def get_config(name: str, overrides: Sequence[str] = ()) -> Any:
     return subpackage.load_config(entry.config_file, overrides)
 
 
-def build(name: str) -> Any:
-    """A published model, or one of :data:`COUNTED`, with initial weights, on the CPU, in eval mode.
+def build(name: str, device: str = "cpu") -> Any:
+    """A published model, or one of :data:`COUNTED`, with initial weights, in eval mode.
+
+    Args:
+        name: see :func:`get_recipe`.
+        device: ``meta`` makes parameters of shapes only, without the time to draw their values.
 
     Raises:
         ValueError: no such model.
         ImportError: the model is a detector, and Detectron2 is not installed.
     """
+    import torch
+
     from spatial_mamba_d2 import models
 
     entry = get_recipe(name)
     if entry.task == "detection":
         from spatial_mamba_d2.detection import build_model
 
-        return build_model(get_config(name, ["MODEL.DEVICE", "cpu"])).eval()
+        cfg = get_config(name, ["MODEL.DEVICE", "cpu"]).clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = device
+        with torch.device(device):
+            return build_model(cfg).eval()
     builders = {"classification": models.build_classifier, "segmentation": models.build_upernet}
-    return builders[entry.task](entry.variant).eval()
+    with torch.device(device):
+        return builders[entry.task](entry.variant).eval()
 
 
 def get(name: str, weights: str | Path, sha256: str | None = None) -> Any:

@@ -6,14 +6,21 @@ import importlib.util
 import json
 import logging
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 import numpy as np
 import pytest
@@ -205,23 +212,110 @@ def arguments(overrides) -> Callable[..., Namespace]:
     return make
 
 
-@pytest.fixture
-def run_tool(root) -> Callable[..., subprocess.CompletedProcess]:
-    """``run_tool(tool, config, words, processes=1)``: a tool that must succeed, in a process."""
+def _fork(function: Callable, arguments: Iterable[object], environment: dict[str, object]) -> int:
+    """A process that calls the function, and ends; it need not import PyTorch again, which takes
+    longer than what most tests do with it.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("fork is POSIX")
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        torch.set_num_threads(1)  # those of this process do not outlive the fork
+        torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
+        if rank_zero := sys.modules.get("lightning_utilities.core.rank_zero"):
+            rank_zero.rank_zero_only.rank = environment.get("RANK", 0)  # set at its import
+        function(*arguments)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
-    def run(
-        tool: str, config: str, words: Iterable[object], processes: int = 1
-    ) -> subprocess.CompletedProcess:
-        command = [
-            sys.executable,
-            root / "tools" / tool,
-            "--config-file",
-            root / "configs" / config,
+
+@pytest.fixture
+def fork() -> Iterator[Callable[..., int]]:
+    """``fork(function, *arguments)``: the number of a process that calls it, killed at the end."""
+    processes = []
+
+    def start(function: Callable, *arguments: object) -> int:
+        processes.append(_fork(function, arguments, {}))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+
+
+@pytest.fixture
+def run_tool() -> Callable[..., subprocess.CompletedProcess]:
+    """``run_tool(file, *words)``: a file of ``tools/`` as a program, without the time of a start.
+
+    What a tool needs of a fresh process, such as that it imports what it uses, is left to the tests
+    of the tools in an empty folder and in environments without a package.
+    """
+
+    def main(path: Path, words: Iterable[str], files: Iterable[IO[bytes]]) -> None:
+        os.chdir(ROOT)
+        for number, file in enumerate(files, 1):
+            os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
+        logging.getLogger().handlers.clear()  # those of pytest
+        sys.argv = [str(path), *words]
+        runpy.run_path(str(path), run_name="__main__")
+
+    def run(name: str, *words: object) -> subprocess.CompletedProcess:
+        command = ROOT / "tools" / name, [*map(str, words)]
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            process = _fork(main, (*command, (output, errors)), {})
+            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            texts = []
+            for file in (output, errors):
+                file.seek(0)
+                texts.append(file.read().decode())
+        return subprocess.CompletedProcess(command, code, *texts)
+
+    return run
+
+
+@pytest.fixture
+def as_under_torchrun() -> Callable[..., None]:
+    """``as_under_torchrun(function, *arguments)``: in two processes, which must succeed.
+
+    They find what torchrun tells its own in their environment.
+    """
+
+    def run(function: Callable, *arguments: object) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+        shared |= {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        processes = [
+            _fork(function, arguments, {**shared, "RANK": rank, "LOCAL_RANK": rank})
+            for rank in range(2)
         ]
-        command += ["--num-gpus", processes, *words]
-        done = subprocess.run([*map(str, command)], cwd=root, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done
+        codes: dict[int, int] = {}
+        while len(codes) < 2 and not any(codes.values()):
+            time.sleep(0.05)
+            for process in set(processes) - codes.keys():
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    codes[process] = os.waitstatus_to_exitcode(status)
+        for process in set(processes) - codes.keys():  # would wait for the one that failed
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        assert not any(codes.values()), "its error is in what was captured"
 
     return run
 

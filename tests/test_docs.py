@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +118,50 @@ def test_supported_pythons_are_those_of_pyproject():
     for file in ("README.md", "CONTRIBUTING.md", "dev.py"):
         ranges = re.findall(r"Python (3\.\d+) to (3\.\d+)", (ROOT / file).read_text("utf-8"))
         assert set(ranges) == {(f"3.{oldest}", f"3.{newest}")}, file
+
+
+@pytest.fixture(scope="module")
+def site():
+    """``docs/build_site.py`` as a module."""
+    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs/build_site.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_has_the_pages_that_its_menu_names(site, tmp_path):
+    pages = {path.name for path in site.write_site(tmp_path / "pages", commands=False)}
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert set(re.findall(r"[\w.]+\.md", menu.partition("nav:")[2])) == pages | {"commands.md"}
+    for path in (tmp_path / "pages").glob("*.md"):
+        targets = LINKS.findall(path.read_text(encoding="utf-8"))
+        local = [t.partition("#")[0] for t in targets if not t.startswith(("https://", "#"))]
+        assert all((path.parent / target).is_file() for target in local), path
+    listed = LINKS.findall((tmp_path / "pages/llms.txt").read_text())
+    assert set(listed) == pages
+
+
+@pytest.mark.parametrize("task", ["segmentation", "classification"])
+def test_the_site_explains_every_key_with_its_default(site, task):
+    module = pytest.importorskip(f"{PACKAGE}.{task}.config", reason="fvcore is not installed")
+    from spatial_mamba_d2.config import flat_items
+
+    page = site.configuration_page()
+    ours = page.partition("## All tasks")[2].partition("## Detection")[0]
+    ours += page.partition(f"## {task.capitalize()}")[2].partition("\n## ")[0]
+    shown = dict(re.findall(r"^\| `([A-Z0-9_.]+)` \| `(.*?)` \|", ours, re.MULTILINE))
+    for key, value in flat_items(getattr(module, f"{task}_defaults")()):
+        assert key in shown, key
+        if re.match(r"[\d(\"]|True|False|None", shown[key]):
+            assert ast.literal_eval(shown[key].replace("\\|", "|")) == value, key
+
+
+def test_every_environment_variable_is_documented():
+    sources = [*ROOT.glob(f"{PACKAGE}/**/*.py"), *ROOT.glob("ops/**/*"), ROOT / "setup.py"]
+    texts = [p.read_text(encoding="utf-8") for p in sources if p.suffix in (".py", ".h")]
+    read = set(re.findall(r'(?:environ\S*|getenv)\(\s*"(SMD2_\w+)"', "\n".join(texts)))
+    page = (ROOT / "docs/environment.md").read_text(encoding="utf-8")
+    assert read == set(re.findall(r"^\| `(SMD2_\w+)`", page, re.MULTILINE))
 
 
 def test_the_tests_of_situations_exist():

@@ -22,7 +22,7 @@ LEVELS = (
     ("model_zoo", "doctor"),
     ("model_card",),
     ("hub", "deploy", "profiling"),
-    ("tools", "datasets", "examples", "dev", "setup", "__main__"),
+    ("tools", "datasets", "examples", "docs", "dev", "setup", "__main__"),
     ("tests",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from spatial_mamba_d2.models import read_checkpoint
+from spatial_mamba_d2.system.cli import build_training_parser
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and fork are POSIX")
 
@@ -89,32 +93,31 @@ def test_no_kill_leaves_half_a_checkpoint(writer, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_training_continues(run_tool, root, sample_images, tmp_path):
+def test_a_killed_training_continues(root, sample_images, test_variant, fork, tmp_path, caplog):
     """From its last checkpoint, to the end that it is given."""
     pytest.importorskip("lightning", reason="Lightning is not installed")
-    config = "demo_spatial_mamba_t.yaml"
+    from spatial_mamba_d2.classification.train import run
+
     words = {
         "DATASETS.ROOT": sample_images, "OUTPUT_DIR": tmp_path, "MODEL.DEVICE": "cpu",
+        "MODEL.SPATIAL_MAMBA.VARIANT": test_variant,
         "DATALOADER.NUM_WORKERS": 2, "INPUT.CROP_PX": 36, "TEST.SHORT_PX": 40,
         "SOLVER.IMS_PER_BATCH": 8, "SOLVER.WARMUP_EPOCHS": 0, "TEST.EVAL_EPOCHS": 0,
     }  # fmt: skip
     pairs = [str(word) for pair in words.items() for word in pair]
-    command = [sys.executable, str(root / "tools/train_cls.py")]
-    command += ["--config-file", str(root / "configs" / config), *pairs, "SOLVER.EPOCHS", "1000"]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=root, **silent)
+    pairs = ["--config-file", str(root / "configs/demo_spatial_mamba_t.yaml"), *pairs]
+    parse = build_training_parser(None).parse_args
+    process = fork(run, parse([*pairs, "SOLVER.EPOCHS", "1000"]))
     last = tmp_path / "last.ckpt"
     while not last.exists():
-        assert process.poll() is None, "the training ended by itself"
-        try:
-            process.wait(0.05)
-        except subprocess.TimeoutExpired:
-            pass
-    process.kill()
-    process.wait()
+        assert os.waitpid(process, os.WNOHANG) == (0, 0), "the training ended by itself"
+        time.sleep(0.05)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     step = read_checkpoint(last)["global_step"]
     assert step >= 3
     epochs = step // 3 + 1
-    done = run_tool("train_cls.py", config, ["--resume", *pairs, "SOLVER.EPOCHS", epochs])
-    assert f"resuming from {last}" in done.stdout
+    with caplog.at_level("INFO", "spatial_mamba_d2"):
+        run(parse(["--resume", *pairs, "SOLVER.EPOCHS", str(epochs)]))
+    assert f"resuming from {last}" in caplog.text
     assert read_checkpoint(last)["global_step"] == 3 * epochs

@@ -1,5 +1,7 @@
 // One binary for all machines: a kernel is compiled for AVX-512, for AVX2 and
-// for the baseline, and the version for the processor is chosen at run time.
+// for the baseline, and the version for the processor is chosen at run time. In
+// double there is the baseline alone: it serves comparisons, and three versions
+// of it were more than half of the time that compilation takes.
 //
 // A kernel is a struct with a static, always inlined function
 //   template <int N> void run(const Args&)
@@ -55,7 +57,7 @@ __attribute__((target("avx2,fma"))) void run_avx2(const Args& args) {
 
 // Number of channels that the version for this processor processes together.
 // SMD2_CPU_CAPABILITY=avx2 or =baseline chooses a version below that.
-inline int lanes() {
+inline int processor_lanes() {
 #if defined(__x86_64__)
   static const int count = [] {
     __builtin_cpu_init();
@@ -77,16 +79,29 @@ inline int lanes() {
 #endif
 }
 
-template <typename Kernel, typename Args>
-void run(const Args& args) {
+// The same for tensors of type T.
+template <typename T>
+int lanes() {
+  return std::is_same_v<T, double> ? kLanesBaseline : processor_lanes();
+}
+
+// Args is a template of the tensors' type T, and perhaps of others.
+template <
+    typename Kernel,
+    template <typename...> class Args,
+    typename T,
+    typename... Others>
+void run(const Args<T, Others...>& args) {
 #if defined(__x86_64__)
-  switch (lanes()) {
-    case kLanesAvx512:
-      return run_avx512<Kernel>(args);
-    case kLanesAvx2:
-      return run_avx2<Kernel>(args);
-    default:
-      break;
+  if constexpr (!std::is_same_v<T, double>) {
+    switch (lanes<T>()) {
+      case kLanesAvx512:
+        return run_avx512<Kernel>(args);
+      case kLanesAvx2:
+        return run_avx2<Kernel>(args);
+      default:
+        break;
+    }
   }
 #endif
   Kernel::template run<kLanesBaseline>(args);

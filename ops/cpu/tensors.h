@@ -43,9 +43,14 @@ std::unique_ptr<T[], FreeCacheLines> cache_lines(int64_t count) {
       static_cast<T*>(::operator new[](bytes, FreeCacheLines::kCacheLine)));
 }
 
-// Number of blocks of lanes() channels; the last one may have fewer.
-inline int64_t channel_blocks(int64_t dim) {
-  return (dim + lanes() - 1) / lanes();
+// lanes() of kernels whose sums and states have this type.
+inline int lanes_of(at::ScalarType type) {
+  return type == at::kDouble ? lanes<double>() : lanes<float>();
+}
+
+// Number of blocks of `lanes` channels; the last one may have fewer.
+inline int64_t channel_blocks(int64_t dim, int lanes) {
+  return (dim + lanes - 1) / lanes;
 }
 
 // Runs Kernel for every image and block of channels, in parallel. Each call
@@ -53,7 +58,7 @@ inline int64_t channel_blocks(int64_t dim) {
 // that is `scratch_size` values, zero at first, for every thread.
 template <typename Kernel, typename Acc, typename Args>
 void run_blocks(const Args& shared, int64_t images, int64_t scratch_size) {
-  const int64_t blocks = channel_blocks(shared.dim);
+  const int64_t blocks = channel_blocks(shared.dim, lanes<Acc>());
   at::parallel_for(0, images * blocks, 1, [&](int64_t begin, int64_t end) {
     const auto scratch = cache_lines<Acc>(scratch_size);
     std::fill_n(scratch.get(), scratch_size, Acc(0));

@@ -196,9 +196,9 @@ inline at::Tensor pack_weights(
     const at::Tensor& bias_,
     const at::Tensor& like) {
   const auto weight = small(weight_, like), bias = small(bias_, like);
-  const int64_t dim = bias.size(0), size = lanes();
+  const int64_t dim = bias.size(0), size = lanes_of(bias.scalar_type());
   at::Tensor packed =
-      at::zeros({channel_blocks(dim), kPacked, size}, weight.options());
+      at::zeros({channel_blocks(dim, size), kPacked, size}, weight.options());
   AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "pack_weights", [&] {
     const auto* from = weight.const_data_ptr<scalar_t>();
     const auto* last = bias.const_data_ptr<scalar_t>();

@@ -130,7 +130,7 @@ at::Tensor selective_scan(const ScanTensors& inputs) {
     fill(in, &shared);
     shared.h = h.data_ptr<acc_t<scalar_t>>();
     run_blocks<Forward<scalar_t>, acc_t<scalar_t>>(
-        shared, shared.images, kRun * lanes());
+        shared, shared.images, kRun * lanes<scalar_t>());
   });
   return h.to(accumulate_type(inputs.u.scalar_type()));
 }
@@ -148,8 +148,9 @@ ScanGradientTensors selective_scan_backward(
   at::Tensor grad_u = at::empty_like(in.u), grad_delta = at::empty_like(in.u);
   at::Tensor grad_A = at::empty({images, dim}, in.A.options());
   at::Tensor grad_bias = at::empty_like(grad_A);
-  at::Tensor grad_B =
-      at::empty({channel_blocks(dim), images, length}, in.A.options());
+  at::Tensor grad_B = at::empty(
+      {channel_blocks(dim, lanes_of(in.A.scalar_type())), images, length},
+      in.A.options());
   SMD2_DISPATCH(in.u.scalar_type(), op, [&] {
     using Acc = acc_t<scalar_t>;
     BackwardArgs<scalar_t> shared{};
@@ -161,7 +162,7 @@ ScanGradientTensors selective_scan_backward(
     shared.grad_B = grad_B.data_ptr<Acc>();
     shared.grad_bias = grad_bias.data_ptr<Acc>();
     run_blocks<Backward<scalar_t>, Acc>(
-        shared, images, (length + kRun) * lanes());
+        shared, images, (length + kRun) * lanes<Acc>());
   });
   return {
       grad_u.to(inputs.u.scalar_type()),

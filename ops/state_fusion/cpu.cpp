@@ -138,7 +138,7 @@ at::Tensor state_fusion(const at::Tensor& h, const at::Tensor& taps) {
     in.fill(&shared);
     shared.out = out.data_ptr<Acc>();
     run_blocks<Forward<scalar_t>, Acc>(
-        shared, h.size(0), sweep_size(shared.width, lanes()));
+        shared, h.size(0), sweep_size(shared.width, lanes<Acc>()));
   });
   return out;
 }
@@ -162,7 +162,9 @@ std::tuple<at::Tensor, at::Tensor> state_fusion_backward(
     shared.grad_h = grad_h.data_ptr<scalar_t>();
     shared.grad_taps = grad_taps.data_ptr<Acc>();
     run_blocks<Backward<scalar_t>, Acc>(
-        shared, h.size(0), tape_size(shared.height, shared.width, lanes()));
+        shared,
+        h.size(0),
+        tape_size(shared.height, shared.width, lanes<Acc>()));
   });
   return {grad_h.to(h.scalar_type()), grad_taps.sum(0).to(taps.scalar_type())};
 }

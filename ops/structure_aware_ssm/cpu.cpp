@@ -105,7 +105,7 @@ SsmGradientTensors structure_aware_ssm_backward(
   const auto grad = contiguous_as(grad_output, in.u.scalar_type());
   const auto images = in.u.size(0), height = in.u.size(1);
   const auto width = in.u.size(2), dim = in.u.size(3);
-  const auto blocks = channel_blocks(dim);
+  const auto blocks = channel_blocks(dim, lanes_of(in.A.scalar_type()));
   const auto options = in.A.options();
   at::Tensor grad_u = at::empty_like(in.u), grad_delta = at::empty_like(in.u);
   at::Tensor grad_A = at::empty({images, dim}, options);
@@ -128,7 +128,7 @@ SsmGradientTensors structure_aware_ssm_backward(
     shared.grad_bias = grad_bias.data_ptr<Acc>();
     shared.grad_taps = grad_taps.data_ptr<Acc>();
     run_blocks<Backward<scalar_t>, Acc>(
-        shared, images, tape_size(height, width, lanes()));
+        shared, images, tape_size(height, width, lanes<Acc>()));
   });
   return {
       grad_u.to(inputs.u.scalar_type()),

@@ -173,8 +173,8 @@ void run_staged(const ForwardArgs<T>& shared, int64_t blocks) {
   StagedArgs<T> all{shared, nullptr, nullptr, blocks, 0};
   const int64_t maps = shared.images * blocks;
   const int64_t size = maps * shared.height * (shared.width + 2 * kRadius);
-  const auto decays = cache_lines<acc_t<T>>(size * lanes());
-  const auto states = cache_lines<acc_t<T>>(size * lanes());
+  const auto decays = cache_lines<acc_t<T>>(size * lanes<T>());
+  const auto states = cache_lines<acc_t<T>>(size * lanes<T>());
   all.decays = decays.get();
   all.states = states.get();
   // Runs a kernel `count` times for each block, with args.row = 0 .. count - 1.
@@ -196,13 +196,13 @@ void run_staged(const ForwardArgs<T>& shared, int64_t blocks) {
 
 template <typename T>
 void run_forward(const ForwardArgs<T>& shared) {
-  const int64_t blocks = channel_blocks(shared.dim);
+  const int64_t blocks = channel_blocks(shared.dim, lanes<T>());
   if (shared.images * blocks < at::get_num_threads() && shared.height > 1) {
     run_staged(shared, blocks);
     return;
   }
   run_blocks<Forward<T>, acc_t<T>>(
-      shared, shared.images, sweep_size(shared.width, lanes()));
+      shared, shared.images, sweep_size(shared.width, lanes<T>()));
 }
 
 // Sets all that SsmArgs has of the inputs; without a delta, the caller sets

@@ -12,8 +12,8 @@ constexpr const char* kOp = "structure_aware_ssm_from_dt_";
 // Weights [dim, rank] in the layout that kernels read, [blocks of channels,
 // rank, lanes()].
 at::Tensor pack_weight(const at::Tensor& weight) {
-  const int64_t dim = weight.size(0), size = lanes();
-  const int64_t blocks = channel_blocks(dim);
+  const int64_t dim = weight.size(0), size = lanes_of(weight.scalar_type());
+  const int64_t blocks = channel_blocks(dim, size);
   const bool even = dim % size == 0;
   const auto padded =
       even ? weight

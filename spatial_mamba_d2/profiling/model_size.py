@@ -143,7 +143,7 @@ def _prepare(
     name: str, shape: Sequence[int], *, train: bool = False
 ) -> tuple[nn.Module, Callable[[], Any]]:
     """A model on ``meta``, which computes shapes only, and a call of it on images of ``shape``."""
-    model = model_zoo.build(name).to("meta").train(train)
+    model = model_zoo.build(name, "meta").train(train)
     images = torch.empty(tuple(shape), device="meta")
     if model_zoo.get_recipe(name).task != "detection":
         return model, lambda: model(images)

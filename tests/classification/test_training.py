@@ -225,16 +225,14 @@ def test_training_without_a_test_split(arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_count_as_one(root, run_tool, arguments, overrides, tmp_path):
+def test_two_processes_train_and_count_as_one(root, arguments, as_under_torchrun, tmp_path):
     """Without what differs by process (mixing, batch statistics): the same losses and scores."""
-    words = [*overrides, "MODEL.SPATIAL_MAMBA.VARIANT", "tiny",
-             "SOLVER.EPOCHS", "2", "MODEL.SPATIAL_MAMBA.BN", "frozen",
+    words = ["SOLVER.EPOCHS", "2", "MODEL.SPATIAL_MAMBA.BN", "frozen",
              "INPUT.MIXING.MIXUP", "0.0", "INPUT.MIXING.CUTMIX", "0.0", "SOLVER.BASE_LR", "0.0064",
-             "MODEL.SPATIAL_MAMBA.DROP_PATH_RATE", "0.0"]  # fmt: skip
-    config = "demo_spatial_mamba_t.yaml"
-    run_tool("train_cls.py", config, [*words, "OUTPUT_DIR", tmp_path / "2"], processes=2)
-    config_file = str(root / "configs" / config)
-    run(arguments(*words, "OUTPUT_DIR", tmp_path / "1", config_file=config_file))
+             "MODEL.SPATIAL_MAMBA.DROP_PATH_RATE", "0.0", "OUTPUT_DIR"]  # fmt: skip
+    config_file = str(root / "configs/demo_spatial_mamba_t.yaml")
+    run(arguments(*words, tmp_path / "1", config_file=config_file))
+    as_under_torchrun(run, arguments(*words, tmp_path / "2", config_file=config_file))
     scores, weights = {}, {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)

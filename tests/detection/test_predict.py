@@ -31,6 +31,7 @@ def test_folder(root, overrides, shapes, weights, tmp_path, capsys):
     broken.write_bytes(broken.read_bytes()[:500])
     config = root / "configs/demo_mask_rcnn_spatial_mamba_t.yaml"
     words = [*overrides, "MODEL.WEIGHTS", str(weights), "TEST.PICTURES_SCORE_THRESH", "0.0"]
+    words += ["TEST.DETECTIONS_PER_IMAGE", "10"]
     drawings = visualize_images([folder], tmp_path / "drawn", partial(build_draw, config, words))
     assert len(drawings) == 4
     assert all(min(read_image(p).shape[:2]) >= 480 for p in drawings)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -114,12 +112,10 @@ def test_reports(tmp_path):
     assert model["operators"]["structure_aware_ssm"]["calls"] == 18
 
 
-def test_the_tool(root, tmp_path):
+def test_the_tool(run_tool, tmp_path):
     target = tmp_path / "report.json"
-    command = [sys.executable, "tools/analyze_model.py", "spatial_mamba_t", "--json", target]
-    run = subprocess.run(
-        [*command, "--input-px", "64", "96"], cwd=root, capture_output=True, text=True
-    )
+    words = ["spatial_mamba_t", "--json", target, "--input-px", 64, 96]
+    run = run_tool("analyze_model.py", *words)
     assert run.returncode == 0, run.stderr
     assert "| `spatial_mamba_t` | 64 x 96 |" in run.stdout
     assert json.loads(target.read_text())["models"][0]["input_shape"] == [1, 3, 64, 96]

@@ -425,18 +425,15 @@ def test_each_process_needs_two_images(world_size, bn, fits, overrides, monkeypa
 
 
 @pytest.mark.slow
-def test_two_processes_count_every_image_once(
-    root, run_tool, arguments, overrides, shapes, tmp_path
-):
+def test_two_processes_count_every_image_once(root, arguments, shapes, as_under_torchrun, tmp_path):
     """5 test images in 2 processes, and in 1: one confusion matrix. Training runs in 2 as well."""
-    config = "demo_upernet_spatial_mamba_t.yaml"
-    words = [*overrides, "MODEL.SPATIAL_MAMBA.VARIANT", "tiny", "SOLVER.MAX_ITER", 2]
-    run_tool("train_seg.py", config, words, processes=2)
+    flags = {"config_file": str(root / "configs/demo_upernet_spatial_mamba_t.yaml")}
+    as_under_torchrun(run, arguments("SOLVER.MAX_ITER", 2, **flags))
     output = tmp_path / "output"
-    words += ["MODEL.WEIGHTS", output / "last.ckpt", "OUTPUT_DIR"]
-    run_tool("train_seg.py", config, ["--eval-only", *words, tmp_path / "2"], processes=2)
-    config_file = str(root / "configs" / config)
-    run(arguments(*words, tmp_path / "1", config_file=config_file, eval_only=True))
+    words = ["MODEL.WEIGHTS", output / "last.ckpt", "OUTPUT_DIR"]
+    flags["eval_only"] = True
+    as_under_torchrun(run, arguments(*words, tmp_path / "2", **flags))
+    run(arguments(*words, tmp_path / "1", **flags))
     evaluated = {processes: scores_of(tmp_path / str(processes)) for processes in (1, 2)}
     assert evaluated[1]["confusion"] == evaluated[2]["confusion"] == scores_of(output)["confusion"]
     labels = (shapes / "annotations/validation").glob("*.png")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -197,12 +194,9 @@ def test_no_file_is_written_over(official_classifier, tmp_path):
     convert_weights(official_classifier, tmp_path / "mine.pth", "ours")
 
 
-def test_the_tool(official_classifier, root, tmp_path):
+def test_the_tool(official_classifier, run_tool, tmp_path):
     target = tmp_path / "new folder/ours.safetensors"
-    command = [sys.executable, "tools/convert_weights.py", official_classifier, target]
-    run = subprocess.run(
-        [*command, "--to", "safetensors"], cwd=root, capture_output=True, text=True
-    )
+    run = run_tool("convert_weights.py", official_classifier, target, "--to", "safetensors")
     assert run.returncode == 0, run.stderr
     assert f"{target}: custom classifier, 175 tensors, 486,091 parameters" in run.stdout
     assert not load_weights(build_classifier("tiny", num_classes=7, **SMALL), target).new
