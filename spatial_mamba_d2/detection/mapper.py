@@ -23,6 +23,11 @@ from spatial_mamba_d2.system.seeding import seeded
 Record = dict[str, Any]
 
 
+def to_input_format(image: np.ndarray, input_format: str) -> np.ndarray:
+    """RGB ``uint8[H, W, 3]`` in the order of channels that the network gets: ``INPUT.FORMAT``."""
+    return image[..., ::-1] if input_format == "BGR" else image
+
+
 class Mapper(DatasetMapper):
     """Detectron2's mapper with our reading of images, our augmentation, and errors with names.
 
@@ -69,7 +74,7 @@ class Mapper(DatasetMapper):
         if path := record.pop("sem_seg_file_name", None):
             size = (record["height"], record["width"])
             record["sem_seg"] = read_semantic(path, size, self.num_semantic, self.ignored)
-        return record, image[..., ::-1] if self.image_format == "BGR" else image
+        return record, to_input_format(image, self.image_format)
 
     def transform(
         self, record: Record, image: np.ndarray, rng: np.random.Generator | None = None

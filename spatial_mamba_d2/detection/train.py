@@ -25,6 +25,7 @@ from spatial_mamba_d2.data.samplers import check_batch_size
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.data import load_dataset, load_training_datasets
+from spatial_mamba_d2.detection.limits import with_resolved_limit
 from spatial_mamba_d2.detection.trainer import Trainer
 from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.system import stopping
@@ -43,9 +44,13 @@ logger = logging.getLogger(__name__)
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
-    """Raises FileNotFoundError or ValueError: configuration or processes are not usable."""
+    """Raises FileNotFoundError or ValueError: configuration or processes are not usable.
+
+    So are data, if a key is taken from them.
+    """
     cfg = load_config(args.config_file, args.opts)
     check_processes(cfg, comm.get_local_size())
+    cfg = with_resolved_limit(cfg, is_training=not args.eval_only)
     if not args.eval_only:
         solver = cfg.SOLVER
         check_batch_size(solver.IMS_PER_BATCH, comm.get_world_size(), solver.ACCUMULATION_STEPS)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 
 from spatial_mamba_d2.config import differing_values, flat_items
+from spatial_mamba_d2.detection.optimizer import PLATEAU
 
 
 class Unused(NamedTuple):
@@ -67,7 +68,18 @@ UNUSED = (
     Unused("SOLVER.BIAS_LR_FACTOR", _DECAY),
     Unused("SOLVER.BASE_LR_END", f"only {_COSINE} has it", _schedule(_COSINE)),
     Unused("SOLVER.NUM_DECAYS", f"only {_FIXED} has it", _schedule(_FIXED)),
-    Unused("SOLVER.GAMMA", f"only {_STEP} and {_FIXED} have it", _schedule(_STEP, _FIXED)),
+    Unused("SOLVER.GAMMA", f"{_COSINE} does not have it", _schedule(_STEP, _FIXED, PLATEAU)),
+    Unused("SOLVER.PLATEAU_PATIENCE", f"only {PLATEAU} has it", _schedule(PLATEAU)),
+    Unused(
+        "DATASETS.NEGATIVES_REPEAT",
+        "DATASETS.TRAIN_NEGATIVES names no images",
+        lambda cfg: bool(cfg.DATASETS.TRAIN_NEGATIVES),
+    ),
+    Unused(
+        "DATASETS.TRAIN_NEGATIVES",
+        "Panoptic FPN needs a label map of each image",
+        lambda cfg: not is_panoptic(cfg),
+    ),
     Unused("MODEL.SEM_SEG_HEAD.*", _SEMANTIC, is_panoptic),
     Unused("MODEL.PANOPTIC_FPN.COMBINE.ENABLED", "results are always combined"),
     Unused("MODEL.PANOPTIC_FPN.*", _SEMANTIC, is_panoptic),
