@@ -44,7 +44,9 @@ SOURCES = [
     if (ROOT / name).is_file()
 ] or [
     path.relative_to(ROOT)
-    for pattern in ("*.py", *(f"{top}/**/*.py" for top in ("configs", "ops", PACKAGE, "tools", "tests")))
+    for pattern in (
+        "*.py", *(f"{top}/**/*.py" for top in ("configs", "ops", PACKAGE, "tools", "tests"))
+    )
     for path in sorted(ROOT.glob(pattern))
 ]  # fmt: skip
 

@@ -3,8 +3,8 @@
 python tools/lazyconfig_train_net.py --config-file configs/lazy/cascade_mask_rcnn_spatial_mamba_t_3x.py
 """
 
-from .common.recipe import schedule
 from .cascade_mask_rcnn_spatial_mamba_t import dataloader, model, optimizer, train
+from .common.recipe import schedule
 
 __all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
 

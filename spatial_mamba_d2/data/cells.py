@@ -123,11 +123,11 @@ def render_scene(
     boxes = np.zeros((num_objects, 4), np.int64)
     grid = math.ceil(math.sqrt(num_objects))
     pitch = image_px / grid
-    free = pitch / 2 - _LARGEST * cell_px / 2 + 1  # so that neighbours may touch
     places = rng.permutation(grid * grid)[:num_objects]
     for number, place in enumerate(places.tolist(), 1):
-        centre = (np.array(divmod(place, grid)) + 0.5) * pitch + rng.uniform(-free, free, 2)
         radius = cell_px / 2 * rng.uniform(_SMALLEST, _LARGEST)
+        free = pitch / 2 - radius + 1  # so that neighbours may touch
+        centre = (np.array(divmod(place, grid)) + 0.5) * pitch + rng.uniform(-free, free, 2)
         boxes[number - 1] = _paint(rng, image, cells, number, centre, radius)
     image += rng.integers(-6, 7, image.shape)  # sensor noise
     return Scene(np.rint(image.clip(0, 255)).astype(np.uint8), cells, boxes)

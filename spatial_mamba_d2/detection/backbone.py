@@ -15,7 +15,6 @@ from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.models import SpatialMambaBackbone
 from spatial_mamba_d2.models.variants import variant_kwargs
 
-
 OUT_FEATURES = ("res2", "res3", "res4", "res5")
 
 

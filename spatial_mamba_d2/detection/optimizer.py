@@ -14,7 +14,6 @@ from torch import nn
 from spatial_mamba_d2.models.param_groups import build_adamw
 from spatial_mamba_d2.training.guard import gradient_norm
 
-
 PLATEAU = "WarmupPlateauLR"  # of SOLVER.LR_SCHEDULER_NAME, in addition to Detectron2's
 
 

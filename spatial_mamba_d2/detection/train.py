@@ -44,13 +44,9 @@ logger = logging.getLogger(__name__)
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
-    """Raises FileNotFoundError or ValueError: configuration or processes are not usable.
-
-    So are data, if a key is taken from them.
-    """
+    """Raises FileNotFoundError or ValueError: configuration or processes are not usable."""
     cfg = load_config(args.config_file, args.opts)
     check_processes(cfg, comm.get_local_size())
-    cfg = with_resolved_limit(cfg, is_training=not args.eval_only)
     if not args.eval_only:
         solver = cfg.SOLVER
         check_batch_size(solver.IMS_PER_BATCH, comm.get_world_size(), solver.ACCUMULATION_STEPS)
@@ -64,11 +60,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     training's record alone, and a training writes it after its first iteration.
 
     Raises:
-        FileNotFoundError, ValueError: configuration or number of processes are not usable.
+        FileNotFoundError, ValueError: configuration, number of processes, or data that a key is
+            taken from are not usable.
     """
     cfg = read_config(args)
     start_logging(cfg, args)
-    return cfg
+    return with_resolved_limit(cfg, is_training=not args.eval_only)
 
 
 def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -104,6 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         with claim:
             start_logging(cfg, args)
             with log_end("detectron2.engine.train_loop"):
+                cfg = with_resolved_limit(cfg, is_training=True)
                 return train(cfg, resume=args.resume)
 
 

@@ -151,6 +151,11 @@ def _without_partner(cfg: CfgNode) -> Iterator[str]:
                 yield f"MODEL.{key} True: MODEL.META_ARCHITECTURE RetinaNet finds boxes only"
     if test.AUG.ENABLED and model.META_ARCHITECTURE != "GeneralizedRCNN":
         yield "TEST.AUG.ENABLED True: only MODEL.META_ARCHITECTURE GeneralizedRCNN has it"
+    if cfg.DATASETS.TRAIN_NEGATIVES and uses_point_rend(cfg):
+        yield (
+            f"DATASETS.TRAIN_NEGATIVES {cfg.DATASETS.TRAIN_NEGATIVES}: not for PointRend, which "
+            "fails on a batch without objects"
+        )
     if cfg.SOLVER.UNFREEZE_ITER and not model.FREEZE:
         yield f"SOLVER.UNFREEZE_ITER {cfg.SOLVER.UNFREEZE_ITER}: MODEL.FREEZE names no parameters"
     if cfg.SOLVER.EMA_DECAY and test.PRECISE_BN.ENABLED:

@@ -128,7 +128,8 @@ def test_a_training_resumes_exactly_and_is_evaluated(arguments_of, tmp_path, cur
     losses = curve(tmp_path / "output", "total_loss")
     assert losses == curve(tmp_path / "whole", "total_loss") and len(losses) == 4
     first, second = (
-        read_checkpoint(tmp_path / name / "model_final.pth")["model"] for name in ("whole", "output")
+        read_checkpoint(tmp_path / name / "model_final.pth")["model"]
+        for name in ("whole", "output")
     )
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     weights = f"train.init_checkpoint={tmp_path}/whole/model_final.pth"

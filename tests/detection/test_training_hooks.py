@@ -185,7 +185,9 @@ def falling(folder, max_iter=10, start_iter=0):
     record = hooks.CallbackHook(
         after_step=lambda _: rates.append(trainer.optimizer.param_groups[0]["lr"] / 0.1)
     )
-    trainer.register_hooks([hooks.LRScheduler(scheduler=schedule), evaluation, writer, hook, record])
+    trainer.register_hooks(
+        [hooks.LRScheduler(scheduler=schedule), evaluation, writer, hook, record]
+    )
     trainer.train(start_iter, max_iter)
     return rates
 
@@ -350,7 +352,9 @@ def test_throughput_and_memory_in_any_trainer():
 def test_a_compiled_backbone_trains_the_same(make_cfg, tmp_path, monkeypatch):
     """As traced for inductor, which is not called here; names and averages stay as they are."""
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager")
+    )
     words = ("SOLVER.EMA_DECAY", 0.5, "SOLVER.MAX_ITER", 2, "INPUT.MIN_SIZE_TRAIN", (64,),
              "DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", "", "DATASETS.TEST", (),
              "MODEL.SPATIAL_MAMBA.DROP_PATH_RATE", 0.0)  # fmt: skip
