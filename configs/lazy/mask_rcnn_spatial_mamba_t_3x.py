@@ -3,12 +3,11 @@
 python tools/lazyconfig_train_net.py --config-file configs/lazy/mask_rcnn_spatial_mamba_t_3x.py
 """
 
-from .common.recipe import schedule
-from .mask_rcnn_spatial_mamba_t import dataloader, model, optimizer, train
+from .mask_rcnn_spatial_mamba_t import dataloader, lr_multiplier, model, optimizer, train
 
 __all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
 
-lr_multiplier = schedule(263880, (197910, 241890))
+lr_multiplier.steps = [197910, 241890]
 train["max_iter"] = 263880
 dataloader["data"]["recipe"] = "mask_rcnn_spatial_mamba_t_3x"
 train["output_dir"] = "output/lazy/mask_rcnn_spatial_mamba_t_3x"

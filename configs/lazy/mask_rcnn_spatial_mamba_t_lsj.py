@@ -3,12 +3,11 @@
 python tools/lazyconfig_train_net.py --config-file configs/lazy/mask_rcnn_spatial_mamba_t_lsj.py
 """
 
-from .common.recipe import schedule
-from .mask_rcnn_spatial_mamba_t import dataloader, model, optimizer, train
+from .mask_rcnn_spatial_mamba_t import dataloader, lr_multiplier, model, optimizer, train
 
 __all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
 
-lr_multiplier = schedule(183200, (163048, 175872))
+lr_multiplier.steps = [163048, 175872]
 train.update(max_iter=183200, eval_period=9160)
 train["checkpointer"]["period"] = 9160
 optimizer.lr = 0.0002

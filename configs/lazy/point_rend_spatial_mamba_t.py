@@ -4,7 +4,7 @@ python tools/lazyconfig_train_net.py --config-file configs/lazy/point_rend_spati
 """
 
 from detectron2.config import LazyCall as L
-from detectron2.projects.point_rend import PointRendROIHeads
+from detectron2.projects.point_rend.roi_heads import PointRendROIHeads
 
 from spatial_mamba_d2.detection.lazy import build_point_rend_head
 

@@ -11,7 +11,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from detectron2.engine import create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.layers import ShapeSpec
 from detectron2.projects.point_rend import PointRendMaskHead
+from detectron2.solver.lr_scheduler import WarmupParamScheduler
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
@@ -169,6 +171,27 @@ def build_point_rend_head(num_classes: int, channels: int = 256) -> PointRendMas
     names = cfg.MODEL.ROI_HEADS.IN_FEATURES
     shapes = {n: ShapeSpec(channels=channels, stride=4 * 2**i) for i, n in enumerate(names)}
     return PointRendMaskHead(cfg, shapes)
+
+
+def build_step_schedule(
+    max_iter: int, steps: Sequence[int], warmup_iters: int, warmup_factor: float
+) -> WarmupParamScheduler:
+    """Factors of the learning rate: a tenth from each step on, after a linear warmup.
+
+    Args:
+        max_iter: iterations of the training; later steps are ignored.
+        steps: iterations, ascending.
+        warmup_iters: of the warmup.
+        warmup_factor: that the warmup begins with.
+    """
+    steps = [step for step in steps if step < max_iter]
+    values = [0.1**k for k in range(len(steps) + 1)]
+    return WarmupParamScheduler(
+        MultiStepParamScheduler(values, milestones=steps, num_updates=max_iter),
+        warmup_factor,
+        min(warmup_iters / max_iter, 1.0),
+        "linear",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ import csv
 import importlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ class WandbWriter(ScalarWriter):
         super().__init__(window_size)
         wandb = importlib.import_module("wandb")
         mark = Path(cfg.OUTPUT_DIR, "wandb_run.txt")
-        run_id = mark.read_text(encoding="utf-8") if mark.is_file() else wandb.util.generate_id()
+        run_id = mark.read_text(encoding="utf-8") if mark.is_file() else secrets.token_hex(4)
         self.run = wandb.init(
             id=run_id,
             resume="allow",

@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier, build_lr_scheduler
 from detectron2.solver.lr_scheduler import WarmupParamScheduler
-from fvcore.common.param_scheduler import ConstantParamScheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
 from spatial_mamba_d2.models.param_groups import build_adamw
@@ -31,7 +31,7 @@ def build_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultipli
     if solver.LR_SCHEDULER_NAME != PLATEAU:
         return build_lr_scheduler(cfg, optimizer)
     multiplier = WarmupParamScheduler(
-        ConstantParamScheduler(1.0),
+        MultiStepParamScheduler([1.0], milestones=[], num_updates=solver.MAX_ITER),
         solver.WARMUP_FACTOR,
         min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
         solver.WARMUP_METHOD,

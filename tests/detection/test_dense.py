@@ -7,8 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from spatial_mamba_d2.data.cells import generate_cells
+from spatial_mamba_d2.detection import mapper
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.data import load_training_datasets
 from spatial_mamba_d2.detection.limits import limit_for
@@ -111,3 +114,36 @@ def test_negatives_alone_train(name, root, arguments, negatives, curve, tmp_path
     for key in ("loss_box_reg",) if retina else ("loss_rpn_loc",):
         assert curve(tmp_path / "output", key) == {0: 0.0}
     assert curve(tmp_path / "output", "total_loss")[0] > 0
+
+
+@pytest.mark.parametrize("jitter", [False, True])
+def test_objects_outside_of_a_crop_are_dropped_early_and_the_same(
+    jitter, make_cfg, tmp_path, monkeypatch
+):
+    root = generate_cells(
+        tmp_path / "cells", num_train=1, num_val=1, image_px=160, num_objects=100, cell_px=10
+    )
+    words = ["DATASETS.TRAIN_JSON", root / "instances_train.json", "MODEL.ROI_HEADS.NUM_CLASSES", 1,
+             "DATASETS.TRAIN_IMAGES", root / "images/training"]  # fmt: skip
+    if jitter:
+        words += ["INPUT.SCALE_JITTER.ENABLED", True, "INPUT.SCALE_JITTER.SIZE", 96]
+    else:
+        words += ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE",
+                  (64, 64)]  # fmt: skip
+    cfg = make_cfg(*words)
+    (dataset,) = load_training_datasets(cfg)
+    numbers = []
+    for seed in range(5):
+        found = []
+        for early in (True, False):
+            with monkeypatch.context() as patch:
+                if not early:
+                    patch.setattr(mapper, "objects_in_view", lambda annotations, *_: annotations)
+                made = mapper.Mapper(cfg, is_train=True)
+                item = made.transform(*made.read(dataset.records[0]), np.random.default_rng(seed))
+            found.append(item["instances"])
+        assert torch.equal(found[0].gt_boxes.tensor, found[1].gt_boxes.tensor)
+        for one, two in zip(*(f.gt_masks.polygons for f in found), strict=True):
+            assert all(map(np.array_equal, one, two))
+        numbers.append(len(found[0]))
+    assert 0 < min(numbers) < 100

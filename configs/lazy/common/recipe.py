@@ -1,12 +1,11 @@
 """Data, optimizer, schedule and training of the authors' recipe on COCO, 1x and 3x."""
 
 from detectron2.config import LazyCall as L
-from detectron2.solver import WarmupParamScheduler
-from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch.optim import AdamW
 
 from spatial_mamba_d2.detection.lazy import (
     build_evaluator,
+    build_step_schedule,
     build_test_loader,
     build_train_loader,
 )
@@ -53,20 +52,7 @@ train = dict(
     seed=0,
     device="cuda",
 )
-
-
-def schedule(max_iter: int, steps: tuple[int, ...], warmup_iters: int = 1000) -> object:
-    """The learning rate falls to a tenth at each step, after a warmup."""
-    return L(WarmupParamScheduler)(
-        scheduler=L(MultiStepParamScheduler)(
-            values=[0.1**k for k in range(len(steps) + 1)],
-            milestones=list(steps),
-            num_updates=max_iter,
-        ),
-        warmup_factor=0.001,
-        warmup_length=warmup_iters / max_iter,
-        warmup_method="linear",
-    )
-
-
-lr_multiplier = schedule(87960, (58640, 80630))
+# The learning rate falls to a tenth at each step, after a warmup
+lr_multiplier = L(build_step_schedule)(
+    max_iter="${train.max_iter}", steps=[58640, 80630], warmup_iters=1000, warmup_factor=0.001
+)
