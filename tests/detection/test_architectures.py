@@ -90,10 +90,12 @@ def test_each_recipe_trains_and_evaluates(name, root, arguments, more, tmp_path)
 @pytest.mark.parametrize("name", RESULTS)
 def test_each_recipe_runs_on_photos(name, root, arguments, more, photos):
     """Real images and annotations of COCO, crowds and 80 classes included."""
-    words = [*SMALL, "MODEL.ROI_HEADS.NUM_CLASSES", 80, "INPUT.MIN_SIZE_TRAIN", (96,)]
+    words = [*SMALL, "MODEL.ROI_HEADS.NUM_CLASSES", 80, "INPUT.MIN_SIZE_TRAIN", (96,),
+             "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]  # fmt: skip
     if not name.startswith(("panoptic", "keypoint")):
         words += more(name)
-        words += {"retinanet_spatial_mamba_t": ("MODEL.RETINANET.NUM_CLASSES", 80),
+        words += {"retinanet_spatial_mamba_t": ("MODEL.RETINANET.NUM_CLASSES", 80,
+                                                "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
                   "point_rend_spatial_mamba_t": ("MODEL.POINT_HEAD.NUM_CLASSES", 80)
                   }.get(name, ())  # fmt: skip
     config = str(root / f"configs/{name}.yaml")

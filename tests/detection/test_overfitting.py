@@ -32,7 +32,8 @@ AP50 = {
     "keypoint_rcnn_spatial_mamba_t": ("bbox", "keypoints"),
     "panoptic_fpn_spatial_mamba_t": ("bbox", "segm"),
 }
-NUM_ITERATIONS, LAST = 400, 4  # iterations that the resumed training repeats
+NUM_ITERATIONS = 400
+LAST = 8  # iterations that the resumed training repeats: as many as a line of metrics has
 SIDE_PX = 128
 # Narrow heads, few proposals, and small objects
 WORDS = (
