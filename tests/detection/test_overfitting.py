@@ -112,6 +112,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("name", AP50)
 def test_a_recipe_learns_images_by_heart(name, root, arguments, request, tmp_path, curve):
