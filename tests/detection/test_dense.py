@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 from PIL import Image
 
 from spatial_mamba_d2.data.cells import generate_cells
@@ -17,6 +18,7 @@ from spatial_mamba_d2.detection.data import load_training_datasets
 from spatial_mamba_d2.detection.limits import limit_for
 from spatial_mamba_d2.detection.predict import Predictor
 from spatial_mamba_d2.detection.train import run
+from spatial_mamba_d2.profiling.dense_scenes import measure
 
 
 @pytest.fixture
@@ -147,3 +149,16 @@ def test_objects_outside_of_a_crop_are_dropped_early_and_the_same(
             assert all(map(np.array_equal, one, two))
         numbers.append(len(found[0]))
     assert 0 < min(numbers) < 100
+
+
+def test_figures_of_scenes(make_cfg, tmp_path):
+    folder = generate_cells(
+        tmp_path / "cells", num_train=1, num_val=2, image_px=160, num_objects=50, cell_px=10
+    )
+    cfg = make_cfg("MODEL.ROI_HEADS.NUM_CLASSES", 1, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    config, weights = tmp_path / "config.yaml", tmp_path / "detector.pth"
+    config.write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict(), "classes": ["cell"]}, weights)
+    figures = measure(config, weights, folder)
+    assert figures["detections"] > 0 and figures["rle_mb"] > 0
+    assert 0 <= figures["mask_recall50"] <= 100 and 0 <= figures["box_recall50"] <= 100

@@ -33,7 +33,7 @@ AP50 = {
     "keypoint_rcnn_spatial_mamba_t": ("bbox", "keypoints"),
     "panoptic_fpn_spatial_mamba_t": ("bbox", "segm"),
 }
-NUM_ITERATIONS = 300
+NUM_ITERATIONS = 200
 LAST = 12  # iterations that the resumed training repeats: two lines of metrics
 SIDE_PX = 96
 # Narrow heads, few proposals, and small objects
