@@ -38,7 +38,12 @@ from spatial_mamba_d2.detection import evaluators
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
 from spatial_mamba_d2.detection.classes import num_classes_key
 from spatial_mamba_d2.detection.config import load_config
-from spatial_mamba_d2.detection.hooks import NamedWriter, ProgressPrinter, StoppableLoader
+from spatial_mamba_d2.detection.hooks import (
+    NamedWriter,
+    ProgressPrinter,
+    StopOnSignal,
+    StoppableLoader,
+)
 from spatial_mamba_d2.detection.mask_rle import with_rle_masks
 from spatial_mamba_d2.detection.step import AccumulatingTrainer
 from spatial_mamba_d2.detection.training_hooks import ThroughputLogger
@@ -263,6 +268,7 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any] | None:
         clip=partial(_clip, max_norm=settings.clip_norm),
     )
     checkpointer = SafeCheckpointer(model, settings.output_dir, trainer=trainer)
+    trainer.checkpointer = checkpointer  # for StopOnSignal
     trainer.guard = IterationGuard(
         lambda: Path(checkpointer.get_checkpoint_file()) if checkpointer.has_checkpoint() else None,
         trainer.find_scale,
@@ -284,6 +290,7 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any] | None:
             hooks.PeriodicCheckpointer(checkpointer, **settings.checkpointer) if first else None,
             hooks.EvalHook(settings.eval_period, test),
             hooks.PeriodicWriter(_build_writers(cfg), period) if first else None,
+            StopOnSignal(),
         ]
     )
     checkpointer.resume_or_load(settings.init_checkpoint, resume=resume)

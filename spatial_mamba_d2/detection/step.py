@@ -108,6 +108,11 @@ class AccumulatingTrainer(SimpleTrainer):
         if self.scaler.is_enabled() and state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
 
+    @property
+    def signum(self) -> int:
+        """The signal that asked one of the processes to stop, or 0."""
+        return self.guard.signum
+
     def find_scale(self) -> float | None:
         """Of the loss, with float16."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else None

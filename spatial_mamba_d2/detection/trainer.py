@@ -181,7 +181,7 @@ class Trainer(DefaultTrainer):
     @property
     def signum(self) -> int:
         """The signal that asked one of the processes to stop, or 0."""
-        return self._trainer.guard.signum
+        return self._trainer.signum
 
     def _evaluating(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
         """``evaluate``, which finds the moving average of the weights if there is one."""

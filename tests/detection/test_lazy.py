@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from argparse import Namespace
 
 import pytest
@@ -18,7 +19,9 @@ from spatial_mamba_d2 import model_zoo
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.lazy import load_lazy_config, run
 from spatial_mamba_d2.detection.optimizer import build_optimizer, build_schedule
+from spatial_mamba_d2.detection.step import AccumulatingTrainer
 from spatial_mamba_d2.models import read_checkpoint
+from spatial_mamba_d2.system.stopping import Stopped
 
 RECIPES = [*model_zoo.list_models("detection"), *model_zoo.COUNTED]
 DISTINCT = [n for n in RECIPES if not n.endswith(("_s", "_b", "_3x", "_lsj"))]
@@ -142,6 +145,25 @@ def test_a_training_resumes_exactly_and_is_evaluated(arguments_of, tmp_path, cur
     assert evaluated["bbox"] == pytest.approx(whole["bbox"], nan_ok=True)
     lines = (tmp_path / "whole/metrics.json").read_text().splitlines()
     assert "bbox/AP" in json.loads(lines[-1]) and (tmp_path / "whole/config.yaml").is_file()
+
+
+def test_a_signal_saves_the_state(arguments_of, tmp_path, curve, monkeypatch):
+    whole = arguments_of(f"train.output_dir={tmp_path}/whole")
+    run(whole)
+    step = AccumulatingTrainer.run_step
+
+    def signalled(self):
+        if self.iter == 2:
+            signal.raise_signal(signal.SIGTERM)
+        step(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(AccumulatingTrainer, "run_step", signalled)
+        run(arguments_of())
+    output = tmp_path / "output"
+    assert (output / "last_checkpoint").read_text() == "model_0000002.pth"
+    run(arguments_of(resume=True))
+    assert curve(output, "total_loss") == curve(tmp_path / "whole", "total_loss")
 
 
 @pytest.mark.parametrize(
