@@ -66,6 +66,7 @@ _DATA_PATHS = (
         for split in ("TRAIN", "TEST")
         for what in ("JSON", "IMAGES", "SEM_SEG")
     ),
+    "DATASETS.TRAIN_NEGATIVES",
 )
 _MAX_SEED = 2**32 - 1  # of NumPy's global generator
 _MAY_BE_INFINITE = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the largest element

@@ -210,6 +210,23 @@ def get_config(name: str, overrides: Sequence[str] = ()) -> Any:
     return subpackage.load_config(entry.config_file, overrides)
 
 
+def get_lazy_config(name: str) -> Any:
+    """A detector's recipe in Python, as :func:`detectron2.model_zoo.get_config` gives its own.
+
+    >>> cfg = get_lazy_config("cascade_mask_rcnn_spatial_mamba_t")
+    >>> model = detectron2.config.instantiate(cfg.model)
+
+    Raises:
+        ValueError: no such recipe, or not of a detector.
+        ImportError: Detectron2 is not installed.
+    """
+    if get_recipe(name).task != "detection":
+        raise ValueError(f"name must be of a detector, because others have YAML only, got {name!r}")
+    from spatial_mamba_d2.detection.lazy import load_lazy_config
+
+    return load_lazy_config(name)
+
+
 def build(name: str, device: str = "cpu") -> Any:
     """A published model, or one of :data:`COUNTED`, with initial weights, in eval mode.
 

@@ -22,7 +22,7 @@ LEVELS = (
     ("model_zoo", "doctor"),
     ("model_card",),
     ("hub", "deploy", "profiling"),
-    ("tools", "datasets", "examples", "docs", "dev", "setup", "__main__"),
+    ("configs", "tools", "datasets", "examples", "docs", "dev", "setup", "__main__"),
     ("tests",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -30,7 +30,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PACKAGES_FOR = {"ops": {"torch"}, "models": {"torch", "timm", "safetensors"}}
 # Packages that only these subpackages import.
 ONLY = {
-    "detectron2": {"detection", "tests"},
+    "detectron2": {"configs", "detection", "tests"},
     "lightning": {"training", "segmentation", "classification", "tests"},
 }
 LEVEL["__init__"] = 1  # of the package itself: it installs the old names of moved modules
@@ -44,7 +44,9 @@ SOURCES = [
     if (ROOT / name).is_file()
 ] or [
     path.relative_to(ROOT)
-    for pattern in ("*.py", *(f"{top}/**/*.py" for top in ("ops", PACKAGE, "tools", "tests")))
+    for pattern in (
+        "*.py", *(f"{top}/**/*.py" for top in ("configs", "ops", PACKAGE, "tools", "tests"))
+    )
     for path in sorted(ROOT.glob(pattern))
 ]  # fmt: skip
 

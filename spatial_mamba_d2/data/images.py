@@ -208,13 +208,16 @@ def is_image(path: Path, root: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not is_hidden
 
 
-def find_images(paths: Iterable[Path], *, leave_out: Path | None = None) -> list[Path]:
+def find_images(
+    paths: Iterable[Path], *, leave_out: Path | None = None, key: str = "input"
+) -> list[Path]:
     """The files among ``paths``, and the images in and below the folders among them, sorted.
 
     What is in folders and no image by its suffix is counted and said.
 
     Args:
         leave_out: a folder in one of those, such as the one that results are written to.
+        key: what names them, for errors.
 
     Raises:
         FileNotFoundError: one does not exist, or there is no image at all.
@@ -233,17 +236,17 @@ def find_images(paths: Iterable[Path], *, leave_out: Path | None = None) -> list
             files.setdefault(os.path.abspath(path), path)
         elif path.is_symlink():
             raise FileNotFoundError(
-                f"input: {path} is a link to {os.readlink(path)}, which is gone"
+                f"{key}: {path} is a link to {os.readlink(path)}, which is gone"
             )
         else:
-            raise no_such("input", path, "file or folder")
+            raise no_such(key, path, "file or folder")
     words = ""
     if passed_over:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.most_common(8))
         words = f"passed over, no images: {passed_over.total()} files ({kinds})"
     if not files:
         raise FileNotFoundError(
-            f"input: no image in {', '.join(map(str, paths))}" + (words and f"; {words}")
+            f"{key}: no image in {', '.join(map(str, paths))}" + (words and f"; {words}")
         )
     if words:
         print(words)

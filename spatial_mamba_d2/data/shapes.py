@@ -19,24 +19,28 @@ come from integer or exactly rounded arithmetic, so that they are the same on ev
 from __future__ import annotations
 
 import colorsys
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 
 from spatial_mamba_d2.data.images import encode_image
-from spatial_mamba_d2.data.json_file import read_json
+from spatial_mamba_d2.data.pixel_noise import smooth_noise
+from spatial_mamba_d2.data.sample_coco import (
+    FOLDERS,
+    annotation_record,
+    image_record,
+    read_parameters,
+    write_annotations,
+)
 from spatial_mamba_d2.data.sample_tree import create_tree
 
 # Increase it with every change of what is drawn or written: trees of other versions are refused.
 GENERATOR_VERSION = 1
 
-FOLDERS = {"train": "training", "val": "validation"}  # folder of each split, named as in ADE20K
 IGNORED, BACKGROUND = 0, 1
 
 MIN_VISIBLE_SHARE = 0.3
@@ -142,7 +146,7 @@ def generate_shapes(
         root,
         parameters,
         write=lambda tree: _write_tree(tree, num_images, parameters),
-        read_parameters=_read_parameters,
+        read_parameters=read_parameters,
     )
     return root
 
@@ -189,57 +193,11 @@ def render_image(
     return Sample(pixels, semantic, tuple(instances))
 
 
-def mask_to_polygons(mask: np.ndarray) -> list[list[int]]:
-    """Trace a mask, bool [H, W], along its pixel edges into COCO polygons [x0, y0, x1, y1, ...].
-
-    COCO's rasteriser turns them back into exactly this mask. A polygon has no holes, so a region
-    that has one is cut in two, through the hole.
-    """
-    # With every pixel doubled, a pixel's left edge is met at an even position and its right edge
-    # at an odd one; rounding (position / 2) up gives the edges themselves, and corners with them.
-    doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
-    contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    if not contours:
-        return []
-    polygons = []
-    for contour, (_, _, _, parent) in zip(contours, hierarchy[0], strict=True):
-        points = contour[:, 0]
-        if parent >= 0:  # the contour of a hole
-            cut = (int(points[:, 0].min()) + int(points[:, 0].max())) // 4 + 1
-            is_left = np.arange(mask.shape[1]) < cut
-            return mask_to_polygons(mask & is_left) + mask_to_polygons(mask & ~is_left)
-        corners = (points + 1) // 2
-        is_new = (corners != np.roll(corners, 1, axis=0)).any(axis=1)
-        polygons.append(corners[is_new].ravel().tolist())
-    return polygons
-
-
-def mask_to_rle(mask: np.ndarray) -> dict[str, list[int]]:
-    """Encode a mask, bool [H, W], as COCO's uncompressed RLE.
-
-    Its counts are the lengths of the runs of 0, 1, 0, ... in column-major order.
-    """
-    flat = mask.ravel(order="F")
-    starts = np.flatnonzero(np.diff(flat, prepend=False))  # the first run, of 0, may be empty
-    counts = np.diff(starts, prepend=0, append=flat.size)
-    return {"size": list(mask.shape), "counts": counts.tolist()}
-
-
 def _check_drawing_arguments(image_px: tuple[int, int], seed: int) -> None:
     if len(image_px) != 2 or not 32 <= image_px[0] <= image_px[1]:
         raise ValueError(f"image_px must be (min, max) with 32 <= min <= max, got {image_px}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
-
-
-def _read_parameters(root: Path) -> list[Any]:
-    """What the annotation file of each split says that the tree was made with."""
-    contents = [read_json(_json_file(root, s)) for s in FOLDERS]
-    return [content["info"]["parameters"] for content in contents]
-
-
-def _json_file(root: Path, split: str) -> Path:
-    return root / f"instances_{split}.json"
 
 
 def _write_tree(root: Path, num_images: dict[str, int], parameters: dict[str, Any]) -> None:
@@ -262,44 +220,26 @@ def _write_tree(root: Path, num_images: dict[str, int], parameters: dict[str, An
             image_file, label_file = image_folder / f"{stem}.jpg", label_folder / f"{stem}.png"
             image_file.write_bytes(encode_image(sample.image, ".jpg"))
             label_file.write_bytes(encode_image(sample.semantic, ".png"))
-            height, width = sample.semantic.shape
-            images.append(
-                {
-                    "id": image_id,
-                    "file_name": f"{stem}.jpg",
-                    "height": height,
-                    "width": width,
-                    "license": 1,
-                }
-            )
+            images.append(image_record(image_id, image_file.name, sample.semantic.shape))
             for instance in sample.instances:
                 identity = {"id": len(annotations) + 1, "image_id": image_id}
-                annotations.append({**identity, **_annotation(instance)})
+                shape, crowd = instance.shape.category_id, instance.iscrowd
+                annotations.append({**identity, **annotation_record(instance.mask, shape, crowd)})
             label_px = np.bincount(sample.semantic.ravel(), minlength=len(seen_px))
             seen_px += label_px
             seen_in[split] += label_px > 0
-        content = {
-            "info": {
-                "description": f"Generated shapes, {split} split",
-                "version": str(GENERATOR_VERSION),
-                "contributor": "spatial_mamba_d2",
-                "parameters": parameters,
-            },
-            "licenses": [
-                {
-                    "id": 1,
-                    "name": "CC0 1.0 Universal",
-                    "url": "https://creativecommons.org/publicdomain/zero/1.0/",
-                }
-            ],
-            "images": images,
-            "annotations": annotations,
-            "categories": [
+        write_annotations(
+            root,
+            split,
+            f"Generated shapes, {split} split",
+            parameters,
+            images=images,
+            annotations=annotations,
+            categories=[
                 {"id": shape.category_id, "name": shape.name, "supercategory": "shape"}
                 for shape in CLASSES
             ],
-        }
-        _json_file(root, split).write_text(json.dumps(content), encoding="utf-8")
+        )
     lines = ["Idx\tRatio\tTrain\tVal\tName"]
     for label, name in enumerate(SEMANTIC_NAMES, BACKGROUND):
         ratio = seen_px[label] / seen_px.sum()
@@ -307,20 +247,6 @@ def _write_tree(root: Path, num_images: dict[str, int], parameters: dict[str, An
             f"{label}\t{ratio:.4f}\t{seen_in['train'][label]}\t{seen_in['val'][label]}\t{name}"
         )
     (root / "objectInfo.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _annotation(instance: Instance) -> dict[str, Any]:
-    """The COCO annotation of an instance, except for its ids."""
-    mask = instance.mask
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    left, top = int(columns[0]), int(rows[0])
-    return {
-        "category_id": instance.shape.category_id,
-        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
-        "area": int(np.count_nonzero(mask)),
-        "iscrowd": int(instance.iscrowd),
-        "segmentation": mask_to_rle(mask) if instance.iscrowd else mask_to_polygons(mask),
-    }
 
 
 def _random_layers(rng: np.random.Generator, height: int, width: int) -> list[_Layer]:
@@ -400,7 +326,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     image = tints[0] * (1 - ramp) + tints[1] * ramp
     for cell_px, contrast in ((48, 24), (16, 18), (5, 16), (2, 12)):
         strength = np.float32(rng.uniform(0.1, 1) * contrast)
-        image += _noise(rng, height, width, cell_px)[..., None] * strength
+        image += smooth_noise(rng, height, width, cell_px)[..., None] * strength
     return image
 
 
@@ -409,7 +335,7 @@ def _surface(rng: np.random.Generator, layer: _Layer, height: int, width: int) -
     hue = CLASSES[layer.class_index].hue + rng.uniform(-0.04, 0.04)
     color = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.45, 0.9), rng.uniform(0.55, 0.95))
     shading = 1 + np.float32(0.2) * _ramp(rng, height, width)
-    shading += np.float32(0.12) * _noise(rng, height, width, 7)
+    shading += np.float32(0.12) * smooth_noise(rng, height, width, 7)
     return shading[..., None] * np.array(color, np.float32) * np.float32(255)
 
 
@@ -419,14 +345,3 @@ def _ramp(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     x = np.linspace(-1, 1, width, dtype=np.float32)
     y = np.linspace(-1, 1, height, dtype=np.float32)
     return slope_x * x + slope_y * y[:, None]
-
-
-def _noise(rng: np.random.Generator, height: int, width: int, cell_px: int) -> np.ndarray:
-    """Smooth noise with a grain of `cell_px`, float32 [H, W] from -1 to 1."""
-    rows, columns = height // cell_px + 2, width // cell_px + 2
-    grid = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
-    size = (columns * cell_px, rows * cell_px)
-    smooth = cv2.resize(grid, size, interpolation=cv2.INTER_LINEAR_EXACT)
-    offset = cell_px // 2  # beyond the border, where nothing is interpolated
-    window = smooth[offset : offset + height, offset : offset + width]
-    return window.astype(np.float32) / np.float32(127.5) - 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
@@ -11,6 +14,8 @@ from torch import nn
 from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.models import SpatialMambaBackbone
 from spatial_mamba_d2.models.variants import variant_kwargs
+
+OUT_FEATURES = ("res2", "res3", "res4", "res5")
 
 
 class SpatialMambaBottomUp(SpatialMambaBackbone, Backbone):
@@ -23,6 +28,25 @@ class SpatialMambaBottomUp(SpatialMambaBackbone, Backbone):
         }
 
 
+def build_bottom_up(
+    variant: str, out_features: Sequence[str] = OUT_FEATURES, **options: Any
+) -> SpatialMambaBottomUp:
+    """The bare backbone, for Python configurations.
+
+    Args:
+        variant: ``tiny``, ``small`` or ``base``.
+        out_features: names of the feature maps.
+        **options: of :class:`~spatial_mamba_d2.models.SpatialMambaBackbone`, instead of those of
+            the variant.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    return SpatialMambaBottomUp(
+        **variant_kwargs(variant, {"out_features": tuple(out_features), **options})
+    )
+
+
 @BACKBONE_REGISTRY.register()
 def build_spatial_mamba_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SpatialMambaBottomUp:
     """The bare backbone from ``cfg.MODEL.SPATIAL_MAMBA`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``.
@@ -31,12 +55,9 @@ def build_spatial_mamba_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Spatia
         ValueError: a value is out of its range.
     """
     mamba = cfg.MODEL.SPATIAL_MAMBA
-    overrides = {
-        "in_chans": input_shape.channels,
-        "out_features": tuple(mamba.OUT_FEATURES),
-        **backbone_kwargs(cfg),
-    }
-    return SpatialMambaBottomUp(**variant_kwargs(mamba.VARIANT, overrides))
+    return build_bottom_up(
+        mamba.VARIANT, mamba.OUT_FEATURES, in_chans=input_shape.channels, **backbone_kwargs(cfg)
+    )
 
 
 @BACKBONE_REGISTRY.register()
@@ -51,6 +72,21 @@ def build_spatial_mamba_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeS
     bottom_up = build_spatial_mamba_backbone(cfg, input_shape)
     channels = bottom_up.output_shape()["res5"].channels
     return _build_pyramid(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+
+
+def compile_backbone(model: nn.Module) -> None:
+    """Let ``torch.compile`` compile our backbone in ``model`` at its next call, in place.
+
+    Names of parameters and checkpoints stay as they are.
+
+    Raises:
+        ValueError: the model has none of our backbones.
+    """
+    found = [module for module in model.modules() if isinstance(module, SpatialMambaBackbone)]
+    if not found:
+        raise ValueError("MODEL.COMPILE must be False for a model without a Spatial-Mamba backbone")
+    for backbone in found:
+        backbone.compile()
 
 
 def _build_pyramid(cfg: CfgNode, bottom_up: SpatialMambaBottomUp, top_block: nn.Module) -> FPN:

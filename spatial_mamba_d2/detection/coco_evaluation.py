@@ -109,6 +109,19 @@ def evaluate_coco(
     return SimpleNamespace(stats=summary.stats, eval=arrays, summary=printed.getvalue())
 
 
+def recall_at_50(found: SimpleNamespace | None) -> float:
+    """Percent of the objects that were found with IoU 0.5, mean over the classes; NaN: no objects.
+
+    Args:
+        found: of :func:`evaluate_coco`; None: nothing was detected.
+    """
+    if found is None:
+        return 0.0
+    of_classes = found.eval["recall"][0, :, 0, -1]  # all sizes, the highest number
+    of_classes = of_classes[of_classes >= 0]
+    return float(of_classes.mean() * 100) if len(of_classes) else float("nan")
+
+
 class CocoEvaluator(COCOEvaluator):
     """Detectron2's evaluator, with a choice of the package that computes the scores.
 
@@ -197,3 +210,4 @@ class CocoEvaluator(COCOEvaluator):
             self._results[task] = self._derive_coco_results(
                 found, task, class_names=self._metadata.get("thing_classes")
             )
+            self._results[task]["AR50"] = recall_at_50(found)

@@ -33,6 +33,9 @@ from spatial_mamba_d2.config import (
 )
 from spatial_mamba_d2.detection.coco_evaluation import PACKAGES, check_installed
 from spatial_mamba_d2.detection.data import register_json_datasets
+from spatial_mamba_d2.detection.limits import AUTO
+from spatial_mamba_d2.detection.loggers import check_loggers
+from spatial_mamba_d2.detection.optimizer import PLATEAU
 from spatial_mamba_d2.detection.scores import main_scores
 from spatial_mamba_d2.detection.unused_keys import check_unused_keys, is_panoptic, uses_point_rend
 
@@ -65,6 +68,7 @@ _CHOICES: dict[str, Collection[Any]] = {
         "WarmupMultiStepLR",
         "WarmupCosineLR",
         "WarmupStepWithFixedGammaLR",
+        PLATEAU,
     ),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
@@ -109,6 +113,8 @@ _MINIMA = {
     "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 2,  # things, and at least one kind of stuff
     "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": 0,
     "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": 0,
+    "DATASETS.NEGATIVES_REPEAT": 1,
+    "SOLVER.PLATEAU_PATIENCE": 1,
     "TEST.DETECTIONS_PER_IMAGE": 1,
     "TEST.PRECISE_BN.NUM_ITER": 1,
     "TEST.PATIENCE": 0,
@@ -183,6 +189,11 @@ def add_spatial_mamba_config(cfg: CfgNode) -> None:
     cfg.DATASETS.TRAIN_IMAGES = ""
     cfg.DATASETS.TEST_JSON = ""
     cfg.DATASETS.TEST_IMAGES = ""
+    # Images without objects that also train: an image, a folder, a pattern, or a list of these in a
+    # .txt file; each NEGATIVES_REPEAT times as often as another image. Images of TRAIN_JSON without
+    # objects train if DATALOADER.FILTER_EMPTY_ANNOTATIONS is False.
+    cfg.DATASETS.TRAIN_NEGATIVES = ""
+    cfg.DATASETS.NEGATIVES_REPEAT = 1
     # Panoptic segmentation: folders of the label maps, NAME.png for the image NAME.jpg.
     cfg.DATASETS.TRAIN_SEM_SEG = ""
     cfg.DATASETS.TEST_SEM_SEG = ""
@@ -203,9 +214,15 @@ def add_spatial_mamba_config(cfg: CfgNode) -> None:
     # UNFREEZE_ITER on they are trained, unless it is 0.
     cfg.MODEL.FREEZE = ()
     cfg.SOLVER.UNFREEZE_ITER = 0
+    cfg.MODEL.COMPILE = False  # whether torch.compile compiles the backbone
     cfg.SOLVER.EMA_DECAY = 0.0  # above 0: evaluate and save a moving average of the weights
     # Below 1: factor of the learning rate from each block of the backbone to the one before it
     cfg.SOLVER.LAYER_DECAY = 1.0
+    # LR_SCHEDULER_NAME WarmupPlateauLR: evaluations without a new best score after which the
+    # learning rate falls by GAMMA
+    cfg.SOLVER.PLATEAU_PATIENCE = 3
+    # Where the numbers of metrics.json go besides: tensorboard, csv, wandb, mlflow
+    cfg.SOLVER.LOGGERS = ("tensorboard",)
 
     # The score that chooses model_best.pth, such as bbox/AP50 or segm/AP-circle; "": AP of the
     # keypoints, else the masks, else the boxes; PQ of panoptic segmentation.
@@ -407,6 +424,11 @@ def _check_values(cfg: CfgNode) -> None:
     _check_point_rend(cfg)
     _check_sizes(cfg)
     _check_schedule(cfg)
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    if isinstance(limit, str) and limit != AUTO:
+        raise ValueError(
+            f"TEST.DETECTIONS_PER_IMAGE must be a whole number or {AUTO}, got {limit!r}"
+        )
 
 
 def _check_sizes(cfg: CfgNode) -> None:
@@ -422,17 +444,23 @@ def _check_sizes(cfg: CfgNode) -> None:
 
 def _check_scores(cfg: CfgNode) -> None:
     main_scores(cfg)
-    if cfg.TEST.PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST):
+    if cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST:
+        return
+    missing = f"(TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD}, DATASETS.TEST {cfg.DATASETS.TEST})"
+    if cfg.TEST.PATIENCE:
         raise ValueError(
-            f"TEST.PATIENCE must be 0 without evaluations (TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD},"
-            f" DATASETS.TEST {cfg.DATASETS.TEST}), got {cfg.TEST.PATIENCE}"
+            f"TEST.PATIENCE must be 0 without evaluations {missing}, got {cfg.TEST.PATIENCE}"
         )
+    if cfg.SOLVER.LR_SCHEDULER_NAME == PLATEAU:
+        raise ValueError(f"SOLVER.LR_SCHEDULER_NAME {PLATEAU} needs evaluations {missing}")
 
 
 def _check_schedule(cfg: CfgNode) -> None:
     steps = cfg.SOLVER.STEPS
     if list(steps) != sorted(set(steps)):
         raise ValueError(f"SOLVER.STEPS must be ascending, got {steps}")
+    if cfg.SOLVER.LR_SCHEDULER_NAME == PLATEAU and cfg.SOLVER.GAMMA == 1:
+        raise ValueError(f"SOLVER.GAMMA must be below 1 for {PLATEAU}, got {cfg.SOLVER.GAMMA}")
     if cfg.SOLVER.BASE_LR_END > cfg.SOLVER.BASE_LR:
         raise ValueError(
             f"SOLVER.BASE_LR_END must be at most SOLVER.BASE_LR {cfg.SOLVER.BASE_LR}, "
@@ -445,6 +473,7 @@ def _check_and_resolve(cfg: CfgNode) -> None:
     check_unused_keys(cfg, detection_defaults())
     _check_features(cfg)
     check_installed(cfg.TEST.EVALUATOR)
+    check_loggers(cfg.SOLVER.LOGGERS)
     register_json_datasets(cfg)
     _check_scores(cfg)
 
@@ -454,4 +483,8 @@ _FILES = [
     for split in ("TRAIN", "TEST")
     for what in ("JSON", "IMAGES", "SEM_SEG")
 ]
-load_config = config_loader(detection_defaults, _check_and_resolve, dict.fromkeys(_FILES, (tuple,)))
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys((*_FILES, "DATASETS.TRAIN_NEGATIVES"), (tuple,)),
+    "TEST.DETECTIONS_PER_IMAGE": (str,),
+}
+load_config = config_loader(detection_defaults, _check_and_resolve, _TYPES)

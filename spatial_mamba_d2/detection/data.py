@@ -24,6 +24,8 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 from spatial_mamba_d2.data.coco import CocoDataset, load_coco
+from spatial_mamba_d2.data.faults import reading_fault, settle_faults
+from spatial_mamba_d2.data.images import read_size
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.samplers import ResumableBatchSampler, SkippingDataset
 from spatial_mamba_d2.detection.classes import (
@@ -36,6 +38,7 @@ from spatial_mamba_d2.detection.classes import (
 from spatial_mamba_d2.detection.keypoints import Keypoints, count_visible, read_keypoints
 from spatial_mamba_d2.detection.mapper import Mapper, Record
 from spatial_mamba_d2.detection.unused_keys import is_panoptic
+from spatial_mamba_d2.prediction.sources import find_sources
 from spatial_mamba_d2.system.atomic import replacing
 from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.workers import single_thread_opencv, worker_options
@@ -157,7 +160,37 @@ def load_training_datasets(cfg: CfgNode) -> list[DetectionDataset]:
     classes = None
     if len(sources) > 1 and all(source.classes for source in sources):
         classes = merge_classes((source.name, source.classes or ()) for source in sources)
-    return [_build(cfg, source, True, classes) for source in sources]
+    datasets = [_build(cfg, source, True, classes) for source in sources]
+    if cfg.DATASETS.TRAIN_NEGATIVES:
+        datasets.append(read_negatives(cfg, datasets[0].classes))
+    return datasets
+
+
+def read_negatives(cfg: CfgNode, classes: list[str] | None) -> DetectionDataset:
+    """The images without objects of ``DATASETS.TRAIN_NEGATIVES``, each ``NEGATIVES_REPEAT`` times.
+
+    Raises:
+        FileNotFoundError: something does not exist.
+        ValueError: an image cannot be read, and ``DATASETS.ON_ERROR`` is ``raise``.
+    """
+    key = "DATASETS.TRAIN_NEGATIVES"
+    files = find_sources(_paths(cfg, "TRAIN_NEGATIVES"), key=key)
+    value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
+    records: list[Record] = []
+    faults = []
+    for file in files:
+        try:
+            height, width = read_size(file, value_range=value_range)
+        except ValueError as error:
+            faults.append(reading_fault("broken image", error))
+            continue
+        record = {"file_name": str(file), "height": height, "width": width, "annotations": []}
+        records.append({**record, "image_id": str(file)})
+    settle_faults(faults, cfg.DATASETS.ON_ERROR, where=key, num_usable=len(records))
+    logger.info(
+        "%s: %d images without objects, %d times", key, len(records), cfg.DATASETS.NEGATIVES_REPEAT
+    )
+    return DetectionDataset(key, records * cfg.DATASETS.NEGATIVES_REPEAT, classes)
 
 
 def _read(cfg: CfgNode, name: str, is_train: bool) -> DetectionDataset:

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as d2_utils
 from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
 from fvcore.transforms.transform import TransformList
 
 from spatial_mamba_d2.data.images import orientation_hint, read_image
@@ -21,6 +22,33 @@ from spatial_mamba_d2.detection.panoptic import read_semantic
 from spatial_mamba_d2.system.seeding import seeded
 
 Record = dict[str, Any]
+
+
+def to_input_format(image: np.ndarray, input_format: str) -> np.ndarray:
+    """RGB ``uint8[H, W, 3]`` in the order of channels that the network gets: ``INPUT.FORMAT``."""
+    return image[..., ::-1] if input_format == "BGR" else image
+
+
+def objects_in_view(
+    annotations: list[dict[str, Any]], transforms: TransformList, image_shape: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Those whose boxes, by a margin of two pixels, are in what augmentation has left of an image.
+
+    The others would be dropped after their masks were transformed, which takes most of the time
+    where a crop shows a hundred objects of thousands.
+
+    Args:
+        annotations: with ``bbox`` and ``bbox_mode`` of Detectron2.
+        image_shape: height and width after ``transforms``.
+    """
+    if len({annotation["bbox_mode"] for annotation in annotations}) != 1:
+        return annotations
+    boxes = np.array([annotation["bbox"] for annotation in annotations], float)
+    boxes = BoxMode.convert(boxes, annotations[0]["bbox_mode"], BoxMode.XYXY_ABS)
+    left, top, right, bottom = transforms.apply_box(boxes).T
+    height, width = image_shape
+    is_near = (right > -2) & (bottom > -2) & (left < width + 2) & (top < height + 2)
+    return [annotation for annotation, near in zip(annotations, is_near, strict=True) if near]
 
 
 class Mapper(DatasetMapper):
@@ -69,7 +97,7 @@ class Mapper(DatasetMapper):
         if path := record.pop("sem_seg_file_name", None):
             size = (record["height"], record["width"])
             record["sem_seg"] = read_semantic(path, size, self.num_semantic, self.ignored)
-        return record, image[..., ::-1] if self.image_format == "BGR" else image
+        return record, to_input_format(image, self.image_format)
 
     def transform(
         self, record: Record, image: np.ndarray, rng: np.random.Generator | None = None
@@ -116,15 +144,13 @@ class Mapper(DatasetMapper):
 
         An image with RLE has bitmasks, which heads and losses take as well as polygons.
         """
-        annotations = []
-        for annotation in dataset_dict.pop("annotations"):
-            if annotation.get("iscrowd", 0):
-                continue
+        objects = [a for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
+        annotations = objects_in_view(objects, transforms, image_shape)
+        for annotation in annotations:
             if not self.use_instance_mask:
                 annotation.pop("segmentation", None)
             if not self.use_keypoint:
                 annotation.pop("keypoints", None)
-            annotations.append(annotation)
         has_rle = any(isinstance(a.get("segmentation"), dict) for a in annotations)
         instances = d2_utils.annotations_to_instances(
             [

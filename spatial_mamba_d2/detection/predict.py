@@ -17,6 +17,8 @@ from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.detection.augmentation import build_augmentation
 from spatial_mamba_d2.detection.classes import num_classes
 from spatial_mamba_d2.detection.config import load_config
+from spatial_mamba_d2.detection.limits import require_number
+from spatial_mamba_d2.detection.mapper import to_input_format
 from spatial_mamba_d2.detection.mask_rle import with_rle_masks
 from spatial_mamba_d2.detection.visualize import draw_instances
 from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
@@ -34,17 +36,20 @@ class Predictor:
     """
 
     def __init__(self, cfg: CfgNode, *, rle_masks: bool = False):
+        require_number(cfg)
         model = build_model(cfg).eval()
         content = load_for_prediction(model, cfg.MODEL.WEIGHTS)
         self.model = with_rle_masks(model) if rle_masks else model
         self.metadata = _metadata(cfg, content.get("classes"))
         (self.resize,) = build_augmentation(cfg, is_train=False)
+        self.input_format = cfg.INPUT.FORMAT
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Instances:
         """Detect in an RGB image, ``uint8[H, W, 3]``; boxes and masks are in its frame."""
         height, width = image.shape[:2]
         resized = self.resize.get_transform(image).apply_image(image)
+        resized = to_input_format(resized, self.input_format)
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         return self.model([{"image": tensor, "height": height, "width": width}])[0]["instances"]
 

@@ -6,11 +6,11 @@ from detectron2.config import CfgNode
 
 from spatial_mamba_d2.detection.unused_keys import is_panoptic
 
-_AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_AP = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR50")
 _QUALITY = tuple(f"{kind}{group}" for kind in ("PQ", "SQ", "RQ") for group in ("", "_th", "_st"))
 _METRICS = {
     "panoptic_seg": _QUALITY,
-    "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
+    "keypoints": ("AP", "AP50", "AP75", "APm", "APl", "AR50"),
     "segm": _AP,
     "bbox": _AP,
 }

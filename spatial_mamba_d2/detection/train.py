@@ -25,6 +25,7 @@ from spatial_mamba_d2.data.samplers import check_batch_size
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.data import load_dataset, load_training_datasets
+from spatial_mamba_d2.detection.limits import with_resolved_limit
 from spatial_mamba_d2.detection.trainer import Trainer
 from spatial_mamba_d2.models import load_weights, read_checkpoint
 from spatial_mamba_d2.system import stopping
@@ -59,11 +60,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     training's record alone, and a training writes it after its first iteration.
 
     Raises:
-        FileNotFoundError, ValueError: configuration or number of processes are not usable.
+        FileNotFoundError, ValueError: configuration, number of processes, or data that a key is
+            taken from are not usable.
     """
     cfg = read_config(args)
     start_logging(cfg, args)
-    return cfg
+    return with_resolved_limit(cfg, is_training=not args.eval_only)
 
 
 def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -99,6 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         with claim:
             start_logging(cfg, args)
             with log_end("detectron2.engine.train_loop"):
+                cfg = with_resolved_limit(cfg, is_training=True)
                 return train(cfg, resume=args.resume)
 
 

@@ -1,10 +1,9 @@
-"""Detectron2's training loop with AdamW, mixed precision on any device, accumulation and resume."""
+"""Detectron2's training loop with our data, steps, checkpoints, evaluation and exact resume."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.evaluation import (
     DatasetEvaluator,
@@ -24,13 +23,13 @@ from detectron2.utils import comm
 from detectron2.utils.events import (
     EventWriter,
     JSONWriter,
-    TensorboardXWriter,
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from spatial_mamba_d2.data.samplers import ResumableBatchSampler
+from spatial_mamba_d2.detection.backbone import compile_backbone
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
 from spatial_mamba_d2.detection.data import (
     build_test_loader,
@@ -51,9 +50,16 @@ from spatial_mamba_d2.detection.hooks import (
     StopOnSignal,
     StoppableLoader,
 )
+from spatial_mamba_d2.detection.loggers import build_logger
 from spatial_mamba_d2.detection.mask_rle import with_rle_masks
-from spatial_mamba_d2.detection.optimizer import build_optimizer, clip_gradients
+from spatial_mamba_d2.detection.optimizer import (
+    PLATEAU,
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+)
 from spatial_mamba_d2.detection.scores import main_scores
+from spatial_mamba_d2.detection.step import AccumulatingTrainer
 from spatial_mamba_d2.detection.test_time_augmentation import (
     build_augmented_model,
     without_resize,
@@ -61,99 +67,16 @@ from spatial_mamba_d2.detection.test_time_augmentation import (
 from spatial_mamba_d2.detection.training_hooks import (
     EarlyStopping,
     FreezeByName,
+    PlateauSchedule,
     ThroughputLogger,
     TrainingEnded,
     WeightAverage,
 )
-from spatial_mamba_d2.system.seeding import derive_seed, seed_all
 from spatial_mamba_d2.training.guard import IterationGuard, require_finite_weights
 from spatial_mamba_d2.training.resuming import ConfiguredSchedule, require_iterations_left
 from spatial_mamba_d2.training.run_folder import METRICS, write_config
 
 logger = logging.getLogger(__name__)
-
-
-class AccumulatingTrainer(SimpleTrainer):
-    """One iteration: forward and backward of each micro-batch, clipping, and the optimizer's step.
-
-    Unlike Detectron2's ``AMPTrainer`` it runs on any device that has autocast. Losses are means
-    over the micro-batches, so that accumulation changes memory, not the recipe.
-    """
-
-    def __init__(
-        self,
-        cfg: CfgNode,
-        model: nn.Module,
-        data_loader: DataLoader,
-        optimizer: torch.optim.Optimizer,
-    ):
-        super().__init__(model, data_loader, optimizer)
-        self.cfg = cfg
-        self.device_type = torch.device(cfg.MODEL.DEVICE).type
-        self.precision = getattr(torch, cfg.SOLVER.AMP.PRECISION)
-        self.accumulation_steps = cfg.SOLVER.ACCUMULATION_STEPS
-        self.scaler = torch.amp.GradScaler(
-            self.device_type,
-            enabled=cfg.SOLVER.AMP.ENABLED and self.precision is torch.float16,
-        )
-
-    def run_step(self) -> None:
-        start = time.perf_counter()
-        micro_batches = [next(self._data_loader_iter) for _ in range(self.accumulation_steps)]
-        data_time = time.perf_counter() - start
-        # Sampling and drop path depend on the iteration, not on the past. Seeded after the images
-        # are fetched, because the first fetch of a process draws a random number.
-        if self.cfg.SEED >= 0:
-            seed_all(derive_seed(self.cfg.SEED, "step", self.iter, comm.get_rank()))
-
-        self.optimizer.zero_grad()
-        losses: dict[str, torch.Tensor] = {}
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            is_last = number == self.accumulation_steps
-            with contextlib.nullcontext() if is_last else self._no_sync():
-                with torch.autocast(
-                    self.device_type, self.precision, enabled=self.cfg.SOLVER.AMP.ENABLED
-                ):
-                    outputs = self._compute_losses(micro_batch)
-                outputs = {name: value / self.accumulation_steps for name, value in outputs.items()}
-                self.scaler.scale(sum(outputs.values())).backward()
-            for name, value in outputs.items():
-                losses[name] = losses.get(name, 0) + value.detach()
-        self.after_backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.cfg, self.model.parameters())
-        self.guard.check(self.iter, losses, norm, self.optimizer.param_groups[0]["lr"])
-        self._write_metrics(losses, data_time)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def _compute_losses(self, micro_batch: Any) -> dict[str, Any]:
-        try:
-            return self.model(micro_batch)
-        except FloatingPointError as error:  # Detectron2's, about boxes and scores of proposals
-            rate = self.optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(self.guard.explain(self.iter, str(error), rate)) from error
-
-    def _no_sync(self) -> contextlib.AbstractContextManager:
-        if isinstance(self.model, DistributedDataParallel):
-            return self.model.no_sync()
-        return contextlib.nullcontext()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self.scaler.is_enabled() and state_dict["scaler"]:
-            self.scaler.load_state_dict(state_dict["scaler"])
-
-    def find_scale(self) -> float | None:
-        """Of the loss, with float16."""
-        return self.scaler.get_scale() if self.scaler.is_enabled() else None
-
-    def close_loader(self) -> None:
-        """End the processes that load data."""
-        self._data_loader_iter_obj = None
 
 
 class Trainer(DefaultTrainer):
@@ -172,6 +95,8 @@ class Trainer(DefaultTrainer):
         self.freezing = None
         if cfg.MODEL.FREEZE:  # before the optimizer, which gets what is trained
             self.freezing = FreezeByName(model, cfg.MODEL.FREEZE, cfg.SOLVER.UNFREEZE_ITER)
+        if cfg.MODEL.COMPILE:
+            compile_backbone(model)
         optimizer = build_optimizer(cfg, model)
         datasets = load_training_datasets(cfg)
         # Also what is read only at the first evaluation, so that its faults are found now
@@ -185,7 +110,16 @@ class Trainer(DefaultTrainer):
             broadcast_buffers=False,
             device_ids=[comm.get_local_rank()] if on_gpu else None,
         )
-        self._trainer = AccumulatingTrainer(cfg, model, data_loader, optimizer)
+        self._trainer = AccumulatingTrainer(
+            model,
+            data_loader,
+            optimizer,
+            device=cfg.MODEL.DEVICE,
+            precision=getattr(torch, cfg.SOLVER.AMP.PRECISION) if cfg.SOLVER.AMP.ENABLED else None,
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+            seed=cfg.SEED,
+            clip=partial(clip_gradients, cfg),
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(
             model,
@@ -204,6 +138,7 @@ class Trainer(DefaultTrainer):
         self._trainer.after_backward = lambda: trainer.after_backward()
         self.average = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
         self.checkpointer.average = self.average
+        self.plateau = self._build_plateau(cfg)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -213,6 +148,18 @@ class Trainer(DefaultTrainer):
         )
         self.iteration_is_complete = True
         self.register_hooks(self.build_hooks())
+
+    def _build_plateau(self, cfg: CfgNode) -> PlateauSchedule | None:
+        if cfg.SOLVER.LR_SCHEDULER_NAME != PLATEAU:
+            return None
+        return PlateauSchedule(
+            self.scheduler,
+            cfg.SOLVER.GAMMA,
+            main_scores(cfg)[0],
+            cfg.SOLVER.PLATEAU_PATIENCE,
+            cfg.TEST.EVAL_PERIOD,
+            cfg.OUTPUT_DIR,
+        )
 
     @property
     def last_results(self) -> dict[str, Any] | None:
@@ -234,7 +181,7 @@ class Trainer(DefaultTrainer):
     @property
     def signum(self) -> int:
         """The signal that asked one of the processes to stop, or 0."""
-        return self._trainer.guard.signum
+        return self._trainer.signum
 
     def _evaluating(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
         """``evaluate``, which finds the moving average of the weights if there is one."""
@@ -275,6 +222,9 @@ class Trainer(DefaultTrainer):
         """
         done = state_dict["iteration"] + 1
         require_iterations_left(done, self.max_iter, "SOLVER.MAX_ITER", "the last checkpoint")
+        if self.plateau:  # as of the checkpoint, which comes before the evaluation after it
+            self.plateau.read_scores(done - 1)
+            self.plateau.lower()
         configured = ConfiguredSchedule(self._trainer.optimizer, self.scheduler)
         hooks_state = dict(state_dict.get("hooks", {}))
         others = hooks_state.get("WeightAverage")
@@ -311,6 +261,7 @@ class Trainer(DefaultTrainer):
                 built.append(FinalEvaluation(self.cfg, self._evaluating(test), "_TTA"))
             if isinstance(hook, hooks.PeriodicWriter):
                 hook._period = self._write_period
+        built.append(self.plateau)
         if self.cfg.TEST.PATIENCE:
             metric, period = main_scores(self.cfg)[0], self.cfg.TEST.EVAL_PERIOD
             folder = self.cfg.OUTPUT_DIR
@@ -318,7 +269,7 @@ class Trainer(DefaultTrainer):
         return [*built, StopOnSignal()]
 
     def build_writers(self) -> list[EventWriter]:
-        """Console, metrics.json (medians over the iterations since the last line), TensorBoard."""
+        """Console, metrics.json (medians over the iterations since the last line), and loggers."""
         folder = Path(self.cfg.OUTPUT_DIR)
         folder.mkdir(parents=True, exist_ok=True)
         return [
@@ -326,7 +277,7 @@ class Trainer(DefaultTrainer):
             NamedWriter(
                 JSONWriter(str(folder / METRICS), window_size=self._write_period), folder / METRICS
             ),
-            NamedWriter(TensorboardXWriter(str(folder)), folder),
+            *(build_logger(name, self.cfg, self._write_period) for name in self.cfg.SOLVER.LOGGERS),
         ]
 
     @classmethod
@@ -340,6 +291,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        return build_schedule(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:

@@ -1,4 +1,6 @@
-"""Hooks for any trainer of Detectron2: averaged weights, early stopping, freezing, throughput.
+"""Hooks for any trainer of Detectron2.
+
+Averaged weights, early stopping, learning rates that fall on a plateau, freezing, throughput.
 
 Register them before the hooks that evaluate and save::
 
@@ -98,12 +100,11 @@ class TrainingEnded(BaseException):
     """
 
 
-class EarlyStopping(HookBase):
-    """Ends the training by :class:`TrainingEnded` when a score has not risen for a while.
+class _AfterScores(HookBase):
+    """Does something after evaluations, which follows from all scores so far.
 
     The scores are those in ``metrics.json``, of which a resumed training also has the earlier ones,
-    so that it ends where it would have ended otherwise. Register it after the evaluation. Before
-    the end, ``model_final`` is saved if the trainer has a ``checkpointer``.
+    so that it does what it would have done otherwise. Register it after the evaluation.
 
     Args:
         metric: its name in ``metrics.json``, such as ``bbox/AP``; higher is better.
@@ -124,43 +125,113 @@ class EarlyStopping(HookBase):
         self.scores: dict[int, float] = {}  # by the iteration after which they were computed
 
     def before_train(self) -> None:
-        if comm.is_main_process():
-            scores = read_scores(self.folder, self.metric)
-            self.scores = {i: s for i, s in scores.items() if i < self.trainer.start_iter}
+        self.read_scores(self.trainer.start_iter)
         self._add_latest()  # of an evaluation that was made up for before the first iteration
-        if self._is_due() and self.trainer.start_iter < self.trainer.max_iter:
-            self._end()
+        if self.trainer.start_iter < self.trainer.max_iter:
+            self.after_evaluation(is_new=False)
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period == 0:
             self._add_latest()
-            if self._is_due():
-                checkpointer = getattr(self.trainer, "checkpointer", None)
-                if checkpointer is not None and comm.is_main_process():
-                    checkpointer.save("model_final", iteration=self.trainer.iter)
-                self._end()
+            self.after_evaluation(is_new=True)
+
+    def read_scores(self, end: int) -> None:
+        """Those of iterations before ``end``; in the first process, which decides."""
+        if comm.is_main_process():
+            scores = read_scores(self.folder, self.metric)
+            self.scores = {i: score for i, score in scores.items() if i < end}
+
+    def after_evaluation(self, *, is_new: bool) -> None:
+        """Also once before the first iteration, when nothing is new."""
+        raise NotImplementedError
 
     def _add_latest(self) -> None:
         if self.metric in self.trainer.storage.latest():
             value, iteration = self.trainer.storage.latest()[self.metric]
             self.scores[iteration] = float(value)
 
-    def num_without_gain(self) -> int:
-        """How many of the last evaluations brought no new best score; NaN is none."""
-        best, count = -math.inf, 0
+    def num_without_gain(self) -> list[int]:
+        """After each evaluation, how many brought no new best score since; NaN is none."""
+        best, count, counts = -math.inf, 0, []
         for _, score in sorted(self.scores.items()):
             count = 0 if score > best else count + 1
             best = max(best, score) if score == score else best
-        return count
+            counts.append(count)
+        return counts
 
-    def _is_due(self) -> bool:
-        """The same in all processes; the first one has the scores."""
-        return comm.all_gather(self.num_without_gain() >= self.patience)[0]
 
-    def _end(self) -> None:
+class EarlyStopping(_AfterScores):
+    """Ends the training by :class:`TrainingEnded` when a score has not risen for a while.
+
+    Exact across a resume: see :class:`PlateauSchedule` for the arguments. Before the end,
+    ``model_final`` is saved if the trainer has a ``checkpointer``.
+    """
+
+    def after_evaluation(self, *, is_new: bool) -> None:
+        counts = self.num_without_gain()
+        if not comm.all_gather(bool(counts) and counts[-1] >= self.patience)[0]:
+            return
+        checkpointer = getattr(self.trainer, "checkpointer", None)
+        if is_new and checkpointer is not None and comm.is_main_process():
+            checkpointer.save("model_final", iteration=self.trainer.iter)
         reason = f"{self.metric} has not risen in {self.patience} evaluations"
         logger.info("the training ends early: %s", reason)
         raise TrainingEnded(reason)
+
+
+class PlateauSchedule(_AfterScores):
+    """Lowers the learning rate when a score has not risen for a while, and then waits again.
+
+    It changes the base rates of Detectron2's schedule, so that a warmup, and factors of groups of
+    parameters, stay as they are. The rate follows from the scores in ``metrics.json`` alone: it is
+    exact across a resume. Register it after the evaluation.
+
+    Args:
+        scheduler: the trainer's, such as Detectron2's ``LRMultiplier``.
+        factor: of the learning rate at each plateau, above 0, below 1.
+        metric: its name in ``metrics.json``, such as ``bbox/AP``; higher is better.
+        patience: evaluations without a new best score.
+        period: iterations from one evaluation to the next.
+        folder: where the trainer writes ``metrics.json``.
+
+    Raises:
+        ValueError: ``patience`` or ``period`` is not above 0, or ``factor`` is out of its range.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        factor: float,
+        metric: str,
+        patience: int,
+        period: int,
+        folder: str | Path,
+    ):
+        super().__init__(metric, patience, period, folder)
+        if not 0 < factor < 1:
+            raise ValueError(f"factor must be in (0, 1), got {factor}")
+        self.scheduler, self.factor = scheduler, factor
+        self.base_rates = list(scheduler.base_lrs)
+        self.num_plateaus = 0
+
+    def lower(self) -> None:
+        """The base rates of the schedule become those that the scores ask for."""
+        counts = self.num_without_gain()
+        number = sum(count > 0 and count % self.patience == 0 for count in counts)
+        number = comm.all_gather(number)[0]
+        if number > self.num_plateaus:
+            logger.info(
+                "%s has not risen in %d evaluations: learning rates are now %g of the schedule's",
+                self.metric, self.patience, self.factor**number,
+            )  # fmt: skip
+        self.num_plateaus = number
+        self.scheduler.base_lrs[:] = [rate * self.factor**number for rate in self.base_rates]
+
+    def after_evaluation(self, *, is_new: bool) -> None:
+        self.lower()
+        groups = self.scheduler.optimizer.param_groups
+        for group, rate in zip(groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = rate
 
 
 class FreezeByName(HookBase):

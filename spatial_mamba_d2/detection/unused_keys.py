@@ -9,6 +9,7 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 
 from spatial_mamba_d2.config import differing_values, flat_items
+from spatial_mamba_d2.detection.optimizer import PLATEAU
 
 
 class Unused(NamedTuple):
@@ -67,7 +68,18 @@ UNUSED = (
     Unused("SOLVER.BIAS_LR_FACTOR", _DECAY),
     Unused("SOLVER.BASE_LR_END", f"only {_COSINE} has it", _schedule(_COSINE)),
     Unused("SOLVER.NUM_DECAYS", f"only {_FIXED} has it", _schedule(_FIXED)),
-    Unused("SOLVER.GAMMA", f"only {_STEP} and {_FIXED} have it", _schedule(_STEP, _FIXED)),
+    Unused("SOLVER.GAMMA", f"{_COSINE} does not have it", _schedule(_STEP, _FIXED, PLATEAU)),
+    Unused("SOLVER.PLATEAU_PATIENCE", f"only {PLATEAU} has it", _schedule(PLATEAU)),
+    Unused(
+        "DATASETS.NEGATIVES_REPEAT",
+        "DATASETS.TRAIN_NEGATIVES names no images",
+        lambda cfg: bool(cfg.DATASETS.TRAIN_NEGATIVES),
+    ),
+    Unused(
+        "DATASETS.TRAIN_NEGATIVES",
+        "Panoptic FPN needs a label map of each image",
+        lambda cfg: not is_panoptic(cfg),
+    ),
     Unused("MODEL.SEM_SEG_HEAD.*", _SEMANTIC, is_panoptic),
     Unused("MODEL.PANOPTIC_FPN.COMBINE.ENABLED", "results are always combined"),
     Unused("MODEL.PANOPTIC_FPN.*", _SEMANTIC, is_panoptic),
@@ -139,6 +151,11 @@ def _without_partner(cfg: CfgNode) -> Iterator[str]:
                 yield f"MODEL.{key} True: MODEL.META_ARCHITECTURE RetinaNet finds boxes only"
     if test.AUG.ENABLED and model.META_ARCHITECTURE != "GeneralizedRCNN":
         yield "TEST.AUG.ENABLED True: only MODEL.META_ARCHITECTURE GeneralizedRCNN has it"
+    if cfg.DATASETS.TRAIN_NEGATIVES and uses_point_rend(cfg):
+        yield (
+            f"DATASETS.TRAIN_NEGATIVES {cfg.DATASETS.TRAIN_NEGATIVES}: not for PointRend, which "
+            "fails on a batch without objects"
+        )
     if cfg.SOLVER.UNFREEZE_ITER and not model.FREEZE:
         yield f"SOLVER.UNFREEZE_ITER {cfg.SOLVER.UNFREEZE_ITER}: MODEL.FREEZE names no parameters"
     if cfg.SOLVER.EMA_DECAY and test.PRECISE_BN.ENABLED:

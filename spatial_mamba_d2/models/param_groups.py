@@ -79,28 +79,45 @@ def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     }
 
 
-def build_adamw(model: nn.Module, solver: Any, layer_decay: float = 1.0) -> torch.optim.AdamW:
-    """AdamW with :func:`parameter_groups`, from a configuration's ``SOLVER``.
+def layered_groups(
+    model: nn.Module, base_lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """The groups of :func:`parameter_groups`, with learning rates, for any optimizer of PyTorch.
 
     Args:
+        base_lr: of the parameters that are not scaled.
+        weight_decay: of the parameters that decay.
         layer_decay: below 1, the learning rates are scaled by :func:`layer_scales`.
 
     Raises:
         ValueError: see :func:`layer_scales`.
     """
-    groups = parameter_groups(model, solver.WEIGHT_DECAY)
-    if layer_decay != 1:
-        scales = layer_scales(model, layer_decay)
-        groups = _split(groups, {p: scales[name] for name, p in model.named_parameters()}, solver)
+    groups = [{**group, "lr": base_lr} for group in parameter_groups(model, weight_decay)]
+    if layer_decay == 1:
+        return groups
+    scales = layer_scales(model, layer_decay)
+    return _split(groups, {p: scales[name] for name, p in model.named_parameters()}, base_lr)
+
+
+def build_adamw(model: nn.Module, solver: Any, layer_decay: float = 1.0) -> torch.optim.AdamW:
+    """AdamW with :func:`parameter_groups`, from a configuration's ``SOLVER``.
+
+    Args:
+        layer_decay: see :func:`layered_groups`.
+
+    Raises:
+        ValueError: see :func:`layered_groups`.
+    """
+    groups = layered_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, layer_decay)
     return torch.optim.AdamW(groups, lr=solver.BASE_LR, betas=tuple(solver.BETAS))
 
 
 def _split(
-    groups: list[dict[str, Any]], scales: dict[nn.Parameter, float], solver: Any
+    groups: list[dict[str, Any]], scales: dict[nn.Parameter, float], base_lr: float
 ) -> list[dict[str, Any]]:
     """Each group once for each learning rate in it; the highest rate comes first."""
     return [
-        {**group, "params": chosen, "lr": solver.BASE_LR * scale}
+        {**group, "params": chosen, "lr": base_lr * scale}
         for scale in sorted(set(scales.values()), reverse=True)
         for group in groups
         if (chosen := [p for p in group["params"] if scales[p] == scale])

@@ -22,7 +22,9 @@ LIST_SUFFIXES = {".txt", ".lst"}
 RASTER_SUFFIXES = {".tif", ".tiff", ".jp2", ".vrt"}
 
 
-def find_sources(inputs: Sequence[str | Path], *, leave_out: Path | None = None) -> list[Path]:
+def find_sources(
+    inputs: Sequence[str | Path], *, leave_out: Path | None = None, key: str = "input"
+) -> list[Path]:
     """The images that words of a command line name, each once, in this order.
 
     A word is an image; a folder, with what is below it; a pattern such as ``photos/**/*.jpg``; or a
@@ -30,34 +32,35 @@ def find_sources(inputs: Sequence[str | Path], *, leave_out: Path | None = None)
 
     Args:
         leave_out: a folder that results are written to.
+        key: what names them, for errors.
 
     Raises:
         FileNotFoundError: something does not exist, a pattern matches nothing, or there is no
             image.
         ValueError: a list is empty, or not UTF-8.
     """
-    paths = [path for word in inputs for path in _expand(str(word))]
-    return find_images(paths, leave_out=leave_out)
+    paths = [path for word in inputs for path in _expand(str(word), key)]
+    return find_images(paths, leave_out=leave_out, key=key)
 
 
-def _expand(word: str) -> Iterator[Path]:
+def _expand(word: str, key: str) -> Iterator[Path]:
     path = Path(word)
     if path.suffix.lower() in LIST_SUFFIXES and path.is_file():
-        lines = [line.strip() for line in read_text_file(path, "input").splitlines()]
+        lines = [line.strip() for line in read_text_file(path, key).splitlines()]
         names = [line for line in lines if line and not line.startswith("#")]
         if not names:
-            raise ValueError(f"input: the list {path} must name at least one image, got none")
+            raise ValueError(f"{key}: the list {path} must name at least one image, got none")
         for name in names:
-            yield from _expand(str(path.parent / name))
+            yield from _expand(str(path.parent / name), key)
     elif path.exists() or path.is_symlink():
         yield path
     elif glob.has_magic(word):
         found = sorted(glob.glob(word, recursive=True))
         if not found:
-            raise no_such("input", path, "file that matches the pattern")
+            raise no_such(key, path, "file that matches the pattern")
         yield from map(Path, found)
     else:
-        raise no_such("input", path, "file or folder")
+        raise no_such(key, path, "file or folder")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ _EFFECTS = (
     ("SOLVER.*_PERIOD", "counts from here on"),
     ("SOLVER.*_EPOCHS", "counts from here on: warmup, evaluations and checkpoints follow it"),
     ("SOLVER.AMP.*", "counts from here on"),
+    ("SOLVER.LOGGERS", "counts from here on"),
+    ("SOLVER.UNFREEZE_ITER", "counts from here on"),
     ("SOLVER.CLIP_GRADIENTS.*", "counts from here on"),
     ("SOLVER.*", "counts from here on: the learning rate is that of the new schedule"),
     ("SEED", "counts from here on: other order and augmentations than without the change"),

@@ -13,13 +13,8 @@ import pytest
 from spatial_mamba_d2.data import shapes
 from spatial_mamba_d2.data.coco import load_coco
 from spatial_mamba_d2.data.images import read_image
-from spatial_mamba_d2.data.shapes import (
-    CLASSES,
-    generate_shapes,
-    mask_to_polygons,
-    mask_to_rle,
-    render_image,
-)
+from spatial_mamba_d2.data.sample_coco import mask_to_polygons, mask_to_rle
+from spatial_mamba_d2.data.shapes import CLASSES, generate_shapes, render_image
 
 NUM_TRAIN, NUM_VAL = 40, 4
 

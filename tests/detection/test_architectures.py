@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import math
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -54,45 +51,6 @@ SMALL = (
 
 
 @pytest.fixture
-def stuff(shapes, tmp_path):
-    """Overrides for label maps of the sample: background is stuff, shapes are things."""
-    table = np.zeros(256, np.uint8)
-    table[[0, 1]] = 255, 1
-    words = []
-    for split, folder in (("TRAIN", "training"), ("TEST", "validation")):
-        output = tmp_path / "stuff" / folder
-        output.mkdir(parents=True)
-        for path in (shapes / "annotations" / folder).glob("*.png"):
-            label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-            cv2.imwrite(str(output / path.name), table[label])
-        words += [f"DATASETS.{split}_SEM_SEG", output]
-    return (*words, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 32,
-            "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT", 16)  # fmt: skip
-
-
-@pytest.fixture
-def keypoints(shapes, tmp_path):
-    """Overrides for the sample with 17 keypoints on each object, all of one class."""
-    words = []
-    for split, name, folder in (("TRAIN", "train", "training"), ("TEST", "val", "validation")):
-        content = json.loads((shapes / f"instances_{name}.json").read_text())
-        names = list(COCO_PERSON_KEYPOINT_NAMES)
-        content["categories"] = [{"id": 1, "name": "person", "keypoints": names}]
-        for annotation in content["annotations"]:
-            x, y, width, height = annotation["bbox"]
-            annotation["category_id"] = 1
-            annotation["keypoints"] = [
-                value for i in range(17) for value in (x + width * i / 17, y + height * i / 17, 2)
-            ]
-        path = tmp_path / f"keypoints_{name}.json"
-        path.write_text(json.dumps(content))
-        words += [f"DATASETS.{split}_JSON", path, f"DATASETS.{split}_IMAGES",
-                  shapes / "images" / folder]  # fmt: skip
-    return (*words, "MODEL.ROI_HEADS.NUM_CLASSES", 1, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (32,),
-            "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE", 1)  # fmt: skip
-
-
-@pytest.fixture
 def more(request):
     """``more(recipe)``: the overrides that only this recipe needs."""
 
@@ -127,6 +85,23 @@ def test_each_recipe_trains_and_evaluates(name, root, arguments, more, tmp_path)
     if name.startswith("panoptic"):
         assert 0 <= results["panoptic_seg"]["PQ_st"] <= 100
         assert "panoptic_seg/PQ" in lines[-1]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_each_recipe_runs_on_photos(name, root, arguments, more, photos):
+    """Real images and annotations of COCO, crowds and 80 classes included."""
+    words = [*SMALL, "MODEL.ROI_HEADS.NUM_CLASSES", 80, "INPUT.MIN_SIZE_TRAIN", (96,),
+             "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]  # fmt: skip
+    if not name.startswith(("panoptic", "keypoint")):
+        words += more(name)
+        words += {"retinanet_spatial_mamba_t": ("MODEL.RETINANET.NUM_CLASSES", 80,
+                                                "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
+                  "point_rend_spatial_mamba_t": ("MODEL.POINT_HEAD.NUM_CLASSES", 80)
+                  }.get(name, ())  # fmt: skip
+    config = str(root / f"configs/{name}.yaml")
+    results = run(arguments(*words, *photos(name), config_file=config))
+    assert set(results) == RESULTS[name]
+    assert all(math.isfinite(scores["AP"]) for scores in results.values() if "AP" in scores)
 
 
 @pytest.mark.parametrize(

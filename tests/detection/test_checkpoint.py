@@ -7,6 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
+from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.models import build_classifier, load_weights
 from spatial_mamba_d2.models.checkpoints.names import to_official
 from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint
@@ -103,3 +104,45 @@ def test_resuming_needs_a_complete_checkpoint(model, tmp_path):
     torch.save(content, path)
     with pytest.raises(WeightsError, match="roi_heads"):
         saver.resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "new", "unused"),
+    [
+        ("cascade_mask_rcnn", {"box_head", "box_predictor"}, {"box_head", "box_predictor"}),
+        ("point_rend", {"mask_head"}, {"mask_head"}),
+        ("faster_rcnn", set(), {"mask_head"}),
+        ("panoptic_fpn", {"sem_seg_head"}, set()),
+    ],
+)
+def test_the_authors_mask_rcnn_starts_other_detectors(name, new, unused, root, official_state):
+    """They take what they share with it, and the report names the rest."""
+    state = {"state_dict": official_state("maskrcnn_tiny")}
+    models = [
+        build_model(
+            load_config(root / f"configs/{n}_spatial_mamba_t.yaml", ["MODEL.DEVICE", "cpu"])
+        )
+        for n in ("mask_rcnn", name)
+    ]
+    load_weights(models[0], state, partial=False)
+    report = load_weights(models[1], state)
+    expected, found = (model.state_dict() for model in models)
+    for key in report.loaded:
+        assert torch.equal(found[key], expected[key]), key
+    heads = {key.removeprefix("roi_heads.").split(".")[0] for key in report.new}
+    assert heads == new
+    assert {key.removeprefix("roi_heads.").split(".")[0] for key in report.ignored} == unused
+    loaded = {".".join(key.split(".")[:2]) for key in report.loaded}
+    assert {"backbone.bottom_up", "backbone.fpn_lateral2", "proposal_generator.rpn_head"} <= loaded
+    assert "new, at their initial values" in str(report) or not new
+    with pytest.raises(WeightsError, match="must hold all parameters|unknown to the model|missing"):
+        load_weights(models[1], state, partial=False)
+
+
+def test_a_part_of_a_detector_is_complete_or_absent(root, official_state):
+    state = official_state("maskrcnn_tiny")
+    del state["roi_head.mask_head.convs.1.conv.weight"]
+    config = root / "configs/mask_rcnn_spatial_mamba_t.yaml"
+    model = build_model(load_config(config, ["MODEL.DEVICE", "cpu"]))
+    with pytest.raises(WeightsError, match=r"missing from the file \(1\): roi_heads.mask_head.mas"):
+        load_weights(model, {"state_dict": state})

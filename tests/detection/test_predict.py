@@ -11,6 +11,8 @@ import torch
 from detectron2.modeling import build_model
 
 from spatial_mamba_d2.data.images import read_image, visualize_images
+from spatial_mamba_d2.detection.data import load_dataset
+from spatial_mamba_d2.detection.mapper import Mapper
 from spatial_mamba_d2.detection.predict import Predictor, _metadata, build_draw
 from spatial_mamba_d2.models import build_classifier
 
@@ -45,6 +47,24 @@ def test_instances_are_in_the_frame_of_the_image(make_cfg, weights):
     assert found.image_size == (50, 81)
     assert found.pred_masks.shape[1:] == (50, 81)
     assert list(predictor.metadata.thing_classes)[0] == "circle"
+
+
+@pytest.mark.parametrize("input_format", ["RGB", "BGR"])
+def test_the_network_gets_the_channels_that_it_was_trained_on(
+    input_format, make_cfg, weights, shapes
+):
+    """Prediction and evaluation of one image are the same: also in the order of channels."""
+    cfg = make_cfg("MODEL.WEIGHTS", weights, "INPUT.FORMAT", input_format, "MODEL.PIXEL_MEAN",
+                   (200, 100, 0), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)  # fmt: skip
+    predictor = Predictor(cfg)
+    dataset = load_dataset(cfg, cfg.DATASETS.TEST[0], is_train=False)
+    item = Mapper(cfg, is_train=False)(dataset.records[0])
+    with torch.no_grad():
+        expected = predictor.model([item])[0]["instances"]
+    found = predictor(read_image(dataset.records[0]["file_name"]))
+    assert len(found) > 0
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
 
 
 def test_numbers_instead_of_names_that_the_weights_do_not_have(make_cfg):

@@ -17,8 +17,9 @@ import torch
 
 from spatial_mamba_d2.detection.hooks import Evaluation
 from spatial_mamba_d2.detection.launch import _join, launch
+from spatial_mamba_d2.detection.step import AccumulatingTrainer
 from spatial_mamba_d2.detection.train import run
-from spatial_mamba_d2.detection.trainer import AccumulatingTrainer, Trainer
+from spatial_mamba_d2.detection.trainer import Trainer
 from spatial_mamba_d2.models import read_checkpoint
 from spatial_mamba_d2.system.stopping import Stopped
 

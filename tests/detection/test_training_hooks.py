@@ -11,15 +11,19 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import SimpleTrainer, hooks
-from detectron2.utils.events import JSONWriter
+from detectron2.solver import LRMultiplier
+from detectron2.utils.events import JSONWriter, get_event_storage
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
+from spatial_mamba_d2.detection.backbone import compile_backbone
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.train import run
 from spatial_mamba_d2.detection.trainer import Trainer
 from spatial_mamba_d2.detection.training_hooks import (
     EarlyStopping,
     FreezeByName,
+    PlateauSchedule,
     ThroughputLogger,
     TrainingEnded,
     WeightAverage,
@@ -165,6 +169,67 @@ def test_patience_survives_a_kill(killed_after, tmp_path):
         EarlyStopping("bbox/AP", 0, 1, tmp_path)
 
 
+PLATEAU_SCORES = [1, 3, 2, 3, 3, 4, 4, math.nan, 4, 9]
+PLATEAU_RATES = [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]  # after each evaluation
+
+
+def falling(folder, max_iter=10, start_iter=0):
+    """Train the toy with those scores; the learning rates after each iteration."""
+    trainer = ToyTrainer()
+    multiplier = MultiStepParamScheduler([1.0, 1.0], milestones=[10], num_updates=20)
+    schedule = LRMultiplier(trainer.optimizer, multiplier, 20)
+    evaluation = hooks.EvalHook(1, lambda: {"bbox": {"AP": PLATEAU_SCORES[min(trainer.iter, 9)]}})
+    writer = hooks.PeriodicWriter([JSONWriter(str(Path(folder, "metrics.json")))], period=1)
+    hook = PlateauSchedule(schedule, 0.5, "bbox/AP", 2, 1, folder)
+    rates = []
+    record = hooks.CallbackHook(
+        after_step=lambda _: rates.append(trainer.optimizer.param_groups[0]["lr"] / 0.1)
+    )
+    trainer.register_hooks(
+        [hooks.LRScheduler(scheduler=schedule), evaluation, writer, hook, record]
+    )
+    trainer.train(start_iter, max_iter)
+    return rates
+
+
+def test_rates_fall_on_a_plateau(tmp_path):
+    assert falling(tmp_path) == pytest.approx(PLATEAU_RATES)
+    with pytest.raises(ValueError, match=r"factor must be in \(0, 1\), got 1"):
+        PlateauSchedule(SimpleNamespace(base_lrs=[]), 1, "bbox/AP", 2, 1, tmp_path)
+
+
+@pytest.mark.parametrize("killed_after", range(1, 9))
+def test_a_plateau_survives_a_kill(killed_after, tmp_path):
+    falling(tmp_path, max_iter=killed_after)
+    start = max(0, killed_after - 1)  # the checkpoint may be older than the last evaluation
+    assert falling(tmp_path, start_iter=start) == pytest.approx(PLATEAU_RATES[start:])
+
+
+def test_the_plateau_of_the_trainer_is_exact_across_a_resume(make_cfg, tmp_path, monkeypatch):
+    """Also where the checkpoint was written before the evaluation that lowered the rate."""
+    scores = [3.0, 2.0, 1.0, 1.0, 5.0, 5.0]
+    monkeypatch.setattr(
+        Trainer, "test",
+        lambda cfg, model, **_: {"segm": {"AP": scores[get_event_storage().iter]}},
+    )  # fmt: skip
+    words = ("SOLVER.LR_SCHEDULER_NAME", "WarmupPlateauLR", "SOLVER.PLATEAU_PATIENCE", 2,
+             "SOLVER.GAMMA", 0.1, "TEST.EVAL_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 3,
+             "SOLVER.LAYER_DECAY", 0.8)  # fmt: skip
+    whole = trained(make_cfg(*words, "OUTPUT_DIR", tmp_path / "whole"))
+    lines = [*map(json.loads, (tmp_path / "whole/metrics.json").read_text().splitlines())]
+    rates = [line["lr"] / 1e-3 for line in lines]
+    assert rates[2:] == pytest.approx([1, 0.1, 0.1, 0.1])
+    trained(make_cfg(*words), iterations=3)
+    again = trained(make_cfg(*words))
+    assert again.start_iter == 3
+    torch.testing.assert_close(
+        again.network.state_dict(), whole.network.state_dict(), rtol=1e-5, atol=1e-6
+    )
+    assert [g["lr"] for g in again.optimizer.param_groups] == pytest.approx(
+        [g["lr"] for g in whole.optimizer.param_groups]
+    )
+
+
 def test_the_trainer_ends_early_and_stays_ended(root, arguments, tmp_path, monkeypatch):
     scores = iter([10.0, 20.0, 15.0, 20.0])
     monkeypatch.setattr(
@@ -192,6 +257,9 @@ def test_the_trainer_ends_early_and_stays_ended(root, arguments, tmp_path, monke
         (("TEST.BEST_METRIC", "segm/AP"), "TEST.BEST_METRIC must be .*bbox/AP .*got 'segm/AP'"),
         (("TEST.BEST_METRIC", "bbox/mAP"), "got 'bbox/mAP'"),
         (("TEST.PATIENCE", 2), "TEST.PATIENCE must be 0 without evaluations .*, got 2"),
+        (("SOLVER.LR_SCHEDULER_NAME", "WarmupPlateauLR"), "WarmupPlateauLR needs evaluations"),
+        (("SOLVER.PLATEAU_PATIENCE", 2), "only WarmupPlateauLR has it"),
+        (("SOLVER.LR_SCHEDULER_NAME", "WarmupPlateauLR", "SOLVER.GAMMA", 1.0), "GAMMA must be bel"),
         (("TEST.PATIENCE", -1), "TEST.PATIENCE must be at least 0"),
         (("SOLVER.EMA_DECAY", 1.0), r"SOLVER.EMA_DECAY must be in \[0, 1\), got 1.0"),
         (("SOLVER.LAYER_DECAY", 0.0), r"SOLVER.LAYER_DECAY must be in \(0, 1\], got 0.0"),
@@ -278,3 +346,23 @@ def test_throughput_and_memory_in_any_trainer():
     assert len(trainer.storage.history("images_per_s").values()) == 3
     assert trainer.storage.history("images_per_s").latest() > 0
     assert trainer.storage.history("memory_mb").latest() > 50
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_trains_the_same(make_cfg, tmp_path, monkeypatch):
+    """As traced for inductor, which is not called here; names and averages stay as they are."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager")
+    )
+    words = ("SOLVER.EMA_DECAY", 0.5, "SOLVER.MAX_ITER", 2, "INPUT.MIN_SIZE_TRAIN", (64,),
+             "DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", "", "DATASETS.TEST", (),
+             "MODEL.SPATIAL_MAMBA.DROP_PATH_RATE", 0.0)  # fmt: skip
+    plain = trained(make_cfg(*words, "OUTPUT_DIR", tmp_path / "plain"))
+    compiled = trained(make_cfg(*words, "MODEL.COMPILE", True))
+    assert compiled.network.backbone.bottom_up._compiled_call_impl is not None
+    torch.testing.assert_close(
+        compiled.network.state_dict(), plain.network.state_dict(), rtol=1e-3, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="MODEL.COMPILE must be False for a model without"):
+        compile_backbone(nn.Linear(2, 2))

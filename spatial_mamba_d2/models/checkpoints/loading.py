@@ -141,7 +141,7 @@ def load_weights(
     place = "" if find_timm_backbone(model) else enclosing_prefix(target)
     if place:
         return _load_inside(model, place, content, skip, partial, name)
-    fit = match(model, unwrap(content, name), name)
+    fit = match(model, unwrap(content, name), name, partial=partial)
     state, file_names = fit.state, fit.file_names
     used = {own for key, own in file_names.items() if key in target}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -41,15 +41,20 @@ class Match:
     stripped: list[str]
 
 
-def match(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Match:
+def match(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, *, partial: bool = True
+) -> Match:
     """Match the state dict of a file with a model around a backbone, ours or one of timm.
+
+    Args:
+        partial: whether a detector may take what it shares with another architecture.
 
     Raises:
         WeightsError: ``state`` belongs to no model that ``model`` could take weights from.
     """
     if found := find_timm_backbone(model):
         return _match_timm(*found, state, source)
-    return _match_spatial_mamba(model.state_dict(), state, source)
+    return _match_spatial_mamba(model.state_dict(), state, source, partial)
 
 
 def find_timm_backbone(model: nn.Module) -> tuple[str, TimmBackbone] | None:
@@ -85,22 +90,56 @@ def _match_timm(
 
 
 def _match_spatial_mamba(
-    target: Iterable[str], wrapped: Mapping[str, Tensor], source: str
+    target: Iterable[str], wrapped: Mapping[str, Tensor], source: str, partial: bool
 ) -> Match:
     state, target = translate(wrapped, source), list(target)
+    parts_there = _detector_parts(state) if partial else set(_DETECTOR_PARTS)
+    parts_here = _detector_parts(target) if partial else set(_DETECTOR_PARTS)
     ours, theirs = backbone_prefix(target), backbone_prefix(state)
     new, unused = _exceptions(state, target)
     last_stage = _last_stage(target)
     return Match(
         state,
         _names_in_model(state, target),
-        may_be_new=lambda name: _part(name, ours) in new,
+        may_be_new=lambda name: _part(name, ours) in new or _is_other(name, parts_there),
         may_be_unused=lambda name: (
-            _part(name, theirs) in unused or _is_behind(name, theirs, last_stage)
+            _part(name, theirs) in unused
+            or _is_behind(name, theirs, last_stage)
+            or _is_other(name, parts_here)
         ),
         first_conv=f"{ours}stem.conv1.conv.weight",
         stripped=_stripped_parts(strip_wrappers(wrapped)),
     )
+
+
+# Parts of detectors that are complete or absent, by the beginnings of their parameters' names
+_DETECTOR_PARTS = {
+    **{f"p{n}": rf"backbone\.fpn_(lateral|output){n}\." for n in range(2, 6)},
+    "p6 and p7": r"backbone\.top_block\.",
+    "proposals": r"proposal_generator\.",
+    "box head": r"roi_heads\.box_(head|predictor)\.[a-z]",
+    "box heads of a cascade": r"roi_heads\.box_(head|predictor)\.\d",
+    "mask head": r"roi_heads\.mask_head\.(mask_fcn\d|deconv|predictor)\.",
+    "PointRend's mask head": r"roi_heads\.mask_head\.(coarse|point|parameter)_head\.",
+    "keypoint head": r"roi_heads\.keypoint_head\.",
+    "semantic head": r"sem_seg_head\.",
+    "RetinaNet's head": r"head\.(cls|bbox)_",
+}
+
+
+def _detector_part(name: str) -> str | None:
+    found = (part for part, pattern in _DETECTOR_PARTS.items() if re.match(pattern, name))
+    return next(found, None)
+
+
+def _detector_parts(names: Iterable[str]) -> set[str]:
+    return {part for name in names if (part := _detector_part(name))}
+
+
+def _is_other(name: str, parts: Collection[str]) -> bool:
+    """Whether a parameter belongs to a part of detectors that is not among ``parts``."""
+    part = _detector_part(name)
+    return part is not None and part not in parts
 
 
 def _stripped_parts(stripped: Mapping[str, str]) -> list[str]:
@@ -162,6 +201,10 @@ def _exceptions(state: Iterable[str], target: Iterable[str]) -> tuple[set[str], 
                         norms, heads         output norms (1)   norms (1); other kind: also
                                                                 heads, new and unused
     =================== ==================== ================== =============================
+
+    Detectors of other architectures share what both have: a part of :data:`_DETECTOR_PARTS` of
+    which a file has nothing may be new, one of which the model has nothing may be unused, unless
+    the model must be complete.
 
     (1) Of stages that the model does not return. A file with nothing outside its backbone's prefix,
     as written for Detectron2, counts as a backbone.

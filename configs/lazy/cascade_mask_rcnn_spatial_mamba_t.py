@@ -1,0 +1,16 @@
+"""Cascade Mask R-CNN: three box heads in a row, 1x.
+
+python tools/lazyconfig_train_net.py --config-file configs/lazy/cascade_mask_rcnn_spatial_mamba_t.py
+"""
+
+from detectron2 import model_zoo
+
+from .common.backbone import with_spatial_mamba
+from .common.recipe import dataloader, lr_multiplier, optimizer, train
+
+__all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
+
+model = with_spatial_mamba(model_zoo.get_config("common/models/cascade_rcnn.py").model)
+model.proposal_generator.post_nms_topk = (2000, 1000)
+dataloader["data"]["recipe"] = "cascade_mask_rcnn_spatial_mamba_t"
+train["output_dir"] = "output/lazy/cascade_mask_rcnn_spatial_mamba_t"
