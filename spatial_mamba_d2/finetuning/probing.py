@@ -1,0 +1,90 @@
+"""What an iteration takes here: a few of them are run, in a process and folder of their own."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from spatial_mamba_d2.system.package_files import top_level_folder
+
+logger = logging.getLogger(__name__)
+
+TOOLS = {
+    "detection": "train_net.py",
+    "segmentation": "train_seg.py",
+    "classification": "train_cls.py",
+}
+_SHORT, _LONG = 2, 6  # iterations of both runs, whose difference in time counts
+_OUT_OF_MEMORY = re.compile(r"out of memory|MemoryError|Cannot allocate memory|DefaultCPUAllocator")
+
+
+class Probe(NamedTuple):
+    """Measured: seconds of an iteration, and of starting, saving and ending a training."""
+
+    iteration_s: float
+    overhead_s: float
+
+
+class OutOfMemoryError(RuntimeError):
+    """The batch does not fit."""
+
+
+def probe(task: str, config_file: Path, batch: int, num_images: int) -> Probe:
+    """Run two short trainings with the configuration, without evaluation.
+
+    Raises:
+        OutOfMemoryError: the memory does not suffice.
+        ValueError: a training fails, with its last words.
+    """
+    seconds = []
+    for iterations in (_SHORT, _LONG):
+        start = time.perf_counter()
+        with TemporaryDirectory(prefix="probe-") as folder:
+            _run(task, config_file, iterations, batch, num_images, Path(folder))
+        seconds.append(time.perf_counter() - start)
+    iteration_s = max(1e-3, (seconds[1] - seconds[0]) / (_LONG - _SHORT))
+    result = Probe(iteration_s, max(0.0, seconds[0] - _SHORT * iteration_s))
+    logger.info("measured: %.2f s an iteration of %d images", result.iteration_s, batch)
+    return result
+
+
+def _run(
+    task: str, config_file: Path, iterations: int, batch: int, num_images: int, folder: Path
+) -> None:
+    words: Sequence[object]
+    if task == "classification":  # counts in epochs
+        words = ("SOLVER.EPOCHS", 1, "SOLVER.WARMUP_EPOCHS", 0, "DATASETS.TRAIN",
+                 _shortened(config_file.parent / "data" / "train.txt", iterations * batch))  # fmt: skip
+    else:
+        words = ("SOLVER.MAX_ITER", iterations, "SOLVER.WARMUP_ITERS", 1)
+    no_test = "()" if task == "detection" else ""
+    tests = ("DATASETS.TEST", no_test, "TEST.PICTURES", 0) if task != "classification" else (
+        "DATASETS.TEST", "")  # fmt: skip
+    if task == "detection":
+        tests = (*tests, "DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", "")
+    command = [sys.executable, str(top_level_folder("tools") / TOOLS[task]), "--config-file",
+               str(config_file), *map(str, words), *map(str, tests), "OUTPUT_DIR", str(folder)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return
+    if done.returncode < 0 or _OUT_OF_MEMORY.search(done.stderr):
+        raise OutOfMemoryError(done.stderr[-300:])
+    last = done.stderr.strip().splitlines()[-12:]
+    raise ValueError("a training of a few iterations fails:\n  " + "\n  ".join(last))
+
+
+def _shortened(file: Path, num_lines: int) -> str:
+    """The name of a list with so many lines of ``file``, which may repeat."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    step = max(1, len(lines) // num_lines)
+    chosen = (lines[::step] * (1 + num_lines))[:num_lines]
+    short = file.with_name("probe.txt")
+    short.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    return short.name
