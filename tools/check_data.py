@@ -4,8 +4,8 @@
     python tools/check_data.py my/data
     python tools/check_data.py my/data --json findings.json --html findings.html
 
-The format is recognised: COCO, YOLO, labelme, Pascal VOC, label maps in folders, class folders, data
-saved by Hugging Face's datasets. PATH is a folder, COCO's JSON or YOLO's data.yaml.
+The format is recognised: COCO, YOLO, labelme, Pascal VOC, label maps in folders, class folders,
+data saved by Hugging Face's datasets. PATH is a folder, COCO's JSON or YOLO's data.yaml.
 
 Exit code: 0 nothing was found, 1 there are findings, 2 the data are not usable.
 """

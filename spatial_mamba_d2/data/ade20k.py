@@ -71,7 +71,7 @@ def load_classes(source: str, root: str | Path, num_classes: int) -> Classes:
 
 
 def class_names_in(lines: Sequence[str]) -> tuple[str, ...]:
-    """Names of classes in the lines of a file: the lines as they are, or the names in ADE20K's table: of several synonyms the first one."""
+    """The lines as they are, or the names in ADE20K's table: of several synonyms the first one."""
     if not lines or not lines[0].startswith("Idx\t"):
         return tuple(lines)
     complete = tuple(line.split("\t")[-1].strip() for line in lines[1:])
@@ -154,9 +154,7 @@ def check_split(
     check_on_error(on_error)
     pairs, faults = find_pairs(root, split, layout, root_name=root_name)
 
-    content = examine_pairs(
-        pairs, labels, num_channels, value_range, check_decode=check_decode
-    )
+    content = examine_pairs(pairs, labels, num_channels, value_range, check_decode=check_decode)
     found = {index: Fault(kind, reason) for index, kind, reason in content["faults"]}
     usable = [pair for index, pair in enumerate(pairs) if index not in found]
     faults += found.values()

@@ -42,7 +42,9 @@ def measure_data(data: LabelledData) -> DataFacts:
     files = data.image_files("train")
     sizes = _sizes(files[:: max(1, len(files) // _SAMPLE)])
     if not sizes:
-        raise ValueError(f"{data.path}: no training image can be read; tools/check_data.py says why")
+        raise ValueError(
+            f"{data.path}: no training image can be read; tools/check_data.py says why"
+        )
     short_px, long_px = (int(np.median([pick(size) for size in sizes])) for pick in (min, max))
     part = data.splits["train"]
     object_px, counts = None, [1]

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -36,7 +35,7 @@ class OutOfMemoryError(RuntimeError):
     """The batch does not fit."""
 
 
-def probe(task: str, config_file: Path, batch: int, num_images: int) -> Probe:
+def probe(task: str, config_file: Path, batch: int) -> Probe:
     """Run two short trainings with the configuration, without evaluation.
 
     Raises:
@@ -47,7 +46,7 @@ def probe(task: str, config_file: Path, batch: int, num_images: int) -> Probe:
     for iterations in (_SHORT, _LONG):
         start = time.perf_counter()
         with TemporaryDirectory(prefix="probe-") as folder:
-            _run(task, config_file, iterations, batch, num_images, Path(folder))
+            _run(task, config_file, iterations, batch, Path(folder))
         seconds.append(time.perf_counter() - start)
     iteration_s = max(1e-3, (seconds[1] - seconds[0]) / (_LONG - _SHORT))
     result = Probe(iteration_s, max(0.0, seconds[0] - _SHORT * iteration_s))
@@ -55,22 +54,19 @@ def probe(task: str, config_file: Path, batch: int, num_images: int) -> Probe:
     return result
 
 
-def _run(
-    task: str, config_file: Path, iterations: int, batch: int, num_images: int, folder: Path
-) -> None:
-    words: Sequence[object]
-    if task == "classification":  # counts in epochs
-        words = ("SOLVER.EPOCHS", 1, "SOLVER.WARMUP_EPOCHS", 0, "DATASETS.TRAIN",
-                 _shortened(config_file.parent / "data" / "train.txt", iterations * batch))  # fmt: skip
-    else:
-        words = ("SOLVER.MAX_ITER", iterations, "SOLVER.WARMUP_ITERS", 1)
-    no_test = "()" if task == "detection" else ""
-    tests = ("DATASETS.TEST", no_test, "TEST.PICTURES", 0) if task != "classification" else (
-        "DATASETS.TEST", "")  # fmt: skip
+def _run(task: str, config_file: Path, iterations: int, batch: int, folder: Path) -> None:
+    words: list[object] = ["OUTPUT_DIR", folder, "DATASETS.TEST", ""]
     if task == "detection":
-        tests = (*tests, "DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", "")
-    command = [sys.executable, str(top_level_folder("tools") / TOOLS[task]), "--config-file",
-               str(config_file), *map(str, words), *map(str, tests), "OUTPUT_DIR", str(folder)]  # fmt: skip
+        words[-1] = "()"
+        words += ["DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", ""]
+    if task == "classification":  # counts in epochs
+        lists = config_file.parent / "data"
+        words += ["SOLVER.EPOCHS", 1, "SOLVER.WARMUP_EPOCHS", 0]
+        words += ["DATASETS.TRAIN", _shortened(lists / "train.txt", iterations * batch)]
+    else:
+        words += ["SOLVER.MAX_ITER", iterations, "SOLVER.WARMUP_ITERS", 1]
+    tool = top_level_folder("tools") / TOOLS[task]
+    command = [sys.executable, str(tool), "--config-file", str(config_file), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return

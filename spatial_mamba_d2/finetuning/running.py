@@ -1,4 +1,4 @@
-"""``finetune``: reads the data, chooses settings, measures, writes the configuration, and trains."""
+"""``finetune``: read the data, choose settings, measure, write the configuration, train."""
 
 from __future__ import annotations
 
@@ -163,13 +163,13 @@ def _fit(
         while measured is None:
             _write(config_file, situation, size, fixed, "a probe")
             try:
-                measured = probe(
-                    situation.task, config_file, situation.batch, situation.facts.num_images
-                )
+                measured = probe(situation.task, config_file, situation.batch)
             except OutOfMemoryError as error:
                 smaller = situation.batch // 2
                 if smaller < (2 if situation.task == "segmentation" else 1):
-                    raise ValueError(f"not even a batch of {situation.batch} fits: {error}") from None
+                    raise ValueError(
+                        f"not even a batch of {situation.batch} fits: {error}"
+                    ) from None
                 logger.info("a batch of %d does not fit into the memory", situation.batch)
                 situation = replace(situation, batch=smaller)
             finally:
@@ -210,9 +210,7 @@ def inspect_weights(weights: str | Path | None, task: str) -> tuple[str, str]:
     return start, letters.get(variant or "", "")
 
 
-def _write(
-    config_file: Path, situation: Situation, size: str, fixed: Settings, tool: str
-) -> None:
+def _write(config_file: Path, situation: Situation, size: str, fixed: Settings, tool: str) -> None:
     """YAML on top of a recipe: each key with its reason."""
     recipe = recipe_file(choices.recipe_of(situation.task, size, situation.is_small))
     tree: dict[str, Any] = {}

@@ -26,7 +26,8 @@ figure { display: inline-block; margin: .3rem .5rem .6rem 0; vertical-align: top
 figcaption { font-size: .8rem; overflow-wrap: anywhere } img { max-width: 100%; height: auto }
 code, pre { font-size: .85rem } pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem }
 .ok { color: #00724f } .bad { color: #a33c00 } .scroll { overflow-x: auto }
-@media print { body { margin: 0; max-width: none } h2 { break-after: avoid } figure { break-inside: avoid } }
+@media print { body { margin: 0; max-width: none } h2 { break-after: avoid }
+  figure { break-inside: avoid } }
 """.strip()
 
 
@@ -169,7 +170,9 @@ def line_chart(
         color = COLORS[index % len(COLORS)]
         path = " ".join(place(x, y) for x, y in points)
         dash = ' stroke-dasharray="6 3"' if index >= len(COLORS) else ""
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}"{dash} stroke-width="2"/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{color}"{dash} stroke-width="2"/>'
+        )
         y = top + 14 + 15 * index
         parts.append(
             f'<rect x="{left + width + 10}" y="{y - 8}" width="12" height="4" fill="{color}"/>'

@@ -31,7 +31,7 @@ def coco_source(coco_mini) -> Source:
     """60 photos."""
     return read_source(
         {split: coco_mini / f"instances_{split}.json" for split in ("train", "val")},
-        {split: coco_mini / "images" for split in ("train", "val")},
+        dict.fromkeys(("train", "val"), coco_mini / "images"),
         num_images=30,
     )
 

@@ -26,8 +26,9 @@ from spatial_mamba_d2.data.formats import Instances, LabelledData
 from spatial_mamba_d2.data.imagenet import ClassifiedImage
 from spatial_mamba_d2.data.label_maps import Pair
 
-# So many images of a class in another split cannot be chance, if none is in the training split.
-_LEAST_UNSEEN = 3
+# A class may be missing in the training split by chance, if it is rare and the splits are small: it
+# is a finding if that would happen with a probability below this, over all classes.
+_UNLIKELY = 0.05
 
 
 def check_data(data: LabelledData) -> DataReport:
@@ -58,7 +59,7 @@ def check_data(data: LabelledData) -> DataReport:
             counts[split], _ = check_classes(samples, data.classes, broken)
     if data.task != "detection":
         findings += similar_names(list(data.classes), str(data.path))
-    findings += _check_unseen(data.classes, counts, str(data.path))
+    findings += _check_unseen(data.task, data.classes, counts, str(data.path))
     notes += _absent(data.classes, counts)
     findings += check_files(facts)
     findings += check_colors(facts, data.path)
@@ -105,16 +106,20 @@ def _with_all_names(index: Mapping[str, int], part: Instances) -> Mapping[str, i
 
 
 def _check_unseen(
-    classes: Sequence[str], counts: Mapping[str, SplitCounts], where: str
+    task: str, classes: Sequence[str], counts: Mapping[str, SplitCounts], where: str
 ) -> list[Finding]:
     """Classes that training never sees, and other splits have."""
     if "train" not in counts:
         return []
     found = []
+    num_train = counts["train"].num_images
     for split, count in counts.items():
+        share = count.num_images / max(1, count.num_images + num_train)
         for index, name in enumerate(classes):
             number = count.images_by_class[index]
-            if number >= _LEAST_UNSEEN and not counts["train"].images_by_class[index]:
+            if not number or counts["train"].images_by_class[index]:
+                continue
+            if task == "classification" or share**number * len(classes) < _UNLIKELY:
                 message = f"{where}: {split} has {number} images with {name!r}, train has none"
                 found.append(Finding("class missing from training", where, message))
     return found

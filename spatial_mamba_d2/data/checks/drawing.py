@@ -56,7 +56,9 @@ def _sections(report: DataReport) -> Iterator[str]:
                 f"{split}: images by number of objects", _binned(count.objects_an_image)
             )
         if count.object_px:
-            yield html_page.bar_chart(f"{split}: objects by size in pixels", _sizes(count.object_px))
+            yield html_page.bar_chart(
+                f"{split}: objects by size in pixels", _sizes(count.object_px)
+            )
     sizes = {f"{w} x {h}": float(n) for (h, w), n in report.image_sizes.most_common(15)}
     yield html_page.bar_chart("images by size, the most frequent ones", sizes)
     yield from _examples(report)

@@ -10,10 +10,11 @@ import numpy as np
 from spatial_mamba_d2.data.checks.image_facts import THUMB_PX, ImageFacts
 from spatial_mamba_d2.data.faults import Finding
 
-# Of 240 differences between neighbours in the thumbnail, so many may have another sign.
-_MAX_BITS = 24
-# Correlation of the thumbnails' grey values: re-encoding and resizing keep it above.
-_LEAST_CORRELATION = 0.99
+# Of 240 differences between neighbours in the thumbnail, so many may have another sign. Photos of
+# COCO, resized and re-encoded, have at most 35; two different ones at least 79.
+_MAX_BITS = 40
+# Correlation of the thumbnails' grey values; of different photos it is below 0.75.
+_LEAST_CORRELATION = 0.985
 _LEAST_CONTRAST = 4.0  # of images that have something to compare, in grey values
 _MAX_COMPARED = 20_000  # images of which all pairs are compared
 _BLOCK = 512

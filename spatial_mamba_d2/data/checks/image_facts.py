@@ -81,11 +81,10 @@ def _read(file: Path) -> ImageFacts | Fault:
     except (OSError, ValueError) as error:
         return reading_fault("damaged image file", error)
     height, width = image.shape[:2]
-    # In two steps, because averaging over areas is slow from large images to tiny ones
-    factor = max(1, min(height, width) // (4 * THUMB_PX))
-    small = np.ascontiguousarray(image[::factor, ::factor])
-    grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     thumb = cv2.resize(grey, (THUMB_PX, THUMB_PX), interpolation=cv2.INTER_AREA)
+    factor = max(1, min(height, width) // (4 * THUMB_PX))
+    small = image[::factor, ::factor]
     difference = small[..., 0].astype(np.float32) - small[..., 2]
     third = max(1, small.shape[0] // 3)
     vertical = float(difference[:third].mean() - difference[-third:].mean())

@@ -1,4 +1,4 @@
-"""Checks of objects, in addition to those of every training: see :mod:`~spatial_mamba_d2.data.coco`."""
+"""Checks of objects, in addition to those of every training (:mod:`spatial_mamba_d2.data.coco`)."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ class CheckedInstances:
         self.where = str(part.json_file or split)
         self.findings: list[Finding] = []
         self.notes: list[str] = []
-        self.counts = SplitCounts(
-            by_class=[0] * len(classes), images_by_class=[0] * len(classes)
-        )
+        self.counts = SplitCounts(by_class=[0] * len(classes), images_by_class=[0] * len(classes))
         self.files: list[Path] = []
         self.categories: dict[int, str] = {}
         self._check(classes)
@@ -72,7 +70,17 @@ class CheckedInstances:
             self.findings.append(Finding("boxes in another form", self.where, message))
         self.notes += [text for text, is_warning in [*notes, *found["notes"]] if not is_warning]
         for section, position, change in found["changes"]:
-            content[section][position].update(change)
+            entry = content[section][position]
+            if position in usable[section] and "segmentation" in change:
+                num_stray = _num_stray(entry["segmentation"], change["segmentation"])
+                if num_stray:
+                    path = file_of_id.get(_hashable(entry.get("image_id"))) or self.where
+                    message = f"annotation {entry.get('id')} of {path}: {num_stray} parts"
+                    message += " have less than 3 points, or no pairs of numbers"
+                    self.findings.append(
+                        Finding("stray polygon part", path, message, _box_of(entry))
+                    )
+            entry.update(change)
         self.categories = dict(found["categories"])
         merged = [text for text, _ in found["notes"] if "have the same name" in text]
         self.findings += [Finding("classes of one name", self.where, f"{self.where}: {text}")
@@ -187,8 +195,6 @@ def check_object(annotation: dict[str, Any], size: tuple[int, int]) -> Iterator[
             yield Fault("wrong area", f"area is {area:g}, its box has {w * h:g} square pixels")
         return
     segmentation = mask.segmentation
-    if mask.num_stray:
-        yield Fault("stray polygon part", f"{mask.num_stray} parts have less than 3 points")
     around = np.array([mask_box(segmentation)], np.float64)
     if not boxes_agree(corners, around).all():
         box = [*around[0, :2], *(around[0, 2:] - around[0, :2])]
@@ -217,6 +223,11 @@ def check_unused_images(parts: Mapping[str, Instances]) -> list[Finding]:
                 message = f"{file}: no entry names this image"
                 found.append(Finding("image without entry", str(file), message))
     return found
+
+
+def _num_stray(given: Any, kept: Any) -> int:
+    """How many parts of polygons were left out of a mask."""
+    return len(given) - len(kept) if isinstance(given, list) and isinstance(kept, list) else 0
 
 
 def _same_mask(a: dict[str, Any], b: dict[str, Any]) -> bool:

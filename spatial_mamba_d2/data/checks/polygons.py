@@ -45,9 +45,9 @@ def _has_crossing(points: np.ndarray) -> bool:
     ends = np.roll(points, -1, axis=0)
 
     def turn(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-        return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (
-            b[..., 1] - a[..., 1]
-        ) * (c[..., 0] - a[..., 0])
+        return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (
+            c[..., 0] - a[..., 0]
+        )
 
     a, b = points[:, None], ends[:, None]
     c, d = points[None], ends[None]
@@ -57,6 +57,8 @@ def _has_crossing(points: np.ndarray) -> bool:
 
 def leaves_image(polygon: Sequence[float], height: int, width: int, slack_px: float) -> bool:
     x, y = polygon[0::2], polygon[1::2]
-    return min(x) < -slack_px or min(y) < -slack_px or (
-        max(x) > width + slack_px or max(y) > height + slack_px
+    return (
+        min(x) < -slack_px
+        or min(y) < -slack_px
+        or (max(x) > width + slack_px or max(y) > height + slack_px)
     )

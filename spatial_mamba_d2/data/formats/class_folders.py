@@ -7,8 +7,8 @@ from pathlib import Path
 from spatial_mamba_d2.data.faults import Finding
 from spatial_mamba_d2.data.formats.instance_builder import SPLIT_NAMES, name_split
 from spatial_mamba_d2.data.formats.records import ALL, LabelledData, Split, UnusableDataError
-from spatial_mamba_d2.data.images import SUFFIXES, files_below, is_litter
 from spatial_mamba_d2.data.imagenet import ClassifiedImage
+from spatial_mamba_d2.data.images import SUFFIXES, files_below, is_litter
 
 
 def split_folders(path: Path) -> dict[str, Path]:
@@ -50,9 +50,7 @@ def read_class_folders(path: Path) -> LabelledData:
     index = {name: i for i, name in enumerate(names)}
     splits: dict[str, Split] = {
         split: [
-            ClassifiedImage(file, index[name])
-            for name, files in of_class.items()
-            for file in files
+            ClassifiedImage(file, index[name]) for name, files in of_class.items() for file in files
         ]
         for split, of_class in images.items()
     }

@@ -104,16 +104,25 @@ def find_image_root(json_file: Path, content: dict[str, list[Any]], root: Path) 
     ]
     parent = json_file.parent
     near = [parent, parent / "images", parent.parent / "images", parent.parent]
-    best, most = parent, 0
+    found: dict[Path, int] = {}
     for folder in (*near, *islice(_folders(root), _MAX_FOLDERS)):
-        number = sum(os.path.isfile(os.path.join(folder, name)) for name in names)
-        if number > most:
-            best, most = folder, number
-        if names and most == len(names):
-            break
-    if not most and (parent / "images").is_dir():
-        return parent / "images"
-    return best
+        if folder not in found:
+            found[folder] = sum(os.path.isfile(os.path.join(folder, name)) for name in names)
+    most = max(found.values(), default=0)
+    if not most:
+        return parent / "images" if (parent / "images").is_dir() else parent
+    best = [folder for folder, number in found.items() if number == most]
+    if len(best) > 1:  # images of several splits may have the same names
+        split = split_of_file(json_file, root)
+        named = [folder for folder in best if name_split(_below(folder, root)) == split != ALL]
+        best = named or best
+    return best[0]
+
+
+def _below(folder: Path, root: Path) -> list[str]:
+    """The names of the folders below the root, without years, as in ``train2017``."""
+    parts = folder.relative_to(root).parts if folder.is_relative_to(root) else (folder.name,)
+    return [part.rstrip("0123456789_- ") for part in parts]
 
 
 def _folders(root: Path) -> Any:

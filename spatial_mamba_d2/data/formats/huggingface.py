@@ -147,8 +147,10 @@ def _read_objects(source: _Source, feature: Any) -> LabelledData:
             mask = item.get("segmentation") or None
             if mask and not isinstance(mask[0], list):
                 mask = [mask]
-            builder.add_object(split, image, names[index], box=item["bbox"], mask=mask,
-                               is_crowd=bool(item.get("iscrowd", item.get("is_crowd"))))  # fmt: skip
+            is_crowd = bool(item.get("iscrowd", item.get("is_crowd")))
+            builder.add_object(
+                split, image, names[index], box=item["bbox"], mask=mask, is_crowd=is_crowd
+            )
     classes, splits = builder.build(SPLIT_NAMES)
     return LabelledData(source.path, "huggingface", "detection", classes, splits, source.findings)
 

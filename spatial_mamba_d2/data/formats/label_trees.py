@@ -159,6 +159,4 @@ def read_label_tree(path: Path, tree: Tree, name: str) -> LabelledData:
                                       tree.layout.label_folder.lower())  # fmt: skip
     notes = [f"labels: {meaning}", f"folders: {tree.layout.image_folder or '.'} and "
              f"{tree.layout.label_folder or '.'}{tree.layout.label_suffix}"]  # fmt: skip
-    return LabelledData(
-        path, name, "segmentation", classes, splits, findings, notes, labels=labels
-    )
+    return LabelledData(path, name, "segmentation", classes, splits, findings, notes, labels=labels)

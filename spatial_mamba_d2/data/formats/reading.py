@@ -40,6 +40,8 @@ def read_data(
     data = candidates[0].read()
     others = {f"{c.format} ({c.task})" for c in candidates[1:] if c.format != data.format}
     if others:
-        note = f"read as {data.format} ({data.task}); the data may also be {', '.join(sorted(others))}"
+        note = (
+            f"read as {data.format} ({data.task}); the data may also be {', '.join(sorted(others))}"
+        )
         data = replace(data, notes=[*data.notes, note])
     return data

@@ -42,7 +42,9 @@ class Candidate(NamedTuple):
     read: Callable[[], LabelledData]
 
 
-def recognise(path: Path, *, task: str | None = None, extract_to: Path | None = None) -> list[Candidate]:
+def recognise(
+    path: Path, *, task: str | None = None, extract_to: Path | None = None
+) -> list[Candidate]:
     """The formats that ``path`` is in, the most specific one first.
 
     Args:

@@ -79,7 +79,8 @@ def group_images(files: Sequence[Path], root: Path) -> tuple[str, list[str]]:
     stems = [_ROBOFLOW.sub("", file.stem) for file in files]
     folders = [str(file.parent) for file in files]
     prefixes = [
-        f"{folder}/{_NUMBER.sub('', stem) or stem}" for folder, stem in zip(folders, stems, strict=True)
+        f"{folder}/{_NUMBER.sub('', stem) or stem}"
+        for folder, stem in zip(folders, stems, strict=True)
     ]
     names = [f"{folder}/{stem}" for folder, stem in zip(folders, stems, strict=True)]
     for rule, groups in (("folder", folders), ("prefix of names", prefixes)):

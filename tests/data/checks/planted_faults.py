@@ -1,7 +1,7 @@
 """About a hundred ways to spoil a clean data set; each must be found and named.
 
-A function gets the root of a fresh copy, spoils it, and returns a word that the finding must have in
-its file or message.
+A function gets the root of a fresh copy, spoils it, and returns a word that the finding must have
+in its file or message.
 """
 
 from __future__ import annotations
@@ -196,10 +196,10 @@ def one_image_has_two_entries(content: dict) -> str:
     return content["images"][0]["file_name"]
 
 
-@on_annotation("unknown image_id")
-def annotation_of_no_image(annotation: dict, image: dict) -> None:
-    annotation["image_id"] = 77_777
-    annotation["note"] = image["file_name"]
+@on_content("unknown image_id")
+def annotation_of_no_image(content: dict) -> str:
+    content["annotations"][0]["image_id"] = 77_777
+    return "77777"
 
 
 @on_annotation("unknown category_id")
@@ -416,14 +416,16 @@ def val_has_other_classes(root: Path) -> str:
 @fault("coco", "class missing from training")
 def training_has_none_of_a_class(root: Path) -> str:
     with edited(root, "val") as content:
-        number = {}
-        for a in content["annotations"]:
-            number.setdefault(a["category_id"], set()).add(a["image_id"])
-        chosen = max(number, key=lambda c: len(number[c]))
-        name = next(c["name"] for c in content["categories"] if c["id"] == chosen)
+        chosen = content["categories"][0]
+        for image in content["images"]:  # in each one, an object of that class
+            annotation = {"id": 1000 + image["id"], "image_id": image["id"], "iscrowd": 0}
+            annotation |= {"category_id": chosen["id"], "bbox": [2, 3, 20, 18], "area": 360}
+            content["annotations"].append(annotation)
     with edited(root) as content:
-        content["annotations"] = [a for a in content["annotations"] if a["category_id"] != chosen]
-    return name
+        content["annotations"] = [
+            a for a in content["annotations"] if a["category_id"] != chosen["id"]
+        ]
+    return chosen["name"]
 
 
 @on_content("many crowds")
@@ -657,9 +659,12 @@ def labelme_size_is_wrong(content: dict) -> None:
     content["imageHeight"] += 7
 
 
-@on_labelme("missing image file")
-def labelme_image_is_missing(content: dict) -> None:
-    content["imagePath"] = "moved.jpg"
+@fault("labelme", "missing image file")
+def labelme_image_is_missing(root: Path) -> str:
+    file = labelme_file(root)
+    name = read_json(file)["imagePath"]
+    (file.parent / name).unlink()
+    return name
 
 
 @fault("labelme", "image without label")

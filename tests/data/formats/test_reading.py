@@ -58,7 +58,11 @@ def expected(source: Source, *, masks: bool) -> dict:
             path.name: (
                 *size,
                 sorted(
-                    (name, [float(v) for v in box], [[float(v) for v in polygon]] if masks else None)
+                    (
+                        name,
+                        [float(v) for v in box],
+                        [[float(v) for v in polygon]] if masks else None,
+                    )
                     for name, box, polygon in objects
                 ),
             )
@@ -116,7 +120,10 @@ def test_the_tree_of_the_shapes_is_read_for_both_tasks(shapes):
 def test_real_trees_are_recognised(coco_mini):
     data = read_data(coco_mini)
     assert (data.format, len(data.classes)) == ("coco", 80)
-    assert {split: len(data.image_files(split)) for split in data.splits} == {"train": 130, "val": 80}
+    assert {split: len(data.image_files(split)) for split in data.splits} == {
+        "train": 130,
+        "val": 80,
+    }
     assert all(file.is_file() for split in data.splits for file in data.image_files(split))
 
 
@@ -169,7 +176,8 @@ MAPS = {
     "colours": ("images/{split}/{name}{suffix}", "masks/{split}/{name}.png", in_colors,
                 "label_colors.txt", color_table),
     "cityscapes": ("leftImg8bit/{split}/a/{name}_leftImg8bit{suffix}",
-                   "gtFine/{split}/a/{name}_gtFine_labelIds.png", grey(0), "classes.txt", "\n".join),
+                   "gtFine/{split}/a/{name}_gtFine_labelIds.png", grey(0), "classes.txt",
+                   "\n".join),
 }  # fmt: skip
 
 
@@ -402,7 +410,12 @@ def test_labelme_shapes(tmp_path):
          "mask": writers.png_text(bitmap)},
         {"label": "__ignore__", "shape_type": "rectangle", "points": [[0, 0], [9, 9]]},
     ]  # fmt: skip
-    content = {"shapes": shapes, "imagePath": "..\\photos\\a.png", "imageHeight": 40, "imageWidth": 60}
+    content = {
+        "shapes": shapes,
+        "imagePath": "..\\photos\\a.png",
+        "imageHeight": 40,
+        "imageWidth": 60,
+    }
     (tmp_path / "a.json").write_text(json.dumps(content))
     data = read_data(tmp_path)
     found = {a["category_id"]: a for a in data.splits["all"].content["annotations"]}

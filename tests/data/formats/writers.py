@@ -45,7 +45,11 @@ def read_source(
         for image in content["images"][:num_images]:
             objects: Objects = []
             for a in content["annotations"]:
-                if a["image_id"] == image["id"] and not a["iscrowd"] and len(a["segmentation"]) == 1:
+                if (
+                    a["image_id"] == image["id"]
+                    and not a["iscrowd"]
+                    and len(a["segmentation"]) == 1
+                ):
                     polygon = a["segmentation"][0]
                     x1, y1, x2, y2 = mask_box([polygon])
                     box = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]
@@ -60,7 +64,11 @@ def read_source(
 def write_coco(source: Source, root: Path, *, masks: bool = True, one_file: bool = False) -> Path:
     """``train.json``, ``val.json`` and ``images/``; or ``all.json`` alone."""
     ids = {name: 3 * index + 1 for index, name in enumerate(source.classes)}
-    parts = {"all": [i for images in source.images.values() for i in images]} if one_file else source.images
+    parts = (
+        {"all": [i for images in source.images.values() for i in images]}
+        if one_file
+        else source.images
+    )
     number = 0
     for split, images in parts.items():
         content: dict[str, Any] = {
@@ -92,15 +100,15 @@ def write_yolo(source: Source, root: Path, *, masks: bool = True) -> Path:
             lines = []
             for name, (x, y, w, h), polygon in objects:
                 numbers = polygon if masks else [x + w / 2, y + h / 2, w, h]
-                words = [
-                    f"{v / (height if i % 2 else width):.6f}" for i, v in enumerate(numbers)
-                ]
+                words = [f"{v / (height if i % 2 else width):.6f}" for i, v in enumerate(numbers)]
                 lines.append(" ".join([str(source.classes.index(name)), *words]))
             label = root / "labels" / split / f"{path.stem}.txt"
             label.parent.mkdir(parents=True, exist_ok=True)
             label.write_text("\n".join(lines) + "\n" if lines else "", encoding="utf-8")
     names = "".join(f"  {i}: {json.dumps(name)}\n" for i, name in enumerate(source.classes))
-    text = f"path: .\ntrain: images/train\nval: images/val\nnc: {len(source.classes)}\nnames:\n{names}"
+    text = (
+        f"path: .\ntrain: images/train\nval: images/val\nnc: {len(source.classes)}\nnames:\n{names}"
+    )
     (root / "data.yaml").write_text(text, encoding="utf-8")
     return root
 
