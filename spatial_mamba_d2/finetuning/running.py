@@ -31,8 +31,8 @@ CONFIG = "finetune.yaml"
 _KIND_OF_TASK = {
     "detection": "detector", "segmentation": "segmentor", "classification": "classifier"
 }  # fmt: skip
-# Share of --minutes that evaluations and checkpoints may take in addition to iterations.
-_RESERVE = 0.25
+_EVALUATION_SHARE = 0.2  # of --minutes, at most
+_RESERVE = 0.05  # of --minutes, because the first iterations are not the slowest ones
 
 
 def finetune(
@@ -176,7 +176,12 @@ def _fit(
                 config_file.unlink(missing_ok=True)
     if minutes is not None and measured is not None:
         seconds = 60 * minutes * (1 - _RESERVE) - measured.overhead_s
-        iterations = int(seconds / measured.iteration_s)
+        # A test image takes less than a training image: there is no backward pass.
+        evaluation_s = situation.facts.num_val * measured.iteration_s / situation.batch
+        number = int(_EVALUATION_SHARE * seconds / evaluation_s)
+        number = min(max(1, number), choices.MOST_EVALUATIONS)
+        situation = replace(situation, num_evaluations=number)
+        iterations = int((seconds - number * evaluation_s) / measured.iteration_s)
         if iterations < choices.LEAST_ITERATIONS:
             raise ValueError(
                 f"--minutes {minutes:g} is enough for {max(0, iterations)} iterations of "

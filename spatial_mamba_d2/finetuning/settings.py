@@ -30,7 +30,7 @@ CLASS_LAYERS = {
 DEFAULT_EPOCHS = {"detection": 24, "segmentation": 40, "classification": 30}
 LEAST_ITERATIONS = 20
 MOST_CPU_PX = 512  # short side of images on CPUs
-_EVALUATIONS = 10  # in a training
+MOST_EVALUATIONS = 10  # in a training
 _EMA_ITERATIONS = 1000  # from which on a moving average is used
 _PATIENCE = 4  # evaluations without a better score
 
@@ -57,6 +57,7 @@ class Situation:
         on_gpu: whether there is a GPU.
         batch: images of an iteration.
         iterations: of the training.
+        num_evaluations: in it, at most; no epoch has two.
     """
 
     task: str
@@ -65,6 +66,7 @@ class Situation:
     on_gpu: bool
     batch: int
     iterations: int
+    num_evaluations: int = MOST_EVALUATIONS
 
     @property
     def is_small(self) -> bool:
@@ -117,7 +119,9 @@ def _input_px(situation: Situation, most: int) -> Setting:
 
 
 def _evaluation_period(situation: Situation) -> int:
-    period = max(situation.epoch_iterations, math.ceil(situation.iterations / _EVALUATIONS))
+    period = max(
+        situation.epoch_iterations, math.ceil(situation.iterations / situation.num_evaluations)
+    )
     return min(period, situation.iterations)
 
 
@@ -148,7 +152,8 @@ def _detection(s: Situation) -> Settings:
     period = _evaluation_period(s)
     settings["TEST.EVAL_PERIOD"] = Setting(period, "the best of them is kept: model_best.pth")
     settings["SOLVER.CHECKPOINT_PERIOD"] = Setting(period)
-    if s.iterations // period > _PATIENCE:
+    # From random weights, the first scores may all be 0.
+    if s.start != "random" and s.iterations // period > _PATIENCE:
         settings["TEST.PATIENCE"] = Setting(_PATIENCE, "early stopping, in evaluations")
     return settings
 
@@ -219,7 +224,7 @@ def _classification(s: Situation) -> Settings:
             f"an average over about a tenth of {s.iterations} iterations",
         ),
         "TEST.EVAL_EPOCHS": Setting(
-            max(1, epochs // _EVALUATIONS), "the best of them is kept: best.ckpt"
+            max(1, math.ceil(epochs / s.num_evaluations)), "the best of them is kept: best.ckpt"
         ),
     }
     if not long_training:

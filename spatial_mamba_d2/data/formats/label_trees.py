@@ -23,7 +23,6 @@ _LABEL_WORDS = (
     "segmentations", "segmentation", "gtfine", "gt",
 )  # fmt: skip
 _SUFFIXES = ("_mask", "_masks", "_label", "_labels", "_seg", "_gt", "_L", "-mask", ".mask")
-_LABEL_SUFFIXES = SUFFIXES - {".jpg", ".jpeg"}
 
 
 class Tree(NamedTuple):
@@ -90,9 +89,7 @@ def _with_pairs(root: Path, layout: Layout, splits: dict[str, str]) -> Tree | No
     ]
     if not all(place.is_dir() for place in places):
         return None
-    labels = [f for f in _images(places[1]) if f.suffix.lower() in SUFFIXES]
-    if not any(label.suffix.lower() in _LABEL_SUFFIXES for label in labels):
-        return None
+    labels = _images(places[1])
     if layout.label_suffix or find_pairs(root, split, layout)[0]:
         return Tree(layout, splits)
     if layout.image_folder.lower().startswith("leftimg8bit"):

@@ -81,21 +81,29 @@ def _packed(row: re.Match[str]) -> int:
 
 
 def count_stored(pairs: Sequence[Pair]) -> tuple[Counter[int], Counter[int]]:
-    """Pixels of each integer and of each colour in a sample of the label files."""
+    """Pixels of each integer and of each colour in a sample of the label files.
+
+    Raises:
+        UnusableDataError: none of them can be read as a label map.
+    """
+    reason = ""
     values: Counter[int] = Counter()
     colors: Counter[int] = Counter()
     step = max(1, len(pairs) // SAMPLE)
     for pair in pairs[::step]:
         try:
             stored = read_label(pair.label, _ANY)
-        except (OSError, ValueError):
-            continue  # which the checks report
+        except (OSError, ValueError) as error:
+            reason = reason or str(error)  # the checks report each one
+            continue
         counts = values
         if stored.ndim == 3:
             red, green, blue = (stored[..., channel].astype(np.int32) for channel in range(3))
             stored, counts = red << 16 | green << 8 | blue, colors
         present, numbers = np.unique(stored, return_counts=True)
         counts.update(dict(zip(present.tolist(), numbers.tolist(), strict=True)))
+    if not values and not colors:
+        raise UnusableDataError(f"none of the label maps can be read: {reason}")
     return values, colors
 
 
@@ -112,10 +120,6 @@ def decide(
         UnusableDataError: no label file can be read, or there are too many colours to be classes.
     """
     values, colors = count_stored(pairs)
-    if not values and not colors:
-        raise UnusableDataError(
-            f"{pairs[0].label.parent}: none of the label files can be read as one"
-        )
     if table is None and is_voc:
         names = CLASSES["voc"][0]
         known, palette = LABEL_MAPS["voc"]
