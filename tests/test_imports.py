@@ -17,7 +17,7 @@ LEVELS = (
     ("ops", "system"),
     ("models", "data"),
     ("config",),
-    ("training", "prediction", "explain", "export"),
+    ("training", "evaluation", "prediction", "explain", "export"),
     ("segmentation", "classification", "detection"),
     ("model_zoo", "doctor"),
     ("model_card",),
