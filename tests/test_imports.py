@@ -21,7 +21,7 @@ LEVELS = (
     ("segmentation", "classification", "detection"),
     ("model_zoo", "doctor"),
     ("model_card",),
-    ("hub", "deploy", "finetuning", "profiling"),
+    ("hub", "deploy", "finetuning", "reporting", "profiling"),
     ("tools", "datasets", "examples", "dev", "setup", "__main__"),
     ("tests",),
 )

@@ -58,7 +58,7 @@ def evaluate_detections(
         raise ValueError("truth must have images and annotations to evaluate against, got none")
     run = _run_pycocotools(truth, detections, kind)
     stats = [float(value) if value >= 0 else None for value in run.stats]
-    classes = [c for c in sorted(truth["categories"], key=lambda c: c["id"])]
+    classes = sorted(truth["categories"], key=lambda c: c["id"])
     names = [c["name"] for c in classes]
     image_ids = list(run.params.imgIds)
     matches = _matches_of(run, len(classes), image_ids)
@@ -67,11 +67,19 @@ def evaluate_detections(
     for low, high in GROUPS:
         chosen = ((num_of_image >= low) & (num_of_image <= high)).astype(np.int64)
         if chosen.any():
-            text = f"{low}" if low == high else f"{low} to {high}" if high < 10**9 else f"{low} or more"
+            text = (
+                f"{low}"
+                if low == high
+                else f"{low} to {high}"
+                if high < 10**9
+                else f"{low} or more"
+            )
             scores[f"AP, images with {text} objects"] = average_precision(matches, chosen)
     threshold, best = _best_threshold(matches)
     scores |= {"best threshold": threshold, "precision": best[0], "recall": best[1], "F1": best[2]}
-    matching = match_boxes(truth, detections, image_ids, [c["id"] for c in classes], kind, threshold)
+    matching = match_boxes(
+        truth, detections, image_ids, [c["id"] for c in classes], kind, threshold
+    )
     errors = _hotcoco_errors(truth, detections, kind)
     worst = _worst(matching)
     return Evaluation(

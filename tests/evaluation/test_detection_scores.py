@@ -39,8 +39,13 @@ def detect(truth: dict, seed: int, noise_px: float = 4.0) -> list[dict]:
         box = np.array(a["bbox"], float) + rng.normal(0, noise_px, 4)
         box[2:] = np.maximum(box[2:], 2)
         category = a["category_id"] if rng.random() < 0.85 else int(rng.choice(ids))
-        entry = {"image_id": a["image_id"], "category_id": category, "bbox": box.tolist(),
-                 "segmentation": a["segmentation"], "score": round(float(rng.random()), 3)}  # fmt: skip
+        entry = {
+            "image_id": a["image_id"],
+            "category_id": category,
+            "bbox": box.tolist(),
+            "segmentation": a["segmentation"],
+            "score": round(float(rng.random()), 3),
+        }
         found.append(entry)
         if rng.random() < 0.1:
             found.append({**entry, "score": round(float(rng.random()), 3)})
@@ -78,7 +83,10 @@ def as_rle(truth: dict, detections: list[dict]) -> list[dict]:
 
     sizes = {i["id"]: (i["height"], i["width"]) for i in truth["images"]}
     return [
-        {**d, "segmentation": mask.merge(mask.frPyObjects(d["segmentation"], *sizes[d["image_id"]]))}
+        {
+            **d,
+            "segmentation": mask.merge(mask.frPyObjects(d["segmentation"], *sizes[d["image_id"]])),
+        }
         for d in detections
     ]
 
@@ -156,7 +164,7 @@ def test_confusion_counts_every_object_once(truth):
 
 def test_confusion_is_hotcocos(truth):
     hotcoco = pytest.importorskip("hotcoco", reason="hotcoco is not installed")
-    detections = [d for d in detect(truth, 4, noise_px=1.0)]
+    detections = detect(truth, 4, noise_px=1.0)
     ordinary = {**truth, "annotations": [a for a in truth["annotations"] if not a["iscrowd"]]}
     found = evaluate_detections(ordinary, detections)
     objects = hotcoco.COCO({"info": {}, "licenses": [], **copy.deepcopy(ordinary)})
