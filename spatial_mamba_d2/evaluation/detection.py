@@ -60,7 +60,7 @@ def evaluate_detections(
     stats = [float(value) if value >= 0 else None for value in run.stats]
     classes = sorted(truth["categories"], key=lambda c: c["id"])
     names = [c["name"] for c in classes]
-    image_ids = list(run.params.imgIds)
+    image_ids = [int(id_) for id_ in run.params.imgIds]
     matches = _matches_of(run, len(classes), image_ids)
     num_of_image = sum(m.num_objects for m in matches)
     scores: dict[str, float | None] = dict(zip(STATS, stats, strict=True))

@@ -52,16 +52,17 @@ class Evaluation:
         return interval(self.samples)
 
     def as_json(self, files: Sequence[str]) -> dict[str, Any]:
-        """All but the samples; ``files`` are those of the images."""
+        """All but the samples; ``files`` are those of the images. What is undefined is None."""
+        low, high = map(_number, self.interval)
         return {
             "task": self.task,
             "main": self.main,
             "scores": {name: _number(value) for name, value in self.scores.items()},
-            "interval": {"score": self.main, "level": LEVEL, "low": self.interval[0],
-                         "high": self.interval[1], "bootstrap": NUM_SAMPLES},
+            "interval": {"score": self.main, "level": LEVEL, "low": low,
+                         "high": high, "bootstrap": NUM_SAMPLES},
             "per_class": [{k: _number(v) for k, v in row.items()} for row in self.per_class],
             "confusion": {"names": self.columns, "counts": self.confusion.tolist()},
-            "curves": self.curves,
+            "curves": {name: [list(p) for p in points] for name, points in self.curves.items()},
             "calibration": self.calibration,
             "calibration_error": expected_error(self.calibration),
             **self.more,
