@@ -79,7 +79,7 @@ def test_runs_are_compared(runs, sample_images, tmp_path):
     assert evaluations[0] == evaluations[1]
 
 
-@pytest.mark.parametrize("name", ["yolo", "labelme", "voc", "coco"])
+@pytest.mark.parametrize("name", ["yolo", "voc"])
 def test_other_formats_train_and_are_reported(name, shape_source, tmp_path):
     """One command from the folder to the run, one more to the report."""
     data = tmp_path / name

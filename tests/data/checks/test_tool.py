@@ -66,12 +66,11 @@ def test_unusable_data_are_said_in_the_json_too(tmp_path):
     assert finding["kind"] == "unusable data"
 
 
-@pytest.mark.parametrize(("spoil", "code"), [(False, 0), (True, 1), (None, 2)])
-def test_exit_codes(spoil, code, root, shapes, tmp_path):
+@pytest.mark.parametrize("code", [1, 2])
+def test_exit_codes(code, root, shapes, tmp_path):
     data = tmp_path / "data"
-    if spoil is not None:
+    if code == 1:
         shutil.copytree(shapes, data)
-    if spoil:
         next((data / "images" / "training").iterdir()).write_bytes(b"no image")
     command = [sys.executable, root / "tools" / "check_data.py", data]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
