@@ -40,7 +40,7 @@ def evaluate_classes(
         precision, recall = hit / found, hit / true
         f1 = 2 * hit / (true + found)
     top5 = (order[:, :5] == targets[:, None]).any(axis=1)
-    scores = {
+    scores: dict[str, float | None] = {
         "top1": float(is_right.mean()),
         **({"top5": float(top5.mean())} if num_classes > 5 else {}),
         "mean recall": float(np.nanmean(recall)),

@@ -62,7 +62,7 @@ def evaluate_detections(
     names = [c["name"] for c in classes]
     image_ids = [int(id_) for id_ in run.params.imgIds]
     matches = _matches_of(run, len(classes), image_ids)
-    num_of_image = sum(m.num_objects for m in matches)
+    num_of_image = np.sum([m.num_objects for m in matches], axis=0)
     scores: dict[str, float | None] = dict(zip(STATS, stats, strict=True))
     for low, high in GROUPS:
         chosen = ((num_of_image >= low) & (num_of_image <= high)).astype(np.int64)

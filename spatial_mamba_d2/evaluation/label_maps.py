@@ -83,7 +83,7 @@ class LabelMapScores:
             accuracy = hit / true
             boundary = self._boundary[0] / self._boundary[1]
             precision = hit / predicted
-        scores = {
+        scores: dict[str, float | None] = {
             "mIoU": float(np.nanmean(iou)),
             "mAcc": float(np.nanmean(accuracy)),
             "aAcc": float(hit.sum() / max(1, true.sum())),

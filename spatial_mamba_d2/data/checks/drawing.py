@@ -43,6 +43,16 @@ def _sections(report: DataReport) -> Iterator[str]:
     else:
         yield html_page.paragraph("Nothing is wrong.", "ok")
     yield html_page.items(report.notes)
+    for kind, found in by_kind(report.findings).items():
+        yield html_page.heading(f"{kind}: {len(found)}")
+        drawn = (drawing for f in found[: 5 * EXAMPLES] if (drawing := _draw(f)) is not None)
+        for number, (content, finding) in enumerate(drawn, start=1):
+            yield html_page.figure(content, finding.message)
+            if number == EXAMPLES:
+                break
+        yield html_page.items(finding.message for finding in found[:_LISTED])
+        if len(found) > _LISTED:
+            yield html_page.paragraph(f"and {len(found) - _LISTED} more")
     yield html_page.heading("Counts")
     yield html_page.table(
         ("split", "images", "objects, pixels or images"),
@@ -62,16 +72,6 @@ def _sections(report: DataReport) -> Iterator[str]:
     sizes = {f"{w} x {h}": float(n) for (h, w), n in report.image_sizes.most_common(15)}
     yield html_page.bar_chart("images by size, the most frequent ones", sizes)
     yield from _examples(report)
-    for kind, found in by_kind(report.findings).items():
-        yield html_page.heading(f"{kind}: {len(found)}")
-        drawn = (drawing for f in found[: 5 * EXAMPLES] if (drawing := _draw(f)) is not None)
-        for number, (content, finding) in enumerate(drawn, start=1):
-            yield html_page.figure(content, finding.message)
-            if number == EXAMPLES:
-                break
-        yield html_page.items(finding.message for finding in found[:_LISTED])
-        if len(found) > _LISTED:
-            yield html_page.paragraph(f"and {len(found) - _LISTED} more")
 
 
 def _binned(counts: Counter[int]) -> dict[str, float]:
