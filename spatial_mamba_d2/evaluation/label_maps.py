@@ -101,8 +101,7 @@ class LabelMapScores:
             for k, name in enumerate(self.names)
         ]
         of_images = np.array([np.nanmean(_iou(a)) if a[1].any() else np.nan for a in areas])
-        order = np.argsort(of_images, kind="stable")
-        order = [int(i) for i in order if np.isfinite(of_images[i])]
+        order = [int(i) for i in np.argsort(of_images, kind="stable") if np.isfinite(of_images[i])]
         suspects = [i for i in np.argsort(self._suspect, kind="stable")[::-1][:_LISTED]
                     if self._suspect[i] >= _LEAST_SUSPECT]  # fmt: skip
         return Evaluation(

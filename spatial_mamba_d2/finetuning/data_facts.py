@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spatial_mamba_d2.data.ade20k import examine_pairs
 from spatial_mamba_d2.data.formats import Instances, LabelledData
+from spatial_mamba_d2.data.imagenet import ClassifiedImage
 from spatial_mamba_d2.data.images import read_size
 from spatial_mamba_d2.data.label_maps import Pair
 
@@ -59,7 +61,8 @@ def measure_data(data: LabelledData) -> DataFacts:
         chosen = pairs[:: max(1, len(pairs) // _SAMPLE)]
         counts = examine_pairs(chosen, data.labels)["pixels"][: len(data.classes)]
     else:
-        counts = np.bincount([item[1] for item in part], minlength=1).tolist()  # type: ignore[misc]
+        targets = [item.target for item in part if isinstance(item, ClassifiedImage)]
+        counts = np.bincount(targets, minlength=1).tolist()
     share = max(counts) / max(1, sum(counts))
     num_val = len(data.image_files("val"))
     num_classes = len(set(data.classes))
@@ -76,5 +79,5 @@ def _sizes(files: Sequence[Path]) -> list[tuple[int, int]]:
     return sizes
 
 
-def _is_box(box: Sequence[object]) -> bool:
-    return all(isinstance(v, (int, float)) for v in box) and min(box[2:]) > 0  # type: ignore[type-var]
+def _is_box(box: Sequence[Any]) -> bool:
+    return all(isinstance(v, (int, float)) for v in box) and min(box[2:]) > 0

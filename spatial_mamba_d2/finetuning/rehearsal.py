@@ -32,7 +32,7 @@ from spatial_mamba_d2.data.imagenet import check_split as check_class_split
 from spatial_mamba_d2.data.imagenet import load_classes
 from spatial_mamba_d2.data.images import read_image
 from spatial_mamba_d2.data.json_file import read_json
-from spatial_mamba_d2.data.label_format import build_label_format
+from spatial_mamba_d2.data.label_format import LabelFormat, build_label_format
 from spatial_mamba_d2.data.label_maps import read_pair
 from spatial_mamba_d2.data.pair_files import Layout
 from spatial_mamba_d2.data.pixels import build_pixel_range
@@ -122,7 +122,8 @@ def load_any(
 def _four_images(task: str, cfg: Any) -> LabelledData:
     """As training and as test images; with as many classes as there can be."""
     data = cfg.DATASETS
-    labels, items, names = None, [], ()
+    labels: LabelFormat | None = None
+    names: tuple[str, ...]
     if task == "detection":
         if not data.TRAIN_JSON or not isinstance(data.TRAIN_JSON, str):
             raise ValueError(
@@ -152,8 +153,8 @@ def _four_images(task: str, cfg: Any) -> LabelledData:
         part = items[:: max(1, len(items) // NUM_IMAGES)][:NUM_IMAGES]
     else:
         names = load_classes(data.CLASSES, data.ROOT, data.TRAIN, cfg.MODEL.NUM_CLASSES)
-        items = check_class_split(data.ROOT, data.TRAIN, names, on_error=data.ON_ERROR).samples
-        first = {sample.target: sample for sample in reversed(items)}
+        samples = check_class_split(data.ROOT, data.TRAIN, names, on_error=data.ON_ERROR).samples
+        first = {sample.target: sample for sample in reversed(samples)}
         part = [first[target] for target in sorted(first)][:NUM_IMAGES]
     splits = {"train": part, "val": part}
     return LabelledData(Path(str(data.get("ROOT", "."))), "coco", task, tuple(names), splits,

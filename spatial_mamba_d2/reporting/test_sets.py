@@ -104,10 +104,10 @@ def of_configuration(task: str, cfg: Any, names: Sequence[str]) -> TestSet:
             num_channels=cfg.INPUT.CHANNELS,
         ).pairs  # fmt: skip
         return TestSet([p.image for p in pairs], pairs, f"{data.ROOT}, {data.TEST}", labels)
-    classes = load_classes(data.CLASSES, data.ROOT, data.TRAIN, cfg.MODEL.NUM_CLASSES)
-    _check_names(classes, names, data.ROOT)
+    names_in_data = load_classes(data.CLASSES, data.ROOT, data.TRAIN, cfg.MODEL.NUM_CLASSES)
+    _check_names(names_in_data, names, data.ROOT)
     samples = check_class_split(
-        data.ROOT, data.TEST, classes, on_error="skip", check_decode=True
+        data.ROOT, data.TEST, names_in_data, on_error="skip", check_decode=True
     ).samples
     return TestSet([s.path for s in samples], samples, f"{data.ROOT}, {data.TEST}")
 
@@ -143,7 +143,8 @@ def _instances(coco: CocoDataset, names: Sequence[str], where: str) -> TestSet:
             f"{where}: the model has no class {missing[0]!r}; its classes are "
             f"{', '.join(list(names)[:20])}"
         )
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, record in enumerate(coco.records, start=1):
         images.append({"id": number, "file_name": record["file_name"], "height": record["height"],
                        "width": record["width"]})  # fmt: skip

@@ -38,7 +38,7 @@ def segmentation_defaults() -> CfgNode:
     # Weight of each class in both losses; (): 1 for all. ("auto",): the more, the rarer a class is
     # in the training labels; the median of their frequencies over its own, 0.1 to 10.
     cfg.MODEL.CLASS_WEIGHTS = ()
-    # Of each pixel, in both losses: cross_entropy, focal, or ohem: the pixels with the largest ones.
+    # Of each pixel, in both losses: cross_entropy, focal, or ohem, which is of the hardest ones.
     cfg.MODEL.PIXEL_LOSS = "cross_entropy"
     cfg.MODEL.FOCAL_GAMMA = 2.0
     cfg.MODEL.OHEM_SHARE = 0.25  # of the pixels of an image

@@ -24,11 +24,12 @@ PIXEL_LOSSES = ("cross_entropy", "focal", "ohem")
 
 def build_pixel_loss(cfg: CfgNode) -> PixelLoss:
     """``MODEL.PIXEL_LOSS``, which both heads have."""
-    return {
+    losses: dict[str, PixelLoss] = {
         "cross_entropy": cross_entropy,
         "focal": partial(focal_loss, gamma=cfg.MODEL.FOCAL_GAMMA),
         "ohem": partial(hard_pixel_loss, share=cfg.MODEL.OHEM_SHARE),
-    }[cfg.MODEL.PIXEL_LOSS]
+    }
+    return losses[cfg.MODEL.PIXEL_LOSS]
 
 
 def _pixel_losses(logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from spatial_mamba_d2.data.checks.report import DataReport, by_kind
 from spatial_mamba_d2.data.faults import Finding
 from spatial_mamba_d2.data.images import SUFFIXES, encode_image, read_image
-from spatial_mamba_d2.data.label_maps import distinct_colors, read_pair
+from spatial_mamba_d2.data.label_maps import Pair, distinct_colors, read_pair
 from spatial_mamba_d2.system import html_page
 
 EXAMPLES = 4  # drawn of each kind of finding
@@ -98,8 +98,9 @@ def _examples(report: DataReport) -> Iterator[str]:
         for position, file in enumerate(data.image_files(split)[:EXAMPLES]):
             try:
                 image = read_image(file)
-                if data.task == "segmentation" and data.labels is not None:
-                    image = _overlay(image, read_pair(items[position], data.labels)[1])  # type: ignore[index]
+                item = items[position] if isinstance(items, list) else None
+                if isinstance(item, Pair) and data.labels is not None:
+                    image = _overlay(image, read_pair(item, data.labels)[1])
             except (OSError, ValueError):
                 continue
             yield html_page.figure(_encode(image), f"{split}: {file.name}")

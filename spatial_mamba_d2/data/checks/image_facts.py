@@ -65,8 +65,7 @@ def read_facts(files: Sequence[Path]) -> dict[Path, ImageFacts | Fault]:
     facts: dict[Path, ImageFacts | Fault] = {}
     for file, values in zip(existing, content["facts"], strict=True):
         if values is not None:
-            *first, red_less_blue, suffix = values
-            facts[file] = ImageFacts(*first, tuple(red_less_blue), suffix)
+            facts[file] = ImageFacts(*values)
     for index, kind, reason in content["faults"]:
         facts[existing[index]] = Fault(kind, reason)
     return facts

@@ -177,7 +177,7 @@ def _by_value(
             for offset in (0, 1)
         }
         offset = 1 if table and table.counts_from_1 else min(lost, key=lambda o: (lost[o], o))
-        ignored = (0, IGNORE) if offset else (IGNORE,)
+        ignored: tuple[int, ...] = (0, IGNORE) if offset else (IGNORE,)
         if IGNORE - offset < num_classes:
             ignored = ignored[:-1]
         text = f"class k, from 0, is stored as k + {offset}; ignored: {ignored}"

@@ -97,10 +97,10 @@ def _read_shapes(
     names: list[str] | None,
     findings: list[Finding],
 ) -> None:
-    sides = [content.get("imageHeight"), content.get("imageWidth")]
+    height, width = content.get("imageHeight"), content.get("imageWidth")
     size = None
-    if all(type(side) is int and side > 0 for side in sides):
-        size = (int(sides[0]), int(sides[1]))
+    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+        size = height, width
     image = builder.add_image(split, image_file, size)
     groups: dict[Any, list[list[float]]] = {}
     for number, shape in enumerate(content["shapes"]):

@@ -86,12 +86,12 @@ def read_voc(path: Path) -> LabelledData:
     names = read_class_lines(path, name_file) if name_file else None
     builder = InstanceBuilder(names)
     num_difficult = 0
-    for split, file in _by_split(path, read, findings):
-        image = builder.add_image(split, file.image, file.size)
-        for name, (x1, y1, x2, y2), is_difficult in file.objects:
+    for split, annotated in _by_split(path, read, findings):
+        image = builder.add_image(split, annotated.image, annotated.size)
+        for name, (x1, y1, x2, y2), is_difficult in annotated.objects:
             if names is not None and name not in names:
-                message = f"{file.path}: {name!r} is none of the names in {name_file}"
-                findings.append(Finding("unknown class", str(file.path), message))
+                message = f"{annotated.path}: {name!r} is none of the names in {name_file}"
+                findings.append(Finding("unknown class", str(annotated.path), message))
                 continue
             if not starts_at_0:
                 x1, y1 = x1 - 1, y1 - 1
@@ -100,11 +100,11 @@ def read_voc(path: Path) -> LabelledData:
             num_difficult += is_difficult
     if num_difficult:
         notes.append(f"{num_difficult} objects are difficult: they neither train nor count")
-    used = {file.image.absolute() for file in read}
-    for file in (f for group in images.values() for f in group):
-        if file.absolute() not in used:
-            message = f"{file}: no XML file for this image"
-            findings.append(Finding("image without label", str(file), message))
+    used = {annotated.image.absolute() for annotated in read}
+    for image_file in (f for group in images.values() for f in group):
+        if image_file.absolute() not in used:
+            message = f"{image_file}: no XML file for this image"
+            findings.append(Finding("image without label", str(image_file), message))
     classes, splits = builder.build(SPLIT_NAMES)
     return LabelledData(path, "voc", "detection", classes, splits, findings, notes)
 
