@@ -44,7 +44,7 @@ from spatial_mamba_d2.system.package_files import top_level_folder
 logger = logging.getLogger(__name__)
 
 NUM_IMAGES = 4
-ITERATIONS = 24  # of the rehearsal, in two parts
+ITERATIONS = 16  # of the rehearsal, in two parts
 _CPU_PX = 128  # short side on CPUs, so that it takes a minute
 _LEARNED = 0.9  # the last losses over the first ones, at most
 _RISEN = 1.2  # the same of a rate that is too high

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
+from spatial_mamba_d2.data.drawing import enlarge, enlargement
 from spatial_mamba_d2.data.images import encode_image
 from spatial_mamba_d2.data.label_maps import distinct_colors
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
@@ -177,15 +178,18 @@ def _draw(run: Run, evaluation: Evaluation, position: int) -> np.ndarray:
         return np.hstack([shown, table[truth], table[model(image).label]])
     threshold = evaluation.more["confusion_threshold"]
     result = model(image)
+    scale = enlargement(shown)
+    shown = np.ascontiguousarray(enlarge(shown))
     thickness = max(1, round(max(shown.shape) / 300))
     for box, score, k in zip(result.boxes, result.scores, result.classes, strict=True):
         if score >= threshold:
-            _box(shown, box, f"{result.names[k]} {score:.2f}", _PREDICTION, thickness)
+            _box(shown, scale * box, f"{result.names[k]} {score:.2f}", _PREDICTION, thickness)
     names = {c["id"]: c["name"] for c in run.tested.truth["categories"]}
     for a in run.tested.truth["annotations"]:
         if a["image_id"] == position + 1:
             x, y, w, h = a["bbox"]
-            _box(shown, (x, y, x + w, y + h), names[a["category_id"]], _TRUTH, thickness)
+            corners = scale * np.array([x, y, x + w, y + h])
+            _box(shown, corners, names[a["category_id"]], _TRUTH, thickness)
     return shown
 
 

@@ -32,7 +32,6 @@ def run_here(task, config_file, words, *, resume):
 def configurations(shapes, sample_images, tmp_path, monkeypatch) -> dict[str, Path]:
     """``finetune.yaml`` of each task."""
     monkeypatch.setattr(rehearsal, "_run", run_here)
-    monkeypatch.setattr(rehearsal, "ITERATIONS", 16)
     files = {}
     for task in TASKS:
         data = sample_images if task == "classification" else shapes
