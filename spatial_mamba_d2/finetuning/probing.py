@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ TOOLS = {
     "segmentation": "train_seg.py",
     "classification": "train_cls.py",
 }
-_SHORT, _LONG = 2, 6  # iterations of both runs, whose difference in time counts
+_ITERATIONS = 6
 _OUT_OF_MEMORY = re.compile(r"out of memory|MemoryError|Cannot allocate memory|DefaultCPUAllocator")
 
 
@@ -36,22 +37,30 @@ class OutOfMemoryError(RuntimeError):
 
 
 def probe(task: str, config_file: Path, batch: int) -> Probe:
-    """Run two short trainings with the configuration, without evaluation.
+    """Run a short training with the configuration, without evaluation.
 
     Raises:
         OutOfMemoryError: the memory does not suffice.
-        ValueError: a training fails, with its last words.
+        ValueError: the training fails, with its last words, or its log has no times.
     """
-    seconds = []
-    for iterations in (_SHORT, _LONG):
-        start = time.perf_counter()
-        with TemporaryDirectory(prefix="probe-") as folder:
-            _run(task, config_file, iterations, batch, Path(folder))
-        seconds.append(time.perf_counter() - start)
-    iteration_s = max(1e-3, (seconds[1] - seconds[0]) / (_LONG - _SHORT))
-    result = Probe(iteration_s, max(0.0, seconds[0] - _SHORT * iteration_s))
-    logger.info("measured: %.2f s an iteration of %d images", result.iteration_s, batch)
-    return result
+    start = time.perf_counter()
+    with TemporaryDirectory(prefix="probe-") as folder:
+        _run(task, config_file, _ITERATIONS, batch, Path(folder))
+        iteration_s = logged_seconds(Path(folder))
+    if iteration_s is None:
+        raise ValueError(f"{config_file}: the log of a short training has no times of iterations")
+    overhead_s = time.perf_counter() - start - _ITERATIONS * iteration_s
+    logger.info("measured: %.2f s an iteration of %d images", iteration_s, batch)
+    return Probe(iteration_s, max(0.0, overhead_s))
+
+
+def logged_seconds(output: Path) -> float | None:
+    """The median time of an iteration in the log of a training; None if it has none."""
+    log = output / "log.txt"
+    if not log.is_file():
+        return None
+    found = re.findall(r"\btime: (\d+\.\d+)", log.read_text(encoding="utf-8"))
+    return median(map(float, found)) if found else None
 
 
 def _run(task: str, config_file: Path, iterations: int, batch: int, folder: Path) -> None:
@@ -65,6 +74,8 @@ def _run(task: str, config_file: Path, iterations: int, batch: int, folder: Path
         words += ["DATASETS.TRAIN", _shortened(lists / "train.txt", iterations * batch)]
     else:
         words += ["SOLVER.MAX_ITER", iterations, "SOLVER.WARMUP_ITERS", 1]
+    if task != "detection":
+        words += ["SOLVER.LOG_PERIOD", 1]
     tool = top_level_folder("tools") / TOOLS[task]
     command = [sys.executable, str(tool), "--config-file", str(config_file), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import re
 import resource
 import shutil
@@ -37,7 +36,7 @@ from spatial_mamba_d2.data.label_maps import read_pair
 from spatial_mamba_d2.data.pair_files import Layout
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
-from spatial_mamba_d2.finetuning.probing import TOOLS
+from spatial_mamba_d2.finetuning.probing import TOOLS, logged_seconds
 from spatial_mamba_d2.prediction import load_predictor
 from spatial_mamba_d2.system.package_files import top_level_folder
 
@@ -415,7 +414,7 @@ def _judge(result: Rehearsal, cfg: Any) -> None:
 
 def _estimate(result: Rehearsal, cfg: Any, output: Path, batch: int, on_cpu: bool) -> None:
     """Time, memory and disk of the real training, from the rehearsal's."""
-    seconds = _seconds(output)
+    seconds = logged_seconds(output)
     if seconds is not None:
         factor = 1.0
         if on_cpu:
@@ -437,13 +436,3 @@ def _estimate(result: Rehearsal, cfg: Any, output: Path, batch: int, on_cpu: boo
     result.estimates.append(
         f"disk: {size / 1e9:.2f} GB of checkpoints, {free / 1e9:.0f} GB are free"
     )
-
-
-def _seconds(output: Path) -> float | None:
-    """Of an iteration, the median of what the log says."""
-    log = output / "log.txt"
-    if not log.is_file():
-        return None
-    found = [float(x) for x in re.findall(r"\btime: ([\d.]+)", log.read_text(encoding="utf-8"))]
-    found = [x for x in found if math.isfinite(x)]
-    return float(np.median(found)) if found else None

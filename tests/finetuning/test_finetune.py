@@ -169,3 +169,10 @@ def test_settings_follow_the_situation():
 def test_arguments_are_checked(options, message, shapes, tmp_path):
     with pytest.raises(ValueError, match=message):
         finetune(shapes, None, tmp_path / "run", **options)
+
+
+def test_times_of_a_log(tmp_path):
+    assert probing.logged_seconds(tmp_path) is None
+    lines = ["iter: 0  loss: 1  time: 0.9000  data_time: 0.5", "iter: 1  time: 0.3000", "time: 0.2"]
+    (tmp_path / "log.txt").write_text("\n".join(lines))
+    assert probing.logged_seconds(tmp_path) == 0.3
