@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, metavar="M", help="instead of --epochs")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N")
     parser.add_argument("--resume", action="store_true", help="continue the training in --output")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="train only if tools/rehearse.py passes"
+    )
     parser.add_argument("--only-write", action="store_true", help="write the file and do not train")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     args = parser.parse_args()
@@ -43,7 +46,7 @@ def main() -> None:
     finetune(
         args.data, args.weights, args.output, task=args.task, size=args.size, epochs=args.epochs,
         minutes=args.minutes, overrides=tuple(args.opts), num_gpus=args.num_gpus,
-        resume=args.resume, only_write=args.only_write,
+        resume=args.resume, only_write=args.only_write, rehearse_first=args.rehearse,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from spatial_mamba_d2.data.formats import read_data, split_data, write_training_
 from spatial_mamba_d2.finetuning import settings as choices
 from spatial_mamba_d2.finetuning.data_facts import measure_data
 from spatial_mamba_d2.finetuning.probing import OutOfMemoryError, probe
+from spatial_mamba_d2.finetuning.rehearsal import rehearse
 from spatial_mamba_d2.finetuning.settings import Setting, Settings, Situation
 from spatial_mamba_d2.models.checkpoints.convert import backbone_arguments, find_variant
 from spatial_mamba_d2.models.checkpoints.names import backbone_prefix, model_kind, translate
@@ -48,6 +49,7 @@ def finetune(
     num_gpus: int = 1,
     resume: bool = False,
     only_write: bool = False,
+    rehearse_first: bool = False,
 ) -> Path:
     """Train on a folder of labelled images, in any of the formats that are recognised.
 
@@ -64,6 +66,7 @@ def finetune(
         num_gpus: processes on this machine.
         resume: continue the training in ``output``; only ``output`` and ``overrides`` count then.
         only_write: write the configuration and do not train.
+        rehearse_first: train only if a rehearsal passes.
 
     Returns:
         the configuration file.
@@ -85,6 +88,11 @@ def finetune(
                 "folder"
             )
         task = prepare(data, weights, output, task, size, epochs, minutes)
+    if rehearse_first:
+        result = rehearse(config_file, overrides, task)
+        logger.info("%s", result.text())
+        if result.reasons:
+            raise ValueError(f"the rehearsal fails: {result.reasons[0]}")
     if not only_write:
         train(task, config_file, overrides, num_gpus, resume)
     return config_file

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatial_mamba_d2.finetuning import finetune, rehearsal
+from spatial_mamba_d2.finetuning import finetune, rehearsal, running
 from spatial_mamba_d2.finetuning.rehearsal import rehearse
 from tests.finetuning.conftest import TASKS
 
@@ -113,3 +113,15 @@ def test_the_number_of_classes_must_fit(configurations):
         rehearse(configurations["classification"], ("MODEL.NUM_CLASSES", "7"))
     result = rehearse(configurations["detection"], ("MODEL.ROI_HEADS.NUM_CLASSES", "7"))
     assert "NUM_CLASSES" in result.reasons[0]
+
+
+def test_finetune_trains_only_if_the_rehearsal_passes(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "_train", lambda *args: None)
+    trained = []
+    monkeypatch.setattr(running, "train", lambda *args: trained.append(args))
+    bad = ("MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]", "MODEL.PIXEL_MEAN", "[0.0, 0.0, 0.0]")
+    with pytest.raises(ValueError, match="rehearsal fails: normalisation"):
+        finetune(shapes, None, tmp_path / "bad", overrides=bad, rehearse_first=True)
+    assert not trained
+    finetune(shapes, None, tmp_path / "good", rehearse_first=True)
+    assert trained
