@@ -95,8 +95,10 @@ class CheckedInstances:
         self.files = [Path(path) for _, path in images.values()]
         self.counts.num_images = len(images)
         objects: dict[Any, list[dict[str, Any]]] = {id_: [] for id_ in images}
-        for position in sorted(usable["annotations"]):
+        for number, position in enumerate(sorted(usable["annotations"]), start=1):
             annotation = content["annotations"][position]
+            if found["renumber"]:
+                annotation["id"] = number
             if annotation["image_id"] in objects:
                 objects[annotation["image_id"]].append(annotation)
         for id_, (image, path) in images.items():

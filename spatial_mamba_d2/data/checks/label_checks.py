@@ -13,7 +13,7 @@ from spatial_mamba_d2.data.checks.report import SplitCounts
 from spatial_mamba_d2.data.faults import Fault, Finding
 from spatial_mamba_d2.data.imagenet import ClassifiedImage
 from spatial_mamba_d2.data.label_format import LabelFormat
-from spatial_mamba_d2.data.label_maps import Pair, read_pair
+from spatial_mamba_d2.data.label_maps import Pair, read_label
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 
 # Different rows of a label map that two images have by copying, and not because it is simple.
@@ -34,7 +34,7 @@ def check_label_maps(
     usable = [pair for index, pair in enumerate(pairs) if index not in broken]
     digests: dict[str, Path] = {}
     for pair in usable:
-        _, indices = read_pair(pair, labels)
+        indices = labels.to_indices(read_label(pair.label, labels))
         present = np.unique(indices)
         if (present == IGNORE).all():
             message = f"{pair.label}: every pixel is ignored"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from spatial_mamba_d2.data.checks import check_data
 from spatial_mamba_d2.data.formats import read_data
-from tests.data.checks.planted_faults import FAULTS
+from tests.data.checks.planted_faults import FAULTS, edited
 from tests.data.formats.test_reading import MAPS
 from tests.data.formats.writers import INSTANCE_WRITERS, write_classes, write_maps
 
@@ -107,3 +107,17 @@ def test_photos_in_bgr(coco_source, tmp_path):
         Image.fromarray(np.ascontiguousarray(pixels)).save(file, quality=95)
     kinds = {f.kind for f in check_data(read_data(tmp_path)).findings}
     assert kinds == {"red and blue exchanged"}
+
+
+def test_what_tools_write_differently_is_no_finding(bases, tmp_path):
+    """Ids that are missing, numbers as strings, no area and no iscrowd: trainings understand it."""
+    root = tmp_path / "coco"
+    shutil.copytree(bases["coco"], root)
+    with edited(root) as content:
+        for annotation in content["annotations"]:
+            for key in ("id", "area", "iscrowd"):
+                del annotation[key]
+            annotation["category_id"] = str(annotation["category_id"])
+    report = check_data(read_data(root))
+    assert report.findings == []
+    assert any("numbered anew" in note for note in report.notes)
