@@ -2,6 +2,7 @@
 
     python -m spatial_mamba_d2.doctor
     python -m spatial_mamba_d2.doctor --coco annotations.json images/
+    python -m spatial_mamba_d2.doctor --data my/data
     python -m spatial_mamba_d2.doctor --task segmentation --config-file my.yaml KEY VALUE ...
     python -m spatial_mamba_d2.doctor --compile [80 90 ...]
 
@@ -440,6 +441,13 @@ def report(checks: dict[str, Check], examine: Callable[[Check], Finding] = exami
     return complete
 
 
+def check_labelled(path: Path, task: str | None) -> int:
+    """Print what ``tools/check_data.py`` finds, and return its exit code."""
+    from spatial_mamba_d2.data.checks.tool import run
+
+    return run(argparse.Namespace(path=path, task=task, json=None, html=None))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = build_key_value_parser(__doc__)
     parser.add_argument(
@@ -447,6 +455,9 @@ def main(argv: list[str] | None = None) -> int:
         nargs=2,
         metavar=("JSON", "IMAGES"),
         help="check only this data set: every annotation, and that every image can be decoded",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="PATH", help="check only this, as tools/check_data.py does"
     )
     parser.add_argument(
         "--task", choices=TASKS, help="check only the data of a training of this task"
@@ -465,6 +476,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--config-file and KEY VALUE need --task, one of {', '.join(TASKS)}")
     if options.coco:
         return 0 if report({"coco": partial(check_coco, *options.coco)}, run_quietly) else 1
+    if options.data:
+        return check_labelled(options.data, options.task)
     if options.compile is not None:
         return 0 if report({"kernels": partial(compile_kernels, options.compile)}) else 1
     if options.task:

@@ -482,3 +482,10 @@ def test_without_a_gpu_the_architectures_are_asked_for(nvrtc, monkeypatch, capsy
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert doctor.main(["--compile"]) == 1
     assert "no GPU is here: name the architectures" in capsys.readouterr().out
+
+
+def test_labelled_data_are_checked(shapes, tmp_path, capsys):
+    assert doctor.main(["--data", str(shapes)]) == 0
+    assert "findings: 0" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        doctor.main(["--data", str(tmp_path / "gone")])

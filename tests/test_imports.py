@@ -17,11 +17,11 @@ LEVELS = (
     ("ops", "system"),
     ("models", "data"),
     ("config", "export"),
-    ("training", "prediction", "explain"),
+    ("training", "evaluation", "prediction", "explain"),
     ("segmentation", "classification", "detection"),
     ("model_zoo", "doctor"),
     ("model_card",),
-    ("hub", "deploy", "profiling"),
+    ("hub", "deploy", "finetuning", "reporting", "profiling"),
     ("configs", "tools", "datasets", "examples", "docs", "dev", "setup", "__main__"),
     ("tests",),
 )

@@ -48,6 +48,9 @@ READERS: dict[tuple[str, ...], set[str]] = {
     ("cv2.imread", "cv2.imdecode", "cv2.imreadmulti", "imageio.imread", "plt.imread",
      "decode_image"): {f"{PACKAGE}/data/pixels.py"},
     ("cv2.imwrite",): set(),  # encode_image: any path, and errors with a reason
+    ("ElementTree.parse", "ElementTree.fromstring", "ElementTree.XML", "iterparse"): {
+        f"{PACKAGE}/data/formats/voc.py"
+    },
     ("ZipFile", "unpack_archive", "tarfile.open"): {
         f"{PACKAGE}/models/checkpoints/reading.py",
         f"{PACKAGE}/data/ade20k.py",

@@ -57,7 +57,7 @@ def load_classes(source: str, root: str | Path, num_classes: int) -> Classes:
     elif source in label_conventions.CLASSES:
         classes = Classes(*label_conventions.CLASSES[source])
     elif source:
-        names = _names_in(read_class_lines(root, source))
+        names = class_names_in(read_class_lines(root, source))
         classes = Classes(names, distinct_colors(len(names)))
     else:
         classes = Classes(numbered_names(num_classes), distinct_colors(num_classes))
@@ -70,8 +70,8 @@ def load_classes(source: str, root: str | Path, num_classes: int) -> Classes:
     return classes
 
 
-def _names_in(lines: Sequence[str]) -> tuple[str, ...]:
-    """Lines as they are, or the names in ADE20K's table: of several synonyms the first one."""
+def class_names_in(lines: Sequence[str]) -> tuple[str, ...]:
+    """The lines as they are, or the names in ADE20K's table: of several synonyms the first one."""
     if not lines or not lines[0].startswith("Idx\t"):
         return tuple(lines)
     complete = tuple(line.split("\t")[-1].strip() for line in lines[1:])
@@ -154,6 +154,37 @@ def check_split(
     check_on_error(on_error)
     pairs, faults = find_pairs(root, split, layout, root_name=root_name)
 
+    content = examine_pairs(pairs, labels, num_channels, value_range, check_decode=check_decode)
+    found = {index: Fault(kind, reason) for index, kind, reason in content["faults"]}
+    usable = [pair for index, pair in enumerate(pairs) if index not in found]
+    faults += found.values()
+    where = Path(root, split) if is_list(root, split) else Path(root) / "*" / split
+    settle_faults(faults, on_error, where=where, num_usable=len(usable))
+    pixels, images = content["pixels"], content["images"]
+    counts = ClassCounts(
+        tuple(pixels[: labels.num_classes]),
+        tuple(images[: labels.num_classes]),
+        pixels[IGNORE],
+        len(usable),
+    )
+    return CheckedSplit(usable, counts, Counter(fault.kind for fault in faults))
+
+
+def examine_pairs(
+    pairs: Sequence[Pair],
+    labels: LabelFormat,
+    num_channels: int = 3,
+    value_range: PixelRange | None = None,
+    *,
+    check_decode: bool = False,
+) -> dict[str, Any]:
+    """What :func:`~.label_maps.check_pair` finds, once per machine and unchanged files.
+
+    Returns:
+        ``faults``: position of a pair, kind and reason; ``pixels`` and ``images``: of each class
+        index, how many pixels and images have it, with what is ignored at :data:`IGNORE`.
+    """
+
     def check() -> dict[str, Any]:
         pixels = np.zeros(IGNORE + 1, np.int64)
         images = np.zeros(IGNORE + 1, np.int64)
@@ -173,25 +204,12 @@ def check_split(
                     images += result > 0
         return {"faults": broken, "pixels": pixels.tolist(), "images": images.tolist()}
 
-    content = check_once(
+    return check_once(
         "label_maps",
         [file for pair in pairs for file in (pair.image, pair.label)],
         [asdict(labels), num_channels, value_range, check_decode],
         check,
     )
-    found = {index: Fault(kind, reason) for index, kind, reason in content["faults"]}
-    usable = [pair for index, pair in enumerate(pairs) if index not in found]
-    faults += found.values()
-    where = Path(root, split) if is_list(root, split) else Path(root) / "*" / split
-    settle_faults(faults, on_error, where=where, num_usable=len(usable))
-    pixels, images = content["pixels"], content["images"]
-    counts = ClassCounts(
-        tuple(pixels[: labels.num_classes]),
-        tuple(images[: labels.num_classes]),
-        pixels[IGNORE],
-        len(usable),
-    )
-    return CheckedSplit(usable, counts, Counter(fault.kind for fault in faults))
 
 
 def load_split(root: str | Path, split: str, labels: LabelFormat, **kwargs: Any) -> list[Pair]:

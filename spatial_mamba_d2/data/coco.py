@@ -107,20 +107,9 @@ def load_coco(
     check_on_error(on_error)
     if not os.path.isdir(image_root):
         raise no_such("image_root", image_root, "folder")
-    content = _read_sections(json_file)
-    folders = Folders()
-    paths, notes = find_images(content["images"], image_root, folders)
-    there = [path for path in paths if path and path in folders]
-    missing = sorted({*filter(None, paths)} - {*there})
-
-    def measure(path: str) -> Size | Fault | None:
-        return measure_image(path, check_decode, value_range) if path in folders else None
-
-    found = check_once(
-        "coco",
-        [json_file, *there],
-        [os.path.abspath(image_root), check_decode, missing, value_range],
-        lambda: _examine(content, paths, measure),
+    content = read_sections(json_file)
+    found, paths, notes = examine_coco(
+        content, image_root, json_file, check_decode=check_decode, value_range=value_range
     )
     if found["problem"]:
         raise ValueError(f"{json_file}: {found['problem']}")
@@ -172,6 +161,41 @@ def load_coco(
             if isinstance(category.get("keypoints"), list)
         },
     )
+
+
+def examine_coco(
+    content: dict[str, list[Any]],
+    image_root: str | Path,
+    json_file: str | Path | None = None,
+    *,
+    check_decode: bool = False,
+    value_range: PixelRange | None = None,
+) -> tuple[Findings, list[str | None], list[tuple[str, bool]]]:
+    """What is wrong with the content of a COCO file, the file of each image, and notes on these.
+
+    Files that images name in another way than COCO does become their ``file_name``, in place.
+
+    Args:
+        json_file: where the content comes from; its checks are remembered. None: nowhere.
+        check_decode, value_range: see :func:`load_coco`.
+    """
+    folders = Folders()
+    paths, notes = find_images(content["images"], image_root, folders)
+
+    def measure(path: str) -> Size | Fault | None:
+        return measure_image(path, check_decode, value_range) if path in folders else None
+
+    if json_file is None:
+        return _examine(content, paths, measure), paths, notes
+    there = [path for path in paths if path and path in folders]
+    missing = sorted({*filter(None, paths)} - {*there})
+    found = check_once(
+        "coco",
+        [json_file, *there],
+        [os.path.abspath(image_root), check_decode, missing, value_range],
+        lambda: _examine(content, paths, measure),
+    )
+    return found, paths, notes
 
 
 def _is_plain(json_file: str | Path, content: dict[str, Any]) -> bool:
@@ -275,7 +299,13 @@ def _examine_categories(entries: list[Any], found: Findings) -> dict[int, int]:
     return classes
 
 
-def _read_sections(json_file: str | Path) -> dict[str, list[Any]]:
+def read_sections(json_file: str | Path) -> dict[str, list[Any]]:
+    """The content of a COCO file, in which ``images``, ``annotations``, ``categories`` are lists.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not JSON, or a section is missing.
+    """
     try:
         content = read_json(json_file)
     except FileNotFoundError as error:

@@ -52,8 +52,8 @@ def examine_boxes(
             [],
         )
     xywh, others = _readings(bbox)
-    inside = _inside(xywh, width, height)
-    fits = {name: [_inside(box, width, height).mean()] for name, box in others.items()}
+    inside = boxes_inside(xywh, width, height)
+    fits = {name: [boxes_inside(box, width, height).mean()] for name, box in others.items()}
     problems = []
     notes = []
 
@@ -70,10 +70,10 @@ def examine_boxes(
     weighty = has_mask.mean() >= 0.5  # a few masks may be wrong themselves
     agree = np.ones(0, bool)
     if has_mask.any():
-        agree = _agree(xywh[has_mask], mask_boxes[has_mask])
+        agree = boxes_agree(xywh[has_mask], mask_boxes[has_mask])
         if weighty:
             for name, box in others.items():
-                fits[name].append(_agree(box[has_mask], mask_boxes[has_mask]).mean())
+                fits[name].append(boxes_agree(box[has_mask], mask_boxes[has_mask]).mean())
         num_other = int((~agree).sum())
         if num_other:
             notes.append(f"{num_other} of {has_mask.sum()} boxes disagree with their masks")
@@ -125,7 +125,7 @@ def _readings(bbox: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     }
 
 
-def _inside(box: np.ndarray, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+def boxes_inside(box: np.ndarray, width: np.ndarray, height: np.ndarray) -> np.ndarray:
     """Whether each box has an area and is inside its image: bool[N]."""
     x1, y1, x2, y2 = box.T
     low = (x1 >= -SLACK_PX) & (y1 >= -SLACK_PX)
@@ -133,7 +133,7 @@ def _inside(box: np.ndarray, width: np.ndarray, height: np.ndarray) -> np.ndarra
     return low & high & (x2 > x1) & (y2 > y1)
 
 
-def _agree(box: np.ndarray, other: np.ndarray) -> np.ndarray:
+def boxes_agree(box: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Whether the sides of each box are those of the other one, by 2 px or a tenth: bool[N]."""
     tolerance = np.maximum(SLACK_PX, 0.1 * (other[:, 2:] - other[:, :2]).max(axis=1))
     return np.abs(box - other).max(axis=1) <= tolerance

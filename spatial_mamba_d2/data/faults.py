@@ -29,6 +29,18 @@ class Fault(NamedTuple):
     reason: str
 
 
+class Finding(NamedTuple):
+    """A fault of labelled data: its kind, the file that has it, and a sentence that names it.
+
+    ``box``: x1, y1, x2, y2 of the place in the image, in pixels, if it is at one.
+    """
+
+    kind: str
+    file: str
+    message: str
+    box: tuple[float, float, float, float] | None = None
+
+
 INACCESSIBLE = "inaccessible file"  # kind of faults that may pass without a change of any file
 
 

@@ -4,7 +4,8 @@
 
     ROOT/SPLIT/CLASS/NAME.JPEG          any format that Pillow reads
 
-The folders' names are the classes: WordNet ids in ImageNet, whatever you like elsewhere.
+The folders' names are the classes: WordNet ids in ImageNet, whatever you like elsewhere. A split
+may also be a file in ``ROOT`` with a line ``FILE<tab>CLASS`` for each image.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ from spatial_mamba_d2.data.images import (
     open_image,
     read_size,
 )
+from spatial_mamba_d2.data.pair_files import is_list
 from spatial_mamba_d2.data.pixels import PixelRange
+from spatial_mamba_d2.data.text_file import read_text_file
 from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.seeding import seeded
 
@@ -67,7 +70,8 @@ def load_classes(source: str, root: str | Path, split: str, num_classes: int) ->
 
     Args:
         source: ``"imagenet-1k"`` for its 1000 WordNet ids; a file in the folder ``root``, with one
-            name a line; or ``""`` for the sorted names of the folders in ``root/split``.
+            name a line; or ``""`` for the sorted names of the folders in ``root/split``, or of the
+            classes in that list.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -78,6 +82,8 @@ def load_classes(source: str, root: str | Path, split: str, num_classes: int) ->
     elif source:
         names = tuple(read_class_lines(root, source))
         check_distinct(names, source)
+    elif is_list(root, split):
+        names = tuple(sorted({name for _, name in _listed(root, split, [])}))
     else:
         names = tuple(folder.name for folder in _folders(Path(root, split)))
         if not names:
@@ -153,7 +159,14 @@ def check_split(
     index = {name: i for i, name in enumerate(classes)}
     samples: list[ClassifiedImage] = []
     faults: list[Fault] = []
-    for folder in _folders(where):
+    is_file = is_list(root, split)
+    for file, name in _listed(root, split, faults) if is_file else ():
+        if name in index:
+            samples.append(ClassifiedImage(file, index[name]))
+        else:
+            reason = f"{where}: {name!r} of {file} is none of the {len(classes)} classes"
+            faults.append(Fault(NO_CLASS, reason))
+    for folder in () if is_file else _folders(where):
         if folder.name not in index:
             reason = f"folder {folder} is none of the {len(classes)} classes"
             faults.append(Fault(NO_CLASS, reason))
@@ -183,6 +196,8 @@ def check_split(
     settle_faults(faults, on_error, where=where, num_usable=len(samples))
     if absent := len(classes) - len({sample.target for sample in samples}):
         logger.warning("%s: %d of %d classes have no image", where, absent, len(classes))
+    if is_file:
+        return CheckedSplit(samples, dict(Counter(fault.kind for fault in faults)))
     if stray := [f for f in sorted(where.iterdir()) if is_image(f, where)]:
         logger.warning(
             "%s: not used, because they are in no class folder: %d images, the first: %s",
@@ -191,6 +206,25 @@ def check_split(
             stray[0],
         )
     return CheckedSplit(samples, dict(Counter(fault.kind for fault in faults)))
+
+
+def _listed(root: str | Path, split: str, faults: list[Fault]) -> list[tuple[Path, str]]:
+    """File and class of each line of a list; files are looked for in ``root``."""
+    found = []
+    text = read_text_file(Path(root, split), "DATASETS.TRAIN or TEST")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        name, _, class_name = line.rpartition("\t")
+        file = Path(root, name)
+        if not name:
+            reason = f"{Path(root, split)}, line {number}: must be FILE<tab>CLASS, got {line!r}"
+            faults.append(Fault("malformed line", reason))
+        elif not file.is_file():
+            faults.append(Fault("missing image file", f"{Path(root, split)}: no file {file}"))
+        else:
+            found.append((file, class_name.strip()))
+    return found
 
 
 def _decoding_faults(

@@ -6,7 +6,7 @@ import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -90,6 +90,18 @@ def read_label(path: Path, labels: LabelFormat | None = None) -> np.ndarray:
         if labels is None or not labels.colors:
             raise ImageFormatError(_why_no_colors(image.mode, colors))
         return colors[..., :3]
+
+
+def read_bitmap(file: BinaryIO) -> np.ndarray:
+    """A mask of one object that stands in another file: ``bool[H, W]``, true where not 0.
+
+    Raises:
+        ValueError: it is no image of one channel.
+    """
+    with naming_file("mask", "in a file of labels"), Image.open(file) as image:
+        if image.mode not in _INTEGER_MODES:
+            raise ImageFormatError(f"must have one channel, and has mode {image.mode}")
+        return np.asarray(image) > 0
 
 
 def _raw_mode(image: Image.Image) -> str:

@@ -174,7 +174,10 @@ def _listed_pairs(
     layout: Layout,
     same: Mapping[str, Fault],
 ) -> tuple[list[Pair], list[Fault]]:
-    """The pairs that a file names, each by its name, its image's file, or both files."""
+    """The pairs that a file names, each by its name, its image's file, or both files.
+
+    Both files are separated by a tab, a comma or blanks.
+    """
     pairs: dict[str, Pair] = {}
     faults: list[Fault] = []
     name_of: dict[str, str] = {}
@@ -185,7 +188,7 @@ def _listed_pairs(
         pair = None
         if name in images and name in labels:
             pair = Pair(images[name], labels[name], name)
-        elif len(files := line.replace(",", " ").split()) == 2:
+        elif len(files := _two_files(line)) == 2:
             image, label = (_listed_file(root, file) for file in files)
             if image.is_file() and label.is_file():
                 below = image.relative_to(root) if image.is_relative_to(root) else image
@@ -203,6 +206,11 @@ def _listed_pairs(
         else:
             pairs[name] = pair
     return list(pairs.values()), faults
+
+
+def _two_files(line: str) -> list[str]:
+    """The parts of a line with an image and its label; with a tab, names may have blanks."""
+    return line.split("\t") if "\t" in line else line.replace(",", " ").split()
 
 
 def _listed_file(root: Path, file: str) -> Path:

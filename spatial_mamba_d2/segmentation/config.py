@@ -14,6 +14,7 @@ from spatial_mamba_d2.config import (
     require_whole,
 )
 from spatial_mamba_d2.models.timm_backbone import PREFIX, check_timm_name
+from spatial_mamba_d2.segmentation.losses import PIXEL_LOSSES
 
 OURS = "spatial_mamba"
 
@@ -37,7 +38,12 @@ def segmentation_defaults() -> CfgNode:
     # Weight of each class in both losses; (): 1 for all. ("auto",): the more, the rarer a class is
     # in the training labels; the median of their frequencies over its own, 0.1 to 10.
     cfg.MODEL.CLASS_WEIGHTS = ()
+    # Of each pixel, in both losses: cross_entropy, focal, or ohem, which is of the hardest ones.
+    cfg.MODEL.PIXEL_LOSS = "cross_entropy"
+    cfg.MODEL.FOCAL_GAMMA = 2.0
+    cfg.MODEL.OHEM_SHARE = 0.25  # of the pixels of an image
     cfg.MODEL.DICE_WEIGHT = 0.0  # weight of a Dice loss of the decode head, on top
+    cfg.MODEL.LOVASZ_WEIGHT = 0.0  # the same of a Lovász-Softmax loss
 
     # Any data set in ADE20K's folder layout: ROOT/images/SPLIT/*, ROOT/annotations/SPLIT/*.png,
     # with or without subfolders.
@@ -130,6 +136,7 @@ def _check(cfg: CfgNode) -> None:
             "TEST.MODE": ("whole", "slide"),
             "TEST.PROTOCOL": ("ss", "ms", "ms_wide", "custom"),
             "TEST.SCALES_OF": ("frame", "image"),
+            "MODEL.PIXEL_LOSS": PIXEL_LOSSES,
         },
     )
     require_at_least(
@@ -137,6 +144,8 @@ def _check(cfg: CfgNode) -> None:
         {
             "SEED": 0,
             "MODEL.DICE_WEIGHT": 0,
+            "MODEL.LOVASZ_WEIGHT": 0,
+            "MODEL.FOCAL_GAMMA": 0,
             "INPUT.CHANNELS": 1,
             "INPUT.SHORT_PX": 1,
             "INPUT.LONG_PX": cfg.INPUT.SHORT_PX,
@@ -152,7 +161,7 @@ def _check(cfg: CfgNode) -> None:
         },
     )
     require_between(cfg, ("MODEL.UPERNET.DROPOUT",), 0, 1, include_high=False)
-    require_between(cfg, ("INPUT.MAX_CLASS_SHARE",), 0, 1, include_low=False)
+    require_between(cfg, ("INPUT.MAX_CLASS_SHARE", "MODEL.OHEM_SHARE"), 0, 1, include_low=False)
     require_whole(cfg, ("DATASETS.IGNORE_LABELS",))
     _check_backbone(cfg.MODEL.BACKBONE)
     if cfg.TEST.STRIDE_PX > cfg.TEST.CROP_PX:

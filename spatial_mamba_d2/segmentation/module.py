@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
-from torch.nn import functional as F
 
 from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.data.images import files_below, read_image, write_image
@@ -20,13 +18,18 @@ from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.outputs import check_outputs
 from spatial_mamba_d2.data.pair_files import LABEL_WITHOUT_IMAGE, data_folders
 from spatial_mamba_d2.data.pixels import build_pixel_range
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.param_groups import build_adamw
-from spatial_mamba_d2.models.upernet import UPerNet, build_upernet, resize
+from spatial_mamba_d2.models.upernet import UPerNet, build_upernet
 from spatial_mamba_d2.segmentation.config import OURS
 from spatial_mamba_d2.segmentation.data import SegmentationData
 from spatial_mamba_d2.segmentation.inference import build_protocol
 from spatial_mamba_d2.segmentation.large_images import predict
+from spatial_mamba_d2.segmentation.losses import (
+    balancing_weights,
+    build_pixel_loss,
+    dice_loss,
+    lovasz_loss,
+)
 from spatial_mamba_d2.segmentation.metrics import Confusion, format_table
 from spatial_mamba_d2.segmentation.visualize import draw_panels
 from spatial_mamba_d2.training.module import Schedule, TrainingModule
@@ -46,53 +49,6 @@ def build_model(cfg: CfgNode) -> UPerNet:
         in_chans=cfg.INPUT.CHANNELS,
         **backbone_kwargs(cfg),
     )
-
-
-def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean over all pixels, of which the ignored ones contribute 0, as in mmsegmentation.
-
-    So the mean over processes and micro-batches is the mean over the batch.
-
-    Args:
-        logits: ``Tensor[B, K, h, w]``, resized to the target.
-        target: class indices and :data:`IGNORE`, ``Tensor[B, H, W]``.
-        weights: factor for the loss of each class, ``Tensor[K]``.
-    """
-    logits = resize(logits, target.shape[-2:])
-    losses = F.cross_entropy(logits, target.long(), weights, ignore_index=IGNORE, reduction="none")
-    return losses.mean()
-
-
-def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """1 - Dice coefficient of probabilities, the mean over the classes that the target has.
-
-    Args:
-        logits, target: see :func:`cross_entropy`; ignored pixels do not count.
-    """
-    probabilities = resize(logits, target.shape[-2:]).softmax(1)
-    num_classes = probabilities.shape[1]
-    counted = target != IGNORE
-    classes = torch.where(counted, target, 0).long()
-    own = (probabilities.gather(1, classes[:, None])[:, 0] * counted).flatten()
-    # In double precision: single pixels would get lost in a sum of millions.
-    zeros = torch.zeros(num_classes, dtype=torch.float64, device=own.device)
-    both = zeros.index_add(0, classes.flatten(), own.double()).to(own.dtype)
-    truth = zeros.index_add(0, classes.flatten(), counted.flatten().double()).to(own.dtype)
-    either = (probabilities * counted[:, None]).sum((0, 2, 3)) + truth
-    present = truth > 0
-    losses = torch.where(present, 1 - 2 * both / either.clamp(min=1e-6), 0.0)
-    return losses.sum() / present.sum().clamp(min=1)
-
-
-def balancing_weights(pixels: Sequence[int]) -> list[float]:
-    """Weight of each class by its frequency: the median of all over its own, 0.1 to 10.
-
-    Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels", arXiv 1411.4734. A
-    class that does not occur has weight 1.
-    """
-    occurring = sorted(count for count in pixels if count)
-    median = occurring[len(occurring) // 2] if occurring else 1
-    return [min(10.0, max(0.1, median / count)) if count else 1.0 for count in pixels]
 
 
 def learning_rate_factor(
@@ -131,6 +87,7 @@ class Segmentor(TrainingModule):
         self.classes, self.class_names = classes, classes.names
         self.protocol = build_protocol(cfg)
         self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
+        self.pixel_loss = build_pixel_loss(cfg)
         weights = tuple(cfg.MODEL.CLASS_WEIGHTS)
         self.balance_classes = weights == ("auto",)
         fixed = weights and not self.balance_classes
@@ -213,14 +170,18 @@ class Segmentor(TrainingModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         image, target = batch
         logits, auxiliary = self.model(image)
-        decode = cross_entropy(logits, target, self.class_weights)
-        aux = cross_entropy(auxiliary, target, self.class_weights)
+        decode = self.pixel_loss(logits, target, self.class_weights)
+        aux = self.pixel_loss(auxiliary, target, self.class_weights)
         loss = decode + self.cfg.MODEL.UPERNET.AUX_WEIGHT * aux
         terms = {"loss_decode": decode, "loss_aux": aux}
         if self.cfg.MODEL.DICE_WEIGHT:
             dice = self.cfg.MODEL.DICE_WEIGHT * dice_loss(logits, target)
             loss = loss + dice
             terms["loss_dice"] = dice
+        if self.cfg.MODEL.LOVASZ_WEIGHT:
+            lovasz = self.cfg.MODEL.LOVASZ_WEIGHT * lovasz_loss(logits, target)
+            loss = loss + lovasz
+            terms["loss_lovasz"] = lovasz
         return self.report_losses(loss, terms)
 
     def on_validation_epoch_start(self) -> None:

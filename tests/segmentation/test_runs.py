@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spatial_mamba_d2.models import read_checkpoint
-from spatial_mamba_d2.segmentation import module as segmentation_module
+from spatial_mamba_d2.segmentation import losses
 from spatial_mamba_d2.segmentation.module import Segmentor
 from spatial_mamba_d2.segmentation.train import run
 from spatial_mamba_d2.system.stopping import Stopped
@@ -86,7 +86,7 @@ def test_resuming_with_other_accumulation(before, after, arguments, tmp_path, cu
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_training(where, arguments, tmp_path, monkeypatch):
     """At iteration 4, after the checkpoint at 3, which stays; nothing is evaluated."""
-    original = segmentation_module.cross_entropy
+    original = losses.cross_entropy
     calls = []
 
     def spoiled(*args):
@@ -99,7 +99,7 @@ def test_what_is_not_finite_ends_the_training(where, arguments, tmp_path, monkey
         loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
 
-    monkeypatch.setattr(segmentation_module, "cross_entropy", spoiled)
+    monkeypatch.setattr(losses, "cross_entropy", spoiled)
     monkeypatch.setattr(Segmentor, "validation_step", None)
     named = "loss, loss_decode, loss_aux" if where == "loss" else "the norm of the gradients"
     last = tmp_path / "output/last.ckpt"

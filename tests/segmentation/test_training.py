@@ -25,14 +25,9 @@ from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_check
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.data import build_data
 from spatial_mamba_d2.segmentation.inference import build_protocol
+from spatial_mamba_d2.segmentation.losses import balancing_weights, cross_entropy, dice_loss
 from spatial_mamba_d2.segmentation.metrics import Confusion
-from spatial_mamba_d2.segmentation.module import (
-    Segmentor,
-    balancing_weights,
-    cross_entropy,
-    dice_loss,
-    learning_rate_factor,
-)
+from spatial_mamba_d2.segmentation.module import Segmentor, learning_rate_factor
 from spatial_mamba_d2.segmentation.train import run
 from spatial_mamba_d2.training.checkpoint import SafeCheckpointIO
 

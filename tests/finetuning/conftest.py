@@ -1,0 +1,43 @@
+"""Fine-tunings of a narrow model on a few images, from a folder to checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spatial_mamba_d2.finetuning import finetune
+from spatial_mamba_d2.models.variants import VARIANTS
+from tests.data.conftest import shape_source  # noqa: F401
+
+TASKS = ("detection", "segmentation", "classification")
+# Fast on a CPU, whatever is learned
+SMALL = {
+    "detection": (
+        "INPUT.MIN_SIZE_TRAIN", "(48,)", "INPUT.MIN_SIZE_TEST", "48", "TEST.PICTURES", "0",
+        "SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "1",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
+    ),
+    "segmentation": ("INPUT.SHORT_PX", "48", "INPUT.CROP_PX", "32", "TEST.PICTURES", "0"),
+    "classification": ("INPUT.CROP_PX", "32", "TEST.SHORT_PX", "36"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_variant() -> Iterator[None]:
+    """The tiny variant is a narrow one in this process."""
+    arguments = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VARIANTS, "tiny", arguments)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(narrow_variant, shapes, sample_images, tmp_path_factory) -> dict[str, Path]:
+    """The folder of a run of each task."""
+    folder = tmp_path_factory.mktemp("runs")
+    for task in TASKS:
+        data = sample_images if task == "classification" else shapes
+        finetune(data, None, folder / task, task=task, epochs=2, overrides=SMALL[task])
+    return {task: folder / task for task in TASKS}
