@@ -28,11 +28,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
 
 from spatial_mamba_d2.config import flat_items
+from spatial_mamba_d2.system.yaml_file import parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class WandbWriter(ScalarWriter):
             resume="allow",
             dir=cfg.OUTPUT_DIR,
             name=Path(cfg.OUTPUT_DIR).name,
-            config=yaml.safe_load(cfg.dump()),
+            config=parse_yaml(cfg.dump().encode(), "configuration"),
             settings=wandb.Settings(silent=True),
             project=os.environ.get("WANDB_PROJECT", PROJECT),
         )
@@ -128,7 +128,7 @@ class MlflowWriter(ScalarWriter):
         experiment = found.experiment_id if found else self.client.create_experiment(PROJECT)
         run = self.client.create_run(experiment, run_name=Path(cfg.OUTPUT_DIR).name)
         self.run_id = run.info.run_id
-        pairs = flat_items(yaml.safe_load(cfg.dump()))
+        pairs = flat_items(parse_yaml(cfg.dump().encode(), "configuration"))
         params = [self.entities.Param(key, str(value)[:_MAX_LENGTH]) for key, value in pairs]
         for start in range(0, len(params), _MAX_PARAMS):
             self.client.log_batch(self.run_id, params=params[start : start + _MAX_PARAMS])
