@@ -40,6 +40,7 @@ def read_saved(path: Path, task: str | None, extract_to: Path | None) -> Labelle
         ValueError: ``extract_to`` is needed and None.
     """
     try:
+        importlib.import_module("datasets.features")  # a folder datasets/ here has none
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise ImportError(

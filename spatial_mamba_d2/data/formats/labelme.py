@@ -23,7 +23,7 @@ from spatial_mamba_d2.data.formats.records import LabelledData, UnusableDataErro
 from spatial_mamba_d2.data.images import SUFFIXES, files_below
 from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.label_maps import read_bitmap
-from spatial_mamba_d2.data.shapes import mask_to_rle
+from spatial_mamba_d2.data.sample_coco import mask_to_rle
 
 _NO_CLASSES = ("__ignore__", "_background_")  # of labelme's labels.txt
 _CIRCLE_POINTS = 48

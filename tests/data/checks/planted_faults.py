@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from spatial_mamba_d2.data.json_file import read_json
-from spatial_mamba_d2.data.shapes import mask_to_rle
+from spatial_mamba_d2.data.sample_coco import mask_to_rle
 
 Spoil = Callable[[Path], str]
 FAULTS: list[tuple[str, str, str, Spoil]] = []  # base, name, kind of the finding, function

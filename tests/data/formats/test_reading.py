@@ -81,7 +81,7 @@ def source(request) -> Source:
 def test_objects_are_the_same_in_every_format(name, source, tmp_path):
     write, holds_masks = INSTANCE_WRITERS[name]
     if name == "huggingface":
-        pytest.importorskip("datasets", reason="the package datasets is not installed")
+        pytest.importorskip("datasets.features", reason="the package datasets is not installed")
     for masks in {holds_masks, False}:
         root = tmp_path / f"masks_{masks}"
         root.mkdir()
@@ -237,7 +237,9 @@ def test_voc_masks(shape_maps, tmp_path):
 
 
 def test_masks_that_datasets_has_saved(shape_maps, tmp_path):
-    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    pytest.importorskip("datasets.features", reason="the package datasets is not installed")
+    import datasets
+
     parts = {}
     for split, pairs in shape_maps.items():
         files = []
@@ -291,7 +293,9 @@ def test_class_folders(sample_images, tmp_path):
 
 
 def test_classes_that_datasets_has_saved(sample_images, tmp_path):
-    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    pytest.importorskip("datasets.features", reason="the package datasets is not installed")
+    import datasets
+
     samples = class_samples(sample_images)
     names = sorted({name for of in samples.values() for _, name in of})
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
