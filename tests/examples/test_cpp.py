@@ -94,7 +94,7 @@ class Probabilities(torch.nn.Module):
         return (self.model(self.normalize(image)).softmax(-1),)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_aotinductor(with_torch, model, tmp_path):
     program, path = with_torch("run_aoti"), tmp_path / "model.pt2"
     module = Probabilities(model).eval()

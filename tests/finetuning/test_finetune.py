@@ -18,6 +18,8 @@ from spatial_mamba_d2.reporting import report
 from tests.data.formats import writers
 from tests.finetuning.conftest import SMALL, TASKS
 
+pytestmark = pytest.mark.slow
+
 FACTS = DataFacts(1000, 200, 5, 480, 640, 40.0, 0.4)
 
 

@@ -15,6 +15,8 @@ from spatial_mamba_d2.finetuning import finetune, rehearsal, running
 from spatial_mamba_d2.finetuning.rehearsal import rehearse
 from tests.finetuning.conftest import TASKS
 
+pytestmark = pytest.mark.slow
+
 
 def run_here(task, config_file, words, *, resume):
     """The training's tool in this process, where the variant is a narrow one."""

@@ -11,6 +11,7 @@ from PIL import Image
 
 from spatial_mamba_d2.data.checks import check_data
 from spatial_mamba_d2.data.formats import read_data
+from tests.data.checks import planted_faults_of_formats  # noqa: F401  adds to FAULTS
 from tests.data.checks.planted_faults import FAULTS, edited
 from tests.data.formats.test_reading import MAPS
 from tests.data.formats.writers import INSTANCE_WRITERS, write_classes, write_maps
