@@ -29,10 +29,10 @@ def architectures() -> tuple[int, ...]:
     ("architecture", "dtype"),
     [
         (75, torch.float16),
-        (80, torch.bfloat16),
+        (80, torch.float32),
         (90, torch.float64),
-        (100, torch.float32),
-        (120, torch.bfloat16),
+        (100, torch.bfloat16),
+        (120, torch.float16),
     ],
     ids=str,
 )
