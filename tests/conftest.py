@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 import runpy
 import signal
 import socket
@@ -53,15 +54,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -slow[item.path])
 
 
-@pytest.fixture(autouse=True)
-def _loggers() -> Iterator[None]:
+@contextmanager
+def unchanged_loggers() -> Iterator[None]:
     """Undo what Detectron2's ``setup_logger`` changes: other tests count messages by ``caplog``."""
     loggers = [logging.getLogger(name) for name in ("spatial_mamba_d2", "detectron2", "fvcore")]
     before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
-    yield
-    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-        logger.propagate, logger.handlers = propagate, handlers
+    try:
+        yield
+    finally:
+        for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.propagate, logger.handlers = propagate, handlers
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    with unchanged_loggers():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -212,18 +221,52 @@ def arguments(overrides) -> Callable[..., Namespace]:
     return make
 
 
-def _fork(function: Callable, arguments: Iterable[object], environment: dict[str, object]) -> int:
-    """A process that calls the function, and ends; it need not import PyTorch again, which takes
-    longer than what most tests do with it.
-    """
+# What a started process runs: a function and its arguments, with the variant of the tests.
+_PROGRAM = """
+import pickle, sys
+from spatial_mamba_d2.models.variants import VARIANTS
+with open(sys.argv[1], "rb") as file:
+    VARIANTS["test"], function, arguments = pickle.load(file)
+function(*arguments)
+"""
+_started: list[subprocess.Popen] = []  # kept, so that only those who wait for them reap them
+
+
+def forks_can_train() -> bool:
+    """Not if a test before has made PyTorch start threads for gradients, which no fork has."""
     if not hasattr(os, "fork"):
-        pytest.skip("fork is POSIX")
+        return False
+    process = os.fork()
+    if process:
+        return os.waitpid(process, 0)[1] == 0
+    try:
+        torch.ones(1, requires_grad=True).sum().backward()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def _fork(function: Callable, arguments: Iterable[object], environment: dict[str, object]) -> int:
+    """A process that calls the function, and ends.
+
+    Where possible, it is forked and need not import PyTorch again, which takes longer than what
+    most tests do with it.
+    """
+    words = {name: str(value) for name, value in environment.items()}
+    if not forks_can_train():
+        with tempfile.NamedTemporaryFile(delete=False) as file:
+            variant = VARIANTS.get("test", VARIANTS["tiny"])
+            pickle.dump((variant, function, tuple(arguments)), file)
+        words |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-c", _PROGRAM, file.name]
+        _started.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, **words}))
+        return _started[-1].pid
     process = os.fork()
     if process:
         return process
     code = 1
     try:
-        os.environ.update({name: str(value) for name, value in environment.items()})
+        os.environ.update(words)
         torch.set_num_threads(1)  # those of this process do not outlive the fork
         torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
         if rank_zero := sys.modules.get("lightning_utilities.core.rank_zero"):
@@ -276,6 +319,9 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess]:
 
     def run(name: str, *words: object) -> subprocess.CompletedProcess:
         command = ROOT / "tools" / name, [*map(str, words)]
+        if not forks_can_train():
+            line = [sys.executable, str(command[0]), *command[1]]
+            return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
             process = _fork(main, (*command, (output, errors)), {})
             code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

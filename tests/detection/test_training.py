@@ -19,6 +19,7 @@ from spatial_mamba_d2.detection.trainer import Trainer
 from spatial_mamba_d2.models.checkpoints.reading import read_checkpoint
 from spatial_mamba_d2.system.cli import build_training_parser
 from spatial_mamba_d2.system.seeding import seed_all
+from tests.conftest import forks_can_train
 
 CONFIG = "configs/demo_mask_rcnn_spatial_mamba_t.yaml"
 
@@ -199,15 +200,16 @@ def test_two_processes_equal_one(
     run(run_arguments(*words, tmp_path / "one"))
     arguments = run_arguments(*words, tmp_path / "torchrun")
     as_under_torchrun(launch, run, 1, 1, 0, "auto", (arguments,))
-    arguments = run_arguments(*words, tmp_path / "flag")
-    start = mp.start_processes
-    monkeypatch.setattr(
-        mp, "start_processes", lambda *a, **words: start(*a, **{**words, "start_method": "fork"})
-    )
-    launch(run, 2, args=(arguments,))
-    curves = {name: raw_losses(tmp_path / name) for name in ("one", "torchrun", "flag")}
+    if forks_can_train():  # others would not know the variant
+        start = mp.start_processes
+        monkeypatch.setattr(
+            mp, "start_processes", lambda *a, **kw: start(*a, **{**kw, "start_method": "fork"})
+        )
+        launch(run, 2, args=(run_arguments(*words, tmp_path / "flag"),))
+    names = [name for name in ("one", "torchrun", "flag") if (tmp_path / name).exists()]
+    curves = {name: raw_losses(tmp_path / name) for name in names}
     assert len(curves["one"]) == 3
-    for name in ("torchrun", "flag"):
+    for name in names[1:]:
         for one, two in zip(curves["one"], curves[name], strict=True):
             assert two == pytest.approx(one, rel=1e-3), name
 

@@ -9,6 +9,7 @@ import pytest
 
 from spatial_mamba_d2.finetuning import finetune
 from spatial_mamba_d2.models.variants import VARIANTS
+from tests.conftest import unchanged_loggers
 from tests.data.conftest import shape_source  # noqa: F401
 
 TASKS = ("detection", "segmentation", "classification")
@@ -37,7 +38,8 @@ def narrow_variant() -> Iterator[None]:
 def runs(narrow_variant, shapes, sample_images, tmp_path_factory) -> dict[str, Path]:
     """The folder of a run of each task."""
     folder = tmp_path_factory.mktemp("runs")
-    for task in TASKS:
-        data = sample_images if task == "classification" else shapes
-        finetune(data, None, folder / task, task=task, epochs=2, overrides=SMALL[task])
+    with unchanged_loggers():
+        for task in TASKS:
+            data = sample_images if task == "classification" else shapes
+            finetune(data, None, folder / task, task=task, epochs=2, overrides=SMALL[task])
     return {task: folder / task for task in TASKS}
