@@ -32,8 +32,9 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 WINDOWS = os.name == "nt"
 PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
-# Python compiles a module when it is first imported; most of the 11,000 here never are.
-PIP_INSTALL = (PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile")
+# pip compiles all modules, so that environments which keep Python from writing (many containers
+# set PYTHONDONTWRITEBYTECODE) do not compile them in every process.
+PIP_INSTALL = (PYTHON, "-m", "pip", "install", "--disable-pip-version-check")
 STAMP = VENV / "installed.sha256"
 # In addition to ops/, which is compiled
 INSTALLED_FROM = (

@@ -348,7 +348,7 @@ def test_throughput_and_memory_in_any_trainer():
     assert trainer.storage.history("memory_mb").latest() > 50
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_backbone_trains_the_same(make_cfg, tmp_path, monkeypatch):
     """As traced for inductor, which is not called here; names and averages stay as they are."""
     compile_module = nn.Module.compile
