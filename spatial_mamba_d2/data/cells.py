@@ -23,6 +23,8 @@ from spatial_mamba_d2.data.pixel_noise import smooth_noise
 from spatial_mamba_d2.data.sample_coco import (
     FOLDERS,
     annotation_record,
+    check_counts,
+    check_position,
     image_record,
     read_parameters,
     write_annotations,
@@ -75,9 +77,7 @@ def generate_cells(
     """
     root = Path(root)
     num_scenes = {"train": num_train, "val": num_val}
-    for split, count in num_scenes.items():
-        if count < 1:
-            raise ValueError(f"num_{split} must be at least 1, got {count}")
+    check_counts(num_scenes)
     _check_arguments(image_px, num_objects, cell_px, seed)
     parameters = {
         "version": GENERATOR_VERSION,
@@ -112,10 +112,7 @@ def render_scene(
     Raises:
         ValueError: an argument is out of range; see `generate_cells` for the others.
     """
-    if split not in FOLDERS:
-        raise ValueError(f"split must be one of {list(FOLDERS)}, got {split!r}")
-    if index < 0:
-        raise ValueError(f"index must be at least 0, got {index}")
+    check_position(split, index)
     _check_arguments(image_px, num_objects, cell_px, seed)
     rng = np.random.default_rng([seed, list(FOLDERS).index(split), index])
     image = _background(rng, image_px)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,21 @@ import numpy as np
 from spatial_mamba_d2.data.json_file import read_json
 
 FOLDERS = {"train": "training", "val": "validation"}  # folder of each split, named as in ADE20K
+
+
+def check_counts(counts: Mapping[str, int]) -> None:
+    """Raises ValueError if the number of images in a split is not at least 1."""
+    for split, count in counts.items():
+        if count < 1:
+            raise ValueError(f"num_{split} must be at least 1, got {count}")
+
+
+def check_position(split: str, index: int) -> None:
+    """Raises ValueError if there is no such split, or ``index`` is negative."""
+    if split not in FOLDERS:
+        raise ValueError(f"split must be one of {list(FOLDERS)}, got {split!r}")
+    if index < 0:
+        raise ValueError(f"index must be at least 0, got {index}")
 
 
 def image_record(image_id: int, file_name: str, size: tuple[int, ...]) -> dict[str, Any]:

@@ -32,6 +32,8 @@ from spatial_mamba_d2.data.pixel_noise import smooth_noise
 from spatial_mamba_d2.data.sample_coco import (
     FOLDERS,
     annotation_record,
+    check_counts,
+    check_position,
     image_record,
     read_parameters,
     write_annotations,
@@ -131,9 +133,7 @@ def generate_shapes(
     """
     root = Path(root)
     num_images = {"train": num_train, "val": num_val}
-    for split, count in num_images.items():
-        if count < 1:
-            raise ValueError(f"num_{split} must be at least 1, got {count}")
+    check_counts(num_images)
     _check_drawing_arguments(image_px, seed)
     parameters = {
         "version": GENERATOR_VERSION,
@@ -159,10 +159,7 @@ def render_image(
     Raises:
         ValueError: an argument is out of range; see `generate_shapes` for the others.
     """
-    if split not in FOLDERS:
-        raise ValueError(f"split must be one of {list(FOLDERS)}, got {split!r}")
-    if index < 0:
-        raise ValueError(f"index must be at least 0, got {index}")
+    check_position(split, index)
     _check_drawing_arguments(image_px, seed)
     rng = np.random.default_rng([seed, list(FOLDERS).index(split), index])
     height, width = rng.integers(*image_px, size=2, endpoint=True).tolist()

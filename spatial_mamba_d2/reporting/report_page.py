@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,10 +15,8 @@ from spatial_mamba_d2.data.label_maps import distinct_colors
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.evaluation import Evaluation
 from spatial_mamba_d2.evaluation.evaluation import LEVEL, expected_error
+from spatial_mamba_d2.reporting.evaluated_run import Run
 from spatial_mamba_d2.system import html_page
-
-if TYPE_CHECKING:
-    from spatial_mamba_d2.reporting.running import Run
 
 _DRAWN = 8  # worst images, and suspects
 _SIDE_PX = 420

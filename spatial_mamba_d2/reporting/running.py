@@ -9,7 +9,6 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from spatial_mamba_d2.evaluation import (
 from spatial_mamba_d2.models.checkpoints.reading import file_sha256, read_checkpoint
 from spatial_mamba_d2.prediction import load_predictor
 from spatial_mamba_d2.prediction.predictor import Predictor
+from spatial_mamba_d2.reporting.evaluated_run import Run
 from spatial_mamba_d2.reporting.report_page import write_page
 from spatial_mamba_d2.reporting.test_sets import (
     TestSet,
@@ -43,27 +43,6 @@ logger = logging.getLogger(__name__)
 
 # Of a run's folder, the first that there is
 CHECKPOINTS = ("model_best.pth", "best.ckpt", "model_final.pth", "last.ckpt")
-
-
-@dataclass
-class Run:
-    """One model on its test set.
-
-    Attributes:
-        name: of the run.
-        weights: the checkpoint.
-        predictor: of it.
-        tested: the images.
-        protocol: how they are predicted, in words.
-        evaluations: by what is evaluated: ``boxes`` and ``masks``, or the task.
-    """
-
-    name: str
-    weights: Path
-    predictor: Predictor
-    tested: TestSet
-    protocol: str
-    evaluations: dict[str, Evaluation]
 
 
 def report(
