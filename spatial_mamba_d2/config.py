@@ -51,6 +51,7 @@ _SHARED_MINIMA = {
     "SOLVER.LOG_PERIOD": 1,
     "TEST.EVAL_PERIOD": 0,
     "TEST.PICTURES": 0,
+    "TEST.PATIENCE": 0,
 }
 _SHARED_ABOVE_0 = ("SOLVER.BASE_LR", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "MODEL.PIXEL_STD")
 _SHARED_FRACTIONS = ("SOLVER.WARMUP_FACTOR",)  # 1 included
@@ -114,6 +115,8 @@ def config_loader(
         check_shared_keys(cfg)
         _find_data_sets(cfg)
         check(cfg)
+        if _has(cfg, "TEST.PATIENCE") and cfg.TEST.PATIENCE:
+            require_evaluations(cfg, f"TEST.PATIENCE {cfg.TEST.PATIENCE}")
         resolve_device(cfg)
         cfg.freeze()
         return cfg
@@ -170,6 +173,8 @@ def add_shared_config(cfg: Any) -> None:
     cfg.SOLVER.BETAS = (0.9, 0.999)
     cfg.SOLVER.ACCUMULATION_STEPS = 1  # micro-batches per iteration
     cfg.SOLVER.AMP.PRECISION = "bfloat16"  # or float16
+    # Where the numbers of metrics.json go besides: tensorboard, csv, wandb, mlflow
+    cfg.SOLVER.LOGGERS = ("tensorboard",)
 
 
 def add_lightning_config(cfg: Any) -> None:
@@ -301,6 +306,16 @@ def check_processes(cfg: Any, num_processes: int) -> None:
         raise ValueError(
             f"MODEL.DEVICE must be cuda or cpu for {num_processes} processes, "
             f"got {cfg.MODEL.DEVICE!r}"
+        )
+
+
+def require_evaluations(cfg: Any, what: str) -> None:
+    """Raises ValueError if no evaluation takes place in the training, and ``what`` needs some."""
+    key = "TEST.EVAL_EPOCHS" if _has(cfg, "TEST.EVAL_EPOCHS") else "TEST.EVAL_PERIOD"
+    if not (_value(cfg, key) and cfg.DATASETS.TEST):
+        raise ValueError(
+            f"{what} needs evaluations in the training, got {key} {_value(cfg, key)}, "
+            f"DATASETS.TEST {cfg.DATASETS.TEST!r}"
         )
 
 

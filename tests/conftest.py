@@ -35,6 +35,7 @@ from spatial_mamba_d2.models.variants import VARIANTS
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED_DATA = ROOT.parent / "shared" / "data"
+TEST_VARIANT = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
 
 if num_processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # Processes that test side by side share the cores, with the tools that they start.
@@ -165,8 +166,7 @@ def sample_images(tmp_path_factory) -> Path:
 @pytest.fixture
 def test_variant(monkeypatch) -> str:
     """The name of a narrow and shallow variant, which only this process has."""
-    arguments = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
-    monkeypatch.setitem(VARIANTS, "test", arguments)
+    monkeypatch.setitem(VARIANTS, "test", TEST_VARIANT)
     return "test"
 
 
@@ -255,8 +255,7 @@ def _fork(function: Callable, arguments: Iterable[object], environment: dict[str
     words = {name: str(value) for name, value in environment.items()}
     if not forks_can_train():
         with tempfile.NamedTemporaryFile(delete=False) as file:
-            variant = VARIANTS.get("test", VARIANTS["tiny"])
-            pickle.dump((variant, function, tuple(arguments)), file)
+            pickle.dump((TEST_VARIANT, function, tuple(arguments)), file)
         words |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-c", _PROGRAM, file.name]
         _started.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, **words}))

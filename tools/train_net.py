@@ -20,6 +20,10 @@ def main() -> None:
 
     keep_freed_memory()
     args = build_training_parser(__doc__).parse_args()
+    if args.rehearse:
+        from spatial_mamba_d2.finetuning.rehearsal import rehearse_first
+
+        rehearse_first("detection", args)
     launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
 
 

@@ -30,7 +30,12 @@ def main() -> None:
     from spatial_mamba_d2.segmentation.train import run
 
     keep_freed_memory()
-    run(build_training_parser(__doc__).parse_args())
+    args = build_training_parser(__doc__).parse_args()
+    if args.rehearse:
+        from spatial_mamba_d2.finetuning.rehearsal import rehearse_first
+
+        rehearse_first("segmentation", args)
+    run(args)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from spatial_mamba_d2.config import (
     require_between,
     require_low_high,
 )
+from spatial_mamba_d2.training.loggers import check_loggers
 
 
 def classification_defaults() -> CfgNode:
@@ -67,6 +68,7 @@ def classification_defaults() -> CfgNode:
 
     cfg.TEST = CfgNode()
     cfg.TEST.EVAL_EPOCHS = 1  # 0: only at the end
+    cfg.TEST.PATIENCE = 0  # evaluations without a new best score that end the training; 0: none do
     cfg.TEST.SHORT_PX = 256  # bicubic, before the centre crop of INPUT.CROP_PX
     cfg.TEST.IMS_PER_BATCH = 128  # per process
     return cfg
@@ -86,6 +88,7 @@ def _check_auto_augment(name: str) -> None:
 
 
 def _check(cfg: CfgNode) -> None:
+    check_loggers(cfg.SOLVER.LOGGERS)
     require_at_least(
         cfg,
         {

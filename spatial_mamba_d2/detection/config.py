@@ -26,6 +26,7 @@ from spatial_mamba_d2.config import (
     require_above_0,
     require_at_least,
     require_between,
+    require_evaluations,
     require_length,
     require_low_high,
     require_one_of,
@@ -34,10 +35,10 @@ from spatial_mamba_d2.config import (
 from spatial_mamba_d2.detection.coco_evaluation import PACKAGES, check_installed
 from spatial_mamba_d2.detection.data import register_json_datasets
 from spatial_mamba_d2.detection.limits import AUTO
-from spatial_mamba_d2.detection.loggers import check_loggers
 from spatial_mamba_d2.detection.optimizer import PLATEAU
 from spatial_mamba_d2.detection.scores import main_scores
 from spatial_mamba_d2.detection.unused_keys import check_unused_keys, is_panoptic, uses_point_rend
+from spatial_mamba_d2.training.loggers import check_loggers
 
 _POOLERS = ("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated")
 _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
@@ -117,7 +118,6 @@ _MINIMA = {
     "SOLVER.PLATEAU_PATIENCE": 1,
     "TEST.DETECTIONS_PER_IMAGE": 1,
     "TEST.PRECISE_BN.NUM_ITER": 1,
-    "TEST.PATIENCE": 0,
     "SOLVER.UNFREEZE_ITER": 0,
     "VIS_PERIOD": 0,
 }
@@ -221,8 +221,6 @@ def add_spatial_mamba_config(cfg: CfgNode) -> None:
     # LR_SCHEDULER_NAME WarmupPlateauLR: evaluations without a new best score after which the
     # learning rate falls by GAMMA
     cfg.SOLVER.PLATEAU_PATIENCE = 3
-    # Where the numbers of metrics.json go besides: tensorboard, csv, wandb, mlflow
-    cfg.SOLVER.LOGGERS = ("tensorboard",)
 
     # The score that chooses model_best.pth, such as bbox/AP50 or segm/AP-circle; "": AP of the
     # keypoints, else the masks, else the boxes; PQ of panoptic segmentation.
@@ -444,15 +442,8 @@ def _check_sizes(cfg: CfgNode) -> None:
 
 def _check_scores(cfg: CfgNode) -> None:
     main_scores(cfg)
-    if cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST:
-        return
-    missing = f"(TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD}, DATASETS.TEST {cfg.DATASETS.TEST})"
-    if cfg.TEST.PATIENCE:
-        raise ValueError(
-            f"TEST.PATIENCE must be 0 without evaluations {missing}, got {cfg.TEST.PATIENCE}"
-        )
     if cfg.SOLVER.LR_SCHEDULER_NAME == PLATEAU:
-        raise ValueError(f"SOLVER.LR_SCHEDULER_NAME {PLATEAU} needs evaluations {missing}")
+        require_evaluations(cfg, f"SOLVER.LR_SCHEDULER_NAME {PLATEAU}")
 
 
 def _check_schedule(cfg: CfgNode) -> None:

@@ -1,54 +1,25 @@
-"""Where the numbers of a training go besides ``metrics.json``: ``SOLVER.LOGGERS``.
-
-=============  ========================================================  =======================
-name           what is written                                           needs
-=============  ========================================================  =======================
-tensorboard    event files in ``OUTPUT_DIR``, with images                the extra ``detection``
-csv            ``metrics.csv``: a row for each iteration and number      nothing
-wandb          a run of Weights & Biases; ``WANDB_PROJECT`` and the      the extra ``loggers``
-               other variables of wandb say where
-mlflow         a run of MLflow; ``MLFLOW_TRACKING_URI`` and the other    the extra ``loggers``
-               variables of MLflow say where
-=============  ========================================================  =======================
-
-A resumed training continues the same run. A logger that fails is switched off with a warning: the
-training goes on.
-"""
+"""``SOLVER.LOGGERS`` as Detectron2's writers: see :mod:`spatial_mamba_d2.training.loggers`."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import importlib
-import logging
-import os
-import secrets
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
 
-from spatial_mamba_d2.config import flat_items
-from spatial_mamba_d2.system.yaml_file import parse_yaml
-
-logger = logging.getLogger(__name__)
-
-PROJECT = "spatial-mamba-d2"  # of wandb and MLflow, unless their variables say otherwise
-CSV = "metrics.csv"
-_MAX_PARAMS, _MAX_LENGTH = 100, 500  # of a request to MLflow, of a value
+from spatial_mamba_d2.training.loggers import LOGS, TENSORBOARD, NumberLog, Tolerant
 
 
-class ScalarWriter(EventWriter):
+class NumberWriter(EventWriter):
     """Passes each number of the event storage on once, smoothed as in ``metrics.json``.
 
     Args:
+        log: what gets them.
         window_size: iterations of which a number that is smoothed is the median.
     """
 
-    def __init__(self, window_size: int):
+    def __init__(self, log: NumberLog, window_size: int):
+        self.log = log
         self.window_size = window_size
         self.last = -1  # iteration that has been written
 
@@ -59,157 +30,36 @@ class ScalarWriter(EventWriter):
             if iteration > self.last:
                 rows.setdefault(iteration, {})[name] = float(value)
         for iteration in sorted(rows):
-            self.log(rows[iteration], iteration)
+            self.log.log(rows[iteration], iteration)
             self.last = iteration
 
-    def log(self, numbers: dict[str, float], iteration: int) -> None:
-        """Numbers by name, of one iteration."""
-        raise NotImplementedError
-
-
-class CsvWriter(ScalarWriter):
-    """Appends ``iteration,name,value`` to a file."""
-
-    def __init__(self, path: Path, window_size: int):
-        super().__init__(window_size)
-        is_new = not path.exists()
-        self.file = path.open("a", newline="", encoding="utf-8")
-        self.table = csv.writer(self.file, lineterminator="\n")
-        if is_new:
-            self.table.writerow(("iteration", "name", "value"))
-
-    def log(self, numbers: dict[str, float], iteration: int) -> None:
-        self.table.writerows((iteration, name, value) for name, value in numbers.items())
-        self.file.flush()
-
     def close(self) -> None:
-        self.file.close()
+        self.log.close()
 
 
-class WandbWriter(ScalarWriter):
-    """A run of Weights & Biases; its id is in ``OUTPUT_DIR``, by which it is continued."""
+class TolerantWriter(EventWriter):
+    """A writer that is switched off, with a warning, when it fails."""
 
-    def __init__(self, cfg: CfgNode, window_size: int):
-        super().__init__(window_size)
-        wandb = importlib.import_module("wandb")
-        mark = Path(cfg.OUTPUT_DIR, "wandb_run.txt")
-        run_id = mark.read_text(encoding="utf-8") if mark.is_file() else secrets.token_hex(4)
-        self.run = wandb.init(
-            id=run_id,
-            resume="allow",
-            dir=cfg.OUTPUT_DIR,
-            name=Path(cfg.OUTPUT_DIR).name,
-            config=parse_yaml(cfg.dump().encode(), "configuration"),
-            settings=wandb.Settings(silent=True),
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-        )
-        mark.write_text(run_id, encoding="utf-8")
-
-    def log(self, numbers: dict[str, float], iteration: int) -> None:
-        self.run.log(numbers, step=iteration)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class MlflowWriter(ScalarWriter):
-    """A run of MLflow; its id is in ``OUTPUT_DIR``, by which it is continued."""
-
-    def __init__(self, cfg: CfgNode, window_size: int):
-        super().__init__(window_size)
-        self.entities = importlib.import_module("mlflow.entities")
-        self.client = importlib.import_module("mlflow").MlflowClient()
-        mark = Path(cfg.OUTPUT_DIR, "mlflow_run.txt")
-        if mark.is_file():
-            self.run_id = mark.read_text(encoding="utf-8")
-            self.client.update_run(self.run_id, status="RUNNING")
-            return
-        found = self.client.get_experiment_by_name(PROJECT)
-        experiment = found.experiment_id if found else self.client.create_experiment(PROJECT)
-        run = self.client.create_run(experiment, run_name=Path(cfg.OUTPUT_DIR).name)
-        self.run_id = run.info.run_id
-        pairs = flat_items(parse_yaml(cfg.dump().encode(), "configuration"))
-        params = [self.entities.Param(key, str(value)[:_MAX_LENGTH]) for key, value in pairs]
-        for start in range(0, len(params), _MAX_PARAMS):
-            self.client.log_batch(self.run_id, params=params[start : start + _MAX_PARAMS])
-        mark.write_text(self.run_id, encoding="utf-8")
-
-    def log(self, numbers: dict[str, float], iteration: int) -> None:
-        now_ms = int(time.time() * 1000)
-        metrics = [
-            self.entities.Metric(name, value, now_ms, iteration) for name, value in numbers.items()
-        ]
-        self.client.log_batch(self.run_id, metrics=metrics)
-
-    def close(self) -> None:
-        self.client.set_terminated(self.run_id)
-
-
-class Tolerant(EventWriter):
-    """A writer that is switched off, with a warning, when it fails.
-
-    Args:
-        name: of the logger.
-        build: makes the writer.
-    """
-
-    def __init__(self, name: str, build: Callable[[], EventWriter]):
-        self.name = name
-        self.writer: EventWriter | None = None
-        with self._warning():
-            self.writer = build()
+    def __init__(self, writer: Tolerant):
+        self.writer = writer
 
     def write(self, **kwargs: Any) -> None:
-        if self.writer:
-            with self._warning():
-                self.writer.write(**kwargs)
+        self.writer.call("write", **kwargs)
 
     def close(self) -> None:
-        if self.writer:
-            with self._warning():
-                self.writer.close()
-
-    @contextlib.contextmanager
-    def _warning(self) -> Any:
-        try:
-            yield
-        except Exception as error:  # whatever a service or its package raises
-            logger.warning(
-                "SOLVER.LOGGERS: %s has failed and is switched off: %s: %s",
-                self.name, type(error).__name__, error,
-            )  # fmt: skip
-            self.writer = None
+        self.writer.call("close")
 
 
-LOGGERS: dict[str, Callable[[CfgNode, int], EventWriter]] = {
-    "tensorboard": lambda cfg, window: TensorboardXWriter(cfg.OUTPUT_DIR, window),
-    "csv": lambda cfg, window: CsvWriter(Path(cfg.OUTPUT_DIR, CSV), window),
-    "wandb": WandbWriter,
-    "mlflow": MlflowWriter,
-}
-_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
-
-
-def check_loggers(names: Sequence[str]) -> None:
-    """Raises ValueError if a name is unknown, or its package is not installed."""
-    for name in names:
-        if name not in LOGGERS:
-            raise ValueError(
-                f"SOLVER.LOGGERS must be among {', '.join(LOGGERS)}, got {', '.join(names)}"
-            )
-        try:
-            importlib.import_module(_PACKAGES.get(name, "csv"))
-        except ImportError as error:
-            raise ValueError(
-                f"SOLVER.LOGGERS {name} needs its package ({error}): "
-                "pip install 'spatial-mamba-d2[loggers]'"
-            ) from None
-
-
-def build_logger(name: str, cfg: CfgNode, window_size: int) -> EventWriter:
+def build_logger(name: str, cfg: CfgNode, window_size: int) -> TolerantWriter:
     """The logger of a name in ``SOLVER.LOGGERS``, which never raises.
 
     Args:
         window_size: iterations of which a number that is smoothed is the median.
     """
-    return Tolerant(name, lambda: LOGGERS[name](cfg, window_size))
+
+    def build() -> EventWriter:
+        if name == TENSORBOARD:
+            return TensorboardXWriter(cfg.OUTPUT_DIR, window_size)
+        return NumberWriter(LOGS[name](cfg), window_size)
+
+    return TolerantWriter(Tolerant(name, build))

@@ -14,7 +14,6 @@ Register them before the hooks that evaluate and save::
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spatial_mamba_d2.training.run_folder import read_scores
+from spatial_mamba_d2.training.run_folder import (
+    evaluations_without_gain,
+    patience_ends,
+    read_scores,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -150,15 +153,6 @@ class _AfterScores(HookBase):
             value, iteration = self.trainer.storage.latest()[self.metric]
             self.scores[iteration] = float(value)
 
-    def num_without_gain(self) -> list[int]:
-        """After each evaluation, how many brought no new best score since; NaN is none."""
-        best, count, counts = -math.inf, 0, []
-        for _, score in sorted(self.scores.items()):
-            count = 0 if score > best else count + 1
-            best = max(best, score) if score == score else best
-            counts.append(count)
-        return counts
-
 
 class EarlyStopping(_AfterScores):
     """Ends the training by :class:`TrainingEnded` when a score has not risen for a while.
@@ -168,13 +162,12 @@ class EarlyStopping(_AfterScores):
     """
 
     def after_evaluation(self, *, is_new: bool) -> None:
-        counts = self.num_without_gain()
-        if not comm.all_gather(bool(counts) and counts[-1] >= self.patience)[0]:
+        reason = comm.all_gather(patience_ends(self.scores, self.patience, self.metric))[0]
+        if not reason:
             return
         checkpointer = getattr(self.trainer, "checkpointer", None)
         if is_new and checkpointer is not None and comm.is_main_process():
             checkpointer.save("model_final", iteration=self.trainer.iter)
-        reason = f"{self.metric} has not risen in {self.patience} evaluations"
         logger.info("the training ends early: %s", reason)
         raise TrainingEnded(reason)
 
@@ -216,7 +209,7 @@ class PlateauSchedule(_AfterScores):
 
     def lower(self) -> None:
         """The base rates of the schedule become those that the scores ask for."""
-        counts = self.num_without_gain()
+        counts = evaluations_without_gain(self.scores)
         number = sum(count > 0 and count % self.patience == 0 for count in counts)
         number = comm.all_gather(number)[0]
         if number > self.num_plateaus:

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ def draw_detections(image: np.ndarray, result: Detections) -> np.ndarray:
         instances.pred_masks = torch.from_numpy(result.bitmaps())
     metadata = Metadata(thing_classes=list(result.names))
     return draw_instances(image, instances, metadata, score_thresh=0)
+
+
+def draw_targets(image: np.ndarray, instances: Instances, classes: Sequence[str]) -> np.ndarray:
+    """Draw what a detector is trained on in an image, RGB ``uint8[H, W, 3]``.
+
+    Args:
+        instances: ``gt_boxes``, ``gt_classes`` and maybe ``gt_masks``, in the frame of ``image``.
+        classes: names by index.
+    """
+    visualizer = Visualizer(image, None, enlargement(image, _SHORTEST_PX), ColorMode.IMAGE)
+    output = visualizer.overlay_instances(
+        boxes=instances.gt_boxes,
+        masks=instances.gt_masks if instances.has("gt_masks") else None,
+        labels=[classes[index] for index in instances.gt_classes.tolist()],
+    )
+    return output.get_image()
 
 
 def draw_ground_truth(

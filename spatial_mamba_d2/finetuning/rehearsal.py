@@ -6,6 +6,7 @@ will take, and names the reason when it does not learn.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import re
@@ -29,7 +30,7 @@ from spatial_mamba_d2.data.coco import load_coco
 from spatial_mamba_d2.data.formats import Instances, LabelledData, write_training_files
 from spatial_mamba_d2.data.imagenet import check_split as check_class_split
 from spatial_mamba_d2.data.imagenet import load_classes
-from spatial_mamba_d2.data.images import read_image
+from spatial_mamba_d2.data.images import read_image, write_image
 from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.label_format import LabelFormat, build_label_format
 from spatial_mamba_d2.data.label_maps import read_pair
@@ -37,12 +38,15 @@ from spatial_mamba_d2.data.pair_files import Layout
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.finetuning.probing import TOOLS, logged_seconds
+from spatial_mamba_d2.finetuning.training_images import draw_training_images
 from spatial_mamba_d2.prediction import load_predictor
+from spatial_mamba_d2.system.launching import under_torchrun
 from spatial_mamba_d2.system.package_files import top_level_folder
 
 logger = logging.getLogger(__name__)
 
 NUM_IMAGES = 4
+PICTURES = "rehearsal.jpg"  # in OUTPUT_DIR
 ITERATIONS = 16  # of the rehearsal, in two parts
 _CPU_PX = 128  # short side on CPUs, so that it takes a minute
 _LEARNED = 0.9  # the last losses over the first ones, at most
@@ -60,6 +64,7 @@ class Rehearsal:
         losses: of the iterations.
         iteration_s: of the real batch, on this machine, in seconds; None if it did not run.
         estimates: what the real training takes, in words.
+        pictures: drawings of training images, as they were augmented, with their labels.
     """
 
     task: str
@@ -67,6 +72,7 @@ class Rehearsal:
     losses: list[float] = field(default_factory=list)
     iteration_s: float | None = None
     estimates: list[str] = field(default_factory=list)
+    pictures: Path | None = None
 
     def text(self) -> str:
         lines = [f"rehearsal of {self.task}: {'fails' if self.reasons else 'passes'}"]
@@ -74,6 +80,8 @@ class Rehearsal:
             lines.append(f"loss: {self.losses[0]:.3f} to {self.losses[-1]:.3f} "
                          f"in {len(self.losses)} iterations on {NUM_IMAGES} images")  # fmt: skip
         lines += [f"reason: {reason}" for reason in self.reasons]
+        if self.pictures:
+            lines.append(f"training images: {self.pictures}")
         return "\n".join([*lines, *self.estimates])
 
 
@@ -81,6 +89,8 @@ def rehearse(
     config_file: str | Path | None, overrides: Sequence[str] = (), task: str | None = None
 ) -> Rehearsal:
     """Rehearse the training that a configuration describes.
+
+    Drawings of its training images are ``OUTPUT_DIR/rehearsal.jpg``; nothing else is left behind.
 
     Args:
         config_file, overrides: as of the training.
@@ -94,8 +104,43 @@ def rehearse(
     data = _four_images(task, cfg)
     result.reasons += _inspect(task, cfg, data)
     with TemporaryDirectory(prefix="rehearsal-") as folder:
-        _train(result, cfg, config_file, overrides, data, Path(folder))
+        keys = _write_data(data, Path(folder))
+        words = [*map(str, overrides), *(str(word) for pair in keys.items() for word in pair)]
+        words += ["DATALOADER.NUM_WORKERS", "0"]
+        sheet = draw_training_images(task, load_any(config_file, words, task)[1])
+        result.pictures = Path(cfg.OUTPUT_DIR, PICTURES)
+        result.pictures.parent.mkdir(parents=True, exist_ok=True)
+        write_image(result.pictures, sheet)
+        _train(result, cfg, config_file, overrides, data, keys, Path(folder))
     return result
+
+
+def require_rehearsal(task: str, config_file: str | Path | None, overrides: Sequence[str]) -> None:
+    """Raises ValueError if a rehearsal, which is logged, finds that the training would fail."""
+    result = rehearse(config_file, overrides, task)
+    logger.info("%s", result.text())
+    if result.reasons:
+        raise ValueError(f"the rehearsal fails: {result.reasons[0]}")
+
+
+def rehearse_first(task: str, args: argparse.Namespace) -> None:
+    """What ``--rehearse`` of the training tools does.
+
+    Raises:
+        ValueError: the rehearsal fails, or it is not the start of a training in one call.
+    """
+    if args.resume or args.eval_only or args.num_machines > 1 or under_torchrun():
+        raise ValueError(
+            "--rehearse is for a new training that this call starts: not with --resume, "
+            "--eval-only, --num-machines or torchrun; tools/rehearse.py rehearses by itself"
+        )
+    require_rehearsal(task, args.config_file or None, args.opts)
+
+
+def _write_data(data: LabelledData, folder: Path) -> dict[str, Any]:
+    """Files of the four images in ``folder``, and the keys that name them."""
+    keys = write_training_files(data, folder / "data")
+    return {k: v for k, v in keys.items() if k.startswith("DATASETS.")}
 
 
 def load_any(
@@ -240,15 +285,14 @@ def _train(
     config_file: str | Path | None,
     overrides: Sequence[str],
     data: LabelledData,
+    keys: dict[str, Any],
     folder: Path,
 ) -> None:
-    keys = write_training_files(data, folder / "data")
-    keys = {k: v for k, v in keys.items() if k.startswith("DATASETS.")}
     task, output = result.task, folder / "output"
     batch = min(cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATION_STEPS, NUM_IMAGES)
     on_cpu = not torch.cuda.is_available()
     if task == "classification":
-        keys["DATASETS.TRAIN"] = _repeated(folder / "data", batch * ITERATIONS // 2)
+        keys = {**keys, "DATASETS.TRAIN": _repeated(folder / "data", batch * ITERATIONS // 2)}
     words = [*map(str, overrides), *_small(task, cfg, batch, on_cpu)]
     words += [str(word) for pair in keys.items() for word in pair]
     words += ["OUTPUT_DIR", str(output)]
@@ -293,6 +337,8 @@ def _small(task: str, cfg: Any, batch: int, on_cpu: bool) -> list[str]:
         "SOLVER.IMS_PER_BATCH": batch,
         "SOLVER.ACCUMULATION_STEPS": 1,
         "SOLVER.EMA_DECAY": 0.0,
+        "SOLVER.LOGGERS": (),
+        "TEST.PATIENCE": 0,
         "DATALOADER.NUM_WORKERS": 0,
     }
     factor = min(1.0, _CPU_PX / _short_px(task, cfg)) if on_cpu else 1.0
@@ -308,7 +354,6 @@ def _small(task: str, cfg: Any, batch: int, on_cpu: bool) -> list[str]:
             "INPUT.MAX_SIZE_TEST": smaller(cfg.INPUT.MAX_SIZE_TEST),
             "INPUT.RANDOM_FLIP": "none",
             "SOLVER.STEPS": (),
-            "TEST.PATIENCE": 0,
         }
     elif task == "segmentation":
         pairs |= {

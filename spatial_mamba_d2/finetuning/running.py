@@ -18,7 +18,7 @@ from spatial_mamba_d2.data.formats import read_data, split_data, write_training_
 from spatial_mamba_d2.finetuning import settings as choices
 from spatial_mamba_d2.finetuning.data_facts import measure_data
 from spatial_mamba_d2.finetuning.probing import OutOfMemoryError, probe
-from spatial_mamba_d2.finetuning.rehearsal import rehearse
+from spatial_mamba_d2.finetuning.rehearsal import require_rehearsal
 from spatial_mamba_d2.finetuning.settings import Setting, Settings, Situation
 from spatial_mamba_d2.models.checkpoints.convert import backbone_arguments, find_variant
 from spatial_mamba_d2.models.checkpoints.names import backbone_prefix, model_kind, translate
@@ -89,10 +89,7 @@ def finetune(
             )
         task = prepare(data, weights, output, task, size, epochs, minutes)
     if rehearse_first:
-        result = rehearse(config_file, overrides, task)
-        logger.info("%s", result.text())
-        if result.reasons:
-            raise ValueError(f"the rehearsal fails: {result.reasons[0]}")
+        require_rehearsal(task, config_file, overrides)
     if not only_write:
         train(task, config_file, overrides, num_gpus, resume)
     return config_file

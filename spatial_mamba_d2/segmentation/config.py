@@ -15,6 +15,7 @@ from spatial_mamba_d2.config import (
 )
 from spatial_mamba_d2.models.timm_backbone import PREFIX, check_timm_name
 from spatial_mamba_d2.segmentation.losses import PIXEL_LOSSES
+from spatial_mamba_d2.training.loggers import check_loggers
 
 OURS = "spatial_mamba"
 
@@ -94,6 +95,7 @@ def segmentation_defaults() -> CfgNode:
 
     cfg.TEST = CfgNode()
     cfg.TEST.EVAL_PERIOD = 16_000  # iterations; 0: only at the end
+    cfg.TEST.PATIENCE = 0  # evaluations without a new best score that end the training; 0: none do
     cfg.TEST.MODE = "whole"  # "whole" images, or "slide": windows with averaged logits
     # "whole" refuses views with more pixels than this, before the system ends the process for want
     # of memory: UPerNet with the tiny variant and 150 classes takes 2.2 GB per million pixels.
@@ -130,6 +132,7 @@ def _check_backbone(backbone: CfgNode) -> None:
 
 
 def _check(cfg: CfgNode) -> None:
+    check_loggers(cfg.SOLVER.LOGGERS)
     require_one_of(
         cfg,
         {

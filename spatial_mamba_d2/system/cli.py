@@ -107,6 +107,9 @@ def build_training_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0)
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="train only if tools/rehearse.py passes"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     return parser
 

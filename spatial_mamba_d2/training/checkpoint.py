@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from spatial_mamba_d2.models.checkpoints.writing import write_checkpoint
 from spatial_mamba_d2.system import stopping
 from spatial_mamba_d2.training.module import TrainingModule
 from spatial_mamba_d2.training.resuming import require_training_state
-from spatial_mamba_d2.training.run_folder import BEST, BEST_SCORE, LAST, write_config
+from spatial_mamba_d2.training.run_folder import (
+    BEST,
+    BEST_SCORE,
+    LAST,
+    patience_ends,
+    write_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +56,24 @@ class Checkpoints(Checkpoint):
     score itself: whatever is killed or resumed then, only a better one replaces it. The settings
     are recorded in ``config.yaml`` after the first iteration: what fails earlier leaves nothing.
 
+    With a patience, the training ends early when the main score has not risen for so many
+    evaluations, of all those in ``metrics.json``, so that kills and resumes change nothing.
+
     Args:
-        folder: of the checkpoints.
+        folder: of the checkpoints, and of ``metrics.json``.
         period: iterations from one ``last.ckpt`` to the next.
+        patience: evaluations without a new best score that end the training; 0: none do.
+        scores: ``{iteration, from 0: main score}`` of the evaluations that took place before.
+
+    Attributes:
+        end: why the training ends early; "" if it does not.
     """
 
-    def __init__(self, folder: str | Path, period: int):
+    def __init__(self, folder: str | Path, period: int, patience: int, scores: Mapping[int, float]):
         self.last, self.best = Path(folder, LAST), Path(folder, BEST)
         self.period = period
+        self.patience, self.scores = patience, dict(scores)
+        self.end = ""
         self.best_score: float | None = None  # read by the first process
         self.saved_step = -1
         self.is_recorded = False
@@ -135,6 +152,9 @@ class Checkpoints(Checkpoint):
         score = pl_module.scores.get(pl_module.main_score, math.nan)
         if trainer.is_global_zero:
             self.keep_if_best(score)
+        self.scores[pl_module.iteration - 1] = score
+        self.end = patience_ends(self.scores, self.patience, pl_module.main_score)
+        trainer.should_stop = trainer.should_stop or bool(self.end)
 
     def keep_if_best(self, score: float) -> None:
         """Make ``last.ckpt``, whose score this is, the best one if it is."""

@@ -35,7 +35,7 @@ from spatial_mamba_d2.system.launching import (
 )
 from spatial_mamba_d2.training.checkpoint import Checkpoints, SafeCheckpointIO
 from spatial_mamba_d2.training.guard import is_child_of_lightning, require_finite_weights
-from spatial_mamba_d2.training.metrics_file import MetricsFile, TensorBoard
+from spatial_mamba_d2.training.metrics_file import MetricsFile, NamedLogger
 from spatial_mamba_d2.training.module import TrainingModule
 from spatial_mamba_d2.training.progress import build_progress, logged_to
 from spatial_mamba_d2.training.resuming import (
@@ -53,6 +53,8 @@ from spatial_mamba_d2.training.run_folder import (
     METRICS,
     claimed,
     log_end,
+    patience_ends,
+    read_scores,
     score_of_iteration,
     tell_new_training,
 )
@@ -187,7 +189,9 @@ def _fit(
     logger.info("%s parameters, %s iterations", f"{num_parameters:,}", f"{iterations:,}")
 
     period = max(1, min(solver.LOG_PERIOD, iterations // 20))
-    checkpoints = Checkpoints(output, schedule.checkpoint_period)
+    patience, score = cfg.TEST.PATIENCE, module.main_score
+    scores = {i: x for i, x in read_scores(output, score).items() if i < done}
+    checkpoints = Checkpoints(output, schedule.checkpoint_period, patience, scores)
     trainer = build_trainer(
         cfg,
         args,
@@ -203,18 +207,22 @@ def _fit(
         log_every_n_steps=period,
         logger=[
             MetricsFile(output / METRICS),
-            TensorBoard(output, name="", version="tensorboard"),
+            *(NamedLogger(name, cfg) for name in solver.LOGGERS),
         ],
         callbacks=[*build_progress(period), checkpoints],
     )
     with _children_end_with(trainer):
         evaluates = bool(cfg.DATASETS.TEST)
-        if evaluates and done and _misses_evaluation(output, module, checkpoints, done):
+        ended = bool(patience_ends(scores, patience, score))
+        if evaluates and done and _misses_evaluation(output, module, checkpoints, done, ended):
             trainer.validate(module, datamodule=data, ckpt_path=last, verbose=False)
-        if done < iterations:
+            ended = bool(checkpoints.end)
+        if done < iterations and not ended:
             trainer.fit(module, datamodule=data, ckpt_path=last if done else None)
-            if evaluates and module.evaluated_step != iterations:
+            if evaluates and not checkpoints.end and module.evaluated_step != iterations:
                 trainer.validate(module, datamodule=data, verbose=False)
+    if checkpoints.end:
+        logger.info("the training ends early: %s", checkpoints.end)
     return module.scores
 
 
@@ -262,13 +270,14 @@ def _accept(last: Path, module: TrainingModule) -> int:
 
 
 def _misses_evaluation(
-    output: Path, module: TrainingModule, checkpoints: Checkpoints, done: int
+    output: Path, module: TrainingModule, checkpoints: Checkpoints, done: int, ended: bool
 ) -> bool:
     """Whether ``last.ckpt``, written before an evaluation, is still to be evaluated.
 
-    A finished training is evaluated again: its scores are what a tool returns.
+    A finished training, also one that ended early, is evaluated again: its scores are what a tool
+    returns.
     """
-    if done == module.schedule.iterations:
+    if ended or done == module.schedule.iterations:
         return True
     if not module.schedule.evaluates_after(done):
         return False

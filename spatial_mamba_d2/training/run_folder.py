@@ -8,10 +8,11 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,33 @@ def read_scores(folder: str | Path, name: str) -> dict[int, float]:
     except OSError:
         pass
     return scores
+
+
+def evaluations_without_gain(scores: Mapping[int, float]) -> list[int]:
+    """After each evaluation, how many brought no new best score since; NaN is none.
+
+    Args:
+        scores: by iteration, in any order; higher is better.
+    """
+    best, count, counts = -math.inf, 0, []
+    for _, score in sorted(scores.items()):
+        count = 0 if score > best else count + 1
+        best = max(best, score) if score == score else best
+        counts.append(count)
+    return counts
+
+
+def patience_ends(scores: Mapping[int, float], patience: int, name: str) -> str:
+    """Why a training ends after the last of its ``scores``; "" if it goes on.
+
+    Args:
+        patience: evaluations without a new best score; 0: it always goes on.
+        name: of the score.
+    """
+    counts = evaluations_without_gain(scores)
+    if not patience or not counts or counts[-1] < patience:
+        return ""
+    return f"{name} has not risen in {patience} evaluations"
 
 
 def _parse(line: str) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from spatial_mamba_d2.models.checkpoints.names import to_official
 from spatial_mamba_d2.models.checkpoints.reading import WeightsError, read_checkpoint
 from spatial_mamba_d2.models.variants import VARIANTS
 from spatial_mamba_d2.system.seeding import derive_seed, seed_all
+from spatial_mamba_d2.training import loggers
+from tests.conftest import Interrupted
 
 LAST = "output/last.ckpt"
 
@@ -114,6 +116,70 @@ def test_resume_continues_the_same_curve(
     for key in ("state_dict", "training_model"):
         for name, value in contents[0][key].items():
             torch.testing.assert_close(contents[1][key][name], value, rtol=1e-5, atol=1e-6)
+
+
+def planned_scores(monkeypatch, scores):
+    """Evaluations, one after each epoch of 3 iterations, get these instead of what they find."""
+    finish = Classifier.finish_evaluation
+
+    def planned(module, found):
+        finish(module, {"top1": scores[module.iteration // 3 - 1]})
+
+    monkeypatch.setattr(Classifier, "finish_evaluation", planned)
+
+
+@pytest.mark.parametrize("killed_in", [None, "training", "evaluation"])
+def test_patience_ends_the_training_also_across_a_kill(
+    killed_in, arguments, tmp_path, curve, interrupted, monkeypatch
+):
+    """The second of 20 is no gain, and the best checkpoint is of the first one."""
+    planned_scores(monkeypatch, [10.0, 20.0, 15.0, 20.0, 30.0, 40.0])
+    words = ("SOLVER.EPOCHS", 6, "TEST.EVAL_EPOCHS", 1, "TEST.PATIENCE", 2)
+    words += ("SOLVER.LOGGERS", ("csv",))
+    output = tmp_path / "output"
+    if killed_in == "training":
+        with interrupted(Classifier, 10):
+            run(arguments(*words))
+    elif killed_in == "evaluation":
+        with monkeypatch.context() as patch:
+            write = Classifier.write_scores
+
+            def killed(module, *args):
+                if module.iteration == 9:
+                    raise Interrupted
+                return write(module, *args)
+
+            patch.setattr(Classifier, "write_scores", killed)
+            with pytest.raises(Interrupted):
+                run(arguments(*words))
+    assert run(arguments(*words, resume=killed_in is not None)) == {"top1": 20.0}
+    assert curve(output, "top1") == {2: 10.0, 5: 20.0, 8: 15.0, 11: 20.0}
+    assert max(curve(output)) == 11
+    assert read_checkpoint(output / "last.ckpt")["global_step"] == 12
+    assert read_checkpoint(output / "best.ckpt")["global_step"] == 6
+    assert "ends early: top1 has not risen in 2 evaluations" in (output / "log.txt").read_text()
+    assert run(arguments(*words, resume=True)) == {"top1": 20.0}  # and trains no further
+    assert max(curve(output)) == 11
+    assert not (output / "tensorboard").exists()
+    rows = (output / "metrics.csv").read_text().splitlines()
+    assert rows[0] == "iteration,name,value" and "8,top1,15.0" in rows
+
+
+def test_a_logger_that_fails_is_switched_off(arguments, tmp_path, monkeypatch):
+    def failing(cfg):
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(loggers.LOGS, "csv", failing)
+    run(arguments("SOLVER.EPOCHS", 2, "SOLVER.LOGGERS", ("csv", "tensorboard")))
+    text = (tmp_path / "output/log.txt").read_text()
+    assert text.count("SOLVER.LOGGERS: csv has failed and is switched off: ConnectionError") == 1
+    assert list((tmp_path / "output").glob("tensorboard/events.out.tfevents*"))
+    for words, message in (
+        (("SOLVER.LOGGERS", "('comet',)"), "SOLVER.LOGGERS must be among .*, got comet"),
+        (("TEST.PATIENCE", "2", "TEST.EVAL_EPOCHS", "0"), "TEST.PATIENCE 2 needs evaluations"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(None, words)
 
 
 def test_train_then_evaluate(arguments, tmp_path, curve):

@@ -9,28 +9,31 @@ import pytest
 
 from spatial_mamba_d2.finetuning import finetune
 from spatial_mamba_d2.models.variants import VARIANTS
-from tests.conftest import unchanged_loggers
+from tests.conftest import TEST_VARIANT, unchanged_loggers
 from tests.data.conftest import shape_source  # noqa: F401
 
 TASKS = ("detection", "segmentation", "classification")
+NARROW = ("MODEL.SPATIAL_MAMBA.VARIANT", "test")
 # Fast on a CPU, whatever is learned
 SMALL = {
     "detection": (
+        *NARROW,
         "INPUT.MIN_SIZE_TRAIN", "(48,)", "INPUT.MIN_SIZE_TEST", "48", "TEST.PICTURES", "0",
         "SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "1",
         "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
     ),
-    "segmentation": ("INPUT.SHORT_PX", "48", "INPUT.CROP_PX", "32", "TEST.PICTURES", "0"),
-    "classification": ("INPUT.CROP_PX", "32", "TEST.SHORT_PX", "36"),
+    "segmentation": (
+        *NARROW, "INPUT.SHORT_PX", "48", "INPUT.CROP_PX", "32", "TEST.PICTURES", "0",
+    ),
+    "classification": (*NARROW, "INPUT.CROP_PX", "32", "TEST.SHORT_PX", "36"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_variant() -> Iterator[None]:
-    """The tiny variant is a narrow one in this process."""
-    arguments = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
+    """What ``NARROW`` names."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(VARIANTS, "tiny", arguments)
+        patch.setitem(VARIANTS, "test", TEST_VARIANT)
         yield
 
 

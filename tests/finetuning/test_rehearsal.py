@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spatial_mamba_d2.data.images import read_image
 from spatial_mamba_d2.finetuning import finetune, rehearsal, running
-from spatial_mamba_d2.finetuning.rehearsal import rehearse
-from tests.finetuning.conftest import TASKS
+from spatial_mamba_d2.finetuning.rehearsal import rehearse, rehearse_first
+from spatial_mamba_d2.system.cli import build_training_parser
+from tests.finetuning.conftest import NARROW, TASKS
 
 pytestmark = pytest.mark.slow
 
@@ -45,13 +47,15 @@ def configurations(shapes, sample_images, tmp_path, monkeypatch) -> dict[str, Pa
 def test_a_healthy_training_passes(task, configurations):
     # Narrow networks need higher rates than the published ones.
     rates = {"detection": "0.001", "segmentation": "0.01", "classification": "0.1"}
-    overrides = ("SOLVER.BASE_LR", rates[task])
+    overrides = (*NARROW, "SOLVER.BASE_LR", rates[task])
     result = rehearse(configurations[task], overrides)
     assert result.task == task
     assert result.reasons == []
     assert len(result.losses) == rehearsal.ITERATIONS
     assert np.mean(result.losses[-4:]) < 0.9 * np.mean(result.losses[:4])
     assert len(result.estimates) == 3 and "passes" in result.text()
+    sheet = read_image(configurations[task].parent / "rehearsal.jpg")
+    assert sheet.shape[1] > 4 * 240 and len(np.unique(sheet)) > 100, "eight drawings"
 
 
 FAULTS = {
@@ -76,7 +80,7 @@ def test_a_planted_fault_is_named(name, configurations, monkeypatch):
     task, overrides, word = FAULTS[name]
     if name not in ("rate too high", "rate too low", "no such weights"):  # known beforehand
         monkeypatch.setattr(rehearsal, "_train", lambda *args: None)
-    result = rehearse(configurations[task], overrides)
+    result = rehearse(configurations[task], (*NARROW, *overrides))
     assert result.reasons and word in result.reasons[0], result.reasons
 
 
@@ -113,8 +117,18 @@ def test_objects_that_are_all_crowds(shapes, tmp_path, configurations, monkeypat
 def test_the_number_of_classes_must_fit(configurations):
     with pytest.raises(ValueError, match="NUM_CLASSES"):
         rehearse(configurations["classification"], ("MODEL.NUM_CLASSES", "7"))
-    result = rehearse(configurations["detection"], ("MODEL.ROI_HEADS.NUM_CLASSES", "7"))
+    overrides = (*NARROW, "MODEL.ROI_HEADS.NUM_CLASSES", "7")
+    result = rehearse(configurations["detection"], overrides)
     assert "NUM_CLASSES" in result.reasons[0]
+
+
+def test_a_training_tool_rehearses_first(configurations):
+    parse = build_training_parser(None).parse_args
+    config = ("--rehearse", "--config-file", str(configurations["segmentation"]))
+    with pytest.raises(ValueError, match="rehearsal fails: normalisation"):
+        rehearse_first("segmentation", parse([*config, *FAULTS["normalised twice"][1]]))
+    with pytest.raises(ValueError, match="--rehearse is for a new training"):
+        rehearse_first("segmentation", parse([*config, "--resume"]))
 
 
 def test_finetune_trains_only_if_the_rehearsal_passes(shapes, tmp_path, monkeypatch):
