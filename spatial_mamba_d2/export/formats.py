@@ -166,6 +166,7 @@ def _write_onnx(
             opset_version=OPSET,
             input_names=[INPUT],
             output_names=list(exportable.outputs),
+            custom_translation_table={torch.ops.aten.softplus.default: _softplus},
             verbose=False,
         )
     assert exported is not None  # because no file is given
@@ -178,6 +179,18 @@ def _write_onnx(
     domains = {entry.domain for entry in model.opset_import} - {""}
     if domains or model.functions:
         raise RuntimeError(f"{path} must have standard operators only, got domains {domains}")
+
+
+def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    """ONNX's own, which does not overflow: above the threshold, both round to ``x``.
+
+    The exporter's form, which compares and selects, is 14 % of a classifier's time in onnxruntime.
+    """
+    from onnxscript import opset20
+
+    if beta != 1 or threshold < 20:
+        raise NotImplementedError(f"softplus with beta {beta} and threshold {threshold}")
+    return opset20.Softplus(x)
 
 
 class ExportedFile:

@@ -152,10 +152,14 @@ def _detection(s: Situation) -> Settings:
     period = _evaluation_period(s)
     settings["TEST.EVAL_PERIOD"] = Setting(period, "the best of them is kept: model_best.pth")
     settings["SOLVER.CHECKPOINT_PERIOD"] = Setting(period)
-    # From random weights, the first scores may all be 0.
-    if s.start != "random" and s.iterations // period > _PATIENCE:
-        settings["TEST.PATIENCE"] = Setting(_PATIENCE, "early stopping, in evaluations")
-    return settings
+    return settings | _patience(s, s.iterations // period)
+
+
+def _patience(s: Situation, num_evaluations: int) -> Settings:
+    """From random weights, the first scores may all be 0."""
+    if s.start == "random" or num_evaluations <= _PATIENCE:
+        return {}
+    return {"TEST.PATIENCE": Setting(_PATIENCE, "early stopping, in evaluations")}
 
 
 def _rate(s: Situation, rate: float) -> Settings:
@@ -198,7 +202,7 @@ def _segmentation(s: Situation) -> Settings:
     period = _evaluation_period(s)
     settings["TEST.EVAL_PERIOD"] = Setting(period, "the best of them is kept: best.ckpt")
     settings["SOLVER.CHECKPOINT_PERIOD"] = Setting(period)
-    return settings
+    return settings | _patience(s, s.iterations // period)
 
 
 def _classification(s: Situation) -> Settings:
@@ -210,6 +214,7 @@ def _classification(s: Situation) -> Settings:
     rate = 0.0128 if s.start == "random" else 5e-4
     warmup = max(1, epochs // 12)
     long_training = epochs >= 100
+    eval_epochs = max(1, math.ceil(epochs / s.num_evaluations))
     settings = {
         "INPUT.CROP_PX": Setting(crop, f"median short side of the images {s.facts.short_px}"),
         "TEST.SHORT_PX": Setting(round(crop * 8 / 7)),
@@ -223,9 +228,8 @@ def _classification(s: Situation) -> Settings:
             float(f"{max(0.9, 1 - 10 / max(20, s.iterations)):.4g}"),
             f"an average over about a tenth of {s.iterations} iterations",
         ),
-        "TEST.EVAL_EPOCHS": Setting(
-            max(1, math.ceil(epochs / s.num_evaluations)), "the best of them is kept: best.ckpt"
-        ),
+        "TEST.EVAL_EPOCHS": Setting(eval_epochs, "the best of them is kept: best.ckpt"),
+        **_patience(s, epochs // eval_epochs),
     }
     if not long_training:
         settings |= {

@@ -157,6 +157,10 @@ def test_settings_follow_the_situation():
     rare = DataFacts(1000, 200, 5, 480, 640, None, 0.9)
     settings = choose(Situation("segmentation", rare, "backbone", True, 8, 500))
     assert settings["MODEL.CLASS_WEIGHTS"].value == ("auto",)
+    for task in TASKS:
+        for start, patience in (("random", None), ("backbone", 4)):
+            chosen = choose(Situation(task, FACTS, start, True, 8, 5000)).get("TEST.PATIENCE")
+            assert (chosen and chosen.value) == patience, (task, start)
 
 
 @pytest.mark.parametrize(
