@@ -34,7 +34,6 @@ from spatial_mamba_d2.data.label_format import KEY, LabelFormat
 from spatial_mamba_d2.data.label_maps import Classes, Pair, check_pair, distinct_colors
 from spatial_mamba_d2.data.pair_files import Layout, find_pairs, is_list
 from spatial_mamba_d2.data.pixels import PixelRange
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.system.tables import console_table
 
 logger = logging.getLogger(__name__)
@@ -164,7 +163,7 @@ def check_split(
     counts = ClassCounts(
         tuple(pixels[: labels.num_classes]),
         tuple(images[: labels.num_classes]),
-        pixels[IGNORE],
+        pixels[labels.ignore],
         len(usable),
     )
     return CheckedSplit(usable, counts, Counter(fault.kind for fault in faults))
@@ -182,12 +181,12 @@ def examine_pairs(
 
     Returns:
         ``faults``: position of a pair, kind and reason; ``pixels`` and ``images``: of each class
-        index, how many pixels and images have it, with what is ignored at :data:`IGNORE`.
+        index, how many pixels and images have it, with what is ignored at ``labels.ignore``.
     """
 
     def check() -> dict[str, Any]:
-        pixels = np.zeros(IGNORE + 1, np.int64)
-        images = np.zeros(IGNORE + 1, np.int64)
+        pixels = np.zeros(labels.ignore + 1, np.int64)
+        images = np.zeros(labels.ignore + 1, np.int64)
         broken = []
         with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
             found = pool.map(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.class_indices import IGNORE
 
 # Of cityscapesScripts, labels.py: label id -> class of the benchmark; all other ids are ignored.
 _CITYSCAPES = (

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from spatial_mamba_d2.data import label_conventions
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.class_indices import IGNORE, MAX_CLASSES, ignore_index, index_dtype
 from spatial_mamba_d2.data.text_file import read_text_file
 
 logger = logging.getLogger(__name__)
@@ -41,12 +41,12 @@ class LabelFormat:
         offset: 1 in ADE20K, 0 where files hold class indices.
         ignored: integers of pixels that neither train nor count.
         values, colors: stored integer, or colour ``r << 16 | g << 8 | b``, and its class or
-            :data:`IGNORE`. If there are any, ``offset`` and ``ignored`` have no effect.
-        other: the class, or :data:`IGNORE`, of everything that is not among these.
+            :attr:`ignore`. If there are any, ``offset`` and ``ignored`` have no effect.
+        other: the class, or :attr:`ignore`, of everything that is not among these.
 
     Raises:
-        ValueError: there are fewer classes than 2 or more than 255, an ignored integer is a class,
-            or something is mapped to an unknown class.
+        ValueError: there are fewer classes than 2 or more than 65535, an ignored integer is a
+            class, or something is mapped to an unknown class.
     """
 
     num_classes: int
@@ -57,14 +57,15 @@ class LabelFormat:
     other: int | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num_classes <= IGNORE:
+        if not 2 <= self.num_classes <= MAX_CLASSES:
             raise ValueError(
-                f"num_classes must be 2..{IGNORE} (background is a class), got {self.num_classes}"
+                f"num_classes must be 2..{MAX_CLASSES} (background is a class), "
+                f"got {self.num_classes}"
             )
         if self.is_map:
             others = [] if self.other is None else [("other", self.other)]
             for stored, index in (*self.values, *self.colors, *others):
-                if index != IGNORE and not 0 <= index < self.num_classes:
+                if index != self.ignore and not 0 <= index < self.num_classes:
                     raise ValueError(
                         f"{KEY} must map to classes 0..{self.num_classes - 1} (MODEL.NUM_CLASSES "
                         f"{self.num_classes}) or ignore, got {index} for {stored}"
@@ -78,6 +79,11 @@ class LabelFormat:
             )
 
     @property
+    def ignore(self) -> int:
+        """The index of what is no class; see :mod:`~spatial_mamba_d2.data.class_indices`."""
+        return ignore_index(self.num_classes)
+
+    @property
     def is_map(self) -> bool:
         """Whether values and colours are listed one by one."""
         return bool(self.values or self.colors)
@@ -88,7 +94,7 @@ class LabelFormat:
         return bool(self.colors) and not self.values
 
     def _known(self, color: bool, present: Sequence[int]) -> list[int | None]:
-        """The class or :data:`IGNORE` of stored integers or colours; None: it means nothing."""
+        """The class or :attr:`ignore` of stored integers or colours; None: it means nothing."""
         if self.is_map:
             table = dict(self.colors if color else self.values)
             return [table.get(stored, self.other) for stored in present]
@@ -96,12 +102,16 @@ class LabelFormat:
             return [None] * len(present)
         indices = ((stored, stored - self.offset) for stored in present)
         return [
-            IGNORE if stored in self.ignored else index if 0 <= index < self.num_classes else None
+            self.ignore
+            if stored in self.ignored
+            else index
+            if 0 <= index < self.num_classes
+            else None
             for stored, index in indices
         ]
 
     def to_indices(self, stored: np.ndarray) -> np.ndarray:
-        """Content of a file -> class indices and :data:`IGNORE`, ``uint8[H, W]``.
+        """Content of a file -> class indices and :attr:`ignore`, ``uint8`` or ``uint16 [H, W]``.
 
         Args:
             stored: integers ``[H, W]``, or colours ``uint8[H, W, 3]``.
@@ -120,15 +130,15 @@ class LabelFormat:
         if None in known:
             wrong = [v for v, k in zip(present.tolist(), known, strict=True) if k is None]
             raise ValueError(self._impossible(wrong, present.tolist(), color))
-        classes = np.array(known, np.uint8)
+        classes = np.array(known, index_dtype(self.num_classes))
         if not small:
             return classes[np.searchsorted(present, stored)]
-        table = np.zeros(int(present.max(initial=0)) + 1, np.uint8)
+        table = np.zeros(int(present.max(initial=0)) + 1, classes.dtype)
         table[present] = classes
         return table[stored]
 
     def to_stored(self, indices: np.ndarray) -> np.ndarray:
-        """The inverse: class indices ``uint8[H, W]`` -> what label files store.
+        """The inverse: class indices ``[H, W]`` -> what label files store.
 
         Of several stored values for one class, the first one that is listed.
 
@@ -231,7 +241,8 @@ def parse_label_map(
         ValueError: something is no entry, listed twice, or mapped to an unknown class.
     """
     if text.strip() in label_conventions.LABEL_MAPS:
-        return (*label_conventions.LABEL_MAPS[text.strip()], None)
+        values, colors = label_conventions.LABEL_MAPS[text.strip()]
+        return _of_classes(values, names), _of_classes(colors, names), None
     where = KEY
     if _FILE.fullmatch(text.strip()) and ":" not in text:
         path = Path(root, text.strip())
@@ -255,6 +266,13 @@ def parse_label_map(
     return tuple(values.items()), tuple(colors.items()), other
 
 
+def _of_classes(
+    entries: tuple[tuple[int, int], ...], names: Sequence[str]
+) -> tuple[tuple[int, int], ...]:
+    """Entries of a convention, whose :data:`IGNORE` is a class where there are more."""
+    return tuple((v, ignore_index(len(names)) if i == IGNORE else i) for v, i in entries)
+
+
 def _entries(text: str, where: str) -> Iterable[re.Match[str]]:
     text = text.strip()
     if text.startswith("{") and text.endswith("}"):  # JSON, or a mapping of YAML
@@ -273,7 +291,7 @@ def _entries(text: str, where: str) -> Iterable[re.Match[str]]:
 
 def _class_index(name: str, names: Sequence[str], where: str) -> int:
     if name.lower() == "ignore":
-        return IGNORE
+        return ignore_index(len(names))
     if name in names:
         return list(names).index(name)
     if re.fullmatch(r"\d+", name) and int(name) < len(names):

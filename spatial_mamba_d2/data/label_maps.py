@@ -15,7 +15,6 @@ from spatial_mamba_d2.data.faults import Fault, reading_fault
 from spatial_mamba_d2.data.images import naming_file, orientation_hint, read_image, read_size
 from spatial_mamba_d2.data.label_format import KEY, LabelFormat
 from spatial_mamba_d2.data.pixels import ImageFormatError, PixelRange
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.data.tiff import read_tiff_header
 
 # Pillow's names for one channel of integers
@@ -176,7 +175,7 @@ def read_pair(
     num_channels: int = 3,
     value_range: PixelRange | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Image, ``uint8[H, W, num_channels]`` (3: RGB), and class indices, ``uint8[H, W]``.
+    """Image, ``uint8[H, W, num_channels]`` (3: RGB), and class indices, ``[H, W]``.
 
     Args:
         num_channels, value_range: see :func:`~.images.read_image`.
@@ -222,8 +221,8 @@ def check_pair(
         check_decode: decode the image too.
 
     Returns:
-        the fault, or pixels by class index, with those that are ignored at :data:`IGNORE`:
-        ``int64[256]``.
+        the fault, or pixels by class index, with those that are ignored at ``labels.ignore``, the
+        last one.
     """
     try:
         stored = read_label(pair.label, labels)
@@ -242,4 +241,4 @@ def check_pair(
         indices = _indices(pair, stored, labels)
     except ValueError as error:
         return Fault("impossible label", str(error))
-    return np.bincount(indices.ravel(), minlength=IGNORE + 1)
+    return np.bincount(indices.ravel(), minlength=labels.ignore + 1)

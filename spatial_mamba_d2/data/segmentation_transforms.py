@@ -1,7 +1,7 @@
 """From images and label maps to network inputs, as the official segmentation recipe does it.
 
-Images are ``uint8[H, W, C]``, RGB if C is 3, labels ``uint8[H, W]`` of class indices with
-:data:`IGNORE`.
+Images are ``uint8[H, W, C]``, RGB if C is 3, labels ``[H, W]`` as in
+:mod:`~spatial_mamba_d2.data.class_indices`.
 Every random choice comes from the generator that the caller passes: a sample depends on its seed
 alone, whichever process or worker makes it. The numbers are those of mmsegmentation's pipelines;
 resizing is OpenCV's bilinear on uint8, without antialiasing.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = 255  # label of pixels that are ignored in training and scores
+from spatial_mamba_d2.data.class_indices import as_label_tensor, ignored_in
 
 BRIGHTNESS = 32
 CONTRAST = SATURATION = (0.5, 1.5)
@@ -64,7 +64,7 @@ def random_crop_origin(
     for _ in range(CROP_TRIALS):
         top, left = (int(rng.integers(margin + 1)) for margin in margins)
         crop = label[top : top + crop_px, left : left + crop_px]
-        counts = np.bincount(crop[crop != IGNORE], minlength=2)
+        counts = np.bincount(crop[crop != ignored_in(crop)], minlength=2)
         if counts.max() < max_class_share * counts.sum():
             break
     return top, left
@@ -126,7 +126,7 @@ class TrainTransform:
     def __call__(
         self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Image and label -> ``float32 Tensor[C, crop, crop]``, ``uint8 Tensor[crop, crop]``."""
+        """Image and label -> ``float32 Tensor[C, crop, crop]``, label ``Tensor[crop, crop]``."""
         ratio = rng.uniform(*self.ratio_range)
         height, width = label.shape
         size = fitted_size(height, width, int(self.short_px * ratio), int(self.long_px * ratio))
@@ -141,9 +141,9 @@ class TrainTransform:
         height, width = label.shape
         pixels = np.zeros((self.crop_px, self.crop_px, image.shape[2]), np.float32)
         pixels[:height, :width] = normalize(image, self.mean, self.std)
-        target = np.full((self.crop_px, self.crop_px), IGNORE, np.uint8)
+        target = np.full((self.crop_px, self.crop_px), ignored_in(label), label.dtype)
         target[:height, :width] = label
-        return to_tensor(pixels), torch.from_numpy(target)
+        return to_tensor(pixels), as_label_tensor(target)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,12 @@ from spatial_mamba_d2.detection.data import register_json_datasets
 from spatial_mamba_d2.detection.limits import AUTO
 from spatial_mamba_d2.detection.optimizer import PLATEAU
 from spatial_mamba_d2.detection.scores import main_scores
-from spatial_mamba_d2.detection.unused_keys import check_unused_keys, is_panoptic, uses_point_rend
+from spatial_mamba_d2.detection.unused_keys import (
+    check_unused_keys,
+    is_panoptic,
+    refines_semantics,
+    uses_point_rend,
+)
 from spatial_mamba_d2.training.loggers import check_loggers
 
 _POOLERS = ("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated")
@@ -358,14 +363,21 @@ def _check_cascade(cfg: CfgNode) -> None:
 
 
 def _check_point_rend(cfg: CfgNode) -> None:
-    if not uses_point_rend(cfg):
+    points, of_masks, of_stuff = cfg.MODEL.POINT_HEAD, uses_point_rend(cfg), refines_semantics(cfg)
+    for part, is_refined in (
+        ("ROI_HEADS", of_masks and cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON),
+        ("SEM_SEG_HEAD", of_stuff),
+    ):
+        num_classes = cfg.MODEL[part].NUM_CLASSES
+        if is_refined and points.NUM_CLASSES != num_classes:
+            raise ValueError(
+                f"MODEL.POINT_HEAD.NUM_CLASSES must be MODEL.{part}.NUM_CLASSES {num_classes}, "
+                f"got {points.NUM_CLASSES}"
+            )
+    if of_stuff:  # Detectron2 joins several maps along the batch
+        require_length(cfg, {"MODEL.POINT_HEAD.IN_FEATURES": 1})
+    if not of_masks:
         return
-    points, num_classes = cfg.MODEL.POINT_HEAD, cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON and points.NUM_CLASSES != num_classes:
-        raise ValueError(
-            f"MODEL.POINT_HEAD.NUM_CLASSES must be MODEL.ROI_HEADS.NUM_CLASSES {num_classes}, "
-            f"got {points.NUM_CLASSES}"
-        )
     head_channels, channels = cfg.MODEL.ROI_MASK_HEAD.CONV_DIM, cfg.MODEL.FPN.OUT_CHANNELS
     if head_channels > channels:
         raise ValueError(

@@ -22,6 +22,7 @@ from detectron2.engine import create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.layers import ShapeSpec
 from detectron2.projects.point_rend import PointRendMaskHead
+from detectron2.projects.point_rend.semantic_seg import PointRendSemSegHead
 from detectron2.solver.lr_scheduler import WarmupParamScheduler
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
@@ -173,9 +174,22 @@ def build_point_rend_head(num_classes: int, channels: int = 256) -> PointRendMas
         {"recipe": "point_rend_spatial_mamba_t", "num_classes": num_classes},
         "MODEL.FPN.OUT_CHANNELS", channels,
     )  # fmt: skip
-    names = cfg.MODEL.ROI_HEADS.IN_FEATURES
-    shapes = {n: ShapeSpec(channels=channels, stride=4 * 2**i) for i, n in enumerate(names)}
-    return PointRendMaskHead(cfg, shapes)
+    return PointRendMaskHead(cfg, _shapes(cfg.MODEL.ROI_HEADS.IN_FEATURES, channels))
+
+
+def build_point_rend_semantic_head(num_classes: int, channels: int = 256) -> PointRendSemSegHead:
+    """PointRend's head for stuff, likewise."""
+    cfg = recipe_config(
+        {"recipe": "panoptic_point_rend_spatial_mamba_t"},
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES", num_classes, "MODEL.POINT_HEAD.NUM_CLASSES", num_classes,
+        "MODEL.FPN.OUT_CHANNELS", channels,
+    )  # fmt: skip
+    return PointRendSemSegHead(cfg, _shapes(cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES, channels))
+
+
+def _shapes(names: Sequence[str], channels: int) -> dict[str, ShapeSpec]:
+    """Of a pyramid's maps, from stride 4 on."""
+    return {n: ShapeSpec(channels=channels, stride=4 * 2**i) for i, n in enumerate(names)}
 
 
 def build_step_schedule(

@@ -40,6 +40,11 @@ def uses_point_rend(cfg: CfgNode) -> bool:
     return cfg.MODEL.MASK_ON and "PointRend" in cfg.MODEL.ROI_MASK_HEAD.NAME
 
 
+def refines_semantics(cfg: CfgNode) -> bool:
+    """Whether its head for stuff is PointRend's."""
+    return is_panoptic(cfg) and cfg.MODEL.SEM_SEG_HEAD.NAME == "PointRendSemSegHead"
+
+
 def _schedule(*names: str) -> Callable[[CfgNode], bool]:
     return lambda cfg: cfg.SOLVER.LR_SCHEDULER_NAME in names
 
@@ -84,7 +89,11 @@ UNUSED = (
     Unused("MODEL.PANOPTIC_FPN.COMBINE.ENABLED", "results are always combined"),
     Unused("MODEL.PANOPTIC_FPN.*", _SEMANTIC, is_panoptic),
     Unused("DATASETS.*_SEM_SEG", _SEMANTIC, is_panoptic),
-    Unused("MODEL.POINT_HEAD.*", _POINT_REND, uses_point_rend),
+    Unused(
+        "MODEL.POINT_HEAD.*",
+        f"{_POINT_REND}, nor MODEL.SEM_SEG_HEAD.NAME PointRendSemSegHead",
+        lambda cfg: uses_point_rend(cfg) or refines_semantics(cfg),
+    ),
     Unused("MODEL.IMPLICIT_POINTREND.*", _POINT_REND, uses_point_rend),
     *(
         Unused(f"MODEL.ROI_MASK_HEAD.{key}", _POINT_REND, uses_point_rend)

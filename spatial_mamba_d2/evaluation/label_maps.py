@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.class_indices import ignore_index
 from spatial_mamba_d2.evaluation.evaluation import (
     Evaluation,
     bootstrap,
@@ -43,7 +43,7 @@ class LabelMapScores:
 
         Args:
             prediction: class indices, integers ``[H, W]``.
-            truth: the same, with :data:`IGNORE`.
+            truth: the same, with :func:`~.class_indices.ignore_index`.
             confidence: probability of the predicted class, float[H, W].
 
         Raises:
@@ -54,8 +54,8 @@ class LabelMapScores:
                 f"prediction and truth must have one shape, got {prediction.shape} and "
                 f"{truth.shape}"
             )
-        counted = truth != IGNORE
         number = len(self.names)
+        counted = truth != ignore_index(number)
         cells = truth[counted].astype(np.int64) * number + prediction[counted]
         matrix = np.bincount(cells, minlength=number**2).reshape(number, number)
         self.confusion += matrix

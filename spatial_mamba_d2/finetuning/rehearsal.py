@@ -36,7 +36,6 @@ from spatial_mamba_d2.data.label_format import LabelFormat, build_label_format
 from spatial_mamba_d2.data.label_maps import read_pair
 from spatial_mamba_d2.data.pair_files import Layout
 from spatial_mamba_d2.data.pixels import build_pixel_range
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.finetuning.probing import TOOLS, logged_seconds
 from spatial_mamba_d2.finetuning.training_images import draw_training_images
 from spatial_mamba_d2.prediction import load_predictor
@@ -258,12 +257,14 @@ def _inspect_labels(
 ) -> list[str]:
     part: Any = data.splits["train"]
     if task == "segmentation":
-        counts = np.zeros(IGNORE + 1, np.int64)
+        assert data.labels is not None
+        ignore = data.labels.ignore
+        counts = np.zeros(ignore + 1, np.int64)
         for pair in part:
-            indices = read_pair(pair, data.labels, num_channels, value_range)[1]  # type: ignore[arg-type]
-            counts += np.bincount(indices.ravel(), minlength=IGNORE + 1)
-        if np.count_nonzero(counts[:IGNORE]) < 2:
-            share = counts[IGNORE] / counts.sum()
+            indices = read_pair(pair, data.labels, num_channels, value_range)[1]
+            counts += np.bincount(indices.ravel(), minlength=ignore + 1)
+        if np.count_nonzero(counts[:ignore]) < 2:
+            share = counts[ignore] / counts.sum()
             return [f"labels: less than two classes have a pixel in {len(part)} images, and "
                     f"{share:.0%} of the pixels are ignored"]  # fmt: skip
     elif task == "classification":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from spatial_mamba_d2.data.ade20k import load_classes as load_label_classes
+from spatial_mamba_d2.data.class_indices import as_label_array
 from spatial_mamba_d2.data.drawing import as_rgb
 
 _GAP_PX = 8
@@ -83,7 +84,7 @@ def _segmentation(cfg: Any) -> Iterator[np.ndarray]:
     protocol = importlib.import_module("spatial_mamba_d2.segmentation.inference").build_protocol
     classes = load_label_classes(cfg.DATASETS.CLASSES, cfg.DATASETS.ROOT, cfg.MODEL.NUM_CLASSES)
     for image, target in _batches("segmentation", cfg, protocol(cfg), classes):
-        maps = {"labels": target.numpy().astype(np.uint8)}
+        maps = {"labels": as_label_array(target, cfg.MODEL.NUM_CLASSES)}
         yield draw(_pixels(cfg, image), maps, classes)
 
 

@@ -38,18 +38,27 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def argmax(scores: Tensor, dim: int = 0) -> Tensor:
+    """The class with the highest score: ``uint8``, or ``int32`` if there are more than 255."""
+    return scores.argmax(dim).to(_index_type(scores.shape[dim]))
+
+
+def _index_type(num_classes: int) -> torch.dtype:
+    return torch.uint8 if num_classes <= 255 else torch.int32  # as data/class_indices.py has it
+
+
 def resized_argmax(
     scores: Tensor, sizes: Sequence[Sequence[int]], max_bytes: int = SCORES_BYTES
 ) -> Tensor:
     """The class of each pixel, after :func:`resize` to one size after the other.
 
     Args:
-        scores: of at most 255 classes, ``Tensor[1, K, h, w]``.
+        scores: ``Tensor[1, K, h, w]``.
         sizes: H, W; the last one is that of the result.
         max_bytes: of resized scores that are held at once: as many classes as fit, at least one.
 
     Returns:
-        ``uint8 Tensor[H, W]``.
+        class indices ``Tensor[H, W]``, in the type of :func:`argmax`.
     """
     height, width = sizes[-1]
     step = max(1, max_bytes // (4 * height * width))
@@ -59,7 +68,7 @@ def resized_argmax(
         for size in sizes:
             part = resize(part, size)
         value, index = part[0].max(0)
-        index = index.to(torch.uint8) + first
+        index = index.to(_index_type(scores.shape[1])) + first
         if best is None or label is None:
             best, label = value, index
         else:

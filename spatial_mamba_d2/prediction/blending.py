@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.class_indices import ignore_index, index_dtype
 from spatial_mamba_d2.prediction.windows import Grid
 
 _CACHED_WINDOWS = 8  # of two rows, around the place where the strip is written
@@ -31,7 +31,7 @@ class WindowLabels(NamedTuple):
     """What is kept of a window.
 
     Attributes:
-        label: ``uint8[h, w]``.
+        label: class indices ``[h, w]``.
         shared: probabilities in the parts that other windows cover too, ``float16[N]``.
     """
 
@@ -48,6 +48,7 @@ class Blender:
 
     def __init__(self, grid: Grid, num_classes: int):
         self.grid, self.num_classes = grid, num_classes
+        self.dtype = index_dtype(num_classes)
         self.rows = _spans(grid.tops, grid.window_px, grid.size[0])
         self.columns = _spans(grid.lefts, grid.window_px, grid.size[1])
 
@@ -86,17 +87,17 @@ class Blender:
                     y = slice(rows.start - window.top, rows.stop - window.top)
                     x = slice(columns.start - window.left, columns.stop - window.left)
                     parts.append(probabilities[:, y, x].astype(np.float16).ravel())
-        label = probabilities.argmax(axis=0).astype(np.uint8)
+        label = probabilities.argmax(axis=0).astype(self.dtype)
         return WindowLabels(label, np.concatenate(parts))
 
     def strips(
         self, load: Callable[[int], WindowLabels | None]
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """First row and classes of one strip after the other, ``uint8[h, W]``.
+        """First row and classes of one strip after the other, ``[h, W]``.
 
         Args:
             load: the window of an index, or None if it has no result: where no window has one, the
-                class is 255. A window is asked for several times.
+                class is :func:`~.class_indices.ignore_index`. A window is asked for several times.
         """
         cache: dict[int, WindowLabels | None] = {}
 
@@ -108,7 +109,8 @@ class Blender:
             return cache[index]
 
         for rows in self.rows:
-            strip = np.full((rows.stop - rows.start, self.grid.size[1]), IGNORE, np.uint8)
+            shape = rows.stop - rows.start, self.grid.size[1]
+            strip = np.full(shape, ignore_index(self.num_classes), self.dtype)
             for columns in self.columns:
                 indices = self._covering(rows, columns)
                 found = {i: w for i in indices if (w := cached(i)) is not None}
@@ -132,7 +134,7 @@ class Blender:
             values = content.shared[place].reshape(self.num_classes, *shape)
             of_rows, of_columns = self.grid.ramps(window)
             total += values.astype(np.float32) * (of_rows[y, None] * of_columns[None, x])
-        return total.argmax(axis=0).astype(np.uint8)
+        return total.argmax(axis=0).astype(self.dtype)
 
 
 def _spans(starts: list[int], window_px: int, side: int) -> list[_Span]:

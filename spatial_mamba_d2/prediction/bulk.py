@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from spatial_mamba_d2.data.class_indices import ignore_index, index_dtype
 from spatial_mamba_d2.data.images import read_size
 from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.outputs import check_outputs, common_folder, name_outputs, same_folder
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.checkpoints.reading import file_sha256
 from spatial_mamba_d2.prediction.blending import Blender
 from spatial_mamba_d2.prediction.loading import load_predictor
@@ -336,7 +336,8 @@ class _Run:
 
     def _add_label(self, image: ImageInfo, result: Any) -> None:
         if result is None:  # nothing but nodata
-            label = np.full(image.size, IGNORE, np.uint8)
+            number = len(self.predictor.names)
+            label = np.full(image.size, ignore_index(number), index_dtype(number))
             result = LabelMap(label=label, names=self.predictor.names)
         for writer in self.writers:
             writer.add(image, replace(result, source=image.file))

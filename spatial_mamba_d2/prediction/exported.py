@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from spatial_mamba_d2.data.class_indices import as_label_array, index_dtype
 from spatial_mamba_d2.data.imagenet import build_test_crop
 from spatial_mamba_d2.data.label_maps import Classes, distinct_colors
 from spatial_mamba_d2.data.pixels import PixelRange, build_pixel_range
@@ -121,9 +122,10 @@ class ExportedSegmentor(_Exported):
         size = image.shape[:2]
         if self.has_probabilities:
             scores = self._logits(image)
-            label = resized_argmax(scores, (size,)).numpy()
+            label = as_label_array(resized_argmax(scores, (size,)), len(self.names))
         else:
             label = self.run(self.fit(image)[None])["labels"][0]
+            label = label.astype(index_dtype(len(self.names)), copy=False)
             label = label if label.shape == size else resize_label(label, size)
         return LabelMap(label=label, names=self.names)
 

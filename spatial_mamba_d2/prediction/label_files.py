@@ -10,7 +10,7 @@ from types import TracebackType
 
 import numpy as np
 
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.class_indices import ignore_index, index_dtype
 from spatial_mamba_d2.prediction.sources import Georeference
 
 _TILE_PX = 256
@@ -18,25 +18,29 @@ _CHUNK_BYTES = 1 << 20  # compressed data that one chunk of a PNG holds, about
 
 
 class PngLabels:
-    """An 8-bit grey PNG file.
+    """A grey PNG file, of 8 bits, or of 16 for more than 255 classes.
 
     Args:
         path: the file.
         size: height and width.
+        num_classes: of the label maps.
     """
 
-    def __init__(self, path: Path, size: tuple[int, int]):
+    def __init__(self, path: Path, size: tuple[int, int], num_classes: int):
         self.file = path.open("wb")
         self.compressor = zlib.compressobj(6)
         self.pending = bytearray()
         height, width = size
+        self.dtype = index_dtype(num_classes).newbyteorder(">")
         self.file.write(b"\x89PNG\r\n\x1a\n")
-        self._chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        num_bits = 8 * self.dtype.itemsize
+        self._chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, num_bits, 0, 0, 0, 0))
 
     def write(self, rows: np.ndarray) -> None:
-        """The next rows, ``uint8[h, W]``."""
-        filtered = np.zeros((len(rows), rows.shape[1] + 1), np.uint8)  # filter 0: as it is
-        filtered[:, 1:] = rows
+        """The next rows, ``[h, W]``."""
+        content = rows.astype(self.dtype).view(np.uint8)
+        filtered = np.zeros((len(rows), content.shape[1] + 1), np.uint8)  # filter 0: as it is
+        filtered[:, 1:] = content
         self.pending += self.compressor.compress(filtered.tobytes())
         if len(self.pending) >= _CHUNK_BYTES:
             self._flush()
@@ -66,15 +70,22 @@ class PngLabels:
 
 
 class GeoTiffLabels:
-    """A tiled, compressed GeoTIFF file, by rasterio; 255 is its nodata value.
+    """A tiled, compressed GeoTIFF file, by rasterio; what is no class is its nodata value.
 
     Args:
         path: the file.
         size: height and width.
+        num_classes: of the label maps.
         georeference: where it lies, if that is known.
     """
 
-    def __init__(self, path: Path, size: tuple[int, int], georeference: Georeference | None):
+    def __init__(
+        self,
+        path: Path,
+        size: tuple[int, int],
+        num_classes: int,
+        georeference: Georeference | None,
+    ):
         import rasterio
 
         height, width = size
@@ -85,15 +96,16 @@ class GeoTiffLabels:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             self.file = rasterio.open(
-                path, "w", driver="GTiff", height=height, width=width, count=1, dtype="uint8",
-                nodata=IGNORE, tiled=True, blockxsize=_TILE_PX, blockysize=_TILE_PX,
-                compress="deflate", bigtiff="if_safer", **place,
+                path, "w", driver="GTiff", height=height, width=width, count=1,
+                dtype=index_dtype(num_classes).name, nodata=ignore_index(num_classes),
+                tiled=True, blockxsize=_TILE_PX, blockysize=_TILE_PX, compress="deflate",
+                bigtiff="if_safer", **place,
             )  # fmt: skip
-        self.pending = np.zeros((0, width), np.uint8)
+        self.pending = np.zeros((0, width), index_dtype(num_classes))
         self.num_written = 0
 
     def write(self, rows: np.ndarray) -> None:
-        """The next rows, ``uint8[h, W]``."""
+        """The next rows, ``[h, W]``."""
         self.pending = np.concatenate([self.pending, rows])
         self._flush(len(self.pending) // _TILE_PX * _TILE_PX)  # each tile is written once
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.class_indices import ignore_index
 from spatial_mamba_d2.prediction.masks import Rle, crop_of_rle, encode_bitmap, paint_crops
 
 
@@ -168,7 +168,8 @@ class LabelMap:
     """The class of each pixel of one image.
 
     Attributes:
-        label: ``uint8[H, W]``, indices into ``names``; 255 where nothing was predicted.
+        label: ``uint8[H, W]``, indices into ``names``; 255 where nothing was predicted. With more
+            than 255 classes: ``uint16`` and 65535.
         names: of the classes.
         source: its file, if it has one.
     """
@@ -210,7 +211,7 @@ class LabelMap:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row of a table for each class in the image."""
-        counts = np.bincount(self.label.ravel(), minlength=IGNORE + 1)
+        counts = np.bincount(self.label.ravel(), minlength=ignore_index(len(self.names)) + 1)
         yield from count_rows(counts, self.names, self.source)
 
     def to_pandas(self) -> Any:
@@ -223,15 +224,15 @@ class LabelMap:
         return _import("pandas").DataFrame(list(self.rows()), columns=columns)
 
     def _present(self) -> list[int]:
-        return [int(i) for i in np.unique(self.label) if i != IGNORE]
+        return [int(i) for i in np.unique(self.label) if i < len(self.names)]
 
 
 def count_rows(
     counts: np.ndarray, names: Sequence[str], source: Path | None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a table from the numbers of pixels of each stored value, ``int64[256]``."""
+    """Rows of a table from the numbers of pixels of each stored value; the last one is no class."""
     total = max(int(counts.sum()), 1)
-    for index in np.flatnonzero(counts[:IGNORE]).tolist():
+    for index in np.flatnonzero(counts[:-1]).tolist():
         yield {
             "image": str(source or ""),
             "class": index,

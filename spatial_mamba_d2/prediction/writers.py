@@ -30,8 +30,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from spatial_mamba_d2.data.class_indices import ignore_index
 from spatial_mamba_d2.data.images import encode_image, read_image
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.prediction.label_files import GeoTiffLabels, PngLabels
 from spatial_mamba_d2.prediction.masks import crop_of_rle, polygons_of, ring_area
 from spatial_mamba_d2.prediction.predictor import ImagePredictor
@@ -99,7 +99,7 @@ class Writer:
         """Some of the image's objects, or its class scores, or its label map."""
 
     def add_rows(self, image: ImageInfo, rows: np.ndarray) -> None:
-        """The next rows of the image's label map, ``uint8[h, W]``."""
+        """The next rows of the image's label map, ``[h, W]``."""
 
     def finish(self, image: ImageInfo) -> None:
         """End the image."""
@@ -169,14 +169,14 @@ class CsvWriter(_OneFile):
         self.table.writeheader()
 
     def start(self, image: ImageInfo, files: ExitStack) -> None:
-        self.counts = np.zeros(IGNORE + 1, np.int64)
+        self.counts = np.zeros(ignore_index(len(self.names)) + 1, np.int64)
 
     def add(self, image: ImageInfo, result: Detections | LabelMap | ClassScores) -> None:
         if not isinstance(result, LabelMap):
             self.table.writerows(result.rows())
 
     def add_rows(self, image: ImageInfo, rows: np.ndarray) -> None:
-        self.counts += np.bincount(rows.ravel(), minlength=IGNORE + 1)
+        self.counts += np.bincount(rows.ravel(), minlength=len(self.counts))
 
     def finish(self, image: ImageInfo) -> None:
         self.table.writerows(count_rows(self.counts, self.names, image.file))
@@ -343,7 +343,8 @@ class LabelmeWriter(Writer):
 class LabelWriter(Writer):
     """Label maps with the index of each pixel's class, 255 where nothing was predicted.
 
-    PNG; of a raster that rasterio reads, a GeoTIFF in tiles with its coordinates.
+    With more than 255 classes, they have 16 bits, and 65535 there. PNG; of a raster that rasterio
+    reads, a GeoTIFF in tiles with its coordinates.
     """
 
     tasks = ("segmentation",)
@@ -356,11 +357,12 @@ class LabelWriter(Writer):
         path = self.path_of(image.file, image.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = files.enter_context(replacing(path))
+        number = len(self.names)
         if path.suffix == ".tif":
-            file = GeoTiffLabels(temporary, image.size, image.georeference)
+            file = GeoTiffLabels(temporary, image.size, number, image.georeference)
             self.file: GeoTiffLabels | PngLabels = files.enter_context(file)
         else:
-            self.file = files.enter_context(PngLabels(temporary, image.size))
+            self.file = files.enter_context(PngLabels(temporary, image.size, number))
 
     def add_rows(self, image: ImageInfo, rows: np.ndarray) -> None:
         self.file.write(rows)

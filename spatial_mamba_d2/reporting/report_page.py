@@ -9,10 +9,10 @@ from typing import Any
 import cv2
 import numpy as np
 
+from spatial_mamba_d2.data.class_indices import ignore_index
 from spatial_mamba_d2.data.drawing import enlarge, enlargement
 from spatial_mamba_d2.data.images import encode_image
 from spatial_mamba_d2.data.label_maps import distinct_colors
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.evaluation import Evaluation
 from spatial_mamba_d2.evaluation.evaluation import LEVEL, expected_error
 from spatial_mamba_d2.reporting.evaluated_run import Run
@@ -171,8 +171,9 @@ def _draw(run: Run, evaluation: Evaluation, position: int) -> np.ndarray:
         return shown
     if evaluation.task == "segmentation":
         truth = run.tested.label(position, model.num_channels, model.value_range)
-        table = np.zeros((IGNORE + 1, 3), np.uint8)
-        table[:IGNORE] = distinct_colors(IGNORE)
+        number = len(run.predictor.names)
+        table = np.zeros((ignore_index(number) + 1, 3), np.uint8)
+        table[:number] = distinct_colors(number)
         return np.hstack([shown, table[truth], table[model(image).label]])
     threshold = evaluation.more["confusion_threshold"]
     result = model(image)

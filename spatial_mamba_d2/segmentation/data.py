@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import Dataset
 
@@ -21,6 +20,7 @@ from spatial_mamba_d2.data.ade20k import (
     load_classes,
 )
 from spatial_mamba_d2.data.class_file import numbered_names
+from spatial_mamba_d2.data.class_indices import as_label_tensor
 from spatial_mamba_d2.data.faults import (
     Fault,
     OnError,
@@ -75,7 +75,7 @@ class TestImages(Dataset[dict[str, Any]]):
         if error:
             return {**sample, "error": error}
         image, label = content
-        return {**sample, "views": self.transform(image), "label": torch.from_numpy(label)}
+        return {**sample, "views": self.transform(image), "label": as_label_tensor(label)}
 
 
 class SegmentationData(DataModule[Pair]):

@@ -21,6 +21,7 @@ from spatial_mamba_d2.export.exportable import (
     wrong_decisions,
 )
 from spatial_mamba_d2.export.portable import portable_copy
+from spatial_mamba_d2.models.upernet import argmax
 from spatial_mamba_d2.segmentation.inference import Protocol, build_protocol, whole
 from spatial_mamba_d2.segmentation.predict import Predictor
 
@@ -35,8 +36,8 @@ class ExportableSegmentor(nn.Module):
     Args:
         model: a UPerNet in eval mode.
         mean, std: of the channels, in the unit of the pixels.
-        output: ``labels``: class indices, ``uint8 [B, H, W]``; or ``probabilities`` of the classes,
-            ``float32 [B, K, H, W]``.
+        output: ``labels``: class indices, ``uint8 [B, H, W]``, or ``int32`` with more than 255;
+            or ``probabilities`` of the classes, ``float32 [B, K, H, W]``.
     """
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], output: str):
@@ -47,7 +48,7 @@ class ExportableSegmentor(nn.Module):
         logits = whole(self.model, self.normalize(image))
         if self.output == PROBABILITIES:
             return (logits.softmax(1),)
-        return (logits.argmax(1).to(torch.uint8),)
+        return (argmax(logits, 1),)
 
 
 def build_exportable(cfg: CfgNode, output: str = LABELS) -> Exportable:

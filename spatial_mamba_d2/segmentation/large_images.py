@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatial_mamba_d2.models.upernet import SCORES_BYTES, resize, resized_argmax
+from spatial_mamba_d2.models.upernet import SCORES_BYTES, argmax, resize, resized_argmax
 from spatial_mamba_d2.segmentation.inference import (
     Model,
     Protocol,
@@ -41,11 +41,11 @@ def predict(
     resized; that, and the average of several views, has rounding errors of its own.
 
     Args:
-        model: in eval mode, of ``num_classes``, at most 255.
+        model: in eval mode, of ``num_classes``.
         views, size, protocol: see :func:`~.inference.segment`.
 
     Returns:
-        ``uint8 Tensor[*size]``.
+        class indices ``Tensor[*size]``, see :func:`~.class_indices.as_label_tensor`.
     """
     inputs = model_inputs(views, protocol)
     height, width = size
@@ -55,7 +55,7 @@ def predict(
         return 4 * num_classes * num_px <= SCORES_BYTES
 
     if fits(max(height * width, view_px)):
-        return segment(model, views, size, protocol).argmax(0).to(torch.uint8)
+        return argmax(segment(model, views, size, protocol))
     if len(inputs) == 1 and (protocol.mode == "whole" or fits(view_px)):
         ((x, _),) = inputs
         if protocol.mode == "slide":
@@ -98,7 +98,7 @@ def _argmax_by_rows(
                 scores = scores.softmax(0)
             total = scores if total is None else total.add_(scores)
         assert total is not None
-        strips.append(total.argmax(0).to(torch.uint8))
+        strips.append(argmax(total))
     return torch.cat(strips)
 
 

@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.nn import functional as F
 
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.class_indices import ignore_index
 from spatial_mamba_d2.models.upernet import resize
 
 # logits Tensor[B, K, h, w], target Tensor[B, H, W], weights of classes Tensor[K] or None -> scalar
@@ -35,7 +35,8 @@ def build_pixel_loss(cfg: CfgNode) -> PixelLoss:
 def _pixel_losses(logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
     """Cross entropy of each pixel, ``Tensor[B, H, W]``; 0 where it is ignored."""
     logits = resize(logits, target.shape[-2:])
-    return F.cross_entropy(logits, target.long(), weights, ignore_index=IGNORE, reduction="none")
+    ignored = ignore_index(logits.shape[1])
+    return F.cross_entropy(logits, target.long(), weights, ignore_index=ignored, reduction="none")
 
 
 def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -45,7 +46,7 @@ def cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None)
 
     Args:
         logits: ``Tensor[B, K, h, w]``, resized to the target.
-        target: class indices and :data:`IGNORE`, ``Tensor[B, H, W]``.
+        target: class indices and :func:`~.class_indices.ignore_index`, ``Tensor[B, H, W]``.
         weights: factor for the loss of each class, ``Tensor[K]``.
     """
     return _pixel_losses(logits, target, weights).mean()
@@ -59,7 +60,7 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """
     probabilities = resize(logits, target.shape[-2:]).softmax(1)
     num_classes = probabilities.shape[1]
-    counted = target != IGNORE
+    counted = target != ignore_index(num_classes)
     classes = torch.where(counted, target, 0).long()
     own = (probabilities.gather(1, classes[:, None])[:, 0] * counted).flatten()
     # In double precision: single pixels would get lost in a sum of millions.
@@ -97,7 +98,7 @@ def focal_loss(
     losses = _pixel_losses(logits, target, None)
     losses = losses * (1 - torch.exp(-losses)).clamp(min=0) ** gamma
     if weights is not None:
-        counted = target != IGNORE
+        counted = target != ignore_index(logits.shape[1])
         losses = losses * weights[torch.where(counted, target, 0).long()]
     return losses.mean()
 
@@ -115,7 +116,9 @@ def hard_pixel_loss(
         share: of the pixels of each image that are not ignored, above 0 and at most 1.
     """
     losses = _pixel_losses(logits, target, weights).flatten(1)
-    number = (share * (target != IGNORE).flatten(1).sum(1)).ceil().long()  # [B]
+    number = (
+        (share * (target != ignore_index(logits.shape[1])).flatten(1).sum(1)).ceil().long()
+    )  # [B]
     ordered = losses.sort(dim=1, descending=True).values
     kept = torch.arange(ordered.shape[1], device=ordered.device) < number[:, None]
     return (ordered * kept).sum() / kept.sum().clamp(min=1)
@@ -130,7 +133,7 @@ def lovasz_loss(logits: Tensor, target: Tensor) -> Tensor:
         logits, target: see :func:`cross_entropy`; ignored pixels do not count.
     """
     probabilities = resize(logits, target.shape[-2:]).float().softmax(1)
-    counted = target != IGNORE
+    counted = target != ignore_index(logits.shape[1])
     probabilities = probabilities.permute(0, 2, 3, 1)[counted]  # [N, K]
     classes = target[counted].long()
     losses = []

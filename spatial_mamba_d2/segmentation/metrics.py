@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.class_indices import ignore_index
 from spatial_mamba_d2.system.tables import console_table
 
 
@@ -27,7 +27,7 @@ class Confusion:
 
         Args:
             prediction: class indices, integer ``Tensor[H, W]``.
-            truth: class indices and :data:`IGNORE`, integer ``Tensor[H, W]``.
+            truth: class indices and :func:`~.class_indices.ignore_index`, integer ``Tensor[H, W]``.
 
         Raises:
             ValueError: the shapes differ.
@@ -37,8 +37,8 @@ class Confusion:
                 f"prediction and truth must have one shape, got {list(prediction.shape)} and "
                 f"{list(truth.shape)}"
             )
-        counted = truth != IGNORE
         num_classes = len(self.matrix)
+        counted = truth != ignore_index(num_classes)
         cells = truth[counted].long() * num_classes + prediction[counted].long()
         counts = torch.bincount(cells, minlength=num_classes**2)
         self.matrix += counts.view(num_classes, num_classes)

@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from spatial_mamba_d2.config import backbone_kwargs
+from spatial_mamba_d2.data.class_indices import as_label_array
 from spatial_mamba_d2.data.images import files_below, read_image, write_image
 from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.outputs import check_outputs
@@ -189,6 +190,9 @@ class Segmentor(TrainingModule):
         self.confusion = Confusion(self.cfg.MODEL.NUM_CLASSES, self.device)
         self.num_images = self.skipped = 0
 
+    def _array(self, label: Tensor) -> np.ndarray:
+        return as_label_array(label, len(self.classes.names))
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if "error" in batch:
             self.skipped += 1
@@ -205,10 +209,13 @@ class Segmentor(TrainingModule):
         self.num_images += 1
         self.confusion.update(prediction, truth)
         if self.cfg.TEST.SAVE_LABELS:
-            stored = self.data.labels.to_stored(_array(prediction))
+            stored = self.data.labels.to_stored(self._array(prediction))
             write_image(self._label_path(batch["name"]), stored)
         if batch["index"] < self.cfg.TEST.PICTURES:
-            maps = {"ground truth": _array(truth), "prediction": _array(prediction)}
+            maps = {
+                "ground truth": self._array(truth),
+                "prediction": self._array(prediction),
+            }
             image = read_image(batch["file"], self.cfg.INPUT.CHANNELS, self.value_range)
             drawing = draw_panels(image, maps, self.classes)
             write_image(Path(self.cfg.OUTPUT_DIR, "pictures", f"{batch['name']}.png"), drawing)
@@ -256,7 +263,3 @@ class Segmentor(TrainingModule):
             format_table(self.confusion, self.classes.names),
             path,
         )
-
-
-def _array(label: Tensor) -> np.ndarray:
-    return label.to("cpu", torch.uint8).numpy()

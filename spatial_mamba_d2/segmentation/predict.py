@@ -11,6 +11,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from spatial_mamba_d2.data.ade20k import load_classes
+from spatial_mamba_d2.data.class_indices import as_label_array
 from spatial_mamba_d2.data.images import Draw, Drawer, write_image
 from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.pixels import build_pixel_range
@@ -43,10 +44,10 @@ class Predictor:
         self.transform = build_test_transform(cfg, self.protocol)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Image, ``uint8[H, W, C]``, usually RGB -> class indices, ``uint8[H, W]``."""
+        """Image, ``uint8[H, W, C]``, usually RGB -> class indices, ``[H, W]``."""
         views = [view.to(self.device) for view in self.transform(image)]
         label = predict(self.model, views, image.shape[:2], self.protocol, self.num_classes)
-        return label.cpu().numpy()
+        return as_label_array(label, self.num_classes)
 
 
 def _classes(checkpoint: dict[str, Any], cfg: CfgNode) -> Classes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from spatial_mamba_d2.data.class_indices import ignore_index
 from spatial_mamba_d2.data.drawing import (
     LINE_PX,
     as_rgb,
@@ -15,14 +16,13 @@ from spatial_mamba_d2.data.drawing import (
     write_text,
 )
 from spatial_mamba_d2.data.label_maps import Classes
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 
 OPACITY = 0.6
 
 
 def paint(label: np.ndarray, classes: Classes) -> np.ndarray:
-    """Class indices, ``uint8[H, W]`` -> RGB ``uint8[H, W, 3]``; ignored pixels are black."""
-    table = np.zeros((IGNORE + 1, 3), np.uint8)
+    """Class indices, ``[H, W]`` -> RGB ``uint8[H, W, 3]``; ignored pixels are black."""
+    table = np.zeros((ignore_index(len(classes.palette)) + 1, 3), np.uint8)
     table[: len(classes.palette)] = classes.palette
     return table[label]
 
@@ -32,7 +32,7 @@ def draw_panels(image: np.ndarray, maps: dict[str, np.ndarray], classes: Classes
 
     Args:
         image: ``uint8[H, W, C]``, RGB or of other channels, see :func:`~.drawing.as_rgb`.
-        maps: title -> class indices, ``uint8[H, W]``.
+        maps: title -> class indices, ``[H, W]``.
 
     Returns:
         RGB, ``uint8[H', W', 3]``.
@@ -44,8 +44,9 @@ def draw_panels(image: np.ndarray, maps: dict[str, np.ndarray], classes: Classes
         overlay = cv2.addWeighted(image, 1 - OPACITY, color, OPACITY, 0)
         panels.append(_titled(overlay, title))
     row = np.concatenate(panels, axis=1)
+    ignored = ignore_index(len(classes.palette))
     present = np.unique(np.concatenate([np.unique(label) for label in maps.values()]))
-    legend = _legend([int(i) for i in present if i != IGNORE], classes, row.shape[1])
+    legend = _legend([int(i) for i in present if i != ignored], classes, row.shape[1])
     return np.concatenate([row, legend])
 
 

@@ -107,7 +107,7 @@ def test_off_by_one_labels_are_explained(labels, stored, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((256,), r"num_classes must be 2\.\.255 .*got 256"),
+        ((65536,), r"num_classes must be 2\.\.65535 .*got 65536"),
         ((3, 1, (3,)), r"IGNORE_LABELS must be none of the classes' labels 1\.\.3, got 3"),
     ],
 )

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spatial_mamba_d2.data.class_indices import IGNORE
 from spatial_mamba_d2.data.label_conventions import CLASSES, LABEL_MAPS
 from spatial_mamba_d2.data.label_format import LabelFormat, build_label_format, parse_label_map
 from spatial_mamba_d2.data.label_maps import read_label
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 
 NAMES = ("background", "road", "tree, plant")
 INDICES = np.array([[0, 1, 2, 2], [2, 0, 1, IGNORE]], np.uint8)

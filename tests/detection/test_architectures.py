@@ -25,6 +25,7 @@ RESULTS = {
     "cascade_mask_rcnn_spatial_mamba_t_3x": MASKS,
     "retinanet_spatial_mamba_t": BOXES,
     "panoptic_fpn_spatial_mamba_t": {*MASKS, "panoptic_seg"},
+    "panoptic_point_rend_spatial_mamba_t": {*MASKS, "panoptic_seg"},
     "point_rend_spatial_mamba_t": MASKS,
     "keypoint_rcnn_spatial_mamba_t": {"bbox", "keypoints"},
     "mask_rcnn_spatial_mamba_t_lsj": MASKS,
@@ -50,13 +51,21 @@ SMALL = (
 )  # fmt: skip
 
 
+POINTS_OF_STUFF = {
+    "panoptic_point_rend_spatial_mamba_t": (
+        "MODEL.POINT_HEAD.NUM_CLASSES", 2, "MODEL.POINT_HEAD.FC_DIM", 32,
+    )
+}  # fmt: skip
+
+
 @pytest.fixture
 def more(request):
     """``more(recipe)``: the overrides that only this recipe needs."""
 
     def of(name: str) -> tuple:
         if name.startswith(("panoptic", "keypoint")):
-            return request.getfixturevalue("stuff" if name.startswith("panoptic") else "keypoints")
+            fixture = "stuff" if name.startswith("panoptic") else "keypoints"
+            return (*request.getfixturevalue(fixture), *POINTS_OF_STUFF.get(name, ()))
         return {
             "retinanet_spatial_mamba_t": ("MODEL.RETINANET.NUM_CLASSES", 5),
             "point_rend_spatial_mamba_t": ("MODEL.POINT_HEAD.NUM_CLASSES", 5,
@@ -99,7 +108,8 @@ def test_each_recipe_runs_on_photos(name, root, arguments, more, photos):
                   "point_rend_spatial_mamba_t": ("MODEL.POINT_HEAD.NUM_CLASSES", 80)
                   }.get(name, ())  # fmt: skip
     config = str(root / f"configs/{name}.yaml")
-    results = run(arguments(*words, *photos(name), config_file=config))
+    words += [*photos(name), *POINTS_OF_STUFF.get(name, ())]
+    results = run(arguments(*words, config_file=config))
     assert set(results) == RESULTS[name]
     assert all(math.isfinite(scores["AP"]) for scores in results.values() if "AP" in scores)
 
@@ -117,6 +127,10 @@ def test_each_recipe_runs_on_photos(name, root, arguments, more, photos):
          "POINT_HEAD.NUM_CLASSES must be MODEL.ROI_HEADS.NUM_CLASSES 5, got 80"),
         ("point_rend", ("MODEL.FPN.OUT_CHANNELS", 128), "CONV_DIM must be at most .* 128 for Poi"),
         ("point_rend", ("INPUT.MASK_FORMAT", "polygon"), "MASK_FORMAT must be one of bitmask, got"),
+        ("panoptic_point_rend", ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 9),
+         "POINT_HEAD.NUM_CLASSES must be MODEL.SEM_SEG_HEAD.NUM_CLASSES 9, got 54"),
+        ("panoptic_point_rend", ("MODEL.POINT_HEAD.IN_FEATURES", "('p2', 'p3')"),
+         "POINT_HEAD.IN_FEATURES must have 1 element"),
         ("mask_rcnn", ("MODEL.POINT_HEAD.FC_DIM", 8), "NAME is not PointRendMaskHead"),
         ("mask_rcnn", ("DATASETS.TRAIN_SEM_SEG", "labels"), "ARCHITECTURE is not PanopticFPN"),
         ("panoptic_fpn", ("DATASETS.TRAIN_JSON", "a.json", "DATASETS.TRAIN_IMAGES", "images"),

@@ -32,6 +32,7 @@ AP50 = {
     "retinanet_spatial_mamba_t": ("bbox",),
     "keypoint_rcnn_spatial_mamba_t": ("bbox", "keypoints"),
     "panoptic_fpn_spatial_mamba_t": ("bbox", "segm"),
+    "panoptic_point_rend_spatial_mamba_t": ("bbox", "segm"),
 }
 NUM_ITERATIONS = 200
 LAST = 12  # iterations that the resumed training repeats: two lines of metrics
@@ -71,6 +72,10 @@ MORE = {
         "MODEL.RETINANET.NUM_CLASSES", 5,
         "MODEL.RETINANET.NUM_CONVS", 2,
         "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 20, 25], [32, 40, 50], [64, 81, 102], [128], [256]],
+    ),
+    "panoptic_point_rend_spatial_mamba_t": (
+        "MODEL.POINT_HEAD.NUM_CLASSES", 2,
+        "MODEL.POINT_HEAD.FC_DIM", 64,
     ),
     "point_rend_spatial_mamba_t": (
         "MODEL.POINT_HEAD.NUM_CLASSES", 5,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.class_indices import IGNORE
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.data import build_data
 from spatial_mamba_d2.segmentation.inference import build_protocol

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.class_indices import IGNORE
 from spatial_mamba_d2.segmentation.losses import (
     cross_entropy,
     focal_loss,

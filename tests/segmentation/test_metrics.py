@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
+from spatial_mamba_d2.data.class_indices import IGNORE
 from spatial_mamba_d2.segmentation.metrics import Confusion, format_table
 
 

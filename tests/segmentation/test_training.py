@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from spatial_mamba_d2 import config
+from spatial_mamba_d2.data.class_indices import IGNORE
 from spatial_mamba_d2.data.label_format import build_label_format
 from spatial_mamba_d2.data.label_maps import Classes, read_label
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.data.shapes import SEMANTIC_NAMES
 from spatial_mamba_d2.models import build_classifier, build_upernet, load_weights
 from spatial_mamba_d2.models.checkpoints.names import to_official

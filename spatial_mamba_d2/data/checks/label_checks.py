@@ -14,7 +14,6 @@ from spatial_mamba_d2.data.faults import Fault, Finding
 from spatial_mamba_d2.data.imagenet import ClassifiedImage
 from spatial_mamba_d2.data.label_format import LabelFormat
 from spatial_mamba_d2.data.label_maps import Pair, read_label
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 
 # Different rows of a label map that two images have by copying, and not because it is simple.
 _DETAILED_ROWS = 8
@@ -36,7 +35,7 @@ def check_label_maps(
     for pair in usable:
         indices = labels.to_indices(read_label(pair.label, labels))
         present = np.unique(indices)
-        if (present == IGNORE).all():
+        if (present == labels.ignore).all():
             message = f"{pair.label}: every pixel is ignored"
             found.append(Finding("label map without a class", str(pair.label), message))
         elif len(np.unique(indices, axis=0)) >= _DETAILED_ROWS:

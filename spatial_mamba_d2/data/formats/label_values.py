@@ -12,11 +12,11 @@ import numpy as np
 
 from spatial_mamba_d2.data.ade20k import class_names_in
 from spatial_mamba_d2.data.class_file import numbered_names, read_class_lines
+from spatial_mamba_d2.data.class_indices import IGNORE, ignore_index
 from spatial_mamba_d2.data.formats.records import UnusableDataError
 from spatial_mamba_d2.data.label_conventions import CLASSES, LABEL_MAPS
 from spatial_mamba_d2.data.label_format import LabelFormat
 from spatial_mamba_d2.data.label_maps import Pair, read_label
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 
 SAMPLE = 300  # label files that are looked at
 _MAX_COLORS = 64  # more are no classes, but shades
@@ -146,7 +146,8 @@ def _by_color(
             stored = [(c, name) for (c, _), name in zip(stored, table.names, strict=True)]
         text = f"{len(stored)} colours, each a class"
     names = tuple(name for _, name in stored if name.lower() not in _UNLABELLED)
-    entries = [(c, names.index(n) if n in names else IGNORE) for c, n in stored]
+    ignored = ignore_index(len(names))
+    entries = [(c, names.index(n) if n in names else ignored) for c, n in stored]
     return _checked(names, text, colors=tuple(entries))
 
 
@@ -157,9 +158,10 @@ def _by_value(
     if table is not None and table.values:
         entries = list(zip(table.values, table.names, strict=True))
         names = tuple(name for _, name in entries if name.lower() not in _UNLABELLED)
-        known = [(v, names.index(n) if n in names else IGNORE) for v, n in entries]
-        if IGNORE not in table.values:
-            known.append((IGNORE, IGNORE))
+        nothing = ignore_index(len(names))
+        known = [(v, names.index(n) if n in names else nothing) for v, n in entries]
+        if nothing not in table.values:
+            known.append((nothing, nothing))
         return _checked(names, f"values of {table.source}", values=tuple(known))
     names = table.names if table is not None else ()
     if present == [0, IGNORE] and len(names) in (0, 1, 2):

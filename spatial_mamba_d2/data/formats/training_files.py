@@ -12,7 +12,6 @@ from spatial_mamba_d2.data.formats.records import Instances, LabelledData
 from spatial_mamba_d2.data.imagenet import ClassifiedImage
 from spatial_mamba_d2.data.label_format import LabelFormat
 from spatial_mamba_d2.data.label_maps import Pair
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.system.atomic import replacing
 
 CLASS_FILE, LABEL_FILE, RECORD = "classes.txt", "label_map.txt", "data.json"
@@ -117,7 +116,7 @@ def _label_entries(labels: LabelFormat) -> list[str]:
     """The lines of a file that ``DATASETS.LABEL_MAP`` names."""
 
     def meaning(index: int) -> str:
-        return "ignore" if index == IGNORE else str(index)
+        return "ignore" if index == labels.ignore else str(index)
 
     entries = [f"{value}: {meaning(index)}" for value, index in labels.values]
     entries += [f"#{color:06x}: {meaning(index)}" for color, index in labels.colors]
