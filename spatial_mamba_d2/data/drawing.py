@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
+
+from spatial_mamba_d2.data.class_indices import ignored_in
 
 SHORTEST_PX = 240  # smaller images are enlarged to this, unless they exceed LONGEST_PX then
 LONGEST_PX = 4096
@@ -64,3 +68,14 @@ def text_width(text: str) -> int:
 def blank_lines(num_lines: int, width: int) -> np.ndarray:
     """A white canvas for lines of text, RGB ``uint8[LINE_PX num_lines, width, 3]``."""
     return np.full((num_lines * LINE_PX, width, 3), 255, np.uint8)
+
+
+def paint(label: np.ndarray, palette: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+    """Class indices ``[H, W]`` -> their colours, RGB ``uint8[H, W, 3]``; what is none is black.
+
+    Args:
+        palette: RGB of each class, ``[K, 3]``.
+    """
+    table = np.zeros((ignored_in(label) + 1, 3), np.uint8)
+    table[: len(palette)] = palette
+    return table[label]

@@ -9,8 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from spatial_mamba_d2.data.class_indices import ignore_index
-from spatial_mamba_d2.data.drawing import enlarge, enlargement
+from spatial_mamba_d2.data.drawing import enlarge, enlargement, paint
 from spatial_mamba_d2.data.images import encode_image
 from spatial_mamba_d2.data.label_maps import distinct_colors
 from spatial_mamba_d2.evaluation import Evaluation
@@ -171,10 +170,8 @@ def _draw(run: Run, evaluation: Evaluation, position: int) -> np.ndarray:
         return shown
     if evaluation.task == "segmentation":
         truth = run.tested.label(position, model.num_channels, model.value_range)
-        number = len(run.predictor.names)
-        table = np.zeros((ignore_index(number) + 1, 3), np.uint8)
-        table[:number] = distinct_colors(number)
-        return np.hstack([shown, table[truth], table[model(image).label]])
+        palette = distinct_colors(len(run.predictor.names))
+        return np.hstack([shown, paint(truth, palette), paint(model(image).label, palette)])
     threshold = evaluation.more["confusion_threshold"]
     result = model(image)
     scale = enlargement(shown)

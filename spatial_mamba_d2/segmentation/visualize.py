@@ -11,6 +11,7 @@ from spatial_mamba_d2.data.drawing import (
     as_rgb,
     blank_lines,
     enlarge,
+    paint,
     text_width,
     widen,
     write_text,
@@ -18,13 +19,6 @@ from spatial_mamba_d2.data.drawing import (
 from spatial_mamba_d2.data.label_maps import Classes
 
 OPACITY = 0.6
-
-
-def paint(label: np.ndarray, classes: Classes) -> np.ndarray:
-    """Class indices, ``[H, W]`` -> RGB ``uint8[H, W, 3]``; ignored pixels are black."""
-    table = np.zeros((ignore_index(len(classes.palette)) + 1, 3), np.uint8)
-    table[: len(classes.palette)] = classes.palette
-    return table[label]
 
 
 def draw_panels(image: np.ndarray, maps: dict[str, np.ndarray], classes: Classes) -> np.ndarray:
@@ -40,7 +34,7 @@ def draw_panels(image: np.ndarray, maps: dict[str, np.ndarray], classes: Classes
     image = enlarge(as_rgb(image))
     panels = [_titled(image, "image")]
     for title, label in maps.items():
-        color = paint(enlarge(label, nearest=True), classes)
+        color = paint(enlarge(label, nearest=True), classes.palette)
         overlay = cv2.addWeighted(image, 1 - OPACITY, color, OPACITY, 0)
         panels.append(_titled(overlay, title))
     row = np.concatenate(panels, axis=1)

@@ -82,7 +82,7 @@ def test_weights_and_images_must_be_there(overrides, tmp_path):
 def test_colours_and_legend():
     classes = Classes(tuple(f"class {i}" for i in range(6)), distinct_colors(6))
     label = np.array([[0, 5], [255, 5]], np.uint8)
-    painted = paint(label, classes)
+    painted = paint(label, classes.palette)
     assert tuple(painted[0, 1]) == classes.palette[5] and not painted[1, 0].any()
     image = np.full((100, 150, 3), 127, np.uint8)
     large = np.zeros((100, 150), np.uint8)

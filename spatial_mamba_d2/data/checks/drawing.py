@@ -11,6 +11,7 @@ import numpy as np
 
 from spatial_mamba_d2.data.checks.report import DataReport, by_kind
 from spatial_mamba_d2.data.class_indices import ignored_in
+from spatial_mamba_d2.data.drawing import paint
 from spatial_mamba_d2.data.faults import Finding
 from spatial_mamba_d2.data.images import SUFFIXES, encode_image, read_image
 from spatial_mamba_d2.data.label_maps import Pair, distinct_colors, read_pair
@@ -109,9 +110,8 @@ def _examples(report: DataReport) -> Iterator[str]:
 
 def _overlay(image: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Half image, half colours of the classes; what is ignored stays black."""
-    table = np.zeros((ignored_in(indices) + 1, 3), np.uint8)
-    table[:255] = distinct_colors(255)
-    return (image // 2 + table[indices] // 2).astype(np.uint8)
+    colors = paint(indices, distinct_colors(ignored_in(indices)))
+    return (image // 2 + colors // 2).astype(np.uint8)
 
 
 def _draw(finding: Finding) -> tuple[bytes, Finding] | None:
