@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import logging
@@ -37,6 +38,11 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 TEST_VARIANT = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
 
+# Tests start many processes, which need not compile the sources each, whatever the environment
+# says.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 if num_processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # Processes that test side by side share the cores, with the tools that they start.
     num_threads = max(1, (os.cpu_count() or 1) // num_processes)
@@ -47,6 +53,12 @@ _spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py"
 assert _spec and _spec.loader
 _fill = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_fill)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: Python need not look for garbage in it, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,7 @@ from spatial_mamba_d2.classification.data import BROKEN, ClassificationData
 from spatial_mamba_d2.config import backbone_kwargs
 from spatial_mamba_d2.data.imagenet import EMPTY_CLASS, NO_CLASS
 from spatial_mamba_d2.models import SpatialMambaClassifier, build_classifier
+from spatial_mamba_d2.models.param_groups import adamw
 from spatial_mamba_d2.training.module import Schedule, TrainingModule
 
 logger = logging.getLogger(__name__)
@@ -90,11 +91,8 @@ class Classifier(TrainingModule):
         """
         solver = self.cfg.SOLVER
         scale = solver.IMS_PER_BATCH / 512
-        optimizer = torch.optim.AdamW(
-            param_groups_weight_decay(self.model, solver.WEIGHT_DECAY),
-            lr=solver.BASE_LR * scale,
-            betas=tuple(solver.BETAS),
-        )
+        groups = param_groups_weight_decay(self.model, solver.WEIGHT_DECAY)
+        optimizer = adamw(groups, solver.BASE_LR * scale, solver)
         warmup = solver.WARMUP_EPOCHS * self.epoch_iterations
         scheduler = CosineLRScheduler(
             optimizer,

@@ -109,7 +109,23 @@ def build_adamw(model: nn.Module, solver: Any, layer_decay: float = 1.0) -> torc
         ValueError: see :func:`layered_groups`.
     """
     groups = layered_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, layer_decay)
-    return torch.optim.AdamW(groups, lr=solver.BASE_LR, betas=tuple(solver.BETAS))
+    return adamw(groups, solver.BASE_LR, solver)
+
+
+def adamw(groups: list[dict[str, Any]], lr: float, solver: Any) -> torch.optim.AdamW:
+    """AdamW with ``SOLVER.BETAS``, as one kernel where that exists.
+
+    Not with float16, because such an optimizer takes its scaled gradients and undoes the scale
+    itself, after they have been clipped and looked at.
+
+    Args:
+        groups: of parameters.
+        lr: of groups without one.
+    """
+    devices = {p.device.type for group in groups for p in group["params"]}
+    is_scaled = solver.AMP.ENABLED and solver.AMP.PRECISION == "float16"
+    fused = devices <= {"cpu", "cuda"} and not is_scaled
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(solver.BETAS), fused=fused or None)
 
 
 def _split(

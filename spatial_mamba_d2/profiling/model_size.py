@@ -106,9 +106,13 @@ def analyze(name: str, input_px: tuple[int, int] | None = None) -> Analysis:
         shape = (*shape[:2], *input_px)
     classifier = entry.task == "classification"
 
-    official, _ = count_operators(*_prepare(name, shape, train=classifier), complete=False)
-    complete, peak_bytes = count_operators(*_prepare(name, shape), complete=True)
-    model, run = _prepare(name, (2, *shape[1:]), train=True)
+    # On ``meta``, where only shapes are computed
+    model = model_zoo.build(name, "meta")
+    run = prepare_call(model, entry.task, shape, train=classifier)
+    official, _ = count_operators(model, run, complete=False)
+    run = prepare_call(model, entry.task, shape)
+    complete, peak_bytes = count_operators(model, run, complete=True)
+    run = prepare_call(model, entry.task, (2, *shape[1:]), train=True)
     saved = saved_bytes_by_module(model, run)
 
     rows: dict[str, Size] = {part: Size(parameters=0, saved_mib=0.0) for _, part in _PARTS}
@@ -139,16 +143,16 @@ def analyze(name: str, input_px: tuple[int, int] | None = None) -> Analysis:
     )
 
 
-def _prepare(
-    name: str, shape: Sequence[int], *, train: bool = False
-) -> tuple[nn.Module, Callable[[], Any]]:
-    """A model on ``meta``, which computes shapes only, and a call of it on images of ``shape``."""
-    model = model_zoo.build(name, "meta").train(train)
-    images = torch.empty(tuple(shape), device="meta")
-    if model_zoo.get_recipe(name).task != "detection":
-        return model, lambda: model(images)
+def prepare_call(
+    model: nn.Module, task: str, shape: Sequence[int], *, train: bool = False
+) -> Callable[[], Any]:
+    """A call of a model of ``task`` on images of ``shape``, in the mode that is put on here."""
+    model.train(train)
+    images = torch.empty(tuple(shape), device=next(model.parameters()).device)
+    if task != "detection":
+        return lambda: model(images)
     sampled = {"num_proposals": 512, "num_detections": 128} if train else {}
-    return model, lambda: forward_all_layers(model, images, **sampled)
+    return lambda: forward_all_layers(model, images, **sampled)
 
 
 def _total(rows: Iterable[Size]) -> Size:

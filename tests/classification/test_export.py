@@ -55,15 +55,15 @@ def test_the_function_equals_the_predictor(overrides, weights):
 @pytest.mark.slow
 def test_a_graph_of_pytorch_for_one_size(export, caplog):
     with caplog.at_level("INFO", "spatial_mamba_d2"):
-        metadata, path = export("pt2", size=(48, 48))
-    assert "compared with PyTorch on 5 inputs (1x48x48x3), 5 results" in caplog.text
+        metadata, path = export("pt2", size=(36, 36))
+    assert "compared with PyTorch on 5 inputs (1x36x36x3), 5 results" in caplog.text
     assert [p.name for p in path.parent.iterdir()] == ["model.pt2"]
-    assert metadata["inputs"] == {"image": {"dtype": "uint8", "shape": [1, 48, 48, 3]}}
-    assert metadata["classes"] == NAMES and metadata["resize"]["crop_px"] == 48
+    assert metadata["inputs"] == {"image": {"dtype": "uint8", "shape": [1, 36, 36, 3]}}
+    assert metadata["classes"] == NAMES and metadata["resize"]["crop_px"] == 36
     assert len(metadata["weights"]["sha256"]) == 64
     assert formats.open_file(path, "pt2").metadata == metadata
     with pytest.raises(ValueError, match="output: 1 files exist already"):
-        export("pt2", size=(48, 48))
+        export("pt2", size=(36, 36))
 
 
 def test_a_file_that_is_wrong_is_not_written(export, monkeypatch, tmp_path):

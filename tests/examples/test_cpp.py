@@ -64,7 +64,7 @@ def model():
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchscript(with_torch, model, tmp_path):
     program = with_torch("classify")
     torch.jit.script(model).save(tmp_path / "model.pt")

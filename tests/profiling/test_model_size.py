@@ -10,7 +10,7 @@ import pytest
 from spatial_mamba_d2 import model_zoo
 from spatial_mamba_d2.profiling.counting import count_operators
 from spatial_mamba_d2.profiling.model_report import CONVENTIONS, markdown_report, write_json
-from spatial_mamba_d2.profiling.model_size import _prepare, analyze, part_of
+from spatial_mamba_d2.profiling.model_size import analyze, part_of, prepare_call
 
 analyze_once = functools.cache(analyze)
 TOTALS = {"tiny": 4.467681280000001, "small": 7.11697408, "base": 15.800638464}
@@ -80,7 +80,8 @@ def test_other_architectures(recipe):
     """The figures of the table; the complete count has a rule for every operator."""
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     shape = model_zoo.TASKS["detection"].input_shape
-    model, run = _prepare(recipe.name, shape)
+    model = model_zoo.build(recipe.name, "meta")
+    run = prepare_call(model, "detection", shape)
     assert sum(p.numel() for p in model.parameters()) == recipe.parameters
     official, _ = count_operators(model, run, complete=False)
     total = sum(flops for _, flops in official.values())

@@ -16,6 +16,9 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
+from spatial_mamba_d2.models.variants import VARIANTS
+
+VARIANTS["test"] = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
 sys.path.insert(0, "tools")
 import train_seg, visualize_seg
 
@@ -36,7 +39,7 @@ assert "detectron2" not in sys.modules
 @pytest.mark.slow
 def test_train_evaluate_and_visualize(root, overrides, shapes, tmp_path):
     images = shapes / "images/validation"
-    words = [*overrides, "MODEL.SPATIAL_MAMBA.VARIANT", "tiny", "SOLVER.MAX_ITER", "2"]
+    words = [*overrides, "SOLVER.MAX_ITER", "2"]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, tmp_path / "output", images, *words],
         cwd=root, capture_output=True, text=True,
