@@ -5,24 +5,16 @@
         --input photo.jpg folder/ --output drawings/ MODEL.WEIGHTS spatialmamba_tiny.pth
 """
 
-from functools import partial
-
 from spatial_mamba_d2.system.allocator import keep_freed_memory
 from spatial_mamba_d2.system.cli import build_visualization_parser, run_tool
 
 
 def main() -> None:
     from spatial_mamba_d2.classification.predict import build_draw
-    from spatial_mamba_d2.data.images import visualize_images
+    from spatial_mamba_d2.data.images import visualize_by_arguments
 
     keep_freed_memory()
-    args = build_visualization_parser(__doc__).parse_args()
-    visualize_images(
-        args.input,
-        args.output,
-        partial(build_draw, args.config_file, args.opts),
-        overwrite=args.overwrite,
-    )
+    visualize_by_arguments(build_visualization_parser(__doc__).parse_args(), build_draw)
 
 
 if __name__ == "__main__":

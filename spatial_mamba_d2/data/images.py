@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -386,3 +387,16 @@ def visualize_images(
         f"{len(written)} images in {output}" + (f", {num_skipped} skipped" if num_skipped else "")
     )
     return written
+
+
+def visualize_by_arguments(
+    args: Namespace, build_draw: Callable[[str, Sequence[str]], Draw]
+) -> list[Path]:
+    """:func:`visualize_images` by a command line.
+
+    Args:
+        args: of :func:`~spatial_mamba_d2.system.cli.build_visualization_parser`.
+        build_draw: from the configuration's file and ``KEY VALUE`` pairs.
+    """
+    build = partial(build_draw, args.config_file, args.opts)
+    return visualize_images(args.input, args.output, build, overwrite=args.overwrite)
