@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -104,14 +105,20 @@ def rehearse(
     result.reasons += _inspect(task, cfg, data)
     with TemporaryDirectory(prefix="rehearsal-") as folder:
         keys = _write_data(data, Path(folder))
-        words = [*map(str, overrides), *(str(word) for pair in keys.items() for word in pair)]
-        words += ["DATALOADER.NUM_WORKERS", "0"]
-        sheet = draw_training_images(task, load_any(config_file, words, task)[1])
-        result.pictures = Path(cfg.OUTPUT_DIR, PICTURES)
-        result.pictures.parent.mkdir(parents=True, exist_ok=True)
-        write_image(result.pictures, sheet)
+        if not result.reasons:  # labels may be what nothing can be trained with
+            _draw(result, cfg, config_file, [*overrides, *chain.from_iterable(keys.items())])
         _train(result, cfg, config_file, overrides, data, keys, Path(folder))
     return result
+
+
+def _draw(
+    result: Rehearsal, cfg: Any, config_file: str | Path | None, overrides: Sequence[Any]
+) -> None:
+    words = [*map(str, overrides), "DATALOADER.NUM_WORKERS", "0"]
+    sheet = draw_training_images(result.task, load_any(config_file, words, result.task)[1])
+    result.pictures = Path(cfg.OUTPUT_DIR, PICTURES)
+    result.pictures.parent.mkdir(parents=True, exist_ok=True)
+    write_image(result.pictures, sheet)
 
 
 def require_rehearsal(task: str, config_file: str | Path | None, overrides: Sequence[str]) -> None:

@@ -50,8 +50,25 @@ def forward_all_layers(
         points = pooled(num_detections, *heads.keypoint_pooler.output_size)
         outputs.append(heads.keypoint_head.layers(points))
     if hasattr(model, "sem_seg_head"):
-        outputs.append(model.sem_seg_head.layers(features))
+        outputs += _forward_semantics(model.sem_seg_head, features)
     return outputs
+
+
+def _forward_semantics(head: Any, features: dict[str, Tensor]) -> list[Any]:
+    """The head for stuff; of PointRend's, the points of each step of subdivision too."""
+    if not hasattr(head, "coarse_sem_seg_head"):
+        return [head.layers(features)]
+    coarse = head.coarse_sem_seg_head.layers(features)
+    batch, num_classes = coarse.shape[:2]
+    channels = sum(features[name].shape[1] for name in head.in_features)
+    number, steps = head.subdivision_num_points, head.subdivision_steps
+    numbers = [head.train_num_points] if head.training else [number] * steps
+    return [coarse] + [
+        head.point_head(
+            coarse.new_empty(batch, channels, n), coarse.new_empty(batch, num_classes, n)
+        )
+        for n in numbers
+    ]
 
 
 def _forward_points(head: Any, pooled: Any, num_detections: int) -> list[Any]:

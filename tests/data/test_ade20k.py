@@ -17,11 +17,11 @@ from PIL import Image
 
 from spatial_mamba_d2.data import ade20k_classes, label_maps
 from spatial_mamba_d2.data.ade20k import find_pairs, load_classes, load_split, unpack
+from spatial_mamba_d2.data.class_indices import IGNORE
 from spatial_mamba_d2.data.label_format import LabelFormat
 from spatial_mamba_d2.data.label_maps import read_label, read_pair
 from spatial_mamba_d2.data.samplers import SampleIndex, SkippingDataset
 from spatial_mamba_d2.data.segmentation_transforms import (
-    IGNORE,
     TestTransform,
     TrainTransform,
     fitted_size,

@@ -98,7 +98,7 @@ def test_unknown_values_and_files_are_named(tmp_path):
         label_map("gone.yaml", tmp_path)
     with pytest.raises(ValueError, match='255 is a class of its own: .*LABEL_MAP "0: 0, 255: 1"'):
         LabelFormat(2, 0, ()).to_indices(np.array([[0, 255]], np.uint8))
-    with pytest.raises(ValueError, match=r"2\.\.255 \(background is a class\), got 1"):
+    with pytest.raises(ValueError, match=r"2\.\.65535 \(background is a class\), got 1"):
         LabelFormat(1)
     with pytest.raises(ValueError, match="no stored value of class 1 to write"):
         label_map("0: 0").to_stored(np.zeros((1, 1), np.uint8))

@@ -46,6 +46,7 @@ def words(tree, arguments):
     return arguments(
         "DATASETS.ROOT", tree, "DATASETS.CLASSES", "", "MODEL.NUM_CLASSES", NUM_CLASSES,
         "MODEL.CLASS_WEIGHTS", (), "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 1,
+        "TEST.PICTURES", 1,
     )  # fmt: skip
 
 
