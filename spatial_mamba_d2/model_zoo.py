@@ -153,8 +153,8 @@ _COUNTED = (
     CountedRecipe("retinanet_spatial_mamba_t", *_DETECTOR, "RetinaNet", 36_470_218, 242),
     CountedRecipe("panoptic_fpn_spatial_mamba_t", *_DETECTOR, "Panoptic FPN", 48_018_556, 292),
     CountedRecipe(
-        "panoptic_point_rend_spatial_mamba_t", *_DETECTOR, "Panoptic FPN with PointRend", 48_243_634,
-        296,
+        "panoptic_point_rend_spatial_mamba_t", *_DETECTOR, "Panoptic FPN with PointRend",
+        48_243_634, 296,
     ),
     CountedRecipe("point_rend_spatial_mamba_t", *_DETECTOR, "PointRend", 62_206_358, 301),
     CountedRecipe("keypoint_rcnn_spatial_mamba_t", *_DETECTOR, "Keypoint R-CNN", 61_177_724, 557),
