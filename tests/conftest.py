@@ -38,6 +38,8 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 TEST_VARIANT = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.1}
 
+# What is imported and collected stays: Python need not look for garbage in it, again and again.
+gc.disable()
 # Tests start many processes, which need not compile the sources each, whatever the environment
 # says.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -56,9 +58,8 @@ _spec.loader.exec_module(_fill)
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported stays: Python need not look for garbage in it, again and again."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -105,8 +105,7 @@ def rehearse(
     result.reasons += _inspect(task, cfg, data)
     with TemporaryDirectory(prefix="rehearsal-") as folder:
         keys = _write_data(data, Path(folder))
-        if not result.reasons:  # labels may be what nothing can be trained with
-            _draw(result, cfg, config_file, [*overrides, *chain.from_iterable(keys.items())])
+        _draw(result, cfg, config_file, [*overrides, *chain.from_iterable(keys.items())])
         _train(result, cfg, config_file, overrides, data, keys, Path(folder))
     return result
 
@@ -114,8 +113,13 @@ def rehearse(
 def _draw(
     result: Rehearsal, cfg: Any, config_file: str | Path | None, overrides: Sequence[Any]
 ) -> None:
+    """What cannot be drawn cannot be trained with either, which then says why."""
     words = [*map(str, overrides), "DATALOADER.NUM_WORKERS", "0"]
-    sheet = draw_training_images(result.task, load_any(config_file, words, result.task)[1])
+    try:
+        sheet = draw_training_images(result.task, load_any(config_file, words, result.task)[1])
+    except ValueError as error:
+        logger.info("training images are not drawn: %s", error)
+        return
     result.pictures = Path(cfg.OUTPUT_DIR, PICTURES)
     result.pictures.parent.mkdir(parents=True, exist_ok=True)
     write_image(result.pictures, sheet)

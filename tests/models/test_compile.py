@@ -38,9 +38,9 @@ def test_one_graph_for_inference(backbone):
     assert torch._dynamo.utils.counters["graph_break"] == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_graph_for_training(backbone):
-    """Backward included."""
+    """Backward included; the test below tries its parts."""
     backbone.train()
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 64, 96)
