@@ -116,9 +116,8 @@ def hard_pixel_loss(
         share: of the pixels of each image that are not ignored, above 0 and at most 1.
     """
     losses = _pixel_losses(logits, target, weights).flatten(1)
-    number = (
-        (share * (target != ignore_index(logits.shape[1])).flatten(1).sum(1)).ceil().long()
-    )  # [B]
+    counted = (target != ignore_index(logits.shape[1])).flatten(1)
+    number = (share * counted.sum(1)).ceil().long()  # [B]
     ordered = losses.sort(dim=1, descending=True).values
     kept = torch.arange(ordered.shape[1], device=ordered.device) < number[:, None]
     return (ordered * kept).sum() / kept.sum().clamp(min=1)

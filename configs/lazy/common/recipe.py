@@ -37,6 +37,7 @@ optimizer = L(AdamW)(
     ),
     lr=0.0001,
     betas=(0.9, 0.999),
+    fused=True,  # on CPUs and NVIDIA's GPUs
 )
 # 117,266 images with objects / 16 = 7,330 iterations per epoch
 train = dict(
