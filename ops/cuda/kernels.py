@@ -47,6 +47,14 @@ class Device(Protocol):
 OPENERS: dict[str, Callable[[torch.device], Device]] = {"cuda": driver.CudaDevice}
 
 
+def run_on(x: torch.Tensor) -> bool:
+    """Whether operators that have CUDA kernels only are to be used for ``x``.
+
+    Graphs for export consist of PyTorch's operators instead, as those for CPUs do.
+    """
+    return x.device.type in OPENERS and not torch.compiler.is_exporting()
+
+
 class Kernels:
     """Kernels of one set, loaded on one device for one dtype: each name is a :data:`Launch`."""
 

@@ -31,6 +31,7 @@ from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops.cuda import kernels
 from spatial_mamba_d2.ops.cuda.arguments import Launch, pack
 from spatial_mamba_d2.ops.cuda.kernels import CPP_TYPES, KernelSet
+from spatial_mamba_d2.ops.cuda.source import bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests/cuda_emulator"
@@ -139,7 +140,23 @@ def kernel_sources(
 @cache
 def load() -> ctypes.CDLL:
     """The emulator with all kernels, as a library."""
-    objects = compile_all((*RUNTIME, *kernel_sources()), "-O1")
+    return _open(compile_all((*RUNTIME, *kernel_sources()), "-O1"))
+
+
+def load_variant(root: Path, header: str, dtype: torch.dtype) -> ctypes.CDLL:
+    """The emulator with the kernels of one dtype; those that include ``header`` from ``root``."""
+    included = f'#line 1 "{header}"'
+    objects = compile_all(RUNTIME, "-O1")
+    for source in SOURCES:
+        text, kernels = bundle(source), kernel_source(source, dtype)
+        if included in text:
+            objects.append(compile_object(kernels, "-O0", root=root))
+        else:
+            objects.append(compile_object(kernels, "-O1"))
+    return _open(objects)
+
+
+def _open(objects: Sequence[Path]) -> ctypes.CDLL:
     library = ctypes.CDLL(str(link(objects, "-shared", suffix=".so")))
     library.emulator_launch.restype = ctypes.c_char_p
     library.emulator_launch.argtypes = [

@@ -1,0 +1,135 @@
+"""Mistakes planted in the kernels: the comparison with the references must notice each of them."""
+
+from __future__ import annotations
+
+import shutil
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from . import emulator
+from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
+from .test_add_bias import TestAddBias
+from .test_conformance import CASES, arguments, call, truth
+from .test_depthwise_conv3x3_layer_norm import TestDepthwiseConv3x3LayerNorm
+from .test_structure_aware_ssm_from_dt import TestStructureAwareSSMFromDt
+
+FOR_INFERENCE = {
+    suite.name: suite
+    for suite in (TestAddBias(), TestDepthwiseConv3x3LayerNorm(), TestStructureAwareSSMFromDt())
+}
+# Of the shapes of the conformance tests: odd and even sizes, packed channels or not, several tiles.
+SHAPES = [(2, 5, 6, 8), (1, 11, 13, 17), (2, 40, 33, 6)]
+
+
+class Mistake(NamedTuple):
+    """``old`` in a file of ``ops/`` becomes ``new``; ``case`` launches a kernel that has it."""
+
+    header: str
+    old: str
+    new: str
+    case: str
+    dtype: torch.dtype = torch.float32
+
+
+CONV = "depthwise_conv3x3/conv.cuh"
+STRIDE2 = "depthwise_conv3x3_stride2/conv_stride2.cuh"
+NORM = "gated_layer_norm/norm.cuh"
+CONV_NORM = "depthwise_conv3x3_layer_norm/conv_norm.cuh"
+MISTAKES = {
+    "conv: wrong tap": Mistake(CONV, "taps[k][(2 - i) * 3 + j]", "taps[k][i * 3 + j]", "silu"),
+    "conv: no row below the band": Mistake(
+        CONV, "y <= place.y1; y++) {\n    Acc row", "y < place.y1; y++) {\n    Acc row", "residual"
+    ),
+    "conv: a column outside": Mistake(
+        CONV, "return x >= 0 && x < width;", "return x >= 0 && x + 1 < width;", "silu"
+    ),
+    "conv: no halo in backward": Mistake(
+        CONV, "constexpr int halo = kResidual ? 0 : 2;", "constexpr int halo = 0;", "silu"
+    ),
+    "stride 2: wrong parity": Mistake(
+        STRIDE2, "const int left = 2 * place.x0 - 1;", "const int left = 2 * place.x0;", "stride2"
+    ),
+    "stride 2: the last column": Mistake(
+        STRIDE2, "x + c < place.width;", "x + c < place.width - 1;", "stride2"
+    ),
+    "stride 2: no row after the band": Mistake(
+        STRIDE2,
+        "for (int y = place.y0; y <= place.y1; y++)",
+        "for (int y = place.y0; y < place.y1; y++)",
+        "stride2",
+    ),
+    "stride 2: no slope of the first ReLU": Mistake(
+        STRIDE2, "rows[0][c + 1][k] <= Acc(0) ? Acc(0) : upper", "false ? Acc(0) : upper", "stride2"
+    ),
+    "stride 2: the halo counts twice": Mistake(
+        STRIDE2, "y < place.y1 ? grad[0][k] : Acc(0)", "grad[0][k]", "stride2"
+    ),
+    "gate: weight for bias": Mistake(NORM, "* weight[k] + bias[k]) * silu", "* weight[k] + weight[k]) * silu", "gated"),
+    "gate: sums in 16 bits": Mistake(
+        "cuda/team.cuh",
+        "sums[i] += values[i][k];",
+        "sums[i] = float(c10::BFloat16(float(sums[i] + values[i][k])));",
+        "gated",
+        torch.float32,
+    ),
+    "conv and norm: one channel too many": Mistake(
+        "cuda/team.cuh", "Acc(1) / Acc(channels.dim)", "Acc(1) / Acc(channels.dim + 1)", "layer_norm"
+    ),
+    "bias: of the next channel": Mistake(
+        "add_bias/bias.cuh", "sums[k] += bias[k]", "sums[k] += bias[(k + 1) % count]", "add_bias_"
+    ),
+    "low rank: a factor is left out": Mistake(
+        "selective_scan/scan.cuh", "int first = kHeld; first < rank", "int first = kHeld; first < 0", "from_dt"
+    ),
+}
+
+
+def _library(mistake: Mistake, tmp_path):
+    """The emulator, whose kernels have the mistake."""
+    mutant = tmp_path / "mutant"
+    shutil.copytree(emulator.ROOT / "ops", mutant / "ops", ignore=shutil.ignore_patterns("*.so"))
+    copy = mutant / "ops" / mistake.header
+    text = copy.read_text()
+    assert text.count(mistake.old) >= 1, "the kernels have changed"
+    copy.write_text(text.replace(mistake.old, mistake.new, 1))
+    return emulator.load_variant(mutant, mistake.header, mistake.dtype)
+
+
+def _is_noticed(case: str, shape, dtype, inputs) -> bool:
+    """Whether an output or a gradient deviates more than the conformance tests allow."""
+    if case in FOR_INFERENCE:
+        suite = FOR_INFERENCE[case]
+        tensors = [x.to(dtype) for x in suite.arguments(*inputs)]
+        expected = suite.call([x.double() for x in tensors], suite.reference)
+        outputs = suite.call(tensors)
+        limits = [TOLERANCE[dtype], 4 * TOLERANCE[dtype]]  # the second: a norm
+        pairs = zip(outputs, expected, limits, strict=False)
+        return any(not relative_error(a, e) <= limit for a, e, limit in pairs)
+    args = arguments(case, inputs)
+    output, cotangent, gradients = truth(case, args)
+    leaves = [x.clone().requires_grad_() for x in args]
+    actual = call(case, leaves)
+    if not relative_error(actual, output) <= TOLERANCE[dtype]:
+        return True
+    found = torch.autograd.grad(actual, leaves, cotangent.to(actual))
+    return any(
+        not relative_error(a, e) <= GRADIENT_TOLERANCE[dtype]
+        for a, e in zip(found, gradients, strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_noticed(name, tmp_path, ssm_inputs, monkeypatch):
+    mistake = MISTAKES[name]
+    (case,) = (x for x in (*CASES, *FOR_INFERENCE) if x.endswith(mistake.case) or x.startswith(mistake.case))
+    library = _library(mistake, tmp_path)
+    monkeypatch.setattr(emulator, "load", lambda: library)
+    with emulator.emulated_cuda():
+        noticed = [
+            _is_noticed(case, shape, mistake.dtype, ssm_inputs(*shape, mistake.dtype))
+            for shape in SHAPES
+        ]
+    assert any(noticed)
