@@ -11,15 +11,16 @@ constexpr int kBiasWarps = 8;  // of a block
 
 template <typename T>
 struct AddBiasArgs {
-  T* x;                 // [tokens, dim]
-  const acc_t<T>* bias; // [dim]
-  const T* residual;    // [tokens, dim], or null
+  T* x;                  // [tokens, dim]
+  const acc_t<T>* bias;  // [dim]
+  const T* residual;     // [tokens, dim], or null
   int64_t tokens, dim;
   int64_t relu;  // 0 or 1
 };
 
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kBiasWarps* kLanes) add_bias(AddBiasArgs<T> a) {
+__global__ void __launch_bounds__(kBiasWarps* kLanes)
+    add_bias(AddBiasArgs<T> a) {
   using Acc = acc_t<T>;
   constexpr int count = kPack<T>;
   const int dim = static_cast<int>(a.dim);

@@ -12,7 +12,7 @@ namespace cuda {
 // y0 .. y1 - 1 of the output.
 struct HalvedPlace {
   int64_t image;
-  int height, width;           // of the input
+  int height, width;  // of the input
   int out_height, out_width;
   int x0, y0, y1;
 
@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(
 template <typename T, bool kPacked>
 __global__ void __launch_bounds__(
     kConvWarps* kLanes,
-    min_blocks<acc_t<T>>(2, 1)) conv3x3_stride2_backward(ConvBackwardArgs<T> a) {
+    min_blocks<acc_t<T>>(2, 1))
+    conv3x3_stride2_backward(ConvBackwardArgs<T> a) {
   using Acc = acc_t<T>;
   constexpr int count = kConvBackwardPack<T, kPacked>;
   SMD2_SHARED(Acc, shared);  // [warps][10 x count][32]
@@ -239,8 +240,7 @@ __global__ void __launch_bounds__(
           of_x - row_size + c * dim,
           exists && y > place.y0 && 2 * y - 1 < place.height,
           upper[c]);
-      channels.store(
-          of_x + c * dim, exists && y < place.y1, lower[c]);
+      channels.store(of_x + c * dim, exists && y < place.y1, lower[c]);
     }
   }
 

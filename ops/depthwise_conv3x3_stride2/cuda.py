@@ -1,4 +1,4 @@
-"""``depthwise_conv3x3_stride2`` on CUDA devices: launches of the kernels in ``conv_stride2.cuh``."""
+"""``depthwise_conv3x3_stride2`` on CUDA devices: launches the kernels in ``conv_stride2.cuh``."""
 
 from __future__ import annotations
 

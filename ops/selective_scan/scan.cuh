@@ -244,7 +244,8 @@ struct AdjointPass : ScanArgs<T> {
               place.channel) {}
     SMD2_DEVICE Affine<acc_t<T>> operator()(int64_t t) const {
       const auto decay = exp_(softplus(channel.biased(t)) * channel.A);
-      const auto grad = load_constant(grad_h + t * channel.stride, channel.valid);
+      const auto grad =
+          load_constant(grad_h + t * channel.stride, channel.valid);
       return {decay, decay * grad};
     }
   };
@@ -437,8 +438,8 @@ __global__ void __launch_bounds__(
       const int64_t t = begin + i, at = base + t * a.dim;
       const AdjointToken<Acc> token = ahead;
       const int step_back = i > 0 ? 1 : 0;
-      ahead = AdjointToken<Acc>(
-          a, channel, t - step_back, at - step_back * a.dim);
+      ahead =
+          AdjointToken<Acc>(a, channel, t - step_back, at - step_back * a.dim);
       const Acc u = token.u, B = token.B;
       Acc slope;
       const Acc step = softplus(token.biased, &slope);

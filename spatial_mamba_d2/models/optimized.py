@@ -9,8 +9,8 @@ stale after their next update. It
   ReLU that follows while results are in registers;
 * fuses position encodings with the norms that follow, computes delta inside the SSM, and computes
   the SSM's output and the residual sums in place;
-* on other devices than CPUs, adds a convolution's bias, its residual and ReLU in one pass, or inside
-  the next convolution, and sums residuals inside matrix products;
+* on other devices than CPUs, adds a convolution's bias, its residual and ReLU in one pass, or
+  inside the next convolution, and sums residuals inside matrix products;
 * processes activations that are several times as wide as the stage (inside the MLP, between the
   convolutions of stem and downsampling) in tiles, so that they stay in the cache. The operating
   system would also have to provide larger ones page by page in every call. On other devices, a tile
@@ -61,6 +61,8 @@ from spatial_mamba_d2.ops import (
 #: Size of the widest activation of a tile on CPUs. Tuned on two cores of an AMD EPYC that share 32
 #: MiB of cache, for the tiny backbone: 8 MiB is faster than 2 or 4.
 TILE_BYTES = 8 * 2**20
+
+
 def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of ``model`` for inference in eval mode; ``model`` stays as it is.
 
@@ -204,7 +206,6 @@ class OptimizedDownsample(Part):
         return _halve_in_tiles(
             lambda x: self.project(nhwc(self.reduce(nchw(self.expand(x))))), x, row_bytes
         )
-
 
     def halve(self, x: Tensor) -> Tensor:
         """``Tensor[B, H, W, C]`` -> ``Tensor[B, ceil(H/2), ceil(W/2), C]``."""

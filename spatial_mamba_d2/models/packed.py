@@ -169,7 +169,7 @@ class PackedConv(_Packed):
         return F.conv2d(x, self.weight, bias, stride, padding, dilation, groups)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """``residual + convolution``, both ``Tensor[B, C, H, W]``; overwrites neither on its way."""
+        """``residual + convolution``, a new ``Tensor[B, C, H, W]``."""
         if is_on_cpu(x):
             return self(x).add_(residual)
         y = self._convolve(x, None)

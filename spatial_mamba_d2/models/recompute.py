@@ -144,7 +144,9 @@ def _checkpoint_policy(
         outputs, inputs = weight.shape[:2] if weight.dim() == 4 else weight.shape[::-1]
         keep = outputs < 8 * inputs
     else:
-        is_slow = operator is torch.ops.spatial_mamba.structure_aware_ssm.default and run_on(args[0])
+        is_slow = operator is torch.ops.spatial_mamba.structure_aware_ssm.default and run_on(
+            args[0]
+        )
         keep = is_slow or torch.Tag.nondeterministic_seeded in operator.tags
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 

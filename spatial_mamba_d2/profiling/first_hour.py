@@ -394,7 +394,10 @@ def run_step(name: str, settings: Settings) -> Result:
 
 
 def run_hour(
-    output: Path, settings: Settings, steps: Sequence[str] = tuple(STEPS), program: Path | None = None
+    output: Path,
+    settings: Settings,
+    steps: Sequence[str] = tuple(STEPS),
+    program: Path | None = None,
 ) -> int:
     """Run the steps that ``output`` has no result of, and write the report.
 

@@ -218,7 +218,9 @@ def test_distributed_data_parallel(expected, backbone, image, device, tmp_path):
         ids = [0] if device == "cuda" else None
         model = nn.parallel.DistributedDataParallel(backbone.to(device), device_ids=ids)
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Grad strides do not match bucket view strides")
+            warnings.filterwarnings(
+                "error", message="Grad strides do not match bucket view strides"
+            )
             loss_of(model(image.to(device))).backward()
     finally:
         torch.distributed.destroy_process_group()

@@ -66,7 +66,9 @@ MISTAKES = {
     "stride 2: the halo counts twice": Mistake(
         STRIDE2, "y < place.y1 ? grad[0][k] : Acc(0)", "grad[0][k]", "stride2"
     ),
-    "gate: weight for bias": Mistake(NORM, "* weight[k] + bias[k]) * silu", "* weight[k] + weight[k]) * silu", "gated"),
+    "gate: weight for bias": Mistake(
+        NORM, "* weight[k] + bias[k]) * silu", "* weight[k] + weight[k]) * silu", "gated"
+    ),
     "gate: sums in 16 bits": Mistake(
         "cuda/team.cuh",
         "sums[i] += values[i][k];",
@@ -75,13 +77,19 @@ MISTAKES = {
         torch.float32,
     ),
     "conv and norm: one channel too many": Mistake(
-        "cuda/team.cuh", "Acc(1) / Acc(channels.dim)", "Acc(1) / Acc(channels.dim + 1)", "layer_norm"
+        "cuda/team.cuh",
+        "Acc(1) / Acc(channels.dim)",
+        "Acc(1) / Acc(channels.dim + 1)",
+        "layer_norm",
     ),
     "bias: of the next channel": Mistake(
         "add_bias/bias.cuh", "sums[k] += bias[k]", "sums[k] += bias[(k + 1) % count]", "add_bias_"
     ),
     "low rank: a factor is left out": Mistake(
-        "selective_scan/scan.cuh", "int first = kHeld; first < rank", "int first = kHeld; first < 0", "from_dt"
+        "selective_scan/scan.cuh",
+        "int first = kHeld; first < rank",
+        "int first = kHeld; first < 0",
+        "from_dt",
     ),
 }
 
@@ -124,7 +132,11 @@ def _is_noticed(case: str, shape, dtype, inputs) -> bool:
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_noticed(name, tmp_path, ssm_inputs, monkeypatch):
     mistake = MISTAKES[name]
-    (case,) = (x for x in (*CASES, *FOR_INFERENCE) if x.endswith(mistake.case) or x.startswith(mistake.case))
+    (case,) = (
+        x
+        for x in (*CASES, *FOR_INFERENCE)
+        if x.endswith(mistake.case) or x.startswith(mistake.case)
+    )
     library = _library(mistake, tmp_path)
     monkeypatch.setattr(emulator, "load", lambda: library)
     with emulator.emulated_cuda():
