@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Everything that waits for a GPU, correctness first, in one report; continues where it was cut off.
+"""Everything that waits for a GPU, correctness first, in one report; continues what was cut off.
 
 python tools/gpu_first_hour.py --output output/first_hour
 python tools/gpu_first_hour.py --device cpu --variant tiny --size 64 96 --rounds 1 --steps machine

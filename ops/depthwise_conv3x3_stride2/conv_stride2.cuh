@@ -8,6 +8,11 @@
 namespace smd2 {
 namespace cuda {
 
+// Channels of a thread of the forward pass; fewer where each has an address of
+// its own.
+template <typename T, bool kPacked>
+constexpr int kStride2Pack = kPacked ? kPack<T> : kPack<T> / 2;
+
 // The part of a map that a thread processes: columns x0, x0 + 1, ... of rows
 // y0 .. y1 - 1 of the output.
 struct HalvedPlace {
@@ -100,7 +105,7 @@ __global__ void __launch_bounds__(
     kConvWarps* kLanes,
     min_blocks<acc_t<T>>(2, 1)) conv3x3_stride2(ConvForwardArgs<T> a) {
   using Acc = acc_t<T>;
-  constexpr int count = kPack<T>, columns = kConvColumns;
+  constexpr int count = kStride2Pack<T, kPacked>, columns = kConvColumns;
   const int dim = static_cast<int>(a.map.dim);
   const int out_width = (static_cast<int>(a.map.width) + 1) / 2;
   const int groups = (dim + count - 1) / count;

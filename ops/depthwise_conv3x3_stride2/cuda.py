@@ -55,8 +55,9 @@ def depthwise_conv3x3_stride2(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     conv.check("depthwise_conv3x3_stride2", x, weight, bias)
     acc = accumulation_dtype(x)
     x, stride = with_even_tokens(x)
-    count = channels_of_thread(acc)
-    kernels = FORWARD[are_packed(count, stride, x)].on(x.device, x.dtype)
+    packed = are_packed(channels_of_thread(acc), stride, x)
+    count = channels_of_thread(acc) // (1 if packed else 2)  # kStride2Pack
+    kernels = FORWARD[packed].on(x.device, x.dtype)
     shape = _halved(x.shape)
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     if out.numel():

@@ -99,7 +99,7 @@ def _relu(x: Tensor) -> Tensor:
 
 
 class HalvingConv(Conv2d):
-    """``ReLU(conv(ReLU(x)))``, depthwise 3x3 of stride 2: ``Tensor[B, C, H, W]``, ceil(size / 2)."""
+    """``ReLU(conv(ReLU(x)))`` of ``Tensor[B, C, H, W]``, depthwise 3x3 of stride 2."""
 
     def forward(self, x: Tensor) -> Tensor:
         if run_on(x):

@@ -4,8 +4,8 @@ Each step runs in a process of its own, because an invalid access of a kernel en
 by a process, and has a limit of time. Its result is written when it is done, and a step that is
 done is not repeated: an hour that is cut off continues where it was.
 
-On a CPU (``device="cpu"``), steps measure the CPU, and say what they leave out: that is how they are
-tested.
+On a CPU (``device="cpu"``), steps measure the CPU, and say what they leave out: that is how they
+are tested.
 """
 
 from __future__ import annotations

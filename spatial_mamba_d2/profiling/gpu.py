@@ -1,4 +1,4 @@
-"""What measurements on a GPU need: the precision of float32, CUDA graphs, memory, times of launches.
+"""What measurements on a GPU need: precision of float32, CUDA graphs, memory, times of launches.
 
 The functions that need no GPU do the same on a CPU, so that everything built on them runs there.
 """
