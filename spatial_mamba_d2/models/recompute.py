@@ -134,10 +134,10 @@ def _selective_checkpoint_contexts() -> tuple[Any, Any]:
 def _checkpoint_policy(
     context: Any, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
-    """Keep random numbers, on a GPU the output of the SSM, and products.
+    """Keep random numbers, on a GPU the output of the SSM, and all but cheap products.
 
-    Except products that are cheap for the size of the output. These are depthwise convolutions and products whose output is at least 8 times as wide as the
-    input: ``dt_proj`` and the expansion in front of a downsampling.
+    Cheap for the size of the output are depthwise convolutions and products whose output is at
+    least 8 times as wide as the input: ``dt_proj`` and the expansion in front of a downsampling.
     """
     if operator in _PRODUCTS:
         weight = args[_PRODUCTS[operator]]
