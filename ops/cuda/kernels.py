@@ -127,6 +127,13 @@ def _open(device: torch.device) -> Device:
     return OPENERS[device.type](device)
 
 
+def unload() -> None:
+    """Forget devices and their kernels, for measurements and tests that put others in place."""
+    _open.cache_clear()
+    for kernel_set in KernelSet.ALL:
+        kernel_set._loaded.clear()
+
+
 def compile_ahead(architectures: Sequence[int]) -> Iterator[tuple[int, str, torch.dtype]]:
     """Fill the cache on disk: yields (architecture, source, dtype) before each set is compiled.
 

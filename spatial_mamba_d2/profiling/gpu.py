@@ -16,7 +16,6 @@ import torch
 
 from spatial_mamba_d2.ops.cuda import kernels
 from spatial_mamba_d2.ops.cuda.arguments import Launch
-from spatial_mamba_d2.ops.cuda.kernels import KernelSet
 
 
 @contextmanager
@@ -128,19 +127,13 @@ def launch_times(device: str) -> Iterator[dict[str, list[Any]]]:
         a dictionary that :func:`seconds_of` reads: C++ name of a kernel -> its launches.
     """
     opener, times = kernels.OPENERS[device], defaultdict(list)
-
-    def forget() -> None:
-        kernels._open.cache_clear()
-        for kernel_set in KernelSet.ALL:
-            kernel_set._loaded.clear()
-
     kernels.OPENERS[device] = lambda x: _TimedDevice(opener(x), device == "cuda", times)
-    forget()
+    kernels.unload()
     try:
         yield times
     finally:
         kernels.OPENERS[device] = opener
-        forget()
+        kernels.unload()
 
 
 def seconds_of(times: dict[str, list[Any]]) -> dict[str, float]:

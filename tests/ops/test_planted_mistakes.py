@@ -8,17 +8,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from spatial_mamba_d2.ops.cuda import kernels
+
 from . import emulator
 from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
-from .test_add_bias import TestAddBias
 from .test_conformance import arguments, call, truth
-from .test_depthwise_conv3x3_layer_norm import TestDepthwiseConv3x3LayerNorm
-from .test_structure_aware_ssm_from_dt import TestStructureAwareSSMFromDt
+from .test_cuda_emulator import FOR_INFERENCE
 
-FOR_INFERENCE = {
-    suite.name: suite
-    for suite in (TestAddBias(), TestDepthwiseConv3x3LayerNorm(), TestStructureAwareSSMFromDt())
-}
 # Of the shapes of the conformance tests: odd and even sizes, packed channels or not, several tiles.
 SHAPES = [(2, 5, 6, 8), (1, 11, 13, 17), (2, 40, 33, 6)]
 
@@ -147,10 +143,12 @@ def _is_noticed(case: str, shape, dtype, inputs) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_noticed(name, tmp_path, ssm_inputs, monkeypatch):
+def test_a_mistake_is_noticed(name, tmp_path, ssm_inputs, monkeypatch, request):
     mistake = MISTAKES[name]
     library = _library(mistake, tmp_path)
     monkeypatch.setattr(emulator, "load", lambda: library)
+    kernels.unload()
+    request.addfinalizer(kernels.unload)
     with emulator.emulated_cuda():
         noticed = [
             _is_noticed(mistake.case, shape, mistake.dtype, ssm_inputs(*shape, mistake.dtype))
