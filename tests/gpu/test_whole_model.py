@@ -12,6 +12,7 @@ from torch import nn
 
 from spatial_mamba_d2.models import build_backbone, optimize_for_inference, optimized
 from spatial_mamba_d2.ops.cuda.kernels import OPENERS
+from spatial_mamba_d2.profiling.first_hour import pattern_loss
 from spatial_mamba_d2.profiling.gpu import graphed, launch_times, peak_gpu_mb
 from spatial_mamba_d2.profiling.memory import saved_bytes
 from tests.ops.conftest import relative_error
@@ -32,12 +33,7 @@ def image() -> torch.Tensor:
 
 
 def loss_of(features) -> torch.Tensor:
-    """The distance to a pattern; the features' squares alone are constant, because of the norms."""
-    losses = []
-    for x in features.values():
-        pattern = torch.arange(x[0].numel(), device=x.device).cos().view_as(x[0])
-        losses.append((x.float() - pattern).square().mean())
-    return torch.stack(losses).sum()
+    return pattern_loss(features.values())
 
 
 @pytest.fixture

@@ -49,10 +49,10 @@ MISTAKES = {
         "return x >= 0 && x + 1 < width;",
         "depthwise_conv3x3 silu",
     ),
-    "conv: no halo in backward": Mistake(
+    "conv: too few rows above the band in backward": Mistake(
         CONV,
-        "constexpr int halo = kResidual ? 0 : 2;",
-        "constexpr int halo = 0;",
+        "place.y0 - (kResidual ? 1 : 3)",
+        "place.y0 - (kResidual ? 1 : 2)",
         "depthwise_conv3x3 silu",
     ),
     "stride 2: wrong parity": Mistake(
@@ -98,10 +98,10 @@ MISTAKES = {
     "bias: of the next channel": Mistake(
         "add_bias/bias.cuh", "sums[k] += bias[k]", "sums[k] += bias[(k + 1) % count]", "add_bias_"
     ),
-    "low rank: a factor is left out": Mistake(
+    "low rank: one factor for all": Mistake(
         "selective_scan/scan.cuh",
-        "int first = kHeld; first < rank",
-        "int first = kHeld; first < 0",
+        "step += held[r] * values[r];",
+        "step += held[r] * values[0];",
         "structure_aware_ssm_from_dt",
     ),
 }

@@ -11,7 +11,7 @@ from spatial_mamba_d2.profiling import first_hour
 from spatial_mamba_d2.profiling.first_hour import STEPS, Settings, run_hour, run_step, to_markdown
 from tests.ops import emulator
 
-SMALL = Settings("cpu", 64, 64, 32, 1, 1, "test")
+SMALL = Settings("cpu", 64, 64, 64, 1, 1, "test")
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_an_unknown_step_is_named(tmp_path):
 
 def test_the_tool_runs_a_step_in_a_process_of_its_own(run_tool, tmp_path):
     words = ["--device", "cpu", "--steps", "machine", "--output", tmp_path / "hour"]
-    done = run_tool("gpu_first_hour", *words)
+    done = run_tool("gpu_first_hour.py", *words)
     assert done.returncode == 0, done.stderr
     assert "machine: done" in done.stdout
     (result,) = json.loads((tmp_path / "hour/first_hour.json").read_text())
