@@ -6,7 +6,6 @@ python tools/gpu_first_hour.py --device cpu --variant tiny --size 64 96 --rounds
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from spatial_mamba_d2.system.cli import build_parser, run_tool
@@ -14,7 +13,8 @@ from spatial_mamba_d2.system.cli import build_parser, run_tool
 
 def main() -> int:
     from spatial_mamba_d2.models.variants import VARIANTS
-    from spatial_mamba_d2.profiling.first_hour import STEPS, Settings, run_hour, run_step
+    from spatial_mamba_d2.profiling.first_hour import run_hour, write_step
+    from spatial_mamba_d2.profiling.first_hour_steps import STEPS, Settings
 
     defaults = Settings()
     parser = build_parser(__doc__)
@@ -29,11 +29,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=defaults.rounds)
     parser.add_argument("--variant", choices=VARIANTS, default=defaults.variant)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # in a process of its own
-    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.step:
-        print(json.dumps(run_step(options.step, Settings(*options.settings)), default=str))
-        return 0
     settings = Settings(
         options.device,
         *options.size,
@@ -42,6 +38,9 @@ def main() -> int:
         options.rounds,
         options.variant,
     )
+    if options.step:
+        write_step(options.step, settings, options.output)
+        return 0
     return min(run_hour(options.output, settings, options.steps, Path(__file__)), 1)
 
 

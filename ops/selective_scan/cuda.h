@@ -68,9 +68,9 @@ struct ScanForwardArgs : ScanArgs<T> {
   acc_t<T>* h;  // [images, tokens, dim]
 };
 
-template <typename T, typename G>
+template <typename T>
 struct ScanBackwardArgs : ScanArgs<T> {
-  const G* grad_h;              // [images, tokens, dim]
+  const acc_t<T>* grad_h;       // [images, tokens, dim]
   acc_t<T>* adjoint_workspace;  // see Carries in scan.cuh
   T* grad_u;                    // [images, tokens, dim]
   T* grad_delta;                // [images, tokens, dim]

@@ -29,9 +29,9 @@ FORWARD = KernelSet(
 BACKWARD = KernelSet(
     "selective_scan/scan.cuh",
     reduce="reduce<{T}, ForwardPass<{T}>>",
-    reduce_adjoint="reduce<{T}, AdjointPass<{T}, {Acc}>>",
+    reduce_adjoint="reduce<{T}, AdjointPass<{T}>>",
     carry="carry<{Acc}>",
-    apply_adjoint="apply_adjoint<{T}, {Acc}, false>",
+    apply_adjoint="apply_adjoint<{T}, false>",
 )
 
 
@@ -122,7 +122,7 @@ class Scan:
 
         Args:
             kernels: with ``reduce_adjoint``, ``carry`` and ``apply_adjoint``.
-            grad_h: as u, in the dtype that ``kernels`` take.
+            grad_h: as u, in the accumulation dtype.
             observed: for an observation ``y = ... + D u``, which adds ``D grad_y`` to the gradient
                 of u: grad_y, as u, and D.
         """

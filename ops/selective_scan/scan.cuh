@@ -228,15 +228,15 @@ struct ForwardPass : Steps::Args {
   };
 };
 
-// ... or those of its adjoint. The gradient of the states is of type G.
-template <typename T, typename G>
+// ... or those of its adjoint.
+template <typename T>
 struct AdjointPass : ScanArgs<T> {
   static constexpr bool kReverse = true;
-  const G* grad_h;
+  const acc_t<T>* grad_h;
 
   struct Maps {
     Channel<T> channel;
-    const G* grad_h;
+    const acc_t<T>* grad_h;
     SMD2_DEVICE Maps(const AdjointPass& a, const RowPlace& place)
         : channel(a, place.image, place.channel, place.valid),
           grad_h(
@@ -377,9 +377,9 @@ template <typename Acc>
 struct AdjointToken {
   Acc u, biased, B, grad_h, grad_y;
 
-  template <typename T, typename G>
+  template <typename T>
   SMD2_DEVICE AdjointToken(
-      const ScanBackwardArgs<T, G>& a,
+      const ScanBackwardArgs<T>& a,
       const Channel<T>& channel,
       int64_t t,
       int64_t at)
@@ -393,10 +393,10 @@ struct AdjointToken {
 
 // The same for the adjoint. A warp recomputes the states of its segment and
 // keeps them in shared memory.
-template <typename T, typename G, bool kSkip>
+template <typename T, bool kSkip>
 __global__ void __launch_bounds__(
     kAdjointWarps* kLanes,
-    min_blocks<acc_t<T>>(4, 3)) apply_adjoint(ScanBackwardArgs<T, G> a) {
+    min_blocks<acc_t<T>>(4, 3)) apply_adjoint(ScanBackwardArgs<T> a) {
   using Acc = acc_t<T>;
   SMD2_SHARED(Acc, shared);  // [warps][kMaxSegment][32]
   const int lane = threadIdx.x, warp = threadIdx.y;

@@ -32,11 +32,11 @@ FORWARD = KernelSet(
 BACKWARD = KernelSet(
     "structure_aware_ssm/ssm.cuh",
     reduce="reduce<{T}, ForwardPass<{T}>>",
-    reduce_adjoint="reduce<{T}, AdjointPass<{T}, {T}>>",
+    reduce_adjoint="reduce<{T}, AdjointPass<{T}>>",
     carry="carry<{Acc}>",
     grad_observed="fuse_tiles<{Acc}, ScanRows<{T}, 2>, GradObserved<{T}>>",
-    grad_input="grad_input_tiles<{Acc}, LoadGradient<{T}>, {T}>",
-    apply_adjoint="apply_adjoint<{T}, {T}, true>",
+    grad_input="grad_input_tiles<{Acc}, LoadGradient<{T}>, {Acc}>",
+    apply_adjoint="apply_adjoint<{T}, true>",
 )
 
 
@@ -107,7 +107,7 @@ def structure_aware_ssm_backward(grad_output: Tensor, *inputs: Tensor) -> tuple[
     u, scan, tiles, kernels = call.u, call.scan, call.tiles, call.kernels
     check_arguments(op, u, [("grad_output", grad_output, u.shape)])
     (grad_y,) = contiguous_as(u.dtype, grad_output)
-    grad_h = torch.empty_like(u)
+    grad_h = u.new_empty(u.shape, dtype=scan.acc)
     grad_C = u.new_empty((blocks_of(tiles.dim, LANES), *u.shape[:3]), dtype=scan.acc)
     grad_taps = u.new_empty((tiles.parts, TAPS, tiles.dim), dtype=scan.acc)
     if scan.images:

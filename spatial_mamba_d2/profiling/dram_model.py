@@ -202,7 +202,7 @@ def scan_backward(p: Problem) -> list[Launch]:
 
 def _scan_adjoint(p: Problem, s: Segments, *, observed: bool = False) -> list[Launch]:
     """Gradients from that of the states; with ``observed`` also those of ``D u`` in y."""
-    grad_h = p.activation("grad_h") if observed else p.accumulator_map("grad_h")
+    grad_h = p.accumulator_map("grad_h")
     recursion = [p.activation("delta"), grad_h, p.per_channel("A"), p.per_channel("delta_bias")]
     reads = [*_scan_inputs(p), grad_h]
     reads += [*_states_before(p, s), *_states_before(p, s)]  # of the recursion and of its adjoint
@@ -286,7 +286,7 @@ def ssm_backward(p: Problem) -> list[Launch]:
             reads=[*inputs, *_states_before(p, segments), *observation],
             writes=[grad_C, _grad_taps(p)],
         ),
-        Launch("grad_input_tiles", reads=observation, writes=[p.activation("grad_h")]),
+        Launch("grad_input_tiles", reads=observation, writes=[p.accumulator_map("grad_h")]),
         *_scan_adjoint(p, segments, observed=True),
     ]
 

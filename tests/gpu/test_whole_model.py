@@ -12,7 +12,7 @@ from torch import nn
 
 from spatial_mamba_d2.models import build_backbone, optimize_for_inference, optimized
 from spatial_mamba_d2.ops.cuda.kernels import OPENERS
-from spatial_mamba_d2.profiling.first_hour import pattern_loss
+from spatial_mamba_d2.profiling.first_hour_steps import pattern_loss
 from spatial_mamba_d2.profiling.gpu import graphed, launch_times, peak_gpu_mb
 from spatial_mamba_d2.profiling.memory import saved_bytes
 from tests.ops.conftest import relative_error

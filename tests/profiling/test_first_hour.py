@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from spatial_mamba_d2.profiling import first_hour
-from spatial_mamba_d2.profiling.first_hour import STEPS, Settings, run_hour, run_step, to_markdown
+from spatial_mamba_d2.profiling import first_hour, first_hour_steps
+from spatial_mamba_d2.profiling.first_hour import run_hour, run_step, to_markdown
+from spatial_mamba_d2.profiling.first_hour_steps import STEPS, Settings
 from tests.ops import emulator
 
 SMALL = Settings("cpu", 64, 64, 64, 1, 1, "test")
@@ -16,7 +17,7 @@ SMALL = Settings("cpu", 64, 64, 64, 1, 1, "test")
 
 @pytest.fixture(autouse=True)
 def small_models(test_variant, monkeypatch):
-    monkeypatch.setattr(first_hour, "PEERS", {"timm convnext_atto": "convnext_atto"})
+    monkeypatch.setattr(first_hour_steps, "PEERS", {"timm convnext_atto": "convnext_atto"})
 
 
 @pytest.mark.parametrize("name", ["machine", "agreement", "inference", "training", "profile"])
@@ -51,7 +52,7 @@ def test_every_launch_has_its_bound():
 
 
 def test_a_wrong_result_is_a_failure(monkeypatch):
-    monkeypatch.setattr(first_hour, "_error", lambda *_: 0.5)
+    monkeypatch.setattr(first_hour_steps, "_error", lambda *_: 0.5)
     result = run_step("agreement", SMALL)
     assert result["status"] == "failed"
     assert "features differ by 5.0e-01 of the largest value" in result["error"]
@@ -111,8 +112,8 @@ def test_a_step_that_hangs_or_crashes_is_a_failure(tmp_path, monkeypatch):
     program = tmp_path / "program.py"
     monkeypatch.setitem(STEPS, "machine", (STEPS["machine"][0], 1))
     program.write_text("import time; time.sleep(60)")
-    hung = first_hour._in_process("machine", SMALL, program)
+    hung = first_hour._in_process("machine", SMALL, tmp_path, program)
     assert (hung["status"], hung["error"]) == ("failed", "not done after 1 seconds")
     program.write_text("raise SystemExit(3)")
-    crashed = first_hour._in_process("machine", SMALL, program)
+    crashed = first_hour._in_process("machine", SMALL, tmp_path, program)
     assert crashed["error"].startswith("exit code 3")
