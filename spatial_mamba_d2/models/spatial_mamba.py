@@ -228,8 +228,9 @@ class StochasticDepth(DropPath):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """``residual + DropPath(x)``, of two ``Tensor[B, H, W, C]``."""
         if self.training and self.drop_prob and run_on(x):  # without a pass for the product
-            ones = x.new_ones(len(x), 1, 1, 1)
-            kept = stochastic_depth(ones, self.drop_prob, True, self.scale_by_keep)
+            kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.drop_prob)
+            if self.scale_by_keep and self.drop_prob < 1:
+                kept.div_(1 - self.drop_prob)
             return torch.addcmul(residual, x, kept)
         dropped = stochastic_depth(x, self.drop_prob, self.training, self.scale_by_keep)
         return residual + dropped
