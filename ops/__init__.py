@@ -13,8 +13,10 @@ import warnings
 from typing import Any
 
 from spatial_mamba_d2.ops._flops import fvcore_handles, register_formulas
+from spatial_mamba_d2.ops.add_bias import add_bias_
 from spatial_mamba_d2.ops.depthwise_conv3x3 import depthwise_conv3x3
 from spatial_mamba_d2.ops.depthwise_conv3x3_layer_norm import depthwise_conv3x3_layer_norm
+from spatial_mamba_d2.ops.depthwise_conv3x3_stride2 import depthwise_conv3x3_stride2
 from spatial_mamba_d2.ops.gated_layer_norm import gated_layer_norm
 from spatial_mamba_d2.ops.selective_scan import selective_scan
 from spatial_mamba_d2.ops.state_fusion import merge_taps, state_fusion
@@ -25,8 +27,10 @@ from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import (
 )
 
 __all__ = [
+    "add_bias_",
     "depthwise_conv3x3",
     "depthwise_conv3x3_layer_norm",
+    "depthwise_conv3x3_stride2",
     "fvcore_handles",
     "gated_layer_norm",
     "merge_taps",

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-#: Multiply-adds per element of the first input, as the authors count: 7 for the scan, 9 for each
+#: Multiply-adds per element of the output, as the authors count: 7 for the scan, 9 for each
 #: 3x3 convolution, 5 for a norm, nothing for element-wise operations.
 MULTIPLY_ADDS = {
     "selective_scan": 7,
     "state_fusion": 3 * 9,
     "structure_aware_ssm": 7 + 3 * 9,
     "depthwise_conv3x3": 9,
+    "depthwise_conv3x3_stride2": 9,
     "gated_layer_norm": 5,
 }
 _INFERENCE_MULTIPLY_ADDS = {
@@ -37,8 +38,11 @@ def register_formulas() -> None:
 
 
 def _formula(count: int) -> Callable[..., int]:
-    def flops(first_shape: Sequence[int], *_: Any, **__: Any) -> int:
-        return count * prod(first_shape)
+    """From the shapes of an operator, or of a backward pass, whose first input is a gradient."""
+
+    def flops(first: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+        has_one_output = isinstance(out_shape, torch.Size)
+        return count * prod(out_shape if has_one_output else first)
 
     return flops
 
@@ -47,6 +51,6 @@ def fvcore_handles() -> dict[str, Callable[..., int]]:
     """Formulas for fvcore: ``FlopCountAnalysis(model, x).set_op_handle(**fvcore_handles())``."""
 
     def handle(count: int) -> Callable[..., int]:
-        return lambda inputs, outputs: count * prod(inputs[0].type().sizes())
+        return lambda inputs, outputs: count * prod(outputs[0].type().sizes())
 
     return {f"spatial_mamba::{name}": handle(count) for name, count in MULTIPLY_ADDS.items()}

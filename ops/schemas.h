@@ -1,9 +1,12 @@
 // The operators' schemas, one per line, for schemas.cpp and _extension.py.
 // `<name>_backward` returns the gradients of all tensors of `<name>`, in order.
 R"(
+add_bias_(Tensor(a!) x, Tensor bias, Tensor? residual, bool relu) -> ()
 depthwise_conv3x3(Tensor x, Tensor weight, Tensor bias, bool residual) -> Tensor
 depthwise_conv3x3_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor bias, bool residual) -> (Tensor, Tensor, Tensor)
 depthwise_conv3x3_layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps) -> (Tensor, Tensor)
+depthwise_conv3x3_stride2(Tensor x, Tensor weight, Tensor bias) -> Tensor
+depthwise_conv3x3_stride2_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)
 gated_layer_norm(Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor
 gated_layer_norm_backward(Tensor grad_output, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)
 selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor delta_bias) -> Tensor

@@ -1,4 +1,4 @@
-// SiLU, as kernels compute it.
+// SiLU and ReLU, as kernels compute them.
 #pragma once
 
 #include "device.cuh"
@@ -20,6 +20,12 @@ template <typename Acc>
 SMD2_DEVICE Acc silu_slope(Acc x) {
   const Acc s = sigmoid(x);
   return s * (Acc(1) + x * (Acc(1) - s));
+}
+
+// Not a number stays so.
+template <typename Acc>
+SMD2_DEVICE Acc relu(Acc x) {
+  return x < Acc(0) ? Acc(0) : x;
 }
 
 }  // namespace cuda

@@ -57,6 +57,11 @@ template <typename T>
 SMD2_DEVICE acc_t<T> load(const T* p, bool valid) {
   return valid ? static_cast<acc_t<T>>(*p) : acc_t<T>(0);
 }
+// The same of what no thread writes while the kernel runs.
+template <typename T>
+SMD2_DEVICE acc_t<T> load_constant(const T* p, bool valid) {
+  return valid ? static_cast<acc_t<T>>(read(p)) : acc_t<T>(0);
+}
 template <typename T>
 SMD2_DEVICE void store(T* p, acc_t<T> value, bool valid) {
   if (valid) {

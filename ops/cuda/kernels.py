@@ -47,6 +47,14 @@ class Device(Protocol):
 OPENERS: dict[str, Callable[[torch.device], Device]] = {"cuda": driver.CudaDevice}
 
 
+def run_on(x: torch.Tensor) -> bool:
+    """Whether operators that have CUDA kernels only are to be used for ``x``.
+
+    Graphs for export consist of PyTorch's operators instead, as those for CPUs do.
+    """
+    return x.device.type in OPENERS and not torch.compiler.is_exporting()
+
+
 class Kernels:
     """Kernels of one set, loaded on one device for one dtype: each name is a :data:`Launch`."""
 
@@ -117,6 +125,13 @@ _LOADING = threading.RLock()
 @cache
 def _open(device: torch.device) -> Device:
     return OPENERS[device.type](device)
+
+
+def unload() -> None:
+    """Forget devices and their kernels, for measurements and tests that put others in place."""
+    _open.cache_clear()
+    for kernel_set in KernelSet.ALL:
+        kernel_set._loaded.clear()
 
 
 def compile_ahead(architectures: Sequence[int]) -> Iterator[tuple[int, str, torch.dtype]]:

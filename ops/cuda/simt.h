@@ -51,6 +51,25 @@ struct BFloat16 {
 
 }  // namespace c10
 
+namespace smd2 {
+namespace cuda {
+
+// Reads what no thread writes while the kernel runs: such a read may pass the
+// stores before it.
+template <typename T>
+SMD2_DEVICE T read(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    T value;
+    value.bits = __ldg(&p->bits);
+    return value;
+  } else {
+    return __ldg(p);
+  }
+}
+
+}  // namespace cuda
+}  // namespace smd2
+
 #else
 
 #include <c10/util/BFloat16.h>
@@ -60,5 +79,16 @@ struct BFloat16 {
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+
+namespace smd2 {
+namespace cuda {
+
+template <typename T>
+SMD2_DEVICE T read(const T* p) {
+  return *p;
+}
+
+}  // namespace cuda
+}  // namespace smd2
 
 #endif

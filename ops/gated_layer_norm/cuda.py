@@ -33,8 +33,10 @@ FORWARD, BACKWARD = (
     for kernel in ("gated_norm", "gated_norm_backward")
 )
 
-# kMaxNormThreads, in warps; tokens that need more are left to plain PyTorch.
+# kMaxNormThreads and kMaxNormBackwardThreads, in warps; tokens that need more are left to plain
+# PyTorch.
 MAX_WARPS = {torch.float32: 32, torch.float64: 16}
+MAX_BACKWARD_WARPS = 16
 
 # Of the backward pass, whose blocks write partial sums. Not tuned on a GPU.
 WARPS_PER_MULTIPROCESSOR = 32
@@ -87,7 +89,7 @@ def gated_layer_norm_backward(
     dtype = torch.promote_types(y.dtype, z.dtype)
     acc = torch.promote_types(dtype, torch.float32)
     team = Team.of(y.shape[3], acc)
-    if team.warps > MAX_WARPS[acc]:
+    if team.warps > MAX_BACKWARD_WARPS:
         with torch.autocast(y.device.type, enabled=False):
             return eager.gated_layer_norm_backward(grad_output, y, z, weight, bias, eps)
     (y, y_stride), (z, z_stride) = with_even_tokens(y.to(dtype)), with_even_tokens(z.to(dtype))

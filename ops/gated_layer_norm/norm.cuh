@@ -8,9 +8,10 @@
 namespace smd2 {
 namespace cuda {
 
-// Threads of a block, at most: more would leave too few registers for double.
+// Threads of a block, at most: more would leave too few registers.
 template <typename Acc>
 constexpr int kMaxNormThreads = sizeof(Acc) == sizeof(double) ? 512 : 1024;
+constexpr int kMaxNormBackwardThreads = 512;
 
 // Pointers to contiguous tensors, except y and z.
 template <typename T>
@@ -71,7 +72,7 @@ struct NormBackwardArgs : NormArgs<T> {
 // Team i processes tokens i, i + number of all teams, ...; each block writes
 // partial sums.
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kMaxNormThreads<acc_t<T>>, 1)
+__global__ void __launch_bounds__(kMaxNormBackwardThreads, 1)
     gated_norm_backward(NormBackwardArgs<T> a) {
   using Acc = acc_t<T>;
   constexpr int count = kPack<T>;

@@ -101,7 +101,7 @@ struct StoredSteps {
       : delta(a.delta + image * a.segments.tokens * a.dim + channel),
         stride(a.dim) {}
   SMD2_DEVICE acc_t<T> operator()(int64_t t, bool valid) const {
-    return load(delta + t * stride, valid);
+    return load_constant(delta + t * stride, valid);
   }
 };
 
@@ -186,11 +186,11 @@ struct Channel {
     return steps(t, valid) + bias;
   }
   SMD2_DEVICE Acc input(int64_t t) const {
-    return load(u + t * stride, valid);
+    return load_constant(u + t * stride, valid);
   }
   SMD2_DEVICE Affine<Acc> map(int64_t t) const {
     const Acc step = softplus(biased(t));
-    return {exp_(step * A), step * input(t) * B[t]};
+    return {exp_(step * A), step * input(t) * read(B + t)};
   }
 };
 
@@ -244,7 +244,8 @@ struct AdjointPass : ScanArgs<T> {
               place.channel) {}
     SMD2_DEVICE Affine<acc_t<T>> operator()(int64_t t) const {
       const auto decay = exp_(softplus(channel.biased(t)) * channel.A);
-      const auto grad = load(grad_h + t * channel.stride, channel.valid);
+      const auto grad =
+          load_constant(grad_h + t * channel.stride, channel.valid);
       return {decay, decay * grad};
     }
   };
@@ -371,6 +372,25 @@ __global__ void __launch_bounds__(
   }
 }
 
+// What apply_adjoint reads of a token.
+template <typename Acc>
+struct AdjointToken {
+  Acc u, biased, B, grad_h, grad_y;
+
+  template <typename T>
+  SMD2_DEVICE AdjointToken(
+      const ScanBackwardArgs<T>& a,
+      const Channel<T>& channel,
+      int64_t t,
+      int64_t at)
+      : u(channel.input(t)),
+        biased(channel.biased(t)),
+        B(read(channel.B + t)),
+        grad_h(load_constant(a.grad_h + at, channel.valid)),
+        grad_y(
+            a.grad_y ? load_constant(a.grad_y + at, channel.valid) : Acc(0)) {}
+};
+
 // The same for the adjoint. A warp recomputes the states of its segment and
 // keeps them in shared memory.
 template <typename T, bool kSkip>
@@ -395,6 +415,9 @@ __global__ void __launch_bounds__(
   for (int64_t s = warp; s < segments.per_row; s += blockDim.y) {
     const int64_t begin = segments.begin(place.row, s);
     const int count = static_cast<int>(segments.end(place.row, s) - begin);
+    if (count == 0) {
+      continue;
+    }
     const Acc before = state_before(
         a, carries, place.image, place.row, s, place.channel, place.valid);
     Acc state = before;
@@ -407,13 +430,20 @@ __global__ void __launch_bounds__(
     // decay * gradient of the state after the segment
     Acc next = state_before(
         a, adjoint, place.image, place.row, s, place.channel, place.valid);
+    // The next token is read before the stores of this one.
+    const int64_t last = begin + count - 1;
+    AdjointToken<Acc> ahead(a, channel, last, base + last * a.dim);
 #pragma unroll 2
     for (int i = count - 1; i >= 0; i--) {
       const int64_t t = begin + i, at = base + t * a.dim;
-      const Acc u = channel.input(t), B = channel.B[t];
+      const AdjointToken<Acc> token = ahead;
+      const int step_back = i > 0 ? 1 : 0;
+      ahead =
+          AdjointToken<Acc>(a, channel, t - step_back, at - step_back * a.dim);
+      const Acc u = token.u, B = token.B;
       Acc slope;
-      const Acc step = softplus(channel.biased(t), &slope);
-      const Acc g = load(a.grad_h + at, place.valid) + next;
+      const Acc step = softplus(token.biased, &slope);
+      const Acc g = token.grad_h + next;
       const Acc previous = i > 0 ? states[(i - 1) * kLanes] : before;
       next = exp_(step * channel.A) * g;
       const Acc grad_exponent = next * previous;  // with respect to step * A
@@ -422,9 +452,8 @@ __global__ void __launch_bounds__(
       sums[1] += grad_delta;
       Acc grad_u = g * step * B;
       if (kSkip) {
-        const Acc grad_y = load(a.grad_y + at, place.valid);
-        grad_u += D * grad_y;
-        sums[2] += grad_y * u;
+        grad_u += D * token.grad_y;
+        sums[2] += token.grad_y * u;
       }
       store(a.grad_u + at, grad_u, place.valid);
       store(a.grad_delta + at, grad_delta, place.valid);

@@ -30,9 +30,9 @@ BACKWARD = KernelSet(
     grad_taps="fuse_tiles<{Acc}, LoadRows<{T}>, GradTaps<{T}>>",
 )
 
-# Enough blocks to fill a device. Every band computes the rows of its halo again, so there are no
-# more bands than that takes. Not tuned on a GPU.
-BLOCKS_PER_MULTIPROCESSOR = 3
+# Blocks that a multiprocessor holds at once: the kernels' launch bounds ask for it. Where shared
+# memory allows one only, waves are twice as many, for each number of bands.
+BLOCKS_PER_MULTIPROCESSOR = 2
 
 
 class Tiles(NamedTuple):
@@ -78,14 +78,19 @@ def cut(
 ) -> Tiles:
     """Cut a map into tiles for a device.
 
-    Bands are as high as possible while there are enough blocks for the device.
+    Bands have the height that takes the fewest rows of time: those of a band, with its halo, which
+    it computes again, for each wave of blocks. Of equally good ones, the highest.
     """
     rows, most = tile_shape(accumulator_bytes)
     tiles = blocks_of(width, most)
     columns = images * tiles * blocks_of(dim, LANES)
-    wanted = blocks_of(multiprocessors * BLOCKS_PER_MULTIPROCESSOR, max(columns, 1))
-    band = max(blocks_of(height, wanted), 2 * rows)
-    band = blocks_of(band, rows) * rows
+    at_once = multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+
+    def rows_of_time(band: int) -> int:
+        return blocks_of(columns * blocks_of(height, band), at_once) * (band + 2 * RADIUS)
+
+    most_rows = max(blocks_of(height, rows), 2) * rows
+    band = min(range(most_rows, rows, -rows), key=rows_of_time)
     return Tiles(
         *(images, height, width, dim),
         *(blocks_of(width, tiles), tiles, band, blocks_of(height, band)),

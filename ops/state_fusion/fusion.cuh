@@ -111,7 +111,7 @@ struct LoadRows {
     for (int64_t x = place.x0 - kRadius; x < place.x1 + kRadius; x++) {
       const int64_t inside = smaller(larger(x, 0), place.map.width - 1);
       row[(x - place.x0 + kRadius) * kLanes] =
-          load(from + inside * place.map.dim, place.valid);
+          load_constant(from + inside * place.map.dim, place.valid);
     }
   }
 };
@@ -129,9 +129,9 @@ struct LoadGradient {
     for (int64_t x = place.x0 - kRadius; x < place.x1 + kRadius; x++) {
       const bool inside = x >= 0 && x < place.map.width;
       acc_t<T> value =
-          load(grad + place.value(first + x), inside && place.valid);
+          load_constant(grad + place.value(first + x), inside && place.valid);
       if (scale) {
-        value *= load(scale + first + x, inside);
+        value *= load_constant(scale + first + x, inside);
       }
       row[(x - place.x0 + kRadius) * kLanes] = value;
     }

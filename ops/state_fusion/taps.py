@@ -41,8 +41,9 @@ def merge_taps(kernel_d1: Tensor, kernel_d3: Tensor, kernel_d5: Tensor, alpha: T
     stacked = torch.stack((kernel_d1, kernel_d3, kernel_d5)).flatten(2)  # [3, D, 9]
     weighted = (alpha.view(3, 1, 1) * stacked).transpose(1, 2)  # [3, 9, D]
     before, centre, after = weighted.split([4, 1, 4], dim=1)  # [3, 4, D], [3, 1, D], [3, 4, D]
-    rings = [before[1], after[1], before[2], after[2]]
-    return torch.cat([before[0], centre.sum(0), after[0]] + rings)
+    # Not by indices, whose gradients are maps of zeros each, and their sums.
+    (before1, before3, before5), (after1, after3, after5) = before.unbind(), after.unbind()
+    return torch.cat([before1, centre.sum(0), after1, before3, after3, before5, after5])
 
 
 def split_taps(taps: Tensor) -> list[Tensor]:

@@ -73,8 +73,8 @@ struct Observe {
         const Acc (&h)[kTaps]) {
       const Acc state = fused(h);
       const int64_t i = place.value(at);
-      const Acc u = load(sink.u + i, place.valid);
-      store(sink.y + i, sink.C[at] * state + D * u, place.valid);
+      const Acc u = load_constant(sink.u + i, place.valid);
+      store(sink.y + i, read(sink.C + at) * state + D * u, place.valid);
     }
     SMD2_DEVICE void finish(const Observe&, const TilePlace&, Acc*) {}
   };
@@ -102,8 +102,9 @@ struct GradObserved {
         const TilePlace& place,
         int64_t at,
         const Acc (&h)[kTaps]) {
-      const Acc grad_y = load(sink.grad_y + place.value(at), place.valid);
-      sums.add(grad_y * sink.C[at], h);
+      const Acc grad_y =
+          load_constant(sink.grad_y + place.value(at), place.valid);
+      sums.add(grad_y * read(sink.C + at), h);
       Acc fused = 0;
 #pragma unroll
       for (int k = 0; k < kTaps; k++) {

@@ -9,6 +9,8 @@ stale after their next update. It
   ReLU that follows while results are in registers;
 * fuses position encodings with the norms that follow, computes delta inside the SSM, and computes
   the SSM's output and the residual sums in place;
+* on other devices than CPUs, adds a convolution's bias, its residual and ReLU in one pass, or
+  inside the next convolution, and sums residuals inside matrix products;
 * processes activations that are several times as wide as the stage (inside the MLP, between the
   convolutions of stem and downsampling) in tiles, so that they stay in the cache. The operating
   system would also have to provide larger ones page by page in every call. On other devices, a tile
@@ -27,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -36,6 +37,7 @@ from spatial_mamba_d2.models.inference_only import (
     inference_only,
     refuse_gradients,
 )
+from spatial_mamba_d2.models.packed import PackedConv, PackedLinear, Part, is_on_cpu
 from spatial_mamba_d2.models.spatial_mamba import (
     Block,
     ConvLayer,
@@ -50,6 +52,7 @@ from spatial_mamba_d2.models.spatial_mamba import (
 from spatial_mamba_d2.models.upernet import ConvBNReLU, FCNHead, UPerHead
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3_layer_norm,
+    depthwise_conv3x3_stride2,
     gated_layer_norm,
     structure_aware_ssm_from_dt,
     structure_aware_ssm_from_dt_,
@@ -58,18 +61,6 @@ from spatial_mamba_d2.ops import (
 #: Size of the widest activation of a tile on CPUs. Tuned on two cores of an AMD EPYC that share 32
 #: MiB of cache, for the tiny backbone: 8 MiB is faster than 2 or 4.
 TILE_BYTES = 8 * 2**20
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu_,
-    "gelu": F.gelu,
-}
-# oneDNN's name and slope of each activation. Its ReLU makes 0 of NaN, which would hide a broken
-# image or weight. A leaky one does not; the slope is too small for any other difference.
-_ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[float]]] = {
-    "none": ("none", []),
-    "relu": ("leaky_relu", [1e-30]),
-    "gelu": ("gelu", []),
-}
 
 
 def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -111,121 +102,6 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     return optimized.eval()
 
 
-class _Part(InferenceOnly):
-    """Layer or group of layers in optimised form."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_forward_pre_hook(refuse_gradients)
-
-
-class _Packed(_Part):
-    """Layer whose weight is in oneDNN's own layout if oneDNN supports its dtype and device."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, act: str):
-        super().__init__()
-        self.dtype = dtype or weight.dtype
-        self.out_dim = len(weight)
-        self.act = act
-        self.packed = _onednn_supports(weight.device, self.dtype)
-        self.register_buffer("bias", None if bias is None else bias.to(self.dtype))
-        self._set_weight(weight.to(self.dtype))
-
-    def _pack(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _set_weight(self, weight: Tensor) -> None:
-        if self.packed:  # not a buffer: code that iterates over buffers cannot read its layout
-            self.weight = self._pack(weight)
-        else:
-            self.register_buffer("weight", weight)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        return {**state, "weight": self.weight.to_dense()} if self.packed else state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.packed:
-            self._set_weight(self.weight)
-
-
-def _onednn_supports(device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
-
-
-class PackedLinear(_Packed):
-    """``act(x W^T + b)``: ``Tensor[..., I]`` -> ``Tensor[..., O]``, both in the weight's dtype."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        act: str = "none",
-    ):
-        super().__init__(weight, bias, dtype, act)
-
-    def _pack(self, weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed:
-            gelu = "none"  # no approximation
-            linear = torch.ops.mkldnn._linear_pointwise
-            return linear(x, self.weight, self.bias, *_ONEDNN_ACTIVATIONS[self.act], gelu)
-        return ACTIVATIONS[self.act](F.linear(x, self.weight, self.bias))
-
-    def add_to(self, out: Tensor, x: Tensor) -> None:
-        """``out += act(x W^T + b)``: ``Tensor[tokens, I]`` to ``Tensor[tokens, O]``."""
-        is_product = self.bias is None and self.act == "none" and out.dtype == self.weight.dtype
-        if is_product and not out.is_cpu:
-            out.addmm_(x, self.weight.t())  # without a pass of its own for the sum
-        else:
-            out.add_(self(x))
-
-
-class PackedConv(_Packed):
-    """``act(convolution)``: ``Tensor[B, C, H, W]`` of any dtype -> ``out_dtype``.
-
-    Args:
-        out_dtype: dtype of the output, by default the weight's.
-    """
-
-    def __init__(
-        self,
-        conv: nn.Conv2d,
-        dtype: torch.dtype | None = None,
-        act: str = "none",
-        out_dtype: torch.dtype | None = None,
-    ):
-        self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        super().__init__(conv.weight, conv.bias, dtype, act)
-        self.out_dtype = out_dtype or self.dtype
-
-    def _pack(self, weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        if self.packed:
-            convolution = torch.ops.mkldnn._convolution_pointwise
-            act = _ONEDNN_ACTIVATIONS[self.act]
-            y = convolution(x, self.weight, self.bias, *self.geometry, *act, "")
-        else:
-            padding, stride, dilation, groups = self.geometry
-            y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
-            y = ACTIVATIONS[self.act](y)
-        return y.to(self.out_dtype)
-
-
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     return fuse_conv_bn_eval(conv, norm) if isinstance(norm, _BatchNorm) else conv
 
@@ -246,7 +122,7 @@ def _packed_pointwise(layer: Any, dtype: torch.dtype | None) -> PackedLinear:
 
 def _tile_bytes(x: Tensor) -> int:
     """The size of tiles where ``x`` is."""
-    return TILE_BYTES if x.device.type == "cpu" else sys.maxsize
+    return TILE_BYTES if is_on_cpu(x) else sys.maxsize
 
 
 def _halve_in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, row_bytes: int) -> Tensor:
@@ -283,14 +159,14 @@ def _add_in_tiles(add: Callable[..., None], token_bytes: int, x: Tensor, *maps: 
     return x
 
 
-class OptimizedStem(_Part):
+class OptimizedStem(Part):
     """:class:`~.spatial_mamba.Stem`, in ``dtype``."""
 
     def __init__(self, stem: Stem, dtype: torch.dtype | None):
         super().__init__()
         self.dtype = stem.dtype  # of the images
         self.conv1 = _packed_conv(stem.conv1, dtype)
-        self.conv2 = nn.Sequential(*(_packed_conv(layer, dtype) for layer in stem.conv2))
+        self.conv2 = nn.ModuleList(_packed_conv(layer, dtype) for layer in stem.conv2)
         widen, narrow = stem.conv3
         self.widen = _packed_conv(widen, dtype)
         self.narrow = _packed_pointwise(narrow, dtype)
@@ -299,7 +175,8 @@ class OptimizedStem(_Part):
         # Two steps, because to(dtype, memory_format=...) takes twice as long.
         x = x.contiguous(memory_format=torch.channels_last).to(self.conv1.dtype)
         x = self.conv1(x)
-        x = nhwc(self.conv2(x).add_(x))
+        first, second = self.conv2
+        x = nhwc(second.add_to(x, first(x)))
         batch, _, width, _ = x.shape
         widened_row_bytes = batch * ((width + 1) // 2) * self.widen.out_dim * x.element_size()
         # The widened map has half as many rows as x.
@@ -310,24 +187,32 @@ class OptimizedStem(_Part):
         return self.narrow(nhwc(self.widen(nchw(x))))
 
 
-class OptimizedDownsample(_Part):
+class OptimizedDownsample(Part):
     """:class:`~.spatial_mamba.Downsample`, in ``dtype``."""
 
     def __init__(self, downsample: Downsample, dtype: torch.dtype | None):
         super().__init__()
-        self.expand = _packed_pointwise(downsample.expand, dtype)
-        self.reduce = _packed_conv(downsample.reduce, dtype)
+        expand, reduce = downsample.expand.conv, downsample.reduce.conv
+        act = "relu" if is_on_cpu(expand.weight) else "none"  # halve() has both ReLUs
+        self.expand = PackedLinear(expand.weight.flatten(1), expand.bias, dtype, act)
+        self.reduce = PackedConv(reduce, dtype, act)
         self.project = _packed_pointwise(downsample.project, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.expand.dtype)
+        if not is_on_cpu(x):
+            return self.project(self.halve(self.expand(x)))
         row_bytes = len(x) * x.shape[2] * self.expand.out_dim * x.element_size()
         return _halve_in_tiles(
             lambda x: self.project(nhwc(self.reduce(nchw(self.expand(x))))), x, row_bytes
         )
 
+    def halve(self, x: Tensor) -> Tensor:
+        """``Tensor[B, H, W, C]`` -> ``Tensor[B, ceil(H/2), ceil(W/2), C]``."""
+        return depthwise_conv3x3_stride2(x, self.reduce.weight, self.reduce.bias)
 
-class OptimizedSSM(_Part):
+
+class OptimizedSSM(Part):
     """:class:`~.spatial_mamba.StructureAwareSSM`, with ``A`` and the taps computed."""
 
     A: Tensor
@@ -335,10 +220,10 @@ class OptimizedSSM(_Part):
 
     def __init__(self, ssm: StructureAwareSSM, dtype: torch.dtype | None):
         super().__init__()
-        # Two products, because the gate computes z in tiles.
-        self.in_u, self.in_z = (
-            PackedLinear(weight, dtype=dtype) for weight in ssm.in_proj.weight.chunk(2)
-        )
+        # On CPUs two products, because the gate computes z in tiles.
+        weight = ssm.in_proj.weight
+        parts = weight.chunk(2) if is_on_cpu(weight) else (weight,)
+        self.in_proj = nn.ModuleList(PackedLinear(part, dtype=dtype) for part in parts)
         self.conv = ssm.conv
         self.split_sizes = ssm.split_sizes
         self.x_proj = PackedLinear(ssm.x_proj.weight, dtype=dtype)
@@ -350,23 +235,31 @@ class OptimizedSSM(_Part):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """``residual += ssm(x)``, both ``Tensor[B, H, W, C]``."""
-        u = self.conv(self.in_u(x))  # [B, H, W, D]
+        u, *z = self.in_proj[0](x).split(self.conv.in_channels, dim=-1)  # [B, H, W, D] each
+        u = self.conv(u)
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
         B, C = B.squeeze(-1), C.squeeze(-1)
         # Each of the two has a kernel on one type of device.
-        ssm = structure_aware_ssm_from_dt_ if u.is_cpu else structure_aware_ssm_from_dt
+        ssm = structure_aware_ssm_from_dt_ if is_on_cpu(u) else structure_aware_ssm_from_dt
         y = ssm(u, dt, self.dt_proj.weight, self.A, B, C, self.D, self.dt_bias, self.taps)
-        return _add_in_tiles(self.add_gated, self.in_z.out_dim * y.element_size(), residual, x, y)
+        if z:
+            self.add_gated(residual.flatten(0, 2), y, *z)
+            return residual
+        token_bytes = self.conv.in_channels * y.element_size()
+        return _add_in_tiles(self.add_gated_tile, token_bytes, residual, x, y)
 
-    def add_gated(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+    def add_gated_tile(self, out: Tensor, x: Tensor, y: Tensor) -> None:
         """From ``Tensor[tokens, C], Tensor[tokens, D]`` to ``Tensor[tokens, C]``."""
+        self.add_gated(out, *(tokens[None, None] for tokens in (y, self.in_proj[1](x))))
+
+    def add_gated(self, out: Tensor, y: Tensor, z: Tensor) -> None:
+        """From ``Tensor[B, H, W, D]``, twice, to ``Tensor[B H W, C]``."""
         norm = self.out_norm
-        y, z = (tokens[None, None] for tokens in (y, self.in_z(x)))
         y = gated_layer_norm(y, z, norm.weight, norm.bias, norm.eps)
-        self.out_proj.add_to(out, y[0, 0])
+        self.out_proj.add_to(out, y.flatten(0, 2))
 
 
-class PositionEncodingNorm(_Part):
+class PositionEncodingNorm(Part):
     """``x + conv(x)`` and its layer norm: ``Tensor[B, H, W, C]`` -> two of the same shape."""
 
     def __init__(self, conv: DepthwiseConv, norm: nn.LayerNorm):
@@ -380,7 +273,24 @@ class PositionEncodingNorm(_Part):
         )
 
 
-class OptimizedBlock(_Part):
+def _bias_as_weight(
+    weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, None]]:
+    """Two layers with GELU between them, the second without a bias.
+
+    Its bias becomes the weight of a hidden value that is always 10, which is GELU(10). A product
+    without a bias is added to the residual inside the product. There are 8 values more, because
+    widths are multiples of 8 for tensor cores.
+    """
+    more = 8
+    weight1 = torch.cat((weight1, weight1.new_zeros(more, weight1.shape[1])))
+    bias1 = torch.cat((bias1, bias1.new_full((more,), 10.0)))
+    columns = weight2.new_zeros(len(weight2), more)
+    columns[:, 0] = bias2 / 10
+    return (weight1, bias1), (torch.cat((weight2, columns), dim=1), None)
+
+
+class OptimizedBlock(Part):
     """:class:`~.spatial_mamba.Block`, in ``dtype``."""
 
     def __init__(self, block: Block, dtype: torch.dtype | None):
@@ -389,8 +299,11 @@ class OptimizedBlock(_Part):
         self.ssm = OptimizedSSM(block.ssm, dtype)
         self.cpe2_ln2 = PositionEncodingNorm(block.cpe2, block.ln2)
         fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-        self.fc1 = PackedLinear(fc1.weight, fc1.bias, dtype, act="gelu")
-        self.fc2 = PackedLinear(fc2.weight, fc2.bias, dtype)
+        layers = (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)
+        if not is_on_cpu(fc1.weight):
+            layers = _bias_as_weight(*layers[0], *layers[1])
+        self.fc1 = PackedLinear(*layers[0], dtype, act="gelu")
+        self.fc2 = PackedLinear(*layers[1], dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x, normalized = self.cpe1_ln1(x)
@@ -403,7 +316,7 @@ class OptimizedBlock(_Part):
         self.fc2.add_to(out, self.fc1(x))
 
 
-class OptimizedStage(_Part):
+class OptimizedStage(Part):
     """:class:`~.spatial_mamba.Stage`: blocks in ``dtype``, the output in the model's."""
 
     def __init__(self, stage: Any, dtype: torch.dtype | None):

@@ -34,6 +34,8 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
+from spatial_mamba_d2.ops.cuda.kernels import run_on
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]  # pack, unpack
@@ -132,17 +134,20 @@ def _selective_checkpoint_contexts() -> tuple[Any, Any]:
 def _checkpoint_policy(
     context: Any, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
-    """Keep random numbers and products, except products that are cheap for the size of the output.
+    """Keep random numbers, on a GPU the output of the SSM, and all but cheap products.
 
-    These are depthwise convolutions and products whose output is at least 8 times as wide as the
-    input: ``dt_proj`` and the expansion in front of a downsampling.
+    Cheap for the size of the output are depthwise convolutions and products whose output is at
+    least 8 times as wide as the input: ``dt_proj`` and the expansion in front of a downsampling.
     """
     if operator in _PRODUCTS:
         weight = args[_PRODUCTS[operator]]
         outputs, inputs = weight.shape[:2] if weight.dim() == 4 else weight.shape[::-1]
         keep = outputs < 8 * inputs
     else:
-        keep = torch.Tag.nondeterministic_seeded in operator.tags
+        is_slow = operator is torch.ops.spatial_mamba.structure_aware_ssm.default and run_on(
+            args[0]
+        )
+        keep = is_slow or torch.Tag.nondeterministic_seeded in operator.tags
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -259,6 +264,13 @@ class _Recomputed(_Value):
             if output.stride() != self.layout[1]:  # hooks may return inputs of other strides
                 output = output.new_empty_strided(*self.layout).copy_(output)
         return output
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Context in which autocast is off, for devices that may have none."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _autocast_state(device: str) -> Callable[[], AbstractContextManager]:

@@ -29,15 +29,18 @@ from spatial_mamba_d2.models.recompute import (
     hooks_are_possible,
     keeps_recipes,
     recompute,
+    without_autocast,
 )
 from spatial_mamba_d2.models.scripting import scriptable_graph
 from spatial_mamba_d2.models.variants import variant_kwargs
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3,
+    depthwise_conv3x3_stride2,
     gated_layer_norm,
     merge_taps,
     structure_aware_ssm,
 )
+from spatial_mamba_d2.ops.cuda.kernels import run_on
 
 # These look at shapes, which are unknown while torch.fx traces, so they become nodes of its graph.
 torch.fx.wrap("check_images")
@@ -71,18 +74,56 @@ class Conv2d(nn.Conv2d):
         return recompute(F.conv2d, *operands, *geometry)
 
 
+class PointwiseConv(Conv2d):
+    """A 1x1 :class:`Conv2d`; a matrix product where cuDNN would add the bias in another pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not run_on(x):
+            return super().forward(x)
+        return nchw(recompute(_product, *cast_for_autocast(nhwc(x), self.weight, self.bias)))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.flatten(1), bias)
+
+
 class ReLU(nn.ReLU):
     """``torch.nn.ReLU``, in place in inference; training computes its output again."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return recompute(F.relu, x) if torch.is_grad_enabled() else F.relu_(x)
+        return _relu(x)
+
+
+def _relu(x: Tensor) -> Tensor:
+    return recompute(F.relu, x) if torch.is_grad_enabled() else F.relu_(x)
+
+
+class HalvingConv(Conv2d):
+    """``ReLU(conv(ReLU(x)))`` of ``Tensor[B, C, H, W]``, depthwise 3x3 of stride 2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if run_on(x):
+            return nchw(recompute(depthwise_conv3x3_stride2, nhwc(x), self.weight, self.bias))
+        return _relu(super().forward(_relu(x)))
 
 
 class LayerNorm(nn.LayerNorm):
-    """``torch.nn.LayerNorm`` whose output training computes again rather than keeps."""
+    """``torch.nn.LayerNorm`` whose output training computes again rather than keeps.
+
+    On a GPU, its output has the dtype of ``x`` under autocast as well, which would convert entire
+    maps to float32 and back. Sums are float32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        if run_on(x):
+            return recompute(_layer_norm, x, self.weight, self.bias, self.eps)
         return recompute(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    with without_autocast(x.device.type):
+        return torch.native_layer_norm(x, weight.shape, weight, bias, eps)[0]
 
 
 class GatedLayerNorm(nn.LayerNorm):
@@ -96,8 +137,7 @@ class ConvLayer(nn.Module):
     """Convolution, optionally followed by batch norm and ReLU; ``Tensor[B, C, H, W]``.
 
     Args:
-        recompute_output: compute the output of the convolution again in backward instead of
-            keeping it.
+        conv: class of the convolution.
     """
 
     def __init__(
@@ -110,10 +150,10 @@ class ConvLayer(nn.Module):
         norm: bool = True,
         bias: bool = False,
         act: bool = True,
-        recompute_output: bool = False,
+        conv: type[nn.Conv2d] = nn.Conv2d,
     ):
         super().__init__()
-        self.conv = (Conv2d if recompute_output else nn.Conv2d)(
+        self.conv = conv(
             in_dim, out_dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
         )
         self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
@@ -153,9 +193,11 @@ class Downsample(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hidden = 8 * dim
-        cheap: dict[str, Any] = {"norm": False, "bias": True, "recompute_output": True}
-        self.expand = ConvLayer(dim, hidden, 1, **cheap)
-        self.reduce = ConvLayer(hidden, hidden, 3, stride=2, groups=hidden, **cheap)
+        bare: dict[str, Any] = {"norm": False, "act": False, "bias": True}  # ReLUs: HalvingConv
+        self.expand = ConvLayer(dim, hidden, 1, conv=PointwiseConv, **bare)
+        self.reduce = ConvLayer(
+            hidden, hidden, 3, stride=2, groups=hidden, conv=HalvingConv, **bare
+        )
         self.project = ConvLayer(hidden, 2 * dim, 1, bias=True, act=False)
 
     @keeps_recipes
@@ -181,10 +223,17 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class StochasticDepth(DropPath):
-    """timm's ``DropPath``, in a form that torch.fx can trace."""
+    """timm's ``DropPath`` and the residual sum, in a form that torch.fx can trace."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return stochastic_depth(x, self.drop_prob, self.training, self.scale_by_keep)
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual + DropPath(x)``, of two ``Tensor[B, H, W, C]``."""
+        if self.training and self.drop_prob and run_on(x):  # without a pass for the product
+            kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.drop_prob)
+            if self.scale_by_keep and self.drop_prob < 1:
+                kept.div_(1 - self.drop_prob)
+            return torch.addcmul(residual, x, kept)
+        dropped = stochastic_depth(x, self.drop_prob, self.training, self.scale_by_keep)
+        return residual + dropped
 
 
 class StateFusion(nn.Module):
@@ -254,8 +303,7 @@ class StructureAwareSSM(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, D] each
         u = self.conv(u)
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
-        y = recompute(
-            structure_aware_ssm,
+        inputs = (
             u,
             self.dt_proj(dt),
             -torch.exp(self.A_log.float().flatten()),
@@ -265,6 +313,8 @@ class StructureAwareSSM(nn.Module):
             self.dt_bias,
             self.fusion(),
         )
+        # The slowest part of a block on a GPU, where there is more memory for the time of training.
+        y = structure_aware_ssm(*inputs) if run_on(u) else recompute(structure_aware_ssm, *inputs)
         return self.out_proj(self.out_norm(y, z))
 
 
@@ -272,7 +322,8 @@ class Block(nn.Module):
     """Position encoding, SSM, position encoding, MLP, each with a residual connection.
 
     ``Tensor[B, H, W, C]`` -> the same shape. Training keeps the inputs and outputs of the large
-    matrix products and the middle of the residual stream, 10 C values per token.
+    matrix products and the middle of the residual stream, 10 C values per token; on a GPU also the
+    output of the SSM, 2 C.
     """
 
     def __init__(self, dim: int, ssm_ratio: float, mlp_ratio: float, drop_path: float):
@@ -289,9 +340,9 @@ class Block(nn.Module):
     @keeps_recipes
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = x + self.drop_path1(self.ssm(self.ln1(x)))
+        x = self.drop_path1(self.ssm(self.ln1(x)), x)
         x = self.cpe2(x)
-        return x + self.drop_path2(self.mlp(self.ln2(x)))
+        return self.drop_path2(self.mlp(self.ln2(x)), x)
 
 
 class Blocks(nn.Sequential):

@@ -31,6 +31,7 @@ from spatial_mamba_d2.profiling.candidates import (
 from spatial_mamba_d2.profiling.exported import export_candidates
 from spatial_mamba_d2.profiling.flops import official_flops
 from spatial_mamba_d2.profiling.gemm_peak import fraction_of_peak, matrix_products
+from spatial_mamba_d2.profiling.gpu import float32_precision, peak_gpu_mb, synchronize
 from spatial_mamba_d2.profiling.memory import peak_memory_mb, reset_peak_memory_mb
 from spatial_mamba_d2.system.allocator import keep_freed_memory
 
@@ -51,7 +52,7 @@ def run_benchmark(
     growth_px: Iterable[int] = GROWTH_PX,
     keep_memory: bool = False,
 ) -> dict[str, Any]:
-    """Check, then time one task in float32; backbones in bfloat16 too.
+    """Check, then time one task in float32, without TF32; backbones in bfloat16 too.
 
     Args:
         task: ``"op"``: the fused operator on a map of a quarter of the image's size with 128
@@ -73,7 +74,8 @@ def run_benchmark(
     Returns:
         a dictionary with ``machine``, ``task``, ``seconds`` (median of each candidate), ``spread``
         (least and most of each) and ``memory_mb``: what a training step saves for its backward
-        pass, or by how much other calls raise the memory of the process (on Linux). Backbones add
+        pass, or by how much other calls raise the memory of the process (on Linux) or, on a GPU, of
+        PyTorch's tensors. Backbones add
         ``peak_gflops``, the rate of matrix products, and ``peak_fraction``, what ours reach of the
         best of them, by :mod:`.flops` at 2 FLOPs per multiply-add; ``"growth"`` adds ``exponent``,
         fitted to seconds over pixels, and has dictionaries by pixels in place of numbers.
@@ -98,7 +100,7 @@ def run_benchmark(
         torch.set_num_threads(threads)
     kept = keep_memory and keep_freed_memory()
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(device), float32_precision(tf32=False):
         if task == "op":
             candidates = operator_candidates(batch, height // 4 or 1, width // 4 or 1, 128)
             result = _measure(candidates, rounds, device)
@@ -120,7 +122,8 @@ def run_benchmark(
     return {
         "machine": describe_machine(device),
         "task": f"{task}, batch {batch}, {size}, float32 unless stated otherwise, "
-        f"median of {rounds} interleaved rounds, freed memory {'kept' if kept else 'given back'}",
+        + ("TF32 off, " if device == "cuda" else "")
+        + f"median of {rounds} interleaved rounds, freed memory {'kept' if kept else 'given back'}",
         **result,
     }
 
@@ -128,8 +131,7 @@ def run_benchmark(
 def _measure(candidates: Candidates, rounds: int, device: str) -> dict[str, Any]:
     def run(candidate: Callable[[], Any]) -> None:
         candidate()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
 
     def warm_up() -> None:
         for candidate in candidates.values():
@@ -138,6 +140,9 @@ def _measure(candidates: Candidates, rounds: int, device: str) -> dict[str, Any]
     warm_up()
     memory_mb: dict[str, float] = {}
     for name, candidate in candidates.items():
+        if device == "cuda":
+            memory_mb[name] = peak_gpu_mb(candidate)
+            continue
         before_mb = reset_peak_memory_mb()
         run(candidate)
         if before_mb is not None:

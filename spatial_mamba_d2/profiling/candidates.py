@@ -21,6 +21,7 @@ from spatial_mamba_d2.model_zoo import get_config
 from spatial_mamba_d2.models import build_backbone, optimize_for_inference
 from spatial_mamba_d2.ops import _extension, structure_aware_ssm
 from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
+from spatial_mamba_d2.profiling.gpu import float32_precision, graphed
 from spatial_mamba_d2.profiling.memory import saved_bytes
 
 Candidates = dict[str, Callable[[], Any]]
@@ -32,6 +33,7 @@ PEERS = {
 }
 NATIVE, EAGER = "ours, compiled operators", "ours, plain PyTorch operators"
 OPTIMISED = "ours, optimised"
+GRAPH = "as a CUDA graph"
 #: Largest difference between two candidates, relative to the largest value. In bfloat16, with 8
 #: significant bits, the rounding errors of a backbone's layers add up.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -39,7 +41,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 def is_float32(name: str) -> bool:
     """Whether the candidate of this name computes in float32."""
-    return "bfloat16" not in name
+    return "bfloat16" not in name and "TF32" not in name
 
 
 def check_agreement(
@@ -76,6 +78,14 @@ def _using(implementation: str, function: Callable[[], Any]) -> Callable[[], Any
     def call() -> Any:
         eager = implementation == EAGER
         with _extension.without_compiled_kernels() if eager else contextlib.nullcontext():
+            return function()
+
+    return call
+
+
+def _with_tf32(function: Callable[[], Any]) -> Callable[[], Any]:
+    def call() -> Any:
+        with float32_precision(tf32=True):
             return function()
 
     return call
@@ -160,6 +170,10 @@ def backbone_candidates(batch: int, height: int, width: int, compile: bool) -> C
         "ours, bfloat16 by autocast": _forward(ours, image, low),
         f"{OPTIMISED}, bfloat16": _forward(optimize_for_inference(ours, low), image),
     }
+    if image.is_cuda:
+        exact[f"{OPTIMISED}, {GRAPH}"] = graphed(exact[OPTIMISED])
+        rough[f"{OPTIMISED}, bfloat16, {GRAPH}"] = graphed(rough[f"{OPTIMISED}, bfloat16"])
+        rough["ours, TF32"] = _with_tf32(exact[NATIVE if NATIVE in exact else EAGER])
     models = {name: _peer(timm_name, height, width).eval() for name, timm_name in PEERS.items()}
     peers: Candidates = {}
     for name, model in models.items():
@@ -208,6 +222,8 @@ def training_candidates(batch: int, height: int, width: int) -> tuple[Candidates
         loss(model).backward()
 
     candidates = {name: _using(name, partial(step, model)) for name, model in models.items()}
+    if image.is_cuda:
+        candidates[f"ours, {GRAPH}"] = graphed(partial(step, ours))
     memory_mb = {
         name: saved_bytes(model, _using(name, partial(loss, model))) / 1e6
         for name, model in models.items()

@@ -42,6 +42,9 @@ COMPLETE_COUNTS: dict[str, Callable[..., int]] = {
     "max_pool2d_with_indices": lambda output, *_: output[0].numel(),
     "structure_aware_ssm": lambda output, u, *_: (7 + 25 + 2) * u.numel(),
     "depthwise_conv3x3": lambda output, *_: (9 + 1) * output.numel(),  # sum or SiLU
+    "depthwise_conv3x3_stride2": lambda output, x, *_: (
+        (9 + 1) * output.numel() + x.numel()
+    ),  # ReLUs
     "gated_layer_norm": lambda output, *_: (5 + 2) * output.numel(),  # SiLU, product
 }
 

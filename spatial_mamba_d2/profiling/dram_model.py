@@ -23,6 +23,7 @@ import torch
 from spatial_mamba_d2.models.variants import VARIANTS
 from spatial_mamba_d2.ops.cuda.team import Team
 from spatial_mamba_d2.ops.depthwise_conv3x3 import cuda as conv_cuda
+from spatial_mamba_d2.ops.depthwise_conv3x3_stride2 import cuda as stride2_cuda
 from spatial_mamba_d2.ops.gated_layer_norm import cuda as norm_cuda
 from spatial_mamba_d2.ops.selective_scan import cuda as scan_cuda
 from spatial_mamba_d2.ops.state_fusion import cuda as fusion_cuda
@@ -322,6 +323,44 @@ def conv_backward(p: Problem) -> list[Launch]:
             ],
         )
     ]
+
+
+def _halved(p: Problem) -> Problem:
+    """The output of a convolution of stride 2."""
+    return p._replace(height=_ceil_div(p.height, 2), width=_ceil_div(p.width, 2))
+
+
+def conv_stride2_forward(p: Problem) -> list[Launch]:
+    """``depthwise_conv3x3_stride2``."""
+    reads = [p.activation("x"), *_conv_weights(p)]
+    return [Launch("conv3x3_stride2", reads=reads, writes=[_halved(p).activation("out")])]
+
+
+def conv_stride2_backward(p: Problem) -> list[Launch]:
+    """``depthwise_conv3x3_stride2_backward``."""
+    acc = _accumulation_dtype(p)
+    packed = p.dim % conv_cuda.backward_channels_of_thread(acc, packed=True) == 0
+    count = conv_cuda.backward_channels_of_thread(acc, packed)
+    shape = (p.num_images, p.height, p.width, p.dim)
+    _, num_parts, _ = stride2_cuda.cut_backward(shape, p.dim, count, p.num_multiprocessors)
+    return [
+        Launch(
+            "conv3x3_stride2_backward",
+            reads=[p.activation("x"), _halved(p).activation("grad_out"), *_conv_weights(p)],
+            writes=[
+                p.activation("grad_x"),
+                p.accumulator("grad_weight", num_parts, p.dim, 9),
+                p.accumulator("grad_bias", num_parts, p.dim),
+            ],
+        )
+    ]
+
+
+def add_bias(p: Problem, *, residual: bool = False) -> list[Launch]:
+    """``add_bias_``."""
+    reads = [p.activation("x"), p.per_channel("bias")]
+    reads += [p.activation("residual")] if residual else []
+    return [Launch("add_bias", reads=reads, writes=[p.activation("x")])]
 
 
 def conv_norm_forward(p: Problem) -> list[Launch]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from spatial_mamba_d2.models.optimized import PackedLinear
+from spatial_mamba_d2.models.packed import PackedLinear
 from spatial_mamba_d2.profiling.candidates import Candidates, is_float32
 
 GEMM_SIDE = 2048  # rows and columns of all three matrices

@@ -17,7 +17,7 @@ from spatial_mamba_d2.ops.cuda import nvrtc
 from spatial_mamba_d2.ops.cuda.arguments import LANES
 from spatial_mamba_d2.ops.cuda.channels import channels_of_thread
 from spatial_mamba_d2.ops.cuda.kernels import CPP_TYPES, KernelSet
-from spatial_mamba_d2.ops.cuda.source import bundle
+from spatial_mamba_d2.ops.cuda.source import bundle, constants
 from spatial_mamba_d2.ops.cuda.team import Team
 from spatial_mamba_d2.ops.depthwise_conv3x3 import cuda as conv_cuda
 from spatial_mamba_d2.ops.selective_scan.cuda import constant
@@ -38,6 +38,7 @@ class Limits(NamedTuple):
     reserved_kib: int  # shared memory that each block takes for the system
 
 
+CONVOLUTIONS = ("conv3x3", "conv3x3_backward", "conv3x3_stride2", "conv3x3_stride2_backward")
 REGISTERS = 65536  # of a multiprocessor of every architecture
 LIMITS = {
     "7.0": Limits(2048, 32, 96, 0),
@@ -136,7 +137,9 @@ def _block(name: str) -> tuple[int, int]:
         return warps, warps * map_bytes
     if kernel in ("fuse_tiles", "grad_input_tiles"):
         return tile_shape(size)[0], tile_bytes(size)
-    if kernel in ("conv3x3", "conv3x3_backward"):
+    if kernel == "add_bias":
+        return constants("add_bias/bias.cuh")["kBiasWarps"], 0
+    if kernel in CONVOLUTIONS:
         warps = conv_cuda.constant("kConvWarps")
         count = conv_cuda.backward_channels_of_thread(acc, packed=name.split(", ")[1] == "true")
         return warps, warps * LANES * 10 * count * size if "backward" in kernel else 0

@@ -56,6 +56,8 @@ _OURS: dict[str, Callable[[Problem], list[Launch]]] = {
     "structure_aware_ssm_backward": dram_model.ssm_backward,
     "depthwise_conv3x3": dram_model.conv_forward,
     "depthwise_conv3x3_backward": dram_model.conv_backward,
+    "depthwise_conv3x3_stride2": dram_model.conv_stride2_forward,
+    "depthwise_conv3x3_stride2_backward": dram_model.conv_stride2_backward,
     "depthwise_conv3x3_layer_norm": dram_model.conv_norm_forward,
     "gated_layer_norm": dram_model.gate_forward,
     "gated_layer_norm_backward": dram_model.gate_backward,
@@ -263,6 +265,8 @@ class _Counter(RealLayouts):
         problem = Problem(images, height, width, dim, dtype.itemsize, _Device.multiprocessors)
         if name == "structure_aware_ssm_from_dt":
             launches = dram_model.ssm_from_dt_forward(problem, rank=args[1].shape[-1])
+        elif name == "add_bias_":
+            launches = dram_model.add_bias(problem, residual=args[2] is not None)
         elif name in _OURS:
             launches = _OURS[name](problem)
         else:

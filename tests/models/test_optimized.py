@@ -19,6 +19,7 @@ from spatial_mamba_d2.models import (
     optimize_for_inference,
 )
 from spatial_mamba_d2.models import optimized as optimized_module
+from spatial_mamba_d2.models import packed as packed_module
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 2, 1)}
 BUILDERS = {
@@ -265,7 +266,7 @@ def test_a_gradient_that_starts_inside_is_refused(backbone):
 
 
 def packed_parts(model):
-    return [m for m in model.modules() if isinstance(m, optimized_module._Packed)]
+    return [m for m in model.modules() if isinstance(m, packed_module._Packed)]
 
 
 def test_float64_is_folded_and_not_packed(model):

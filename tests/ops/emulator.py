@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops.cuda import kernels
 from spatial_mamba_d2.ops.cuda.arguments import Launch, pack
 from spatial_mamba_d2.ops.cuda.kernels import CPP_TYPES, KernelSet
+from spatial_mamba_d2.ops.cuda.source import bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests/cuda_emulator"
@@ -43,6 +44,15 @@ SOURCES = tuple(dict.fromkeys(kernel_set.source for kernel_set in KernelSet.ALL)
 #: operators with CUDA kernels, and their backward operators
 OPERATORS = tuple(_extension.CUDA_KERNELS)
 ORDERS = ("forward", "reverse", "random")
+COMMON_HEADERS = (
+    "<c10/util/BFloat16.h>",
+    "<c10/util/Half.h>",
+    "<cmath>",
+    "<cstddef>",
+    "<cstdint>",
+    '"kernels.h"',
+    "<simt_emulator.h>",
+)
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")  # #pragma unroll is CUDA's
 
 
@@ -68,7 +78,8 @@ def _folder() -> Path:
 
 def _make(command: Sequence[str], inputs: Sequence[Path], suffix: str) -> Path:
     """Run a command with ``-o <file>`` appended, unless its result is cached."""
-    digest = hashlib.sha256("\0".join([*command, torch.__version__]).encode())
+    unplaced = (word for word in command if not word.startswith("-I"))  # contents matter
+    digest = hashlib.sha256("\0".join([*unplaced, torch.__version__]).encode())
     for path in inputs:
         digest.update(path.read_bytes())
     target = _folder() / f"{inputs[0].parent.name}-{inputs[0].stem}-{digest.hexdigest()}{suffix}"
@@ -81,14 +92,35 @@ def _make(command: Sequence[str], inputs: Sequence[Path], suffix: str) -> Path:
     return target
 
 
+def _command(*flags: str) -> list[str]:
+    options = ("-std=c++20", "-fPIC", *WARNINGS, *flags, f"-I{EMULATOR}")
+    includes = (f"-isystem{path}" for path in cpp_extension.include_paths())
+    return [*compiler().split(), *options, *includes]
+
+
+@lru_cache(None)
+def _precompiled(*flags: str) -> tuple[str, ...]:
+    """Options that include, compiled for these flags, what all kernels include.
+
+    Otherwise, reading these headers would take half of the time. Only GCC finds them in this way.
+    """
+    version = subprocess.run([*compiler().split(), "--version"], capture_output=True, text=True)
+    if "Free Software Foundation" not in version.stdout:
+        return ()
+    text = "".join(f"#include {name}\n" for name in COMMON_HEADERS)
+    header = _folder() / "common.h"
+    header.write_text(text)
+    headers = [header, *EMULATOR.glob("*.h")]
+    compiled = _make([*_command(*flags), "-x", "c++-header", str(header)], headers, ".h.gch")
+    found = compiled.with_suffix("")  # in its place, GCC reads the compiled one
+    found.write_text(text)
+    return "-include", str(found)
+
+
 def compile_object(source: Path, *flags: str, root: Path = ROOT) -> Path:
     """``source`` compiled for the emulator, with the kernels in ``root``."""
-    command = [
-        *compiler().split(),
-        *("-std=c++20", "-fPIC", *WARNINGS, *flags, f"-I{root}", f"-I{EMULATOR}"),
-        *(f"-isystem{path}" for path in cpp_extension.include_paths()),
-        *("-x", "c++", "-c", str(source)),
-    ]
+    of_kernels = () if EMULATOR in source.parents else _precompiled(*flags)
+    command = [*_command(*flags), *of_kernels, f"-I{root}", "-x", "c++", "-c", str(source)]
     headers = [root / path.relative_to(ROOT) for path in HEADERS if EMULATOR not in path.parents]
     return _make(command, [source, *headers, *EMULATOR.glob("*.h")], ".o")
 
@@ -139,7 +171,23 @@ def kernel_sources(
 @cache
 def load() -> ctypes.CDLL:
     """The emulator with all kernels, as a library."""
-    objects = compile_all((*RUNTIME, *kernel_sources()), "-O1")
+    return _open(compile_all((*RUNTIME, *kernel_sources()), "-O1"))
+
+
+def load_variant(root: Path, header: str, dtype: torch.dtype) -> ctypes.CDLL:
+    """The emulator with the kernels of one dtype; those that include ``header`` from ``root``."""
+    included = f'#line 1 "{header}"'
+    objects = compile_all(RUNTIME, "-O1")
+    for source in SOURCES:
+        text, kernels = bundle(source), kernel_source(source, dtype)
+        if included in text:
+            objects.append(compile_object(kernels, "-O0", root=root))
+        else:
+            objects.append(compile_object(kernels, "-O1"))
+    return _open(objects)
+
+
+def _open(objects: Sequence[Path]) -> ctypes.CDLL:
     library = ctypes.CDLL(str(link(objects, "-shared", suffix=".so")))
     library.emulator_launch.restype = ctypes.c_char_p
     library.emulator_launch.argtypes = [

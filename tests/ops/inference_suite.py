@@ -68,7 +68,7 @@ class InferenceSuite:
         first, *rest = tensors
         if self.name.endswith("_"):
             result = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype)
-            getattr(of, self.name)(result.copy_(first), *rest)
+            getattr(of, self.name)(result.copy_(first), *rest, *self.others)
             return (result,)
         result = getattr(of, self.name)(first, *rest, *self.others)
         return result if isinstance(result, tuple) else (result,)

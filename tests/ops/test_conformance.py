@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from spatial_mamba_d2 import ops
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops.depthwise_conv3x3 import reference as conv_reference
+from spatial_mamba_d2.ops.depthwise_conv3x3_stride2 import reference as stride2_reference
 from spatial_mamba_d2.ops.gated_layer_norm import reference as norm_reference
 from spatial_mamba_d2.ops.selective_scan import eager as scan_eager
 from spatial_mamba_d2.ops.selective_scan import reference as scan_reference
@@ -41,6 +42,7 @@ REFERENCES = {
     "state_fusion": fusion_reference,
     "structure_aware_ssm": ssm_reference,
     "depthwise_conv3x3": conv_reference,
+    "depthwise_conv3x3_stride2": stride2_reference,
     "gated_layer_norm": norm_reference,
 }
 # name of a case -> operator, and the arguments after its tensors
@@ -50,9 +52,15 @@ CASES: dict[str, tuple[str, tuple]] = {
     "structure_aware_ssm": ("structure_aware_ssm", ()),
     "depthwise_conv3x3 residual": ("depthwise_conv3x3", (True,)),
     "depthwise_conv3x3 silu": ("depthwise_conv3x3", (False,)),
+    "depthwise_conv3x3_stride2": ("depthwise_conv3x3_stride2", ()),
     "gated_layer_norm": ("gated_layer_norm", (1e-5,)),
 }
-KEEPS_DTYPE = ("structure_aware_ssm", "depthwise_conv3x3", "gated_layer_norm")
+KEEPS_DTYPE = (
+    "structure_aware_ssm",
+    "depthwise_conv3x3",
+    "depthwise_conv3x3_stride2",
+    "gated_layer_norm",
+)
 
 
 @pytest.fixture(params=["eager", "native", "emulated CUDA", "CUDA", "eager on CUDA"], autouse=True)
@@ -61,6 +69,9 @@ def kernels(request, monkeypatch):
     kind = request.param
     if kind == "native" and _extension.WHY_NOT_COMPILED:
         pytest.skip(f"no compiled kernels: {_extension.WHY_NOT_COMPILED}")
+    case = request.node.callspec.params.get("case")
+    if kind == "native" and case and not has_cpu_kernel(CASES[case][0]):
+        pytest.skip("no CPU kernels by design: PyTorch's convolution is used there")
     if "CUDA" in kind and kind != "emulated CUDA":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
@@ -81,6 +92,10 @@ def kernels(request, monkeypatch):
 def device(kernels):
     """The device of the inputs."""
     return torch.device("cuda" if kernels in ("CUDA", "eager on CUDA") else "cpu")
+
+
+def has_cpu_kernel(op) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"spatial_mamba::{op}", "CPU")
 
 
 def roundings(kernels, dtype) -> int:

@@ -18,13 +18,19 @@ from spatial_mamba_d2.ops.cuda.source import bundle
 from spatial_mamba_d2.ops.state_fusion import cuda as fusion
 from spatial_mamba_d2.profiling import dram_model
 
-from . import emulator, test_depthwise_conv3x3_layer_norm, test_structure_aware_ssm_from_dt
+from . import (
+    emulator,
+    test_add_bias,
+    test_depthwise_conv3x3_layer_norm,
+    test_structure_aware_ssm_from_dt,
+)
 from .test_conformance import CASES, arguments, call
 
 #: operators that have no gradients
 FOR_INFERENCE = {
     suite.name: suite
     for suite in (
+        test_add_bias.TestAddBias(),
         test_depthwise_conv3x3_layer_norm.TestDepthwiseConv3x3LayerNorm(),
         test_structure_aware_ssm_from_dt.TestStructureAwareSSMFromDt(),
     )
@@ -195,6 +201,11 @@ MODEL = {
     "state_fusion": (dram_model.fusion_forward, dram_model.fusion_backward),
     "structure_aware_ssm": (dram_model.ssm_forward, dram_model.ssm_backward),
     "depthwise_conv3x3 silu": (dram_model.conv_forward, dram_model.conv_backward),
+    "depthwise_conv3x3_stride2": (
+        dram_model.conv_stride2_forward,
+        dram_model.conv_stride2_backward,
+    ),
+    "add_bias_": (lambda p: dram_model.add_bias(p, residual=True),),
     "gated_layer_norm": (dram_model.gate_forward, dram_model.gate_backward),
     "depthwise_conv3x3_layer_norm": (dram_model.conv_norm_forward,),
     "structure_aware_ssm_from_dt": (

@@ -1,0 +1,177 @@
+"""Layers of optimised models: matrix products and convolutions, with what follows them.
+
+On CPUs, oneDNN computes a layer, with its weight in a layout of oneDNN's own. On other devices,
+PyTorch's library does, and our kernel adds bias, residual and ReLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spatial_mamba_d2.models.inference_only import InferenceOnly, refuse_gradients
+from spatial_mamba_d2.models.spatial_mamba import nhwc
+from spatial_mamba_d2.ops import add_bias_
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu_,
+    "gelu": F.gelu,
+}
+# oneDNN's name and slope of each activation. Its ReLU makes 0 of NaN, which would hide a broken
+# image or weight. A leaky one does not; the slope is too small for any other difference.
+_ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[float]]] = {
+    "none": ("none", []),
+    "relu": ("leaky_relu", [1e-30]),
+    "gelu": ("gelu", []),
+}
+
+
+class Part(InferenceOnly):
+    """Layer or group of layers in optimised form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(refuse_gradients)
+
+
+class _Packed(Part):
+    """Layer whose weight is in oneDNN's own layout if oneDNN supports its dtype and device."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, act: str):
+        super().__init__()
+        self.dtype = dtype or weight.dtype
+        self.out_dim = len(weight)
+        self.act = act
+        self.packed = _onednn_supports(weight, self.dtype)
+        self.register_buffer("bias", None if bias is None else bias.to(self.dtype))
+        self._set_weight(weight.to(self.dtype))
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _set_weight(self, weight: Tensor) -> None:
+        if self.packed:  # not a buffer: code that iterates over buffers cannot read its layout
+            self.weight = self._pack(weight)
+        else:
+            self.register_buffer("weight", weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        return {**state, "weight": self.weight.to_dense()} if self.packed else state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.packed:
+            self._set_weight(self.weight)
+
+
+def is_on_cpu(x: Tensor) -> bool:
+    """Whether this is computed by oneDNN, in tiles for the cache, in place."""
+    return x.device.type == "cpu"
+
+
+def _onednn_supports(weight: Tensor, dtype: torch.dtype) -> bool:
+    if not is_on_cpu(weight) or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+class PackedLinear(_Packed):
+    """``act(x W^T + b)``: ``Tensor[..., I]`` -> ``Tensor[..., O]``, both in the weight's dtype."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        act: str = "none",
+    ):
+        super().__init__(weight, bias, dtype, act)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            gelu = "none"  # no approximation
+            linear = torch.ops.mkldnn._linear_pointwise
+            return linear(x, self.weight, self.bias, *_ONEDNN_ACTIVATIONS[self.act], gelu)
+        if self.act == "gelu" and self.dtype == torch.bfloat16 and not is_on_cpu(x):
+            return self._linear_gelu(x)
+        return ACTIVATIONS[self.act](F.linear(x, self.weight, self.bias))
+
+    def _linear_gelu(self, x: Tensor) -> Tensor:
+        """One kernel, which has the tanh form of GELU only.
+
+        That differs from GELU by 5e-4 at most, less than a tenth of what the rounding of its
+        argument to bfloat16 does where it differs most.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        y = torch._addmm_activation(self.bias, tokens, self.weight.t(), use_gelu=True)
+        return y.view(*x.shape[:-1], self.out_dim)
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """``out += act(x W^T + b)``: ``Tensor[tokens, I]`` to ``Tensor[tokens, O]``."""
+        is_product = self.bias is None and self.act == "none" and out.dtype == self.weight.dtype
+        if is_product and not is_on_cpu(out):
+            out.addmm_(x, self.weight.t())  # without a pass of its own for the sum
+        else:
+            out.add_(self(x))
+
+
+class PackedConv(_Packed):
+    """``act(convolution)``: ``Tensor[B, C, H, W]`` of any dtype -> ``out_dtype``.
+
+    Args:
+        out_dtype: dtype of the output, by default the weight's.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        dtype: torch.dtype | None = None,
+        act: str = "none",
+        out_dtype: torch.dtype | None = None,
+    ):
+        self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        super().__init__(conv.weight, conv.bias, dtype, act)
+        self.out_dtype = out_dtype or self.dtype
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        if self.packed:
+            convolution = torch.ops.mkldnn._convolution_pointwise
+            act = _ONEDNN_ACTIVATIONS[self.act]
+            y = convolution(x, self.weight, self.bias, *self.geometry, *act, "")
+        elif is_on_cpu(x):
+            y = ACTIVATIONS[self.act](self._convolve(x, self.bias))
+        else:
+            y = self._convolve(x, None)
+            if self.bias is not None:
+                add_bias_(nhwc(y), self.bias, relu=self.act == "relu")
+        return y.to(self.out_dtype)
+
+    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        padding, stride, dilation, groups = self.geometry
+        return F.conv2d(x, self.weight, bias, stride, padding, dilation, groups)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """``residual + convolution``, a new ``Tensor[B, C, H, W]``."""
+        if is_on_cpu(x):
+            return self(x).add_(residual)
+        y = self._convolve(x, None)
+        add_bias_(nhwc(y), self.bias, nhwc(residual))
+        return y

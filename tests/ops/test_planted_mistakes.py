@@ -1,0 +1,157 @@
+"""Mistakes planted in the kernels: the comparison with the references must notice each of them."""
+
+from __future__ import annotations
+
+import shutil
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from spatial_mamba_d2.ops.cuda import kernels
+
+from . import emulator
+from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
+from .test_conformance import arguments, call, truth
+from .test_cuda_emulator import FOR_INFERENCE
+
+# Of the shapes of the conformance tests: odd and even sizes, packed channels or not, several tiles.
+SHAPES = [(2, 5, 6, 8), (1, 11, 13, 17), (2, 40, 33, 6)]
+
+
+class Mistake(NamedTuple):
+    """``old`` in a file of ``ops/`` becomes ``new``; ``case`` launches a kernel that has it."""
+
+    header: str
+    old: str
+    new: str
+    case: str
+    dtype: torch.dtype = torch.float32
+
+
+CONV = "depthwise_conv3x3/conv.cuh"
+STRIDE2 = "depthwise_conv3x3_stride2/conv_stride2.cuh"
+NORM = "gated_layer_norm/norm.cuh"
+CONV_NORM = "depthwise_conv3x3_layer_norm/conv_norm.cuh"
+MISTAKES = {
+    "conv: wrong tap": Mistake(
+        CONV, "taps[k][(2 - i) * 3 + j]", "taps[k][i * 3 + j]", "depthwise_conv3x3 silu"
+    ),
+    "conv: no row below the band": Mistake(
+        CONV,
+        "y <= place.y1; y++) {\n    Acc row",
+        "y < place.y1; y++) {\n    Acc row",
+        "depthwise_conv3x3 residual",
+    ),
+    "conv: a column outside": Mistake(
+        CONV,
+        "return x >= 0 && x < width;",
+        "return x >= 0 && x + 1 < width;",
+        "depthwise_conv3x3 silu",
+    ),
+    "conv: too few rows above the band in backward": Mistake(
+        CONV,
+        "place.y0 - (kResidual ? 1 : 3)",
+        "place.y0 - (kResidual ? 1 : 2)",
+        "depthwise_conv3x3 silu",
+    ),
+    "stride 2: wrong parity": Mistake(
+        STRIDE2,
+        "const int left = 2 * place.x0 - 1;",
+        "const int left = 2 * place.x0;",
+        "depthwise_conv3x3_stride2",
+    ),
+    "stride 2: the last column": Mistake(
+        STRIDE2, "x + c < place.width;", "x + c < place.width - 1;", "depthwise_conv3x3_stride2"
+    ),
+    "stride 2: no row after the band": Mistake(
+        STRIDE2,
+        "for (int y = place.y0; y <= place.y1; y++)",
+        "for (int y = place.y0; y < place.y1; y++)",
+        "depthwise_conv3x3_stride2",
+    ),
+    "stride 2: no slope of the first ReLU": Mistake(
+        STRIDE2,
+        "rows[0][c + 1][k] <= Acc(0) ? Acc(0) : upper",
+        "false ? Acc(0) : upper",
+        "depthwise_conv3x3_stride2",
+    ),
+    "stride 2: the halo counts twice": Mistake(
+        STRIDE2, "y < place.y1 ? grad[0][k] : Acc(0)", "grad[0][k]", "depthwise_conv3x3_stride2"
+    ),
+    "gate: weight for bias": Mistake(
+        NORM, "* weight[k] + bias[k]) * silu", "* weight[k] + weight[k]) * silu", "gated_layer_norm"
+    ),
+    "gate: sums in 16 bits": Mistake(
+        "cuda/team.cuh",
+        "sums[i] += values[i][k];",
+        "sums[i] = float(c10::BFloat16(float(sums[i] + values[i][k])));",
+        "gated_layer_norm",
+        torch.float32,
+    ),
+    "conv and norm: one channel too many": Mistake(
+        "cuda/team.cuh",
+        "Acc(1) / Acc(channels.dim)",
+        "Acc(1) / Acc(channels.dim + 1)",
+        "depthwise_conv3x3_layer_norm",
+    ),
+    "bias: of the next channel": Mistake(
+        "add_bias/bias.cuh", "sums[k] += bias[k]", "sums[k] += bias[(k + 1) % count]", "add_bias_"
+    ),
+    "low rank: one factor for all": Mistake(
+        "selective_scan/scan.cuh",
+        "step += held[r] * values[r];",
+        "step += held[r] * values[0];",
+        "structure_aware_ssm_from_dt",
+    ),
+}
+
+
+def _library(mistake: Mistake, tmp_path):
+    """The emulator, whose kernels have the mistake."""
+    mutant = tmp_path / "mutant"
+    shutil.copytree(emulator.ROOT / "ops", mutant / "ops", ignore=shutil.ignore_patterns("*.so"))
+    copy = mutant / "ops" / mistake.header
+    text = copy.read_text()
+    assert text.count(mistake.old) >= 1, "the kernels have changed"
+    copy.write_text(text.replace(mistake.old, mistake.new, 1))
+    return emulator.load_variant(mutant, mistake.header, mistake.dtype)
+
+
+def _is_noticed(case: str, shape, dtype, inputs) -> bool:
+    """Whether an output or a gradient deviates more than the conformance tests allow."""
+    if case in FOR_INFERENCE:
+        suite = FOR_INFERENCE[case]
+        tensors = [x.to(dtype) for x in suite.arguments(*inputs)]
+        expected = suite.call([x.double() for x in tensors], suite.reference)
+        outputs = suite.call(tensors)
+        limits = [TOLERANCE[dtype], 4 * TOLERANCE[dtype]]  # the second: a norm
+        pairs = zip(outputs, expected, limits, strict=False)
+        return any(not relative_error(a, e) <= limit for a, e, limit in pairs)
+    args = arguments(case, inputs)
+    output, cotangent, gradients = truth(case, args)
+    leaves = [x.clone().requires_grad_() for x in args]
+    actual = call(case, leaves)
+    if not relative_error(actual, output) <= TOLERANCE[dtype]:
+        return True
+    found = torch.autograd.grad(actual, leaves, cotangent.to(actual))
+    return any(
+        not relative_error(a, e) <= GRADIENT_TOLERANCE[dtype]
+        for a, e in zip(found, gradients, strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_noticed(name, tmp_path, ssm_inputs, monkeypatch, request):
+    mistake = MISTAKES[name]
+    library = _library(mistake, tmp_path)
+    monkeypatch.setattr(emulator, "load", lambda: library)
+    kernels.unload()
+    request.addfinalizer(kernels.unload)
+    with emulator.emulated_cuda():
+        noticed = [
+            _is_noticed(mistake.case, shape, mistake.dtype, ssm_inputs(*shape, mistake.dtype))
+            for shape in SHAPES
+        ]
+    assert any(noticed)
