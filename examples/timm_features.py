@@ -45,7 +45,9 @@ def main() -> None:
     x, labels = features(data / "train")
     x_test, labels_test = features(data / "val")
     center, scale = x.mean(0), x.std(0) + 1e-6
-    x, x_test = (torch.nn.functional.pad((v - center) / scale, (0, 1), value=1) for v in (x, x_test))
+    x, x_test = (
+        torch.nn.functional.pad((v - center) / scale, (0, 1), value=1) for v in (x, x_test)
+    )
     # Ridge regression on one-hot labels
     targets = torch.nn.functional.one_hot(labels).float()
     weights = torch.linalg.solve(x.T @ x + len(x) * torch.eye(x.shape[1]), x.T @ targets)

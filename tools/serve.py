@@ -39,7 +39,10 @@ def main() -> None:
         "--max-windows", type=int, default=256, help="by which it is predicted (%(default)s)"
     )
     parser.add_argument(
-        "--max-pending", type=int, default=16, help="requests at a time; others get 503 (%(default)s)"
+        "--max-pending",
+        type=int,
+        default=16,
+        help="requests at a time; others get 503 (%(default)s)",
     )
     parser.add_argument(
         "--timeout-s", type=float, default=60.0, help="of a request, in seconds (%(default)s)"

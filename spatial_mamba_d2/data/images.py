@@ -121,7 +121,9 @@ def _opened(
         try:
             layout = read_layout(file, max_pixels())
         except TooManyPixelsError as error:
-            raise TooManyPixelsError(f"{error} (the environment variable SMD2_MAX_PIXELS)") from None
+            raise TooManyPixelsError(
+                f"{error} (the environment variable SMD2_MAX_PIXELS)"
+            ) from None
         check_layout(layout, num_channels, value_range)
         yield file, layout
 

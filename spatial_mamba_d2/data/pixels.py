@@ -166,9 +166,7 @@ def read_layout(file: BinaryIO, max_pixels: int | None = None) -> Layout:
 
 def _check_size(height: int, width: int, max_pixels: int | None) -> None:
     if max_pixels is not None and height * width > max_pixels:
-        raise TooManyPixelsError(
-            f"has {height} x {width} pixels; at most {max_pixels} may be read"
-        )
+        raise TooManyPixelsError(f"has {height} x {width} pixels; at most {max_pixels} may be read")
 
 
 def _has_text_behind_pixels(file: BinaryIO) -> bool:

@@ -46,7 +46,9 @@ class Parameter:
         """Raises ParameterError if ``text`` is no valid value."""
         if self.choices is not None:
             if text not in self.choices:
-                raise ParameterError(f"{name} must be one of {', '.join(self.choices)}, got {text!r}")
+                raise ParameterError(
+                    f"{name} must be one of {', '.join(self.choices)}, got {text!r}"
+                )
             return text
         try:
             value = float(text) if self.kind == "number" else int(text)

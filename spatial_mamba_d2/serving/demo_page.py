@@ -56,7 +56,9 @@ def _build_predictions(demo: Demo, file: gradio.File, task: gradio.Radio) -> Non
             )
             button = gradio.Button("Predict", variant="primary", elem_id="predict")
             summary = gradio.Markdown(elem_id="summary")
-            table = gradio.Dataframe(headers=list(COLUMNS[first]), interactive=False, label="Legend")
+            table = gradio.Dataframe(
+                headers=list(COLUMNS[first]), interactive=False, label="Legend"
+            )
             files = gradio.File(
                 label="Results", file_count="multiple", interactive=False, elem_id="results"
             )

@@ -103,7 +103,6 @@ class Service:
         self.predictor, self.limits = predictor, limits
         self.metrics = Metrics()
         self.num_pending = 0
-        self.is_stopping = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="predict")
 
     async def answer(self, request: Request) -> Response:
@@ -207,7 +206,6 @@ class Service:
 
     async def stop(self) -> None:
         """Wait for what was accepted."""
-        self.is_stopping = True
         await asyncio.to_thread(self._thread.shutdown)
 
 
@@ -252,8 +250,6 @@ def build_app(predictor: Predictor, limits: Limits | None = None) -> Starlette:
     model = {"task": predictor.task, "names": list(predictor.names), "version": __version__}
 
     async def healthz(request: Request) -> Response:
-        if service.is_stopping:
-            return PlainTextResponse("stopping\n", 503)
         return PlainTextResponse("ok\n")
 
     async def metrics(request: Request) -> Response:

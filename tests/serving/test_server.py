@@ -287,7 +287,7 @@ def post(url: str, content: bytes) -> tuple[int, bytes]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_what_was_accepted_is_answered_before_the_end(fork, png, free_port):
-    process = fork(serve_stub, free_port, 0.2)
+    process = fork(serve_stub, free_port, 0.3)
     url = f"http://127.0.0.1:{free_port}"
     for _ in range(200):
         try:
@@ -297,7 +297,7 @@ def test_what_was_accepted_is_answered_before_the_end(fork, png, free_port):
             time.sleep(0.05)
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(post, f"{url}/predict", png) for _ in range(6)]
-        while pending(url) < 6:
+        while num_accepted(url) < 6:
             time.sleep(0.01)
         os.kill(process, signal.SIGTERM)
         found = [answer.result() for answer in answers]
@@ -309,6 +309,10 @@ def test_what_was_accepted_is_answered_before_the_end(fork, png, free_port):
         urllib.request.urlopen(f"{url}/healthz", timeout=5)
 
 
-def pending(url: str) -> float:
+def num_accepted(url: str) -> float:
+    """Requests that wait, or have their answers."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=5) as page:
-        return float(re.search(r"pending_requests (\S+)", page.read().decode())[1])
+        text = page.read().decode()
+    return sum(
+        map(float, re.findall(r"^\S*_(?:pending_requests|requests_total\S*) (\S+)", text, re.M))
+    )
