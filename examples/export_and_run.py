@@ -3,8 +3,8 @@
 
     python examples/export_and_run.py --weights output/demo/model_final.pth photo.jpg
 
-The second step is onnx_runner.py, which needs onnxruntime, numpy and Pillow. Here it is started in a
-process in which importing PyTorch is an error.
+The second step is onnx_runner.py, which needs onnxruntime, numpy and Pillow. Here it is started in
+a process in which importing PyTorch is an error.
 """
 
 import argparse

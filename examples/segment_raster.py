@@ -4,8 +4,8 @@
     python examples/segment_raster.py --weights output/demo_seg/best.ckpt
     python examples/segment_raster.py --weights best.ckpt --input scene.tif --window 512
 
-Without --input it is a mosaic of generated images. Where windows overlap, probabilities are averaged
-(docs/large_images.md); tools/predict.py writes GeoTIFFs, from rasters that do not fit into memory.
+Without --input it is a mosaic of generated images. Where windows overlap, probabilities are
+averaged (docs/large_images.md); tools/predict.py writes GeoTIFFs, from rasters of any size.
 """
 
 import argparse

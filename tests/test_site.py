@@ -1,4 +1,4 @@
-"""The built site: every link leads somewhere, nothing comes from other hosts, search has the pages."""
+"""The built site: no link is dead, nothing comes from other hosts, search has the pages."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@
     python tools/app.py
     python tools/app.py --weights detector.pth segmentor.ckpt --port 7860
 
-Without --weights, the models of `python3 dev.py demo`, `demo-seg` and `demo-cls` are shown, as far as
-they have been trained. Weights are checkpoints, or files of tools/export_model.py, at most one of each
-task. Nothing is loaded from other hosts.
+Without --weights, the models of `python3 dev.py demo`, `demo-seg` and `demo-cls` are shown, as far
+as they have been trained. Weights are checkpoints, or files of tools/export_model.py, at most one
+of each task. Nothing is loaded from other hosts.
 """
 
 from pathlib import Path

@@ -5,10 +5,10 @@
     curl --data-binary @photo.jpg 'http://127.0.0.1:8000/predict?masks=polygons'
     curl --form image=@photo.jpg 'http://127.0.0.1:8000/predict?score_thresh=0.7'
 
-The weights are a checkpoint of any task, or a file of tools/export_model.py. /openapi.json describes
-the answers, /healthz and /metrics are for the machinery around. SIGTERM or Ctrl-C: no more requests are
-accepted, and those that wait are answered. There is no access control: others reach it through a
-proxy that has one.
+The weights are a checkpoint of any task, or a file of tools/export_model.py. /openapi.json
+describes the answers; /healthz and /metrics are for monitoring. SIGTERM or Ctrl-C: no more requests
+are accepted, and those that wait are answered. There is no access control: others reach it through
+a proxy that has one.
 """
 
 import argparse

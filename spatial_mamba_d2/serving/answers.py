@@ -1,4 +1,4 @@
-"""What a request may ask for, and its answer: the one description that checks, JSON and OpenAPI use.
+"""What a request may ask for, and its answer: what checks, JSON and OpenAPI have in common.
 
 Coordinates are pixels of the upright image, (0, 0) its upper left corner, as in
 :class:`~spatial_mamba_d2.prediction.Detections`.

@@ -101,7 +101,7 @@ def install_wheel() -> int:
 
 
 def correct_metadata(info: Path) -> None:
-    """Let the wheel's metadata say what is installed, so that ``pip check`` and ``uninstall`` are right.
+    """Let the wheel's metadata say what is installed, for ``pip check`` and ``pip uninstall``.
 
     It runs with any version of NumPy, which the tests show, and without the extension module on any
     Python and platform; ``tools`` is left out.

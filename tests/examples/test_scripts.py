@@ -78,7 +78,8 @@ def test_a_detector_is_fine_tuned(run, shapes, tmp_path):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     printed = run(
         "finetune_detector.py", "--data", shapes, "INPUT.MIN_SIZE_TRAIN", "(48,)",
-        "INPUT.MIN_SIZE_TEST", 48, "TEST.PICTURES", 0, "SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 1,
+        "INPUT.MIN_SIZE_TEST", 48, "TEST.PICTURES", 0, "SOLVER.MAX_ITER", 4,
+        "SOLVER.WARMUP_ITERS", 1,
     )  # fmt: skip
     assert len(re.findall(r"validation/\d+\.jpg: \d+ objects", printed)) == 5
     assert len(list((tmp_path / "out/drawings").glob("*.png"))) == 5

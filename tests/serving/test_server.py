@@ -14,12 +14,13 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-for module in ("starlette", "uvicorn", "python_multipart"):
-    pytest.importorskip(module, reason="pip install 'spatial-mamba-d2[serve]'")
-from starlette.testclient import TestClient  # needs httpx
+pytest.importorskip("starlette", reason="pip install 'spatial-mamba-d2[serve]'")
+pytest.importorskip("uvicorn", reason="pip install 'spatial-mamba-d2[serve]'")
+pytest.importorskip("python_multipart", reason="pip install 'spatial-mamba-d2[serve]'")
+pytest.importorskip("httpx", reason="pip install httpx")
+from starlette.testclient import TestClient
 
 from spatial_mamba_d2.prediction import Predictor
 from spatial_mamba_d2.serving import server
