@@ -89,7 +89,7 @@ def _build_predictions(demo: Demo, file: gradio.File, task: gradio.Radio) -> Non
 
 def _build_inside(demo: Demo, file: gradio.File, task: gradio.Radio) -> None:
     gradio.Markdown(
-        "States of a block after the scan, before and after their fusion with their neighbours; and "
+        "States of a block after the scan, before and after the fusion with their neighbours; and "
         "how much each pixel contributes to the centre of each stage's map."
     )
     with gradio.Row():
