@@ -63,7 +63,7 @@ def _build_predictions(demo: Demo, file: gradio.File, task: gradio.Radio) -> Non
                 label="Results", file_count="multiple", interactive=False, elem_id="results"
             )
         with gradio.Column(scale=2):
-            drawing = gradio.Image(label="Prediction", format="png", elem_id="drawing")
+            drawing = _drawing("Prediction", "drawing")
 
     def predict(file: str | None, task: str, thresh: float, names: list[str], px: float) -> Any:
         shown = _told(demo.predict, task, _given(file), score_thresh=thresh, names=names or (),
@@ -96,13 +96,20 @@ def _build_inside(demo: Demo, file: gradio.File, task: gradio.Radio) -> None:
         stage = gradio.Slider(1, _NUM_STAGES, 1, step=1, label="Stage")
         block = gradio.Slider(1, _MOST_BLOCKS, 1, step=1, label="Block of the stage")
     button = gradio.Button("Look inside", variant="primary", elem_id="look")
-    states = gradio.Image(label="States", format="png", elem_id="states")
-    fields = gradio.Image(label="Receptive fields", format="png", elem_id="fields")
+    states, fields = _drawing("States", "states"), _drawing("Receptive fields", "fields")
 
     def look(file: str | None, task: str, stage: float, block: float) -> Any:
         return _told(demo.look_inside, task, _given(file), int(stage), int(block))
 
     button.click(look, [file, task, stage, block], [states, fields])
+
+
+def _drawing(label: str, elem_id: str) -> gradio.Image:
+    """Without the button that would share it on another host."""
+    return gradio.Image(
+        label=label, format="png", elem_id=elem_id, interactive=False,
+        buttons=["download", "fullscreen"],
+    )  # fmt: skip
 
 
 def _given(file: str | None) -> Path:
