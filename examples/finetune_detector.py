@@ -22,16 +22,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="labelled images; default: generated ones")
     parser.add_argument("--weights", type=Path, help="to start from; default: random ones")
-    parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--minutes", type=float, help="default: 3, unless --epochs is given")
+    parser.add_argument("--epochs", type=float)
     parser.add_argument("--output", type=Path, default=Path("output/example_detector"))
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     args = parser.parse_args()
     log_to_stdout()
     data = args.data or generate_shapes(args.output / "data", num_train=200, num_val=20)
     run = args.output / "run"
+    minutes = 3 if args.minutes is None and args.epochs is None else args.minutes
     finetune(
-        data, args.weights, run, task="detection", minutes=args.minutes, overrides=tuple(args.opts)
-    )
+        data, args.weights, run, task="detection", minutes=minutes, epochs=args.epochs,
+        overrides=tuple(args.opts),
+    )  # fmt: skip
 
     predict = load_predictor(run / "model_final.pth")
     images = find_images([data])[-5:]

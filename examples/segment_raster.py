@@ -35,11 +35,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=Path("output/demo_seg/best.ckpt"))
     parser.add_argument("--input", type=Path, help="an image; default: generated")
-    parser.add_argument("--window", type=int, default=256, metavar="PX")
+    parser.add_argument("--window", type=int, default=192, metavar="PX")
     parser.add_argument("--output", type=Path, default=Path("output/example_raster"))
     args = parser.parse_args()
     predict = load_predictor(args.weights)
-    scene = args.input or mosaic(4, 5)
+    scene = args.input or mosaic(2, 3)
     result = predict(scene, window_px=args.window)
     for row in result.rows():
         print(f"{row['name']:20} {row['share']:6.1%}")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from spatial_mamba_d2.data.images import read_image
+from spatial_mamba_d2.models import build_classifier
 from spatial_mamba_d2.models.variants import VARIANTS
 
 
@@ -56,11 +57,11 @@ def segmentor(tmp_path):
 
 
 def test_a_raster_is_segmented(run, segmentor, tmp_path):
-    printed = run("segment_raster.py", "--weights", segmentor, "--window", 256)
+    printed = run("segment_raster.py", "--weights", segmentor, "--window", 384)
     shares = [float(share) for share in re.findall(r"([\d.]+)%", printed)]
     assert sum(shares) == pytest.approx(100, abs=0.3)
     label = read_image(tmp_path / "out/label.png", num_channels=1)
-    assert label.shape == (768, 960, 1) and label.max() < 3
+    assert label.shape == (384, 576, 1) and label.max() < 3
     scene = tmp_path / "scene.png"
     Image.fromarray(np.zeros((90, 120, 3), np.uint8)).save(scene)
     run("segment_raster.py", "--weights", segmentor, "--input", scene, "--window", 64)
@@ -77,7 +78,7 @@ def test_features_in_timm(run):
 def test_a_detector_is_fine_tuned(run, shapes, tmp_path):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     printed = run(
-        "finetune_detector.py", "--data", shapes, "INPUT.MIN_SIZE_TRAIN", "(48,)",
+        "finetune_detector.py", "--data", shapes, "--epochs", 2, "INPUT.MIN_SIZE_TRAIN", "(48,)",
         "INPUT.MIN_SIZE_TEST", 48, "TEST.PICTURES", 0, "SOLVER.MAX_ITER", 4,
         "SOLVER.WARMUP_ITERS", 1,
     )  # fmt: skip
@@ -86,12 +87,20 @@ def test_a_detector_is_fine_tuned(run, shapes, tmp_path):
     assert (tmp_path / "out/run/model_final.pth").is_file()
 
 
-def test_an_exported_model_runs_without_pytorch(run, segmentor, tmp_path, capfd):
+@pytest.mark.slow
+def test_an_exported_model_runs_without_pytorch(run, tmp_path):
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="pip install 'spatial-mamba-d2[export]'")
+    config = pytest.importorskip(
+        "spatial_mamba_d2.classification.config", reason="fvcore is not installed"
+    )
+    words = ["MODEL.NUM_CLASSES", "2", "INPUT.CROP_PX", "32", "TEST.SHORT_PX", "36"]
+    cfg = config.load_config(None, [*words, "MODEL.DEVICE", "cpu"])
+    content = {"model": build_classifier("tiny", 2).state_dict(), "config": cfg.dump()}
+    torch.save(content | {"classes": ["x", "y"]}, tmp_path / "weights.pth")
     photo = tmp_path / "photo.jpg"
     Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(photo)
-    run("export_and_run.py", "--weights", segmentor, photo)
+    run("export_and_run.py", "--weights", tmp_path / "weights.pth", photo)
     assert (tmp_path / "out/model.onnx").is_file()
     assert list((tmp_path / "out/drawings").iterdir())
 
