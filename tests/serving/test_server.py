@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import runpy
 import signal
+import sys
 import threading
 import time
 import urllib.error
@@ -20,9 +22,11 @@ pytest.importorskip("uvicorn", reason="pip install 'spatial-mamba-d2[serve]'")
 pytest.importorskip("python_multipart", reason="pip install 'spatial-mamba-d2[serve]'")
 pytest.importorskip("httpx", reason="pip install httpx")
 import httpx
+import torch
 from starlette.testclient import TestClient
 
-from spatial_mamba_d2.prediction import Predictor
+from spatial_mamba_d2.models import build_classifier
+from spatial_mamba_d2.prediction import Predictor, load_predictor
 from spatial_mamba_d2.serving import server
 from spatial_mamba_d2.serving.server import Limits, build_app
 from tests.prediction.conftest import Oracle
@@ -298,6 +302,17 @@ def serve_stub(port: int, seconds: float) -> None:
     )  # fmt: skip
 
 
+def wait_for(url: str) -> None:
+    """Returns when it takes requests."""
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"{url}/healthz", timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise TimeoutError(url)
+
+
 def post(url: str, content: bytes) -> tuple[int, bytes]:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, content), timeout=30) as answer:
@@ -310,12 +325,7 @@ def post(url: str, content: bytes) -> tuple[int, bytes]:
 def test_what_was_accepted_is_answered_before_the_end(fork, png, free_port):
     process = fork(serve_stub, free_port, 0.3)
     url = f"http://127.0.0.1:{free_port}"
-    for _ in range(200):
-        try:
-            urllib.request.urlopen(f"{url}/healthz", timeout=5).close()
-            break
-        except OSError:
-            time.sleep(0.05)
+    wait_for(url)
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(post, f"{url}/predict", png) for _ in range(6)]
         while num_accepted(url) < 6:
@@ -336,3 +346,31 @@ def num_accepted(url: str) -> float:
         numbers = numbers_of(page.read().decode())
     kinds = ("pending_requests", "requests_total")
     return sum(value for name, value in numbers.items() if name.startswith(kinds))
+
+
+def serve_by_tool(tool: Path, *words: object) -> None:
+    sys.argv = [str(tool), *map(str, words)]
+    runpy.run_path(str(tool), run_name="__main__")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_the_tool_serves_a_checkpoint(fork, png, free_port, root, test_variant, tmp_path):
+    config = pytest.importorskip(
+        "spatial_mamba_d2.classification.config", reason="fvcore is not installed"
+    )
+    words = ["MODEL.NUM_CLASSES", "3", "INPUT.CROP_PX", "32", "TEST.SHORT_PX", "36"]
+    words += ["MODEL.SPATIAL_MAMBA.VARIANT", test_variant, "MODEL.DEVICE", "cpu"]
+    cfg = config.load_config(None, words)
+    torch.manual_seed(0)
+    content = {"model": build_classifier(test_variant, 3).state_dict(), "config": cfg.dump()}
+    torch.save(content | {"classes": ["x", "y", "z"]}, tmp_path / "weights.pth")
+    (tmp_path / "image.png").write_bytes(png)
+    tool = root / "tools/serve.py"
+    fork(serve_by_tool, tool, "--weights", tmp_path / "weights.pth", "--port", free_port)
+    url = f"http://127.0.0.1:{free_port}"
+    wait_for(url)
+    status, answer = post(f"{url}/predict?top=2", png)
+    expected = load_predictor(tmp_path / "weights.pth", device="cpu")(tmp_path / "image.png").top(2)
+    found = json.loads(answer)["classes"]
+    assert status == 200 and [c["name"] for c in found] == [name for name, _ in expected]
+    assert [c["score"] for c in found] == pytest.approx([score for _, score in expected], abs=1e-5)
