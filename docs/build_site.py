@@ -18,7 +18,7 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -67,9 +67,19 @@ def write_site(folder: Path, commands: bool = True) -> list[Path]:
         (folder / name).write_text(text, encoding="utf-8")
     for image in ROOT.glob("docs/*.jpg"):
         shutil.copy(image, folder)
-    lines = [f"- [{_title(text)}]({name})" for name, text in texts.items()]
-    (folder / "llms.txt").write_text("# Spatial-Mamba\n\n" + "\n".join(lines) + "\n")
+    (folder / "llms.txt").write_text(list_for_models(texts), encoding="utf-8")
     return [folder / name for name in texts]
+
+
+def list_for_models(texts: Mapping[str, str]) -> str:
+    """The content of ``llms.txt``, with the addresses that the pages have in the built site."""
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    (summary,) = re.findall("^site_description: (.*)$", settings, re.MULTILINE)
+    lines = ["# Spatial-Mamba", "", f"> {summary}", "", "## Pages", ""]
+    for name, text in texts.items():
+        address = "./" if name == "index.md" else f"{name.removesuffix('.md')}/"
+        lines.append(f"- [{_title(text)}]({address})")
+    return "\n".join(lines) + "\n"
 
 
 def _title(text: str) -> str:

@@ -21,7 +21,7 @@ LEVELS = (
     ("segmentation", "classification", "detection"),
     ("model_zoo", "doctor"),
     ("model_card",),
-    ("hub", "deploy", "finetuning", "reporting", "profiling"),
+    ("hub", "deploy", "finetuning", "reporting", "profiling", "serving"),
     ("configs", "tools", "datasets", "examples", "docs", "dev", "setup", "__main__"),
     ("tests",),
 )

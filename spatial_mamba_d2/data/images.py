@@ -10,6 +10,7 @@ label may have, by default 178956970, as for Pillow: a small file can unpack to 
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -26,6 +27,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from spatial_mamba_d2.data import tiff
 from spatial_mamba_d2.data.faults import InaccessibleFileError
 from spatial_mamba_d2.data.outputs import (
     check_outputs,
@@ -37,6 +39,7 @@ from spatial_mamba_d2.data.pixels import (
     ImageFormatError,
     Layout,
     PixelRange,
+    TooManyPixelsError,
     check_layout,
     read_layout,
     read_pixels,
@@ -45,6 +48,8 @@ from spatial_mamba_d2.system.missing import no_such
 
 ENDINGS = (".png", "_label.png")  # of what is written for NAME: the drawing, and predicted labels
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+_FORMATS = "JPEG, PNG, BMP, WebP, TIFF"
+_MARKS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF", *tiff.MARKS)  # of these
 # What operating systems leave in folders, in addition to names that begin with a dot.
 _LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"}
 _DEFAULT_MAX_PIXELS = 178_956_970
@@ -53,6 +58,10 @@ _BROKEN = (  # what Pillow and OpenCV raise about the content of a file
     struct.error, zlib.error, cv2.error, Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )  # fmt: skip
+
+
+class UnknownFormatError(ValueError):
+    """Bytes are no image in a format that is read from anyone."""
 
 
 @contextmanager
@@ -80,12 +89,12 @@ def naming_file(kind: str, path: str | Path) -> Iterator[None]:
         kind_of_error = ValueError if error.errno is None else InaccessibleFileError
         raise kind_of_error(f"{kind} file {path} cannot be decoded: {error}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
+        raise TooManyPixelsError(
             f"{kind} file {path} has too many pixels; the environment variable SMD2_MAX_PIXELS "
             f"sets the limit ({error})"
         ) from error
     except ImageFormatError as error:
-        raise ImageFormatError(f"{kind} file {path} {error}") from None
+        raise type(error)(f"{kind} file {path} {error}") from None
     except MemoryError:
         raise ValueError(f"{kind} file {path} does not fit into the memory") from None
     except _BROKEN as error:
@@ -110,12 +119,12 @@ def _opened(
 ) -> Iterator[tuple[BinaryIO, Layout]]:
     """The file and its layout, which is one that can be read."""
     with naming_file("image", path), open(path, "rb") as file:
-        layout = read_layout(file)
-        if layout.height * layout.width > (limit := max_pixels()):
-            raise ImageFormatError(
-                f"has {layout.height} x {layout.width} pixels; at most {limit} may be read (the "
-                "environment variable SMD2_MAX_PIXELS)"
-            )
+        try:
+            layout = read_layout(file, max_pixels())
+        except TooManyPixelsError as error:
+            raise TooManyPixelsError(
+                f"{error} (the environment variable SMD2_MAX_PIXELS)"
+            ) from None
         check_layout(layout, num_channels, value_range)
         yield file, layout
 
@@ -152,6 +161,34 @@ def read_image(
             values or channels that cannot be read right.
     """
     with _opened(path, num_channels, value_range) as (file, layout):
+        return read_pixels(file, layout, num_channels, value_range, upright=True)
+
+
+def read_image_bytes(
+    content: bytes,
+    num_channels: int = 3,
+    value_range: PixelRange | None = None,
+    limit: int | None = None,
+) -> np.ndarray:
+    """Like :func:`read_image`, from the content of a file that is not trusted.
+
+    Only the formats of files with :data:`SUFFIXES` are tried: some of the others, such as
+    PostScript, make Pillow start a program.
+
+    Args:
+        limit: the most pixels that the image may have; None: ``SMD2_MAX_PIXELS``. It is compared
+            with the header, before a pixel is decoded.
+
+    Raises:
+        UnknownFormatError: it does not begin as such a file does.
+        TooManyPixelsError: it has more pixels than ``limit``.
+        ValueError: see :func:`read_image`.
+    """
+    if not content.startswith(_MARKS):
+        raise UnknownFormatError(f"image must be one of {_FORMATS}, got {content[:4]!r}...")
+    with naming_file("image", "in memory"), io.BytesIO(content) as file:
+        layout = read_layout(file, max_pixels() if limit is None else min(limit, max_pixels()))
+        check_layout(layout, num_channels, value_range)
         return read_pixels(file, layout, num_channels, value_range, upright=True)
 
 

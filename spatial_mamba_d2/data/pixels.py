@@ -62,6 +62,10 @@ class ImageFormatError(ValueError):
     """An image file is not damaged, but holds pixels that are not read as it is."""
 
 
+class TooManyPixelsError(ImageFormatError):
+    """An image is larger than what may be read."""
+
+
 class Layout(NamedTuple):
     """What the pixels of an image file are.
 
@@ -108,19 +112,26 @@ def valid_orientation(value: Any) -> int:
     return value if value in range(1, 9) else 1
 
 
-def read_layout(file: BinaryIO) -> Layout:
+def read_layout(file: BinaryIO, max_pixels: int | None = None) -> Layout:
     """From the header of a file.
+
+    Args:
+        max_pixels: refuse images with more pixels, before any of them is decoded.
 
     Raises:
         ValueError, OSError: it is no image, or damaged.
         ImageFormatError: it holds several images.
+        TooManyPixelsError: it is larger than ``max_pixels``.
     """
     start = file.read(len(_PNG_MARK) + 18)
     if start.startswith(tiff.MARKS):
-        return _tiff_layout(tiff.read_tiff_header(file))
+        header = tiff.read_tiff_header(file)
+        _check_size(header.height, header.width, max_pixels)
+        return _tiff_layout(header)
     file.seek(0)
     with Image.open(file) as image:
         width, height = image.size
+        _check_size(height, width, max_pixels)
         num_images = getattr(image, "n_frames", 1)
         # The further images of an MPO file, a telephone's JPEG, are previews and depth.
         if num_images > 1 and image.format != "MPO":
@@ -151,6 +162,11 @@ def read_layout(file: BinaryIO) -> Layout:
     if image.mode in ("CMYK", "YCbCr"):
         bands = 3  # as which they are read
     return Layout(height, width, orientation, bits, kind, bands, has_alpha, True)
+
+
+def _check_size(height: int, width: int, max_pixels: int | None) -> None:
+    if max_pixels is not None and height * width > max_pixels:
+        raise TooManyPixelsError(f"has {height} x {width} pixels; at most {max_pixels} may be read")
 
 
 def _has_text_behind_pixels(file: BinaryIO) -> bool:

@@ -8,7 +8,10 @@ version of Detectron2 is pinned here and nowhere else.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import re
 import shlex
 import shutil
 import site
@@ -87,12 +90,42 @@ def install_wheel() -> int:
             return code
         for library in unpacked.glob("detectron2/_C.*"):
             library.unlink()
+        for info in unpacked.glob("*.dist-info"):
+            correct_metadata(info)
         # A Detectron2 that cannot be imported may be in the way.
         pip("uninstall", "--yes", "detectron2", WHEEL.partition("==")[0])
         for folder in (*unpacked.glob("*.dist-info"), unpacked / "detectron2"):
             shutil.rmtree(destination / folder.name, ignore_errors=True)
             folder.replace(destination / folder.name)
     return 0
+
+
+def correct_metadata(info: Path) -> None:
+    """Let the wheel's metadata say what is installed, for ``pip check`` and ``pip uninstall``.
+
+    It runs with any version of NumPy, which the tests show, and without the extension module on any
+    Python and platform; ``tools`` is left out.
+
+    Args:
+        info: the folder ``*.dist-info``.
+    """
+    changes = {
+        "METADATA": (r"^Requires-Dist: numpy\b.*$", "Requires-Dist: numpy"),
+        "WHEEL": (r"^Tag: .*$", "Tag: py3-none-any"),
+    }
+    records = {}
+    for name, (pattern, line) in changes.items():
+        text = (info / name).read_text(encoding="utf-8")
+        content = re.sub(pattern, line, text, flags=re.MULTILINE).encode()
+        (info / name).write_bytes(content)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        records[f"{info.name}/{name}"] = f"sha256={digest},{len(content)}"
+    kept = []
+    for line in (info / "RECORD").read_text(encoding="utf-8").splitlines():
+        path, _, rest = line.partition(",")
+        if path.startswith((f"{info.name}/", "detectron2/")) and "/_C." not in path:
+            kept.append(f"{path},{records.get(path, rest)}\n")
+    (info / "RECORD").write_text("".join(kept), encoding="utf-8")
 
 
 def main() -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import subprocess
 import sys
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,20 @@ from spatial_mamba_d2.system import install_detectron2
 from spatial_mamba_d2.system.install_detectron2 import main
 
 COMPILED = "_C.cpython-310-x86_64-linux-gnu.so"
+
+
+def write_metadata(info: Path) -> None:
+    """As in the wheel, with fewer lines."""
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: sal-detectron2\nVersion: 0.7.2\nRequires-Dist: yacs>=0.1.8\n"
+        "Requires-Dist: numpy<2\n"
+    )
+    (info / "WHEEL").write_text(
+        "Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: cp310-cp310-linux_x86_64\n"
+    )
+    names = ("detectron2/__init__.py", f"detectron2/{COMPILED}", "tools/train_net.py")
+    names += tuple(f"{info.name}/{name}" for name in ("METADATA", "RECORD", "WHEEL"))
+    (info / "RECORD").write_text("".join(f"{name},sha256=x,1\n" for name in names))
 
 
 class Pip:
@@ -32,6 +49,7 @@ class Pip:
             for name in ("detectron2", "sal_detectron2-0.7.2.dist-info", "tools"):
                 (target / name).mkdir(parents=True)
             (target / "detectron2" / COMPILED).touch()
+            write_metadata(target / "sal_detectron2-0.7.2.dist-info")
             if code == 0:
                 (target / "detectron2/__init__.py").touch()
         return code
@@ -87,7 +105,27 @@ def test_the_wheel_replaces_an_upstream_that_cannot_be_had(pip, monkeypatch, tmp
         "detectron2",
         "detectron2/__init__.py",
         "sal_detectron2-0.7.2.dist-info",
+        *(f"sal_detectron2-0.7.2.dist-info/{name}" for name in ("METADATA", "RECORD", "WHEEL")),
     }
+
+
+def test_the_metadata_say_what_is_installed(pip, tmp_path):
+    """`pip check` compares requirements and tags; `pip uninstall` removes what RECORD lists."""
+    assert main() == 0
+    info = tmp_path / "sal_detectron2-0.7.2.dist-info"
+    distribution = PathDistribution(info)
+    assert distribution.requires == ["yacs>=0.1.8", "numpy"]
+    assert "Tag: py3-none-any\n" in (info / "WHEEL").read_text()
+    recorded = {str(file): file for file in distribution.files}
+    assert set(recorded) == {
+        "detectron2/__init__.py",
+        *(f"{info.name}/{name}" for name in ("METADATA", "RECORD", "WHEEL")),
+    }
+    for name in ("METADATA", "WHEEL"):
+        content = (info / name).read_bytes()
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+        file = recorded[f"{info.name}/{name}"]
+        assert (file.hash.value, file.size) == (digest, len(content))
 
 
 def test_the_wheel_is_checked_by_its_hash(pip):

@@ -1,0 +1,1 @@
+"""Models behind a network connection: a server that answers with JSON, and a web demo."""
