@@ -83,13 +83,17 @@ class _Fragment:
 
 
 def merge_detections(
-    grid: Grid, results: Iterable[Detections | None], names: tuple[str, ...]
+    grid: Grid,
+    results: Iterable[Detections | None],
+    names: tuple[str, ...],
+    score_thresh: float = 0.0,
 ) -> Iterator[Detections]:
     """Objects of the image from those of its windows.
 
     Args:
         results: of each window of ``grid``, in this order; None for windows without a result.
         names: of the classes.
+        score_thresh: the lowest score of objects; of detections in windows, all scores count.
 
     Yields:
         objects in the frame of the image, those of about one row of windows at a time. Memory holds
@@ -101,7 +105,8 @@ def merge_detections(
         if result is not None:
             merger.add(index, result)
         if index % num_columns == num_columns - 1:
-            if objects := merger.finish_row(index // num_columns):
+            found = merger.finish_row(index // num_columns)
+            if objects := [f for f in found if f.score > 0 and f.score >= score_thresh]:
                 yield merger.build(objects)
 
 

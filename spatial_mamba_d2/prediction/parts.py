@@ -63,7 +63,7 @@ class Parts:
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
+        with replacing(file, by_several=True) as temporary:
             temporary.write_text(json.dumps(settings), encoding="utf-8")
 
     def _path(self, image: int, window: int, suffix: str = ".npz") -> Path:
@@ -94,7 +94,7 @@ class Parts:
 
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, len(content)) as temporary:
+        with replacing(path, len(content), by_several=True) as temporary:
             temporary.write_bytes(content)
 
     def reason(self, image: int, window: int) -> str | None:

@@ -70,6 +70,10 @@ class Grid:
     def row_of(self, index: int) -> int:
         return index // len(self.lefts)
 
+    def indices_of_row(self, row: int) -> range:
+        """The windows of a row."""
+        return range(row * len(self.lefts), (row + 1) * len(self.lefts))
+
     def inner_edges(self, window: Window) -> tuple[bool, bool, bool, bool]:
         """Whether its top, left, bottom and right edge are inside of the image."""
         height, width = self.size
