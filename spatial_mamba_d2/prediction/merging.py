@@ -14,8 +14,12 @@ Matches are joined by union-find, so an object may cross any number of windows. 
 that are one object:
 
 4. If one that no inner edge cuts has at least :data:`COMPLETE_SHARE` of the pixels of all of them
-   together, that one is the result, with its box, mask and score: the one with the most pixels.
-5. Else the result is the union of masks and boxes, with the highest score.
+   together, that one is the result, with its box and mask: the one with the most pixels.
+5. Else the result is the union of masks and boxes.
+6. Windows that hold the box of the result complete are its witnesses. Its score is the mean of the
+   scores that these give it, 0 for a witness that does not: so what only a window at whose edge it
+   is has taken for an object does not stay, nor do false detections add up where windows overlap.
+   Without a witness, because the object is larger than the overlap, it is the highest score.
 
 Parts of an object that are nowhere connected within a margin stay apart: nothing tells that they
 belong together. Results come as soon as no later window can reach them, in an order that depends
@@ -24,7 +28,7 @@ on the windows only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,6 +58,7 @@ class _Fragment:
     """
 
     number: int  # in the order of windows and of detections in them
+    window: int
     class_index: int
     score: float
     box: np.ndarray  # float32[4]
@@ -115,20 +120,23 @@ class _Merger:
         self.grid, self.names = grid, names
         self.with_masks = False
         self.num_fragments = 0
+        self.predicted: set[int] = set()  # windows with a result, as far as they count
         self.open: dict[int, list[_Fragment]] = {}  # window -> fragments that later ones may meet
         self.objects: list[_Fragment] = []  # open ones, by the fragment that stands for them
 
     def add(self, index: int, result: Detections) -> None:
         window = self.grid[index]
         self.with_masks = result.masks is not None
-        fragments = list(self._fragments(window, result))
+        fragments = list(self._fragments(index, result))
+        self.predicted.add(index)
         for other_index, others in self.open.items():
             if shared := window.shared_with(self.grid[other_index]):
                 _match(fragments, others, shared)
         self.open[index] = fragments
         self.objects += fragments
 
-    def _fragments(self, window: Window, result: Detections) -> Iterator[_Fragment]:
+    def _fragments(self, index: int, result: Detections) -> Iterator[_Fragment]:
+        window = self.grid[index]
         offset = np.array([window.left, window.top] * 2, np.float32)
         for i in range(len(result)):
             box = result.boxes[i]
@@ -140,6 +148,7 @@ class _Merger:
             self.num_fragments += 1
             yield _Fragment(
                 self.num_fragments,
+                index,
                 int(result.classes[i]),
                 float(result.scores[i]),
                 box + offset,
@@ -175,11 +184,30 @@ class _Merger:
             for index, fragments in self.open.items()
             if self.grid[index].bottom > limit
         }
-        return [self._merge(fragment) for fragment in done]
+        merged = [self._merge(fragment) for fragment in done]
+        self.predicted = {i for i in self.predicted if self.grid[i].bottom > limit}
+        return merged
 
     def _merge(self, fragment: _Fragment) -> _Fragment:
         members = fragment.members
         assert members is not None
+        merged = self._shape(fragment, members)
+        merged.score = self._score(merged.box, members)
+        return merged
+
+    def _score(self, box: np.ndarray, members: Sequence[_Fragment]) -> float:
+        """By rule 6."""
+        scores: dict[int, float] = {}
+        for member in members:
+            scores[member.window] = max(scores.get(member.window, 0.0), member.score)
+        windows = self.grid.windows_with(box.tolist(), CUT_PX)
+        witnesses = [window for window in windows if window in self.predicted]
+        if not witnesses:
+            return max(scores.values())
+        return sum(scores.get(window, 0.0) for window in witnesses) / len(witnesses)
+
+    def _shape(self, fragment: _Fragment, members: list[_Fragment]) -> _Fragment:
+        """Box and mask of an object, by rules 4 and 5."""
         if len(members) == 1:
             return fragment
         height = self.grid.size[0]
@@ -191,7 +219,7 @@ class _Merger:
                 return replace(largest, owner=None)
         boxes = np.stack([m.box for m in members])
         box = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
-        merged = replace(fragment, score=max(m.score for m in members), box=box)
+        merged = replace(fragment, box=box)
         merged.members = members
         return merged
 

@@ -12,6 +12,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def _result(arrays: Mapping[str, np.ndarray], names: tuple[str, ...]) -> Part | 
         counts, ends = arrays["counts"].tobytes(), np.cumsum(arrays["lengths"]).tolist()
         masks = tuple(
             {"size": [height, width], "counts": counts[start:stop]}
-            for start, stop in zip([0, *ends[:-1]], ends, strict=True)
+            for start, stop in pairwise([0, *ends])
         )
     return Detections(
         boxes=arrays["boxes"],

@@ -34,6 +34,12 @@ def painted(geometries, classes, size, transform=None):
     return features.rasterize(values, size, **place)
 
 
+def geo_of(path):
+    from pyarrow import parquet
+
+    return json.loads(parquet.read_metadata(path).metadata[b"geo"])
+
+
 @pytest.fixture
 def raster(scene, tmp_path):
     """``raster(transform, crs)``: the scene as GeoTIFF."""
@@ -76,7 +82,7 @@ def test_a_geopackage_has_the_coordinates_of_the_raster(raster, scene, oracle, t
 
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     table = parquet.read_table(tmp_path / "out/predictions.parquet")
-    geo = json.loads(table.schema.metadata[b"geo"])
+    geo = geo_of(tmp_path / "out/predictions.parquet")
     (column,) = geo["columns"].values()
     assert geo["primary_column"] == "geometry"
     assert column["crs"]["id"] == {"authority": "EPSG", "code": 32633}
@@ -151,7 +157,7 @@ def test_images_of_several_systems(raster, oracle, tmp_path):
     paths = [raster(place), raster(place, "EPSG:32634", "other.tif")]
     predict(paths, tmp_path / "out", oracle(), "parquet")
     table = parquet.read_table(tmp_path / "out/predictions.parquet")
-    assert json.loads(table.schema.metadata[b"geo"])["columns"]["geometry"]["crs"] is None
+    assert geo_of(tmp_path / "out/predictions.parquet")["columns"]["geometry"]["crs"] is None
     assert set(table["crs"].to_pylist()) == {"EPSG:32633", "EPSG:32634"}
 
 

@@ -127,7 +127,7 @@ def test_in_python(tmp_path):
     assert first.source == path / "000000" and first.time_s == 0
     assert model.numbers == [0, 1, 2, 3]  # read when their turn comes
     assert [round(result.time_s * 25) for result in results] == list(range(1, 10))
-    both = list(Predictor(Reader())([path, np.zeros((9, 9, 3), np.uint8)]))
+    both = list(Predictor(Reader())([path, np.zeros((HEIGHT, WIDTH + 1, 3), np.uint8)]))
     assert len(both) == 11 and both[-1].source is None and both[-1].time_s is None
 
 
