@@ -25,7 +25,12 @@ from spatial_mamba_d2.data.outputs import check_outputs, common_folder, name_out
 from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.models.checkpoints.reading import file_sha256
 from spatial_mamba_d2.prediction.blending import Blender
-from spatial_mamba_d2.prediction.drivers import run_processes, run_rank, slurm_script
+from spatial_mamba_d2.prediction.drivers import (
+    device_of_rank,
+    run_processes,
+    run_rank,
+    slurm_script,
+)
 from spatial_mamba_d2.prediction.items import BROKEN, Items
 from spatial_mamba_d2.prediction.loading import load_predictor
 from spatial_mamba_d2.prediction.merging import merge_detections
@@ -421,6 +426,7 @@ def run(args: argparse.Namespace) -> None:
     if args.slurm is not None:
         print(slurm_script(_without_option(sys.argv, "--slurm"), args.slurm), end="")
     elif under_torchrun():
+        args.device = args.device or device_of_rank()
         run_rank(partial(_predict_shard, args))
     elif args.processes > 1:
         run_processes(partial(_predict_shard, args), args.processes)

@@ -11,10 +11,12 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TypeAlias
 
 import torch
 
+from spatial_mamba_d2.system.cli import run_tool
 from spatial_mamba_d2.system.workers import die_with_parent
 
 # Predicts a shard (i, n), or with None merges what all have predicted; must be picklable.
@@ -64,7 +66,14 @@ def run_processes(predict_shard: PredictShard, count: int) -> None:
 def _run_process(predict_shard: PredictShard, shard: tuple[int, int], num_threads: int) -> None:
     die_with_parent(shard[0])
     torch.set_num_threads(num_threads)
-    predict_shard(shard)
+    run_tool(partial(predict_shard, shard))
+
+
+def device_of_rank() -> str:
+    """The GPU of a rank of ``torchrun``, or the CPU if there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
 
 def run_rank(predict_shard: PredictShard) -> None:

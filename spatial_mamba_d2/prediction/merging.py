@@ -13,9 +13,10 @@ The rules, for two detections of one class in two windows that overlap:
 Matches are joined by union-find, so an object may cross any number of windows. Of the detections
 that are one object:
 
-4. If one that no inner edge cuts has at least :data:`COMPLETE_SHARE` of the pixels of all of them
-   together, that one is the result, with its box and mask: the one with the most pixels.
-5. Else the result is the union of masks and boxes.
+4. Those with less than :data:`WEAK_SHARE` of the highest score are left out. If one that no inner
+   edge cuts has at least :data:`COMPLETE_SHARE` of the pixels of all of them together, that one is
+   the result, with its box and mask: the one with the highest score.
+5. Else the result is the union of masks, and the box around it; or the union of boxes.
 6. Windows that hold the box of the result complete are its witnesses. Its score is the mean of the
    scores that these give it, 0 for a witness that does not: so what only a window at whose edge it
    is has taken for an object does not stay, nor do false detections add up where windows overlap.
@@ -46,7 +47,9 @@ from spatial_mamba_d2.prediction.windows import Grid, Window
 
 MATCH_IOU = 0.5
 COVERED_SHARE = 0.8
-COMPLETE_SHARE = 0.9
+# Tuned on the detector of dev.py demo, on a mosaic of its validation images (docs/large_images.md).
+COMPLETE_SHARE = 0.5
+WEAK_SHARE = 0.5
 CUT_PX = 2  # a detection is cut if it ends so close to an inner edge of its window
 
 
@@ -210,18 +213,28 @@ class _Merger:
         """Box and mask of an object, by rules 4 and 5."""
         if len(members) == 1:
             return fragment
+        least = WEAK_SHARE * max(member.score for member in members)
+        members = [member for member in members if member.score >= least]
         height = self.grid.size[0]
         union = num_pixels(join_runs([runs_of_crop(m.crop, height) for m in members]))
-        complete = [m for m in members if not m.is_cut]
+        complete = [
+            m for m in members if not m.is_cut and m.crop.bitmap.sum() >= COMPLETE_SHARE * union
+        ]
         if complete:
-            largest = max(complete, key=lambda m: (m.crop.bitmap.sum(), m.score, -m.number))
-            if largest.crop.bitmap.sum() >= COMPLETE_SHARE * union:
-                return replace(largest, owner=None)
-        boxes = np.stack([m.box for m in members])
+            best = max(complete, key=lambda m: (m.score, m.crop.bitmap.sum(), -m.number))
+            return replace(best, owner=None)
+        boxes = np.stack([self._tight_box(m) for m in members])
         box = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
         merged = replace(fragment, box=box)
         merged.members = members
         return merged
+
+    def _tight_box(self, fragment: _Fragment) -> np.ndarray:
+        """Around the mask, if there is one: boxes of detections that are cut are less exact."""
+        if not self.with_masks:
+            return fragment.box
+        crop = fragment.crop
+        return np.array([crop.left, crop.top, crop.right, crop.bottom], np.float32)
 
     def build(self, objects: list[_Fragment]) -> Detections:
         height = self.grid.size[0]

@@ -158,7 +158,7 @@ def start():
 
 random.seed(0)
 num_killed = 0
-for _ in range(12):
+for _ in range(20):
     child = start()
     time.sleep(random.uniform(0, 0.4))
     os.kill(child, signal.SIGKILL)
