@@ -15,7 +15,7 @@ that are one object:
 
 4. Those with less than :data:`WEAK_SHARE` of the highest score are left out. If one that no inner
    edge cuts has at least :data:`COMPLETE_SHARE` of the pixels of all of them together, that one is
-   the result, with its box and mask: the one with the highest score.
+   the result: the one with the highest score, with the mean box of all such ones, by their scores.
 5. Else the result is the union of masks, and the box around it; or the union of boxes.
 6. Windows that hold the box of the result complete are its witnesses. Its score is the mean of the
    scores that these give it, 0 for a witness that does not: so what only a window at whose edge it
@@ -50,6 +50,7 @@ COVERED_SHARE = 0.8
 # Tuned on the detector of dev.py demo, on a mosaic of its validation images (docs/large_images.md).
 COMPLETE_SHARE = 0.5
 WEAK_SHARE = 0.5
+_LEAST_WEIGHT = 1e-9  # scores may be 0
 CUT_PX = 2  # a detection is cut if it ends so close to an inner edge of its window
 
 
@@ -222,7 +223,9 @@ class _Merger:
         ]
         if complete:
             best = max(complete, key=lambda m: (m.score, m.crop.bitmap.sum(), -m.number))
-            return replace(best, owner=None)
+            weights = np.array([m.score for m in complete], np.float64) + _LEAST_WEIGHT
+            box = np.average([m.box for m in complete], axis=0, weights=weights)
+            return replace(best, box=box.astype(np.float32), owner=None)
         boxes = np.stack([self._tight_box(m) for m in members])
         box = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
         merged = replace(fragment, box=box)
