@@ -34,7 +34,7 @@ def test_repeated_bands_give_the_result_of_rgb(num_channels, make_cfg, tmp_path,
     model = build_model(cfg).eval()
     report = load_weights(model, tmp_path / "rgb.pth")
     assert report.inflated == "backbone.bottom_up.stem.conv1.conv.weight" and not report.new
-    image = torch.randint(0, 255, (1, 3, 64, 80), generator=torch.Generator().manual_seed(1))
+    image = torch.randint(0, 255, (1, 3, 64, 96), generator=torch.Generator().manual_seed(1))
     image = image.float()
     with torch.no_grad():
         expected = rgb.backbone((image - rgb.pixel_mean) / rgb.pixel_std)
