@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 
 from spatial_mamba_d2.data.faults import OnError
-from spatial_mamba_d2.data.pixels import build_pixel_range
+from spatial_mamba_d2.data.pixels import MAX_CHANNELS, build_pixel_range
 from spatial_mamba_d2.models.spatial_mamba import BN_POLICIES
 from spatial_mamba_d2.models.variants import VARIANTS
 from spatial_mamba_d2.system.data_folder import find_data
@@ -233,7 +233,11 @@ def check_shared_keys(cfg: Any) -> None:
     require_between(cfg, (k for k in _SHARED_FRACTIONS if _has(cfg, k)), 0, 1)
     shares = (k for k in _SHARED_SHARES if _has(cfg, k))
     require_between(cfg, shares, 0, 1, include_high=False)
-    channels = cfg.INPUT.CHANNELS if _has(cfg, "INPUT.CHANNELS") else 3
+    channels = 3
+    if _has(cfg, "INPUT.CHANNELS"):
+        require_between(cfg, ("INPUT.CHANNELS",), 1, MAX_CHANNELS)
+        channels = cfg.INPUT.CHANNELS
+        _check_band_names(cfg)
     require_length(cfg, {"MODEL.PIXEL_MEAN": channels, "MODEL.PIXEL_STD": channels})
     require_length(cfg, {"SOLVER.BETAS": 2})
     if _has(cfg, "MODEL.BACKBONE.FREEZE_AT"):
@@ -247,6 +251,15 @@ def check_shared_keys(cfg: Any) -> None:
         )  # fmt: skip
     build_pixel_range(cfg.INPUT.PIXEL_RANGE)
     _check_output_dir(cfg.OUTPUT_DIR)
+
+
+def _check_band_names(cfg: Any) -> None:
+    names, channels = list(cfg.INPUT.BAND_NAMES), cfg.INPUT.CHANNELS
+    if names and len(set(names)) != channels:
+        raise ValueError(
+            f"INPUT.BAND_NAMES must be () or {channels} different names, one for each of "
+            f"INPUT.CHANNELS, got {names}"
+        )
 
 
 def _check_output_dir(name: str) -> None:

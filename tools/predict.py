@@ -4,14 +4,17 @@
     python tools/predict.py --weights model_final.pth --input photos/ --output predictions/ \
         --format coco,csv
 
-Task and configuration are recognised from the checkpoint. Images are files, folders, patterns such
-as 'photos/**/*.jpg', and lists of these in .txt files. Large images, by windows:
+Task and configuration are recognised from the checkpoint. Images are files, videos, folders,
+patterns such as 'photos/**/*.jpg', and lists of these in .txt files. Large images, by windows:
 
     ... --input scene.tif --window 1024 --overlap 256 --format geojson
 
 A run that was stopped continues with --resume. Several processes, on one file system:
 
     ... --shard 1/2 & ... --shard 2/2 & wait; ... --merge
+
+The same by --processes 2, by torchrun --nproc-per-node 2 tools/predict.py ..., or by a SLURM array,
+for which --slurm 100 prints the script.
 """
 
 import argparse
@@ -34,7 +37,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, help="default: recognised")
     parser.add_argument("--device", help="cpu, cuda or cuda:N")
     parser.add_argument(
-        "--input", required=True, nargs="+", help="images, folders, patterns, lists"
+        "--input", required=True, nargs="+", help="images, videos, folders, patterns, lists"
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     parser.add_argument(
@@ -45,12 +48,22 @@ def main() -> None:
     )
     parser.add_argument("--window", type=int, metavar="PX", help="side of windows")
     parser.add_argument("--overlap", type=int, metavar="PX", help="default: a quarter of --window")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N",
+        help="images or windows of one size that are predicted together (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue what was stopped")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace results in --output; never an input"
     )
     parser.add_argument("--shard", metavar="I/N", help="only the I-th of N shares of the work")
     parser.add_argument("--merge", action="store_true", help="write what all shards have found")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="of this machine (%(default)s)"
+    )
+    parser.add_argument(
+        "--slurm", type=int, metavar="N", help="print a SLURM script of N jobs, and do nothing else"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     run(parser.parse_args())
 

@@ -45,11 +45,15 @@ class Predictor:
             cfg.TEST.SHORT_PX, cfg.INPUT.CROP_PX, *pixel_statistics(cfg)
         )
 
-    @torch.no_grad()
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """RGB image, ``uint8[H, W, 3]`` -> probability of each class, ``float32[K]``."""
-        batch = self.transform(Image.fromarray(image))[None].to(self.device)
-        return self.model(batch).float().softmax(dim=-1)[0].cpu().numpy()
+        return self.classify([image])[0]
+
+    @torch.no_grad()
+    def classify(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """The same for several images, in one batch: ``float32[N, K]``."""
+        views = torch.stack([self.transform(Image.fromarray(image)) for image in images])
+        return self.model(views.to(self.device)).float().softmax(dim=-1).cpu().numpy()
 
 
 def class_words(names: Sequence[str]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ def sizes_of(state: Mapping[str, Tensor]) -> list[Any]:
 
 
 class ImagePredictor:
-    """A classifier for images one at a time; see :class:`~.prediction.predictor.ImagePredictor`."""
+    """A classifier; see :class:`~.prediction.predictor.ImagePredictor`."""
 
     task = "classification"
     num_channels = 3
@@ -35,9 +35,13 @@ class ImagePredictor:
         self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
 
     def __call__(self, image: np.ndarray) -> ClassScores:
-        return ClassScores(
-            scores=self.predictor(image), names=self.names, image_size=image.shape[:2]
-        )
+        return self.batch([image])[0]
+
+    def batch(self, images: Sequence[np.ndarray]) -> list[ClassScores]:
+        return [
+            ClassScores(scores=scores, names=self.names, image_size=image.shape[:2])
+            for scores, image in zip(self.predictor.classify(images), images, strict=True)
+        ]
 
     def draw(self, image: np.ndarray, result: ClassScores) -> np.ndarray:
         """RGB ``uint8[H, W, 3]`` -> a drawing, RGB ``uint8[H', W', 3]``."""

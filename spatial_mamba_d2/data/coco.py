@@ -80,6 +80,7 @@ def load_coco(
     *,
     on_error: OnError = "raise",
     check_decode: bool = False,
+    num_channels: int = 3,
     value_range: PixelRange | None = None,
 ) -> CocoDataset:
     """Read and check a COCO instances file. Needs neither Detectron2 nor pycocotools.
@@ -96,7 +97,7 @@ def load_coco(
             height 0, which COCO itself has, and exact repetitions are skipped in either case.
         check_decode: also decode every image, which finds damaged files; otherwise only the headers
             are read, for the sizes.
-        value_range: see :func:`~.images.read_image`.
+        num_channels, value_range: see :func:`~.images.read_image`.
 
     Raises:
         FileNotFoundError: if `json_file` or the folder `image_root` does not exist.
@@ -109,7 +110,12 @@ def load_coco(
         raise no_such("image_root", image_root, "folder")
     content = read_sections(json_file)
     found, paths, notes = examine_coco(
-        content, image_root, json_file, check_decode=check_decode, value_range=value_range
+        content,
+        image_root,
+        json_file,
+        check_decode=check_decode,
+        num_channels=num_channels,
+        value_range=value_range,
     )
     if found["problem"]:
         raise ValueError(f"{json_file}: {found['problem']}")
@@ -169,6 +175,7 @@ def examine_coco(
     json_file: str | Path | None = None,
     *,
     check_decode: bool = False,
+    num_channels: int = 3,
     value_range: PixelRange | None = None,
 ) -> tuple[Findings, list[str | None], list[tuple[str, bool]]]:
     """What is wrong with the content of a COCO file, the file of each image, and notes on these.
@@ -177,13 +184,15 @@ def examine_coco(
 
     Args:
         json_file: where the content comes from; its checks are remembered. None: nowhere.
-        check_decode, value_range: see :func:`load_coco`.
+        check_decode, num_channels, value_range: see :func:`load_coco`.
     """
     folders = Folders()
     paths, notes = find_images(content["images"], image_root, folders)
 
     def measure(path: str) -> Size | Fault | None:
-        return measure_image(path, check_decode, value_range) if path in folders else None
+        if path not in folders:
+            return None
+        return measure_image(path, check_decode, num_channels, value_range)
 
     if json_file is None:
         return _examine(content, paths, measure), paths, notes
@@ -192,7 +201,7 @@ def examine_coco(
     found = check_once(
         "coco",
         [json_file, *there],
-        [os.path.abspath(image_root), check_decode, missing, value_range],
+        [os.path.abspath(image_root), check_decode, missing, num_channels, value_range],
         lambda: _examine(content, paths, measure),
     )
     return found, paths, notes

@@ -184,13 +184,15 @@ def _recorded_size(image: dict[str, Any], measured: Size | Fault | None) -> Size
     return numbers[0], numbers[1]
 
 
-def measure_image(path: str, check_decode: bool, value_range: PixelRange | None) -> Size | Fault:
+def measure_image(
+    path: str, check_decode: bool, num_channels: int, value_range: PixelRange | None
+) -> Size | Fault:
     """Height and width of an image file, which is decoded or of which only the header is read."""
     try:
         if check_decode:
-            height, width = read_image(path, value_range=value_range).shape[:2]
+            height, width = read_image(path, num_channels, value_range).shape[:2]
             return height, width
-        return read_size(path, value_range=value_range)
+        return read_size(path, num_channels, value_range)
     except (OSError, ValueError) as error:
         return reading_fault("damaged image file", error)
 

@@ -16,7 +16,7 @@ import struct
 import zlib
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -247,7 +247,11 @@ def is_image(path: Path, root: Path) -> bool:
 
 
 def find_images(
-    paths: Iterable[Path], *, leave_out: Path | None = None, key: str = "input"
+    paths: Iterable[Path],
+    *,
+    leave_out: Path | None = None,
+    key: str = "input",
+    suffixes: Container[str] = SUFFIXES,
 ) -> list[Path]:
     """The files among ``paths``, and the images in and below the folders among them, sorted.
 
@@ -256,6 +260,7 @@ def find_images(
     Args:
         leave_out: a folder in one of those, such as the one that results are written to.
         key: what names them, for errors.
+        suffixes: of images in folders, in small letters.
 
     Raises:
         FileNotFoundError: one does not exist, or there is no image at all.
@@ -266,7 +271,7 @@ def find_images(
     for path in paths:
         if path.is_dir():
             for file in _walk(path, leave_out):
-                if file.suffix.lower() in SUFFIXES:
+                if file.suffix.lower() in suffixes:
                     files.setdefault(os.path.abspath(file), file)
                 else:
                     passed_over[file.suffix.lower() or "no suffix"] += 1

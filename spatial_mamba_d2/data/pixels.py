@@ -8,7 +8,8 @@ alpha                                dropped, as Detectron2 does: the colours un
 16 bits, integers from 0             0..255 for the range of the type, or for a :class:`PixelRange`
 ...of which a small part is used     refused without a range: 12 bits, for example, are nearly black
 signed, 32 bits, float               refused without a range
-bands that are no colours            refused, unless as many as ``num_channels``
+bands that are no colours            refused, unless as many as ``num_channels``; more than four,
+                                     and deep ones one after the other, by rasterio
 several images of the same size      refused: stacks and animations; not so previews and overviews
 ===================================  ==============================================================
 """
@@ -16,6 +17,7 @@ several images of the same size      refused: stacks and animations; not so prev
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,6 +27,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from spatial_mamba_d2.data import tiff
 
+MAX_CHANNELS = 16
+_MOST_OF_OPENCV = 4  # bands of a TIFF
 RANGE_KEY = "INPUT.PIXEL_RANGE"
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
 # Without a range, 16-bit values must exceed a quarter of the range of their type, and span a
@@ -201,16 +205,10 @@ def _tiff_layout(header: tiff.TiffHeader) -> Layout:
     is_deep = header.bits > 8 or header.kind != "uint"
     if is_deep and header.photometric in (tiff.PALETTE, tiff.CMYK, tiff.YCBCR):
         raise ImageFormatError("has a palette, CMYK or YCbCr colours of 16 bits; save it as RGB")
-    if (is_deep or not are_colors) and header.bands > 4:
-        raise ImageFormatError(f"has {header.bands} bands; at most 4 can be read")
+    if header.bands > MAX_CHANNELS:
+        raise ImageFormatError(f"has {header.bands} bands; at most {MAX_CHANNELS} can be read")
     if is_deep and header.extra[:1] == (1,):
         raise ImageFormatError("has more than 8 bits, multiplied with alpha; save it without alpha")
-    if is_deep and header.bands > 1 and header.is_planar:
-        # OpenCV would mix them up.
-        raise ImageFormatError(
-            "has more than 8 bits and stores one band after the other; save it pixel by pixel "
-            "(INTERLEAVE=PIXEL, PlanarConfiguration 1)"
-        )
     bands = header.bands
     if are_colors and header.photometric in (tiff.CMYK, tiff.YCBCR):
         bands = 3 + has_alpha
@@ -237,8 +235,7 @@ def check_layout(layout: Layout, num_channels: int, value_range: PixelRange | No
         if not layout.are_colors and colors > 3:
             hint = " (they are not declared as RGB and alpha, so none is dropped)"
         raise ImageFormatError(
-            f"has {what}{hint}, the model takes {num_channels} channels (of a segmentor: "
-            "INPUT.CHANNELS)"
+            f"has {what}{hint}, the model takes {num_channels} channels (INPUT.CHANNELS)"
         )
     if value_range is None and (layout.kind != "uint" or layout.bits > 16):
         name = {"int": "signed integers", "uint": "integers", "float": "float values"}[layout.kind]
@@ -319,6 +316,8 @@ def to_mode(image: Image.Image, num_channels: int) -> Image.Image:
 def _read_deep(file: BinaryIO, layout: Layout) -> np.ndarray:
     """Stored values, ``[H, W, bands]``, colours in the order R, G, B."""
     content = file.read()
+    if layout.header and not _fits_opencv(layout, layout.header):
+        return _read_bands(content, layout.bands)
     if layout.header is None:
         file.seek(0)
         with Image.open(file) as image:
@@ -340,6 +339,33 @@ def _read_deep(file: BinaryIO, layout: Layout) -> np.ndarray:
     if pixels.shape[2] != layout.bands:
         raise ValueError(f"{pixels.shape[2]} of {layout.bands} bands can be decoded")
     return pixels
+
+
+def _fits_opencv(layout: Layout, header: tiff.TiffHeader) -> bool:
+    """Whether OpenCV keeps the bands of a TIFF, and their order."""
+    if layout.bands == 2 and not layout.are_colors:
+        return False
+    is_planar = header.is_planar and layout.bands > 1
+    return layout.bands <= _MOST_OF_OPENCV and not (layout.is_deep and is_planar)
+
+
+def _read_bands(content: bytes, num_bands: int) -> np.ndarray:
+    """A TIFF of many bands, or of deep ones that are stored one after the other, by rasterio."""
+    try:
+        import rasterio
+    except ImportError as error:
+        raise ImageFormatError(
+            f"has {num_bands} bands: without rasterio (pip install 'spatial-mamba-d2[geo]') at "
+            f"most {_MOST_OF_OPENCV} can be read, and deep ones only if they are stored pixel by "
+            "pixel"
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        try:
+            with rasterio.MemoryFile(content) as memory, memory.open() as image:
+                return np.ascontiguousarray(image.read().transpose(1, 2, 0))
+        except rasterio.errors.RasterioError as error:
+            raise ValueError(str(error.__cause__ or error)) from error
 
 
 def _to_8_bits(stored: np.ndarray, layout: Layout, value_range: PixelRange | None) -> np.ndarray:

@@ -203,6 +203,13 @@ def add_spatial_mamba_config(cfg: CfgNode) -> None:
     cfg.DATASETS.TRAIN_SEM_SEG = ""
     cfg.DATASETS.TEST_SEM_SEG = ""
 
+    # Channels of the images, 1 to 16. For others than 3, PIXEL_MEAN and PIXEL_STD need as many
+    # values, and the first convolution starts from its RGB weights.
+    cfg.INPUT.CHANNELS = 3
+    # Names of the channels, in order, or (): they are kept in checkpoints, and chosen by name from
+    # rasters whose bands have descriptions.
+    cfg.INPUT.BAND_NAMES = ()
+
     # The 3x recipe: half of the images are resized to one of SIZES, cropped, and resized again.
     cfg.INPUT.RESIZE_CROP = CfgNode()
     cfg.INPUT.RESIZE_CROP.ENABLED = False
@@ -389,6 +396,11 @@ def _check_point_rend(cfg: CfgNode) -> None:
 
 
 def _check_crop(cfg: CfgNode) -> None:
+    if cfg.INPUT.FORMAT == "BGR" and cfg.INPUT.CHANNELS != 3:
+        raise ValueError(
+            f"INPUT.FORMAT must be RGB, which leaves channels as they are, for INPUT.CHANNELS "
+            f"{cfg.INPUT.CHANNELS}, got BGR"
+        )
     kind, size = cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE
     require_length(cfg, {"INPUT.CROP.SIZE": 2})
     if kind.startswith("relative"):

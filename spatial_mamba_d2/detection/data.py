@@ -180,7 +180,7 @@ def read_negatives(cfg: CfgNode, classes: list[str] | None) -> DetectionDataset:
     faults = []
     for file in files:
         try:
-            height, width = read_size(file, value_range=value_range)
+            height, width = read_size(file, cfg.INPUT.CHANNELS, value_range)
         except ValueError as error:
             faults.append(reading_fault("broken image", error))
             continue
@@ -211,6 +211,7 @@ def _read(cfg: CfgNode, name: str, is_train: bool) -> DetectionDataset:
             metadata.image_root,
             on_error=cfg.DATASETS.ON_ERROR,
             check_decode=cfg.DATASETS.ON_ERROR == "skip" and not is_train,
+            num_channels=cfg.INPUT.CHANNELS,
             value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE),
         )
     except FileNotFoundError as error:

@@ -63,6 +63,7 @@ def build_evaluator(cfg: CfgNode, dataset: DetectionDataset, suffix: str = "") -
                 folder,
                 cfg.TEST.PICTURES,
                 threshold,
+                cfg.INPUT.CHANNELS,
                 value_range,
             )
         )

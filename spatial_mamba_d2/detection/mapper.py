@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 
 def to_input_format(image: np.ndarray, input_format: str) -> np.ndarray:
-    """RGB ``uint8[H, W, 3]`` in the order of channels that the network gets: ``INPUT.FORMAT``."""
+    """``uint8[H, W, C]`` in the order of channels that the network gets: ``INPUT.FORMAT``."""
     return image[..., ::-1] if input_format == "BGR" else image
 
 
@@ -72,6 +72,7 @@ class Mapper(DatasetMapper):
             and cfg.MODEL.MASK_ON
             and (cfg.INPUT.CROP.ENABLED or cfg.INPUT.SCALE_JITTER.ENABLED),
         )
+        self.num_channels = cfg.INPUT.CHANNELS
         self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
         semantic = cfg.MODEL.SEM_SEG_HEAD
         self.num_semantic, self.ignored = semantic.NUM_CLASSES, semantic.IGNORE_VALUE
@@ -87,7 +88,7 @@ class Mapper(DatasetMapper):
             ValueError: it is truncated, no image, or of another size than its record says; or its
                 label map is.
         """
-        image = read_image(record["file_name"], value_range=self.value_range)
+        image = read_image(record["file_name"], self.num_channels, self.value_range)
         record = copy.deepcopy(record)
         try:
             d2_utils.check_image_size(record, image)

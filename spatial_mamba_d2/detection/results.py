@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
+from detectron2.structures import Instances
 from torch import Tensor
 
 from spatial_mamba_d2.data.pixels import build_pixel_range
@@ -34,19 +35,26 @@ def sizes_of(state: Mapping[str, Tensor]) -> list[Any]:
 
 
 class ImagePredictor:
-    """A detector for images one at a time; see :class:`~.prediction.predictor.ImagePredictor`."""
+    """A detector; see :class:`~.prediction.predictor.ImagePredictor`."""
 
     task = "detection"
-    num_channels = 3
 
     def __init__(self, cfg: CfgNode):
         self.predictor = Predictor(cfg)
         self.names: tuple[str, ...] = tuple(self.predictor.metadata.thing_classes)
+        self.num_channels: int = cfg.INPUT.CHANNELS
+        self.band_names: tuple[str, ...] = tuple(cfg.INPUT.BAND_NAMES)
         self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
         self.has_masks = bool(cfg.MODEL.MASK_ON)
 
     def __call__(self, image: np.ndarray) -> Detections:
-        instances = self.predictor(image).to("cpu")
+        return self.batch([image])[0]
+
+    def batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        pairs = zip(self.predictor.detect(images), images, strict=True)
+        return [self._detections(instances.to("cpu"), image) for instances, image in pairs]
+
+    def _detections(self, instances: Instances, image: np.ndarray) -> Detections:
         masks = None
         if self.has_masks:
             masks = tuple(encode_bitmap(mask) for mask in instances.pred_masks.numpy())
@@ -60,5 +68,5 @@ class ImagePredictor:
         )
 
     def draw(self, image: np.ndarray, result: Detections) -> np.ndarray:
-        """RGB ``uint8[H, W, 3]`` -> a drawing, RGB ``uint8[H', W', 3]``."""
+        """``uint8[H, W, C]`` -> a drawing, RGB ``uint8[H', W', 3]``."""
         return draw_detections(image, result)

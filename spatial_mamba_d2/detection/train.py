@@ -184,6 +184,7 @@ def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list
                 MetadataCatalog.get(dataset.name).image_root,
                 on_error=cfg.DATASETS.ON_ERROR,
                 check_decode=True,
+                num_channels=cfg.INPUT.CHANNELS,
                 value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE),
             )
     return [f"{dataset.name}: {len(dataset.records)} images" for dataset in (*training, *tests)]

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from pycocotools.coco import COCO
 
-from spatial_mamba_d2.data.drawing import enlargement
+from spatial_mamba_d2.data.drawing import as_rgb, enlargement
 from spatial_mamba_d2.data.images import read_image, write_image
 from spatial_mamba_d2.data.outputs import name_outputs
 from spatial_mamba_d2.data.pixels import PixelRange
@@ -37,22 +37,27 @@ def draw_instances(
     """Draw boxes, masks, class names and scores.
 
     Args:
-        image: RGB, ``uint8[H, W, 3]``.
+        image: ``uint8[H, W, C]``, RGB or of other channels, see :func:`~.drawing.as_rgb`.
         instances: a detector's output in the frame of ``image``.
         score_thresh: lowest score to draw.
 
     Returns:
         RGB, ``uint8[H', W', 3]``, enlarged if the image is small.
     """
-    visualizer = Visualizer(image, metadata, enlargement(image, _SHORTEST_PX), ColorMode.IMAGE)
+    visualizer = _visualizer(image, metadata)
     kept = instances[instances.scores >= score_thresh].to("cpu")
     if kept.has("pred_masks") and isinstance(kept.pred_masks, RleMasks):
         kept.pred_masks = kept.pred_masks.rles  # which Detectron2 decodes one by one
     return visualizer.draw_instance_predictions(kept).get_image()
 
 
+def _visualizer(image: np.ndarray, metadata: Metadata) -> Visualizer:
+    rgb = np.ascontiguousarray(as_rgb(image))
+    return Visualizer(rgb, metadata, enlargement(image, _SHORTEST_PX), ColorMode.IMAGE)
+
+
 def draw_detections(image: np.ndarray, result: Detections) -> np.ndarray:
-    """All of ``result`` in its image, RGB ``uint8[H, W, 3]``; see :func:`draw_instances`."""
+    """All of ``result`` in its image, ``uint8[H, W, C]``; see :func:`draw_instances`."""
     instances = Instances(result.image_size)
     instances.pred_boxes = Boxes(torch.from_numpy(result.boxes))
     instances.scores = torch.from_numpy(result.scores)
@@ -82,13 +87,13 @@ def draw_targets(image: np.ndarray, instances: Instances, classes: Sequence[str]
 def draw_ground_truth(
     image: np.ndarray, annotations: list[dict[str, Any]], coco: COCO, metadata: Metadata
 ) -> np.ndarray:
-    """Draw COCO annotations of ``image`` (RGB, ``uint8[H, W, 3]``); see :func:`draw_instances`.
+    """Draw COCO annotations of ``image``, ``uint8[H, W, C]``; see :func:`draw_instances`.
 
     Those without a mask are drawn as boxes.
     """
     classes = metadata.thing_dataset_id_to_contiguous_id
     names = metadata.thing_classes
-    visualizer = Visualizer(image, metadata, enlargement(image, _SHORTEST_PX), ColorMode.IMAGE)
+    visualizer = _visualizer(image, metadata)
     x, y, w, h = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4).T
     output = visualizer.overlay_instances(
         boxes=np.stack((x, y, x + w, y + h), axis=1),
@@ -121,7 +126,7 @@ class VisualizationWriter(DatasetEvaluator):
         folder: where the drawings go.
         num_images: how many images to draw, over all processes.
         score_thresh: lowest score to draw.
-        value_range: see :func:`~spatial_mamba_d2.data.images.read_image`.
+        num_channels, value_range: see :func:`~spatial_mamba_d2.data.images.read_image`.
     """
 
     def __init__(
@@ -130,13 +135,14 @@ class VisualizationWriter(DatasetEvaluator):
         folder: Path,
         num_images: int,
         score_thresh: float,
+        num_channels: int = 3,
         value_range: PixelRange | None = None,
     ):
         self.metadata = metadata
         self.folder = folder
         self.num_images = math.ceil(num_images / comm.get_world_size())
         self.score_thresh = score_thresh
-        self.value_range = value_range
+        self.num_channels, self.value_range = num_channels, value_range
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             self.coco = COCO(metadata.json_file)
         root = Path(metadata.get("image_root") or "/")
@@ -152,7 +158,7 @@ class VisualizationWriter(DatasetEvaluator):
         for record, output in zip(inputs, outputs, strict=True):
             if self.num_written >= self.num_images:
                 return
-            image = read_image(record["file_name"], value_range=self.value_range)
+            image = read_image(record["file_name"], self.num_channels, self.value_range)
             annotations = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[record["image_id"]]))
             pair = (
                 draw_ground_truth(image, annotations, self.coco, self.metadata),

@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,17 @@ from typing import Any
 import numpy as np
 
 from spatial_mamba_d2.data.class_indices import ignore_index, index_dtype
-from spatial_mamba_d2.data.images import read_size
 from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.outputs import check_outputs, common_folder, name_outputs, same_folder
 from spatial_mamba_d2.models.checkpoints.reading import file_sha256
 from spatial_mamba_d2.prediction.blending import Blender
+from spatial_mamba_d2.prediction.drivers import (
+    device_of_rank,
+    run_processes,
+    run_rank,
+    slurm_script,
+)
+from spatial_mamba_d2.prediction.items import BROKEN, Items
 from spatial_mamba_d2.prediction.loading import load_predictor
 from spatial_mamba_d2.prediction.merging import merge_detections
 from spatial_mamba_d2.prediction.parts import FOLDER, Part, Parts, digest
@@ -36,23 +41,17 @@ from spatial_mamba_d2.prediction.predictor import (
     check_arguments,
     grid_of,
 )
+from spatial_mamba_d2.prediction.progress import Progress
 from spatial_mamba_d2.prediction.results import LabelMap
-from spatial_mamba_d2.prediction.sources import (
-    FileRaster,
-    Raster,
-    find_sources,
-    open_raster,
-    read_georeference,
-)
+from spatial_mamba_d2.prediction.sources import find_sources, read_georeference
 from spatial_mamba_d2.prediction.windows import Grid
 from spatial_mamba_d2.prediction.writers import FORMATS, ImageInfo, Writer, check_formats
 from spatial_mamba_d2.system.atomic import replacing
 from spatial_mamba_d2.system.cli import log_to_stdout
+from spatial_mamba_d2.system.launching import under_torchrun
 
 logger = logging.getLogger(__name__)
 SUMMARY = "summary.json"
-_LOG_PERIOD_S = 10
-_BROKEN = (FileNotFoundError, ValueError)  # what reading an image raises about the image
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ class Options:
     score_thresh: float = SCORE_THRESH
     window_px: int | None = None
     overlap_px: int | None = None
+    batch_size: int = 1
     resume: bool = False
     overwrite: bool = False
     shard: tuple[int, int] | None = None
@@ -120,7 +120,13 @@ class _Run:
         options: Options,
         identity: str,
     ):
-        check_arguments(predictor.task, options.score_thresh, options.window_px, options.overlap_px)
+        check_arguments(
+            predictor.task,
+            options.score_thresh,
+            options.window_px,
+            options.overlap_px,
+            options.batch_size,
+        )
         self.formats = check_formats(options.formats, predictor.task)
         self.predictor, self.options, self.output = predictor, options, output
         folders = [Path(word) for word in inputs if Path(word).is_dir()]
@@ -131,10 +137,19 @@ class _Run:
                     f"{folder / 'predictions'}"
                 )
         self.files = find_sources(inputs, leave_out=output)
+        model = predictor.model
+        self.items = Items(
+            self.files,
+            model.num_channels,
+            model.value_range,
+            by_windows=options.window_px is not None,
+            band_names=getattr(model, "band_names", ()),
+        )
         root = common_folder(folders if len(inputs) == len(folders) else [*folders, *self.files])
-        self.names = name_outputs(self.files, root, Path(), ("",))
+        self.names = name_outputs([item.path for item in self.items], root, Path(), ("",))
         self.writers: list[Writer] = [
-            FORMATS[name](output, predictor.names, predictor.model) for name in self.formats
+            FORMATS[name](output, predictor.names, model, self.items.has_times)
+            for name in self.formats
         ]
         status = [file.stat() for file in self.files]
         self.settings = {
@@ -151,8 +166,10 @@ class _Run:
             "score_thresh": options.score_thresh,
             "window_px": options.window_px,
             "overlap_px": options.overlap_px,
+            "batch_size": options.batch_size,
         }
         self.digest = digest(self.settings)
+        self._last_blender: Blender | None = None
 
     def run(self) -> dict[str, Any]:
         options = self.options
@@ -163,7 +180,8 @@ class _Run:
             ).remove()  # a kill may have left some
             return finished
         shares = options.shard is not None or options.merge
-        planned = [path for writer in self.writers for path in writer.paths(self.files, self.names)]
+        paths = [item.path for item in self.items]
+        planned = [path for writer in self.writers for path in writer.paths(paths, self.names)]
         is_unfinished = (self.output / FOLDER).exists() and (options.resume or shares)
         check_outputs(
             [*planned, self.output / SUMMARY],
@@ -195,70 +213,110 @@ class _Run:
     # -- parts ------------------------------------------------------------------------------
 
     def _predict(self) -> None:
-        progress = _Progress(self.files)
-        for index, file in enumerate(self.files):
-            try:
-                size = self._size(file)
-            except _BROKEN as error:
-                if self._is_mine(index, 0):
-                    self.parts.skip(index, 0, str(error))
-                progress.skip(str(error))
-            else:
-                self._predict_image(index, file, size, progress)
-            progress.show(index + 1)
+        progress = Progress(len(self.items))
+        for number, batch in enumerate(self._batches()):
+            if self._is_mine(number):
+                self._predict_batch(batch, progress)
+                index, window = batch[-1]
+                progress.show(index + (window + 1) / len(self._grid(index) or [None]))
 
-    def _size(self, file: Path) -> tuple[int, int]:
-        model = self.predictor.model
-        if self.options.window_px is None:
-            return read_size(file, model.num_channels, model.value_range)
-        return open_raster(file, model.num_channels, model.value_range).size
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        """Images, or windows of them, that follow each other and have one size.
 
-    def _grid(self, size: tuple[int, int]) -> Grid:
+        They are the same in each run and shard, because bits of results depend on them. An image
+        that cannot be read is a batch of its own.
+        """
+        batch: list[tuple[int, int]] = []
+        kind: Any = None  # of the items in the batch
+        for index in range(len(self.items)):
+            grid = self._grid(index)
+            for window in range(len(grid) if grid else 1):
+                new_kind = (grid[window].size, len(grid) == 1) if grid else None
+                is_full = len(batch) == self.options.batch_size
+                if batch and (is_full or kind is None or kind != new_kind):
+                    yield batch
+                    batch = []
+                kind = new_kind
+                batch.append((index, window))
+        if batch:
+            yield batch
+
+    def _grid(self, index: int) -> Grid | None:
+        """The windows of an image; None if it cannot be read."""
+        try:
+            size = self.items.size(index)
+        except BROKEN:
+            return None
         return grid_of(size, self.options.window_px, self.options.overlap_px)
 
-    def _is_mine(self, image: int, window: int) -> bool:
+    def _is_mine(self, batch: int) -> bool:
         if self.options.shard is None:
             return True
         number, count = self.options.shard
-        return (image + window) % count == number - 1
+        return batch % count == number - 1
 
-    def _predict_image(
-        self, index: int, file: Path, size: tuple[int, int], progress: _Progress
-    ) -> None:
-        grid = self._grid(size)
-        items = [window for window in range(len(grid)) if self._is_mine(index, window)]
-        items = [window for window in items if not self.parts.has_result(index, window)]
-        predict = self._item_predictor(file, grid) if items else None
-        for count, window in enumerate(items):
-            assert predict is not None
-            progress.show(index + count / len(items))
+    def _predict_batch(self, batch: list[tuple[int, int]], progress: Progress) -> None:
+        if all(self.parts.has_result(*item) for item in batch):
+            return
+        images: dict[tuple[int, int], np.ndarray | None] = {}
+        for index, window in batch:
             try:
-                result = predict(window)
-            except _BROKEN as error:
-                reason = f"{error}{self._place(grid, window)}"
-                self.parts.skip(index, window, reason)
-                progress.skip(reason)
+                raster, grid = self.items.raster(index), self._grid(index)
+                if grid is None:
+                    self.items.size(index)  # says why
+                    continue
+                images[index, window] = raster.read(grid[window])
+            except BROKEN as error:
+                self._skip(index, window, error, progress)
+        self._predict_images(images, progress)
+
+    def _predict_images(
+        self, images: Mapping[tuple[int, int], np.ndarray | None], progress: Progress
+    ) -> None:
+        try:
+            results = self._results(images)
+        except BROKEN as error:  # what the model says about an image
+            if len(images) == 1:
+                self._skip(*next(iter(images)), error, progress)
             else:
-                self.parts.write(index, window, result)
+                for item, image in images.items():
+                    self._predict_images({item: image}, progress)
+            return
+        for (index, window), result in zip(images, results, strict=True):
+            self.parts.write(index, window, result)
 
-    def _item_predictor(self, file: Path, grid: Grid) -> Callable[[int], Part | None]:
-        predictor, model = self.predictor, self.predictor.model
-        raster: Raster
-        if self.options.window_px is None:
-            raster = FileRaster(file, model.num_channels, model.value_range)
-        else:
-            raster = open_raster(file, model.num_channels, model.value_range)
-        thresh = self.options.score_thresh
-        if len(grid) == 1 or predictor.task != "segmentation":
-            return lambda window: predictor.predict_window(raster, grid, window, thresh)
-        blender = Blender(grid, len(predictor.names))
-        return lambda window: predictor.predict_labels(raster, blender, window)
+    def _results(self, images: Mapping[tuple[int, int], np.ndarray | None]) -> list[Part | None]:
+        """Of the items of a batch, which are either complete images or windows."""
+        pixels = list(images.values())
+        grids = [self._grid(index) for index, _ in images]
+        if all(grid is not None and len(grid) == 1 for grid in grids):
+            found = [image for image in pixels if image is not None]
+            thresh = self.options.score_thresh
+            results = iter(self.predictor.predict_images(found, thresh) if found else ())
+            return [None if image is None else next(results) for image in pixels]
+        windows = self.predictor.predict_windows(pixels)
+        if self.predictor.task != "segmentation":
+            return windows
+        return [
+            None if result is None or grid is None
+            else self._blender(grid).pack(window, result)
+            for (_, window), grid, result in zip(images, grids, windows, strict=True)
+        ]  # fmt: skip
 
-    def _place(self, grid: Grid, window: int) -> str:
-        if len(grid) == 1:
-            return ""
-        top, left, bottom, right = grid[window]
-        return f" (rows {top} to {bottom}, columns {left} to {right})"
+    def _blender(self, grid: Grid) -> Blender:
+        """Of the windows of an image; the last one stays, because it takes time to make."""
+        if self._last_blender is None or self._last_blender.grid.size != grid.size:
+            self._last_blender = Blender(grid, len(self.predictor.names))
+        return self._last_blender
+
+    def _skip(self, index: int, window: int, error: Exception, progress: Progress) -> None:
+        grid = self._grid(index)
+        place = ""
+        if grid is not None and len(grid) > 1:
+            top, left, bottom, right = grid[window]
+            place = f" (rows {top} to {bottom}, columns {left} to {right})"
+        self.parts.skip(index, window, f"{error}{place}")
+        progress.skip(f"{error}{place}")
 
     # -- files ------------------------------------------------------------------------------
 
@@ -268,13 +326,14 @@ class _Run:
         with ExitStack() as files:
             for writer in self.writers:
                 writer.open(files)
-            for index, file in enumerate(self.files):
-                is_written, reasons = self._write_image(index, file)
+            for index in range(len(self.items)):
+                is_written, reasons = self._write_image(index)
                 num_written += is_written
-                skipped += [{"image": file.as_posix(), "reason": r} for r in reasons]
+                path = self.items[index].path.as_posix()
+                skipped += [{"image": path, "reason": reason} for reason in reasons]
             if not num_written:
                 raise ValueError(
-                    f"input: none of {len(self.files)} files could be read as an image: "
+                    f"input: none of {len(self.items)} files could be read as an image: "
                     f"{skipped[0]['reason']}"
                 )
             for writer in self.writers:
@@ -289,23 +348,31 @@ class _Run:
             temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         for item in skipped:
             logger.info("skipped: %s", item["reason"])
-        logger.info("%d of %d images are in %s", num_written, len(self.files), self.output)
+        logger.info("%d of %d images are in %s", num_written, len(self.items), self.output)
         return summary
 
-    def _write_image(self, index: int, file: Path) -> tuple[bool, list[str]]:
+    def _write_image(self, index: int) -> tuple[bool, list[str]]:
         """Whether there is a result, and why some or all of the image was skipped."""
+        item = self.items[index]
         try:
-            size = self._size(file)
-            georeference = read_georeference(file)
-        except _BROKEN as error:
+            size = self.items.size(index)
+            georeference = None if item.frame is not None else read_georeference(item.file)
+        except BROKEN as error:
             return False, [str(error)]
-        grid = self._grid(size)
+        grid = grid_of(size, self.options.window_px, self.options.overlap_px)
         found = [self.parts.reason(index, window) for window in range(len(grid))]
         reasons = [reason for reason in found if reason is not None]
         if len(reasons) == len(grid):
             return False, reasons[:1]
         image = ImageInfo(
-            index + 1, file, self.names[index], size, georeference, is_whole=len(grid) == 1
+            index + 1,
+            item.path,
+            self.names[index],
+            size,
+            georeference,
+            is_whole=len(grid) == 1,
+            time_s=item.time_s,
+            pixels=partial(self.items.pixels, index),
         )
         with ExitStack() as files:
             for writer in self.writers:
@@ -322,17 +389,17 @@ class _Run:
             if image.is_whole:
                 self._add_label(image, read(0))
             else:
-                blender = Blender(grid, len(names))
+                blender = self._blender(grid)
                 for _, rows in blender.strips(read):  # type: ignore[arg-type]
                     for writer in self.writers:
                         writer.add_rows(image, rows)
             return
         results: Iterable[Any] = map(read, range(len(grid)))
         if not image.is_whole:
-            results = merge_detections(grid, results, names)
+            results = merge_detections(grid, results, names, self.options.score_thresh)
         for result in results:
             for writer in self.writers if result is not None else ():
-                writer.add(image, replace(result, source=image.file))
+                writer.add(image, replace(result, source=image.file, time_s=image.time_s))
 
     def _add_label(self, image: ImageInfo, result: Any) -> None:
         if result is None:  # nothing but nodata
@@ -340,53 +407,70 @@ class _Run:
             label = np.full(image.size, ignore_index(number), index_dtype(number))
             result = LabelMap(label=label, names=self.predictor.names)
         for writer in self.writers:
-            writer.add(image, replace(result, source=image.file))
+            writer.add(image, replace(result, source=image.file, time_s=image.time_s))
             writer.add_rows(image, result.label)
-
-
-class _Progress:
-    """Messages about how far a run is, every few seconds."""
-
-    def __init__(self, files: Sequence[Path]):
-        self.files, self.num_skipped = files, 0
-        self.start = self.last = time.monotonic()
-
-    def skip(self, reason: str) -> None:
-        self.num_skipped += 1
-        logger.warning("skipped: %s", reason)
-
-    def show(self, done: float) -> None:
-        """Args: done: images, with a fraction of one that is handled by windows."""
-        now = time.monotonic()
-        if now - self.last < _LOG_PERIOD_S:
-            return
-        self.last = now
-        left_s = (now - self.start) / max(done, 1e-9) * (len(self.files) - done)
-        skipped = f", {self.num_skipped} skipped" if self.num_skipped else ""
-        logger.info(
-            "%.4g of %d images%s, about %s left",
-            done, len(self.files), skipped, timedelta(seconds=round(left_s)),
-        )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     """``tools/predict.py`` with its arguments."""
+    is_shared = args.processes > 1 or args.slurm is not None or under_torchrun()
+    if is_shared and (args.shard or args.merge):
+        raise ValueError(
+            "shard (--shard, --merge) must be left out with --processes, --slurm and torchrun, "
+            "which share the work themselves"
+        )
+    if args.processes < 1 or (args.processes > 1 and under_torchrun()):
+        raise ValueError(
+            f"processes (--processes) must be at least 1, and 1 under torchrun, got "
+            f"{args.processes}"
+        )
+    if args.slurm is not None:
+        print(slurm_script(_without_option(sys.argv, "--slurm"), args.slurm), end="")
+    elif under_torchrun():
+        args.device = args.device or device_of_rank()
+        run_rank(partial(_predict_shard, args))
+    elif args.processes > 1:
+        run_processes(partial(_predict_shard, args), args.processes)
+    else:
+        _predict(args, _shard(args.shard), merge=args.merge)
+
+
+def _predict_shard(args: argparse.Namespace, shard: tuple[int, int] | None) -> None:
+    """What :mod:`.drivers` calls: predict a shard, or merge."""
+    _predict(args, shard, merge=shard is None)
+
+
+def _predict(args: argparse.Namespace, shard: tuple[int, int] | None, *, merge: bool) -> None:
     log_to_stdout()
     options = Options(
         formats=[name for word in args.format for name in word.split(",") if name],
         score_thresh=args.score_thresh,
         window_px=args.window,
         overlap_px=args.overlap,
+        batch_size=args.batch_size,
         resume=args.resume,
         overwrite=args.overwrite,
-        shard=_shard(args.shard),
-        merge=args.merge,
+        shard=shard,
+        merge=merge,
     )
     predictor = load_predictor(
         args.weights, args.config_file or None, args.device, args.task, args.opts
     )
     identity = json.dumps([file_sha256(args.weights), args.config_file, args.opts])
     predict_files(args.input, args.output, predictor, options, identity=identity)
+
+
+def _without_option(words: Sequence[str], option: str) -> list[str]:
+    """A command line without an option and its value."""
+    kept, is_value = [], False
+    for word in words:
+        if is_value:
+            is_value = False
+        elif word == option:
+            is_value = True
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return kept
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ it. Drawings of detections need Detectron2, as they do for checkpoints.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ class _Exported:
         size = fitted_size(height, width, how["short_px"], how["long_px"])
         return resize_image(image, size)
 
+    def __call__(self, image: np.ndarray) -> Any:
+        """``uint8[H, W, C]`` -> the result of the task."""
+        raise NotImplementedError
+
+    def batch(self, images: Sequence[np.ndarray]) -> list[Any]:
+        """Results of images, which are run one at a time, because most files take no batches."""
+        return [self(image) for image in images]
+
     def run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """The file's answer to a fitted image, which may be a batch."""
         if self.is_bgr:
@@ -129,8 +138,8 @@ class ExportedSegmentor(_Exported):
             label = label if label.shape == size else resize_label(label, size)
         return LabelMap(label=label, names=self.names)
 
-    def probabilities(self, image: np.ndarray) -> np.ndarray:
-        """Of each class and pixel, ``float32[K, H, W]``.
+    def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Of each class and pixel, ``float32[K, H, W]`` of each image.
 
         Raises:
             ValueError: the file has label maps only.
@@ -140,7 +149,9 @@ class ExportedSegmentor(_Exported):
                 f"{self.file.path} must have probabilities for windows (window_px, --window), "
                 "got labels: export it with --result probabilities"
             )
-        return resize(self._logits(image), image.shape[:2])[0].softmax(0).numpy()
+        return [
+            resize(self._logits(image), image.shape[:2])[0].softmax(0).numpy() for image in images
+        ]
 
     def _logits(self, image: np.ndarray) -> torch.Tensor:
         """``Tensor[1, K, h, w]``, up to a constant for each pixel, which no class notices.

@@ -13,9 +13,14 @@ The rules, for two detections of one class in two windows that overlap:
 Matches are joined by union-find, so an object may cross any number of windows. Of the detections
 that are one object:
 
-4. If one that no inner edge cuts has at least :data:`COMPLETE_SHARE` of the pixels of all of them
-   together, that one is the result, with its box, mask and score: the one with the most pixels.
-5. Else the result is the union of masks and boxes, with the highest score.
+4. Those with less than :data:`WEAK_SHARE` of the highest score are left out. If one that no inner
+   edge cuts has at least :data:`COMPLETE_SHARE` of the pixels of all of them together, that one is
+   the result: the one with the highest score, with the mean box of all such ones, by their scores.
+5. Else the result is the union of masks, and the box around it; or the union of boxes.
+6. Windows that hold the box of the result complete are its witnesses. Its score is the mean of the
+   scores that these give it, 0 for a witness that does not: so what only a window at whose edge it
+   is has taken for an object does not stay, nor do false detections add up where windows overlap.
+   Without a witness, because the object is larger than the overlap, it is the highest score.
 
 Parts of an object that are nowhere connected within a margin stay apart: nothing tells that they
 belong together. Results come as soon as no later window can reach them, in an order that depends
@@ -24,7 +29,7 @@ on the windows only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,7 +47,10 @@ from spatial_mamba_d2.prediction.windows import Grid, Window
 
 MATCH_IOU = 0.5
 COVERED_SHARE = 0.8
-COMPLETE_SHARE = 0.9
+# Tuned on the detector of dev.py demo, on a mosaic of its validation images (docs/large_images.md).
+COMPLETE_SHARE = 0.5
+WEAK_SHARE = 0.5
+_LEAST_WEIGHT = 1e-9  # scores may be 0
 CUT_PX = 2  # a detection is cut if it ends so close to an inner edge of its window
 
 
@@ -54,6 +62,7 @@ class _Fragment:
     """
 
     number: int  # in the order of windows and of detections in them
+    window: int
     class_index: int
     score: float
     box: np.ndarray  # float32[4]
@@ -83,13 +92,17 @@ class _Fragment:
 
 
 def merge_detections(
-    grid: Grid, results: Iterable[Detections | None], names: tuple[str, ...]
+    grid: Grid,
+    results: Iterable[Detections | None],
+    names: tuple[str, ...],
+    score_thresh: float = 0.0,
 ) -> Iterator[Detections]:
     """Objects of the image from those of its windows.
 
     Args:
         results: of each window of ``grid``, in this order; None for windows without a result.
         names: of the classes.
+        score_thresh: the lowest score of objects; of detections in windows, all scores count.
 
     Yields:
         objects in the frame of the image, those of about one row of windows at a time. Memory holds
@@ -101,7 +114,8 @@ def merge_detections(
         if result is not None:
             merger.add(index, result)
         if index % num_columns == num_columns - 1:
-            if objects := merger.finish_row(index // num_columns):
+            found = merger.finish_row(index // num_columns)
+            if objects := [f for f in found if f.score > 0 and f.score >= score_thresh]:
                 yield merger.build(objects)
 
 
@@ -110,20 +124,23 @@ class _Merger:
         self.grid, self.names = grid, names
         self.with_masks = False
         self.num_fragments = 0
+        self.predicted: set[int] = set()  # windows with a result, as far as they count
         self.open: dict[int, list[_Fragment]] = {}  # window -> fragments that later ones may meet
         self.objects: list[_Fragment] = []  # open ones, by the fragment that stands for them
 
     def add(self, index: int, result: Detections) -> None:
         window = self.grid[index]
         self.with_masks = result.masks is not None
-        fragments = list(self._fragments(window, result))
+        fragments = list(self._fragments(index, result))
+        self.predicted.add(index)
         for other_index, others in self.open.items():
             if shared := window.shared_with(self.grid[other_index]):
                 _match(fragments, others, shared)
         self.open[index] = fragments
         self.objects += fragments
 
-    def _fragments(self, window: Window, result: Detections) -> Iterator[_Fragment]:
+    def _fragments(self, index: int, result: Detections) -> Iterator[_Fragment]:
+        window = self.grid[index]
         offset = np.array([window.left, window.top] * 2, np.float32)
         for i in range(len(result)):
             box = result.boxes[i]
@@ -135,6 +152,7 @@ class _Merger:
             self.num_fragments += 1
             yield _Fragment(
                 self.num_fragments,
+                index,
                 int(result.classes[i]),
                 float(result.scores[i]),
                 box + offset,
@@ -170,25 +188,56 @@ class _Merger:
             for index, fragments in self.open.items()
             if self.grid[index].bottom > limit
         }
-        return [self._merge(fragment) for fragment in done]
+        merged = [self._merge(fragment) for fragment in done]
+        self.predicted = {i for i in self.predicted if self.grid[i].bottom > limit}
+        return merged
 
     def _merge(self, fragment: _Fragment) -> _Fragment:
         members = fragment.members
         assert members is not None
+        merged = self._shape(fragment, members)
+        merged.score = self._score(merged.box, members)
+        return merged
+
+    def _score(self, box: np.ndarray, members: Sequence[_Fragment]) -> float:
+        """By rule 6."""
+        scores: dict[int, float] = {}
+        for member in members:
+            scores[member.window] = max(scores.get(member.window, 0.0), member.score)
+        windows = self.grid.windows_with(box.tolist(), CUT_PX)
+        witnesses = [window for window in windows if window in self.predicted]
+        if not witnesses:
+            return max(scores.values())
+        return sum(scores.get(window, 0.0) for window in witnesses) / len(witnesses)
+
+    def _shape(self, fragment: _Fragment, members: list[_Fragment]) -> _Fragment:
+        """Box and mask of an object, by rules 4 and 5."""
         if len(members) == 1:
             return fragment
+        least = WEAK_SHARE * max(member.score for member in members)
+        members = [member for member in members if member.score >= least]
         height = self.grid.size[0]
         union = num_pixels(join_runs([runs_of_crop(m.crop, height) for m in members]))
-        complete = [m for m in members if not m.is_cut]
+        complete = [
+            m for m in members if not m.is_cut and m.crop.bitmap.sum() >= COMPLETE_SHARE * union
+        ]
         if complete:
-            largest = max(complete, key=lambda m: (m.crop.bitmap.sum(), m.score, -m.number))
-            if largest.crop.bitmap.sum() >= COMPLETE_SHARE * union:
-                return replace(largest, owner=None)
-        boxes = np.stack([m.box for m in members])
+            best = max(complete, key=lambda m: (m.score, m.crop.bitmap.sum(), -m.number))
+            weights = np.array([m.score for m in complete], np.float64) + _LEAST_WEIGHT
+            box = np.average([m.box for m in complete], axis=0, weights=weights)
+            return replace(best, box=box.astype(np.float32), owner=None)
+        boxes = np.stack([self._tight_box(m) for m in members])
         box = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
-        merged = replace(fragment, score=max(m.score for m in members), box=box)
+        merged = replace(fragment, box=box)
         merged.members = members
         return merged
+
+    def _tight_box(self, fragment: _Fragment) -> np.ndarray:
+        """Around the mask, if there is one: boxes of detections that are cut are less exact."""
+        if not self.with_masks:
+            return fragment.box
+        crop = fragment.crop
+        return np.array([crop.left, crop.top, crop.right, crop.bottom], np.float32)
 
     def build(self, objects: list[_Fragment]) -> Detections:
         height = self.grid.size[0]

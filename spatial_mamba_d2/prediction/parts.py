@@ -12,6 +12,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Parts:
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
+        with replacing(file, by_several=True) as temporary:
             temporary.write_text(json.dumps(settings), encoding="utf-8")
 
     def _path(self, image: int, window: int, suffix: str = ".npz") -> Path:
@@ -94,7 +95,7 @@ class Parts:
 
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, len(content)) as temporary:
+        with replacing(path, len(content), by_several=True) as temporary:
             temporary.write_bytes(content)
 
     def reason(self, image: int, window: int) -> str | None:
@@ -174,7 +175,7 @@ def _result(arrays: Mapping[str, np.ndarray], names: tuple[str, ...]) -> Part | 
         counts, ends = arrays["counts"].tobytes(), np.cumsum(arrays["lengths"]).tolist()
         masks = tuple(
             {"size": [height, width], "counts": counts[start:stop]}
-            for start, stop in zip([0, *ends[:-1]], ends, strict=True)
+            for start, stop in pairwise([0, *ends])
         )
     return Detections(
         boxes=arrays["boxes"],

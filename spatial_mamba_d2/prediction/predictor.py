@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -13,23 +13,31 @@ import numpy as np
 from spatial_mamba_d2.data.images import read_image
 from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.prediction.blending import Blender, WindowLabels
+from spatial_mamba_d2.prediction.items import frame_path
 from spatial_mamba_d2.prediction.merging import merge_detections
 from spatial_mamba_d2.prediction.results import (
-    Detections,
     LabelMap,
     Result,
     join_detections,
 )
-from spatial_mamba_d2.prediction.sources import ArrayRaster, Raster, find_sources, open_raster
+from spatial_mamba_d2.prediction.sources import (
+    LIST_SUFFIXES,
+    ArrayRaster,
+    Raster,
+    find_sources,
+    open_raster,
+)
+from spatial_mamba_d2.prediction.videos import Video, is_stream, is_video, read_stream
 from spatial_mamba_d2.prediction.windows import Grid, check_window
 
 SCORE_THRESH = 0.5
 # One image, uint8[H, W, C] or a file; or several, or a folder, a pattern or a list of them.
 Source: TypeAlias = np.ndarray | str | Path | Iterable[Any]
+_Opened: TypeAlias = tuple[Raster, Path | None, float | None]  # with its path, and time in a video
 
 
 class ImagePredictor(Protocol):
-    """What a task provides: a model for images one at a time.
+    """What a task provides: a model for images.
 
     Attributes:
         task: ``detection``, ``segmentation`` or ``classification``.
@@ -37,6 +45,8 @@ class ImagePredictor(Protocol):
         num_channels: of the images.
         value_range: of images with more than 8 bits, see
             :func:`~spatial_mamba_d2.data.images.read_image`.
+
+    It may have ``band_names``, of the bands that it takes from rasters with several.
     """
 
     task: str
@@ -46,6 +56,12 @@ class ImagePredictor(Protocol):
 
     def __call__(self, image: np.ndarray) -> Any:
         """``uint8[H, W, C]`` -> the result of the task."""
+
+    def batch(self, images: Sequence[np.ndarray]) -> list[Any]:
+        """``uint8[H, W, C]`` of one size, predicted together -> the result of each."""
+
+    def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Segmentation only: of each class and pixel, ``float32[K, H, W]`` of each image."""
 
     def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
         """``uint8[H, W, C]`` and a result -> a drawing, RGB ``uint8[H', W', 3]``."""
@@ -81,17 +97,21 @@ class Predictor:
         score_thresh: float = SCORE_THRESH,
         window_px: int | None = None,
         overlap_px: int | None = None,
+        batch_size: int = 1,
     ) -> Any:
         """The result of one image, or an iterator over those of several.
 
         Args:
             source: one image: an array ``uint8[H, W, C]``, usually RGB, or the path of a file.
-                Several: a folder, a pattern, a list in a ``.txt`` file, or an iterable of images,
-                which are read when their turn comes.
+                Several: a video, a stream (``rtsp://...``), a camera (``/dev/video0``), a folder, a
+                pattern, a list in a ``.txt`` file, or an iterable of images, which are read when
+                their turn comes.
             score_thresh: the lowest score of detections.
             window_px: predict larger images by square windows with this side, and merge: see
                 :mod:`.merging` and :mod:`.blending`. None: each image at once, as in evaluation.
             overlap_px: what neighbouring windows share; see :class:`.windows.Grid`.
+            batch_size: number of images, or windows, that are predicted together if they follow
+                each other and are of one size.
 
         Returns:
             :class:`.Detections`, :class:`.LabelMap` or :class:`.ClassScores`, or an iterator.
@@ -100,21 +120,43 @@ class Predictor:
             FileNotFoundError: no such file.
             ValueError: an image cannot be read, or an argument is out of its range.
         """
-        check_arguments(self.task, score_thresh, window_px, overlap_px)
-        options = score_thresh, window_px, overlap_px
-        if isinstance(source, np.ndarray):
-            return self._predict_raster(self._array(source), *options)
+        check_arguments(self.task, score_thresh, window_px, overlap_px, batch_size)
+        if isinstance(source, np.ndarray) or _is_image_file(source):
+            images = iter([self._open(source, window_px)])
+        else:
+            images = self._several(source, window_px)
+        results = self._predict(images, score_thresh, window_px, overlap_px, batch_size)
+        if isinstance(source, np.ndarray) or _is_image_file(source):
+            return next(results)
+        return results
+
+    def _several(self, source: Source, window_px: int | None) -> Iterator[_Opened]:
         if isinstance(source, (str, os.PathLike)):
-            path = Path(source)
-            if path.is_file() and path.suffix.lower() not in (".txt", ".lst"):
-                return self._predict_file(path, *options)
-            source = find_sources([path])
-        return (
-            self._predict_raster(self._array(image), *options)
-            if isinstance(image, np.ndarray)
-            else self._predict_file(Path(image), *options)
-            for image in source
-        )
+            if is_stream(source):
+                for number, (image, time) in enumerate(read_stream(source)):
+                    yield self._array(image), frame_path(Path(source), number), time
+                return
+            source = find_sources([source])
+        for image in source:
+            if not isinstance(image, np.ndarray) and is_video(Path(image)):
+                video = Video(Path(image))
+                for number, time in enumerate(video.times_s.tolist()):
+                    frame = self._array(video.read(number))
+                    yield frame, frame_path(video.path, number), time
+            else:
+                yield self._open(image, window_px)
+
+    def _open(self, image: Any, window_px: int | None) -> _Opened:
+        if isinstance(image, np.ndarray):
+            return self._array(image), None, None
+        path, model = Path(image), self.model
+        raster: Raster
+        if window_px is None:
+            raster = ArrayRaster(read_image(path, model.num_channels, model.value_range))
+        else:
+            names = getattr(model, "band_names", ())
+            raster = open_raster(path, model.num_channels, model.value_range, names)
+        return raster, path, None
 
     def _array(self, image: np.ndarray) -> ArrayRaster:
         raster = ArrayRaster(image)
@@ -124,70 +166,127 @@ class Predictor:
             )
         return raster
 
-    def _predict_file(
-        self, path: Path, thresh: float, window: int | None, overlap: int | None
-    ) -> Any:
-        raster: Raster
-        if window is None:
-            raster = ArrayRaster(read_image(path, self.model.num_channels, self.model.value_range))
-        else:
-            raster = open_raster(path, self.model.num_channels, self.model.value_range)
-        return replace(self._predict_raster(raster, thresh, window, overlap), source=path)
+    def _predict(
+        self,
+        images: Iterator[_Opened],
+        score_thresh: float,
+        window_px: int | None,
+        overlap_px: int | None,
+        batch_size: int,
+    ) -> Iterator[Any]:
+        """Results in the order of the images, of which those without windows share batches."""
+        waiting: list[tuple[np.ndarray, Path | None, float | None]] = []
 
-    def _predict_raster(
-        self, raster: Raster, thresh: float, window_px: int | None, overlap_px: int | None
-    ) -> Any:
-        grid = grid_of(raster.size, window_px, overlap_px)
-        if len(grid) == 1:
+        def flush() -> Iterator[Any]:
+            if waiting:
+                pixels = [image for image, _, _ in waiting]
+                places = [place for _, *place in waiting]
+                waiting.clear()
+                for result, (path, time) in zip(
+                    self.predict_images(pixels, score_thresh), places, strict=True
+                ):
+                    yield replace(result, source=path, time_s=time)
+
+        for raster, path, time in images:
+            grid = grid_of(raster.size, window_px, overlap_px)
+            if len(grid) > 1:
+                yield from flush()
+                result = self._predict_windows(raster, grid, score_thresh, batch_size)
+                yield replace(result, source=path, time_s=time)
+                continue
             image = raster.read(grid[0])
-            return self.predict_image(np.zeros((*raster.size, self.model.num_channels), np.uint8)
-                                      if image is None else image, thresh)  # fmt: skip
-        if self.task == "segmentation":
-            return self._blend(raster, grid)
-        windows = (self.predict_window(raster, grid, i, thresh) for i in range(len(grid)))
-        merged = merge_detections(grid, windows, self.names)
-        return join_detections(merged, self.names, grid.size)
+            if image is None:  # nothing but nodata
+                image = np.zeros((*raster.size, self.model.num_channels), np.uint8)
+            if waiting and waiting[0][0].shape != image.shape:
+                yield from flush()
+            waiting.append((image, path, time))
+            if len(waiting) == batch_size:
+                yield from flush()
+        yield from flush()
 
-    def predict_image(self, image: np.ndarray, score_thresh: float = SCORE_THRESH) -> Result:
-        """``uint8[H, W, C]`` -> the result of the task."""
-        result = self.model(image)
-        if isinstance(result, Detections):
-            result = result.select(result.scores >= score_thresh)
-        return result
+    def _predict_windows(
+        self, raster: Raster, grid: Grid, score_thresh: float, batch_size: int
+    ) -> Result:
+        blender = Blender(grid, len(self.names)) if self.task == "segmentation" else None
 
-    def predict_window(
-        self, raster: Raster, grid: Grid, index: int, score_thresh: float
-    ) -> Detections | None:
-        """The objects in a window, in its frame; None if it holds nothing but nodata."""
-        image = raster.read(grid[index])
-        return None if image is None else self.predict_image(image, score_thresh)  # type: ignore[return-value]
+        def predicted(indices: Iterable[int]) -> Iterator[Any]:
+            for batch in _batches(indices, grid, batch_size):
+                results = self.predict_windows([raster.read(grid[index]) for index in batch])
+                for index, result in zip(batch, results, strict=True):
+                    is_packed = blender is not None and result is not None
+                    yield blender.pack(index, result) if is_packed else result
 
-    def predict_labels(self, raster: Raster, blender: Blender, index: int) -> WindowLabels | None:
-        """What :class:`.Blender` keeps of a window; None if it holds nothing but nodata."""
-        image = raster.read(blender.grid[index])
-        if image is None:
-            return None
-        return blender.pack(index, self.model.probabilities(image))  # type: ignore[attr-defined]
-
-    def _blend(self, raster: Raster, grid: Grid) -> LabelMap:
-        blender = Blender(grid, len(self.names))
+        if blender is None:
+            merged = merge_detections(grid, predicted(range(len(grid))), self.names, score_thresh)
+            return join_detections(merged, self.names, grid.size)
         kept: dict[int, WindowLabels | None] = {}
 
         def load(index: int) -> WindowLabels | None:
             for earlier in [i for i in kept if grid.row_of(i) < grid.row_of(index) - 2]:
                 del kept[earlier]  # at most three rows of windows overlap
             if index not in kept:
-                kept[index] = self.predict_labels(raster, blender, index)
+                row = grid.indices_of_row(grid.row_of(index))
+                kept.update(zip(row, predicted(row), strict=True))
             return kept[index]
 
         label = np.concatenate([strip for _, strip in blender.strips(load)])
         return LabelMap(label=label, names=self.names)
 
+    def predict_image(self, image: np.ndarray, score_thresh: float = SCORE_THRESH) -> Result:
+        """``uint8[H, W, C]`` -> the result of the task."""
+        return self.predict_images([image], score_thresh)[0]
+
+    def predict_images(
+        self, images: Sequence[np.ndarray], score_thresh: float = SCORE_THRESH
+    ) -> list[Result]:
+        """``uint8[H, W, C]`` of one size, in one batch -> the result of each."""
+        results = self.model.batch(images)
+        if self.task == "detection":
+            results = [result.select(result.scores >= score_thresh) for result in results]
+        return results
+
+    def predict_windows(self, images: Sequence[np.ndarray | None]) -> list[Any]:
+        """Windows of one size, ``uint8[h, w, C]``, in one batch -> what is merged.
+
+        Returns:
+            of each: :class:`.Detections` in its frame, of all scores; in segmentation
+            probabilities, ``float32[K, h, w]``; or None for None, which stands for nodata.
+        """
+        found = [image for image in images if image is not None]
+        predict = self.model.probabilities if self.task == "segmentation" else self.model.batch
+        results = iter(predict(found) if found else ())
+        return [None if image is None else next(results) for image in images]
+
+
+def _is_image_file(source: Source) -> bool:
+    if not isinstance(source, (str, os.PathLike)):
+        return False
+    path = Path(source)
+    return path.is_file() and path.suffix.lower() not in LIST_SUFFIXES and not is_video(path)
+
+
+def _batches(indices: Iterable[int], grid: Grid, batch_size: int) -> Iterator[list[int]]:
+    """Windows that follow each other and are of one size."""
+    batch: list[int] = []
+    for index in indices:
+        if len(batch) == batch_size or (batch and grid[batch[0]].size != grid[index].size):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
 
 def check_arguments(
-    task: str, score_thresh: float, window_px: int | None, overlap_px: int | None
+    task: str,
+    score_thresh: float,
+    window_px: int | None,
+    overlap_px: int | None,
+    batch_size: int = 1,
 ) -> None:
     """Raises ValueError if an argument of :meth:`Predictor.__call__` is out of its range."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size (--batch-size) must be at least 1, got {batch_size}")
     if not 0 <= score_thresh <= 1:
         raise ValueError(f"score_thresh must be in [0, 1], got {score_thresh}")
     if window_px is None:

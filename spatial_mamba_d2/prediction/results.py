@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +12,16 @@ import numpy as np
 
 from spatial_mamba_d2.data.class_indices import ignore_index
 from spatial_mamba_d2.prediction.masks import Rle, crop_of_rle, encode_bitmap, paint_crops
+
+# Columns of tables, for each task, and their types
+COLUMNS: Mapping[str, Mapping[str, type]] = {
+    "detection": {
+        "image": str, "class": int, "name": str, "score": float,
+        "x1": float, "y1": float, "x2": float, "y2": float, "area": float,
+    },
+    "segmentation": {"image": str, "class": int, "name": str, "pixels": int, "share": float},
+    "classification": {"image": str, "rank": int, "class": int, "name": str, "score": float},
+}  # fmt: skip
 
 
 def category_id(class_index: int | np.integer) -> int:
@@ -31,7 +41,8 @@ class Detections:
         ids: ``int64[N]``, such as those of tracks, or None.
         names: of the classes.
         image_size: height and width of the image.
-        source: its file, if it has one.
+        source: its file, if it has one; of a frame of a video, ``VIDEO/000123``.
+        time_s: of a frame, from the first one.
 
     Raises:
         ValueError: the arrays are not of one length, or a class has no name.
@@ -45,6 +56,7 @@ class Detections:
     masks: tuple[Rle, ...] | None = None
     ids: np.ndarray | None = None
     source: Path | None = None
+    time_s: float | None = None
 
     def __post_init__(self) -> None:
         number = len(self.scores)
@@ -143,8 +155,7 @@ class Detections:
         Raises:
             ImportError: pandas is not installed.
         """
-        columns = ("image", "class", "name", "score", "x1", "y1", "x2", "y2", "area")
-        return _import("pandas").DataFrame(list(self.rows()), columns=columns)
+        return _import("pandas").DataFrame(list(self.rows()), columns=list(COLUMNS["detection"]))
 
 
 def join_detections(
@@ -171,12 +182,14 @@ class LabelMap:
         label: ``uint8[H, W]``, indices into ``names``; 255 where nothing was predicted. With more
             than 255 classes: ``uint16`` and 65535.
         names: of the classes.
-        source: its file, if it has one.
+        source: its file, if it has one; of a frame of a video, ``VIDEO/000123``.
+        time_s: of a frame, from the first one.
     """
 
     label: np.ndarray
     names: tuple[str, ...]
     source: Path | None = None
+    time_s: float | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -220,8 +233,7 @@ class LabelMap:
         Raises:
             ImportError: pandas is not installed.
         """
-        columns = ("image", "class", "name", "pixels", "share")
-        return _import("pandas").DataFrame(list(self.rows()), columns=columns)
+        return _import("pandas").DataFrame(list(self.rows()), columns=list(COLUMNS["segmentation"]))
 
     def _present(self) -> list[int]:
         return [int(i) for i in np.unique(self.label) if i < len(self.names)]
@@ -250,13 +262,15 @@ class ClassScores:
         scores: ``float32[K]``, which sum to 1.
         names: of the classes.
         image_size: height and width of the image.
-        source: its file, if it has one.
+        source: its file, if it has one; of a frame of a video, ``VIDEO/000123``.
+        time_s: of a frame, from the first one.
     """
 
     scores: np.ndarray
     names: tuple[str, ...]
     image_size: tuple[int, int]
     source: Path | None = None
+    time_s: float | None = None
 
     def top(self, number: int = 5) -> list[tuple[str, float]]:
         """Name and probability of the most probable classes, the first one first."""
@@ -291,8 +305,9 @@ class ClassScores:
         Raises:
             ImportError: pandas is not installed.
         """
-        columns = ("image", "rank", "class", "name", "score")
-        return _import("pandas").DataFrame(list(self.rows(number)), columns=columns)
+        return _import("pandas").DataFrame(
+            list(self.rows(number)), columns=list(COLUMNS["classification"])
+        )
 
 
 Result: TypeAlias = Detections | LabelMap | ClassScores

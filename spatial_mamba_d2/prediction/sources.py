@@ -12,9 +12,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from spatial_mamba_d2.data.images import find_images, naming_file, read_image, read_size
+from spatial_mamba_d2.data.images import (
+    SUFFIXES,
+    find_images,
+    naming_file,
+    read_image,
+    read_size,
+)
 from spatial_mamba_d2.data.pixels import RANGE_KEY, ImageFormatError, PixelRange, scale_to_8_bits
 from spatial_mamba_d2.data.text_file import read_text_file
+from spatial_mamba_d2.prediction.videos import VIDEO_SUFFIXES, is_stream
 from spatial_mamba_d2.prediction.windows import Window
 from spatial_mamba_d2.system.missing import no_such
 
@@ -27,8 +34,9 @@ def find_sources(
 ) -> list[Path]:
     """The images that words of a command line name, each once, in this order.
 
-    A word is an image; a folder, with what is below it; a pattern such as ``photos/**/*.jpg``; or a
-    file ``.txt`` or ``.lst`` with one of these a line, relative to the folder of the list.
+    A word is an image or a video; a folder, with what is below it; a pattern such as
+    ``photos/**/*.jpg``; or a file ``.txt`` or ``.lst`` with one of these a line, relative to the
+    folder of the list.
 
     Args:
         leave_out: a folder that results are written to.
@@ -37,10 +45,10 @@ def find_sources(
     Raises:
         FileNotFoundError: something does not exist, a pattern matches nothing, or there is no
             image.
-        ValueError: a list is empty, or not UTF-8.
+        ValueError: a list is empty, or not UTF-8; or a word names a stream.
     """
     paths = [path for word in inputs for path in _expand(str(word), key)]
-    return find_images(paths, leave_out=leave_out, key=key)
+    return find_images(paths, leave_out=leave_out, key=key, suffixes=SUFFIXES | VIDEO_SUFFIXES)
 
 
 def _expand(word: str, key: str) -> Iterator[Path]:
@@ -52,6 +60,11 @@ def _expand(word: str, key: str) -> Iterator[Path]:
             raise ValueError(f"{key}: the list {path} must name at least one image, got none")
         for name in names:
             yield from _expand(str(path.parent / name), key)
+    elif is_stream(word):
+        raise ValueError(
+            f"{key}: {word} is a stream, which has no end: predict it in Python, by "
+            "load_predictor(...)(address)"
+        )
     elif path.exists() or path.is_symlink():
         yield path
     elif glob.has_magic(word):
@@ -137,8 +150,15 @@ class FileRaster:
 class GeoRaster:
     """A file that rasterio reads by windows, so that memory does not grow with it."""
 
-    def __init__(self, path: Path, num_channels: int, value_range: PixelRange | None):
+    def __init__(
+        self,
+        path: Path,
+        num_channels: int,
+        value_range: PixelRange | None,
+        band_names: Sequence[str] = (),
+    ):
         self.path, self.num_channels, self.value_range = path, num_channels, value_range
+        self.band_names = band_names
         self._file = _open_dataset(path)
         self.size = self._file.height, self._file.width
         self._check()
@@ -146,14 +166,22 @@ class GeoRaster:
     def _check(self) -> None:
         file, channels = self._file, self.num_channels
         colors = [i for i, c in enumerate(file.colorinterp, 1) if c.name != "alpha"]
-        if len(colors) == channels or (len(colors) == 1 and channels == 3):  # grey
+        described = {name: i for i, name in enumerate(file.descriptions, 1) if name}
+        if self.band_names and described:
+            if missing := [name for name in self.band_names if name not in described]:
+                raise ImageFormatError(
+                    f"image file {self.path} has the bands {', '.join(described)}, the model takes "
+                    f"{', '.join(missing)} (INPUT.BAND_NAMES)"
+                )
+            self._bands = [described[name] for name in self.band_names]
+        elif len(colors) == channels or (len(colors) == 1 and channels == 3):  # grey
             self._bands = (colors * channels)[:channels]
         elif file.count == channels:
             self._bands = list(range(1, channels + 1))
         else:
             raise ImageFormatError(
                 f"image file {self.path} has {file.count} bands, the model takes {channels} "
-                "channels (of a segmentor: INPUT.CHANNELS)"
+                "channels (INPUT.CHANNELS)"
             )
         types = {file.dtypes[band - 1] for band in self._bands}
         if types != {"uint8"} and self.value_range is None:
@@ -206,15 +234,25 @@ def _open_dataset(path: Path) -> Any:
         return rasterio.open(path)
 
 
-def open_raster(path: Path, num_channels: int, value_range: PixelRange | None) -> Raster:
+def open_raster(
+    path: Path,
+    num_channels: int,
+    value_range: PixelRange | None,
+    band_names: Sequence[str] = (),
+) -> Raster:
     """An image file to be read by windows: through rasterio if that is installed and knows it.
+
+    Args:
+        path: the file.
+        num_channels, value_range: see :func:`~spatial_mamba_d2.data.images.read_image`.
+        band_names: which bands to take, in this order, if those of the raster have descriptions.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it cannot be read, or has other channels or values than the model takes.
     """
     if path.suffix.lower() in RASTER_SUFFIXES and has_rasterio():
-        return GeoRaster(path, num_channels, value_range)
+        return GeoRaster(path, num_channels, value_range, band_names)
     return FileRaster(path, num_channels, value_range)
 
 

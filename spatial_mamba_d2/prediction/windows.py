@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +71,22 @@ class Grid:
     def row_of(self, index: int) -> int:
         return index // len(self.lefts)
 
+    def indices_of_row(self, row: int) -> range:
+        """The windows of a row."""
+        return range(row * len(self.lefts), (row + 1) * len(self.lefts))
+
+    def windows_with(self, box: Sequence[float], margin_px: float) -> list[int]:
+        """The windows that hold a box, x1, y1, x2, y2, complete.
+
+        Args:
+            margin_px: how far from edges that are inside of the image it has to be.
+        """
+        x1, y1, x2, y2 = box
+        height, width = self.size
+        rows = _holding(self.tops, self.window_px, height, y1, y2, margin_px)
+        columns = _holding(self.lefts, self.window_px, width, x1, x2, margin_px)
+        return [row * len(self.lefts) + column for row in rows for column in columns]
+
     def inner_edges(self, window: Window) -> tuple[bool, bool, bool, bool]:
         """Whether its top, left, bottom and right edge are inside of the image."""
         height, width = self.size
@@ -92,6 +109,20 @@ class Grid:
         if falls:
             weights = np.minimum(weights, distance[::-1] / self.overlap_px)
         return weights
+
+
+def _holding(
+    starts: list[int], window_px: int, side: int, low: float, high: float, margin_px: float
+) -> list[int]:
+    """Which of the windows along one direction have ``low`` to ``high``, and a margin, inside."""
+    last = bisect_right(starts, low)
+    first = bisect_left(starts, high - window_px)
+    return [
+        i
+        for i in range(first, last)
+        if (i == 0 or starts[i] + margin_px <= low)
+        and (starts[i] + window_px >= side or high <= starts[i] + window_px - margin_px)
+    ]
 
 
 def check_window(window_px: int, overlap_px: int | None) -> None:

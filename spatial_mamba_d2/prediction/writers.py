@@ -10,6 +10,8 @@ format      file                                           tasks
 coco        ``coco.json``                                  detection
 csv         ``predictions.csv``                            all
 geojson     ``geojson/NAME.geojson``                       detection
+gpkg        ``gpkg/NAME.gpkg``                             detection
+parquet     ``predictions.parquet``                        all
 yolo        ``yolo/labels/NAME.txt``, ``yolo/classes.txt``  detection
 labelme     ``labelme/NAME.json``                          detection
 label       ``label/NAME.png``, or ``.tif`` of a raster    segmentation
@@ -22,105 +24,23 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
-from spatial_mamba_d2.data.class_indices import ignore_index
 from spatial_mamba_d2.data.images import encode_image, read_image
+from spatial_mamba_d2.prediction.geo_writers import GeoJsonWriter, GeoPackageWriter, ParquetWriter
 from spatial_mamba_d2.prediction.label_files import GeoTiffLabels, PngLabels
-from spatial_mamba_d2.prediction.masks import crop_of_rle, polygons_of, ring_area
-from spatial_mamba_d2.prediction.predictor import ImagePredictor
-from spatial_mamba_d2.prediction.results import (
-    ClassScores,
-    Detections,
-    LabelMap,
-    category_id,
-    count_rows,
-)
-from spatial_mamba_d2.prediction.sources import RASTER_SUFFIXES, Georeference, has_rasterio
+from spatial_mamba_d2.prediction.results import ClassScores, Detections, LabelMap, category_id
+from spatial_mamba_d2.prediction.sources import RASTER_SUFFIXES, has_rasterio
+from spatial_mamba_d2.prediction.writer import ImageInfo, OneFile, TableWriter, Writer, outlines
 from spatial_mamba_d2.system.atomic import replacing
 
 
-@dataclass(frozen=True)
-class ImageInfo:
-    """An image of which results are written.
-
-    Attributes:
-        number: from 1 on, its id in COCO files.
-        file: its path.
-        name: of its results, a relative path without suffix.
-        size: height and width.
-        georeference: where it lies, if that is known.
-        is_whole: whether it was predicted at once, and not by windows.
-    """
-
-    number: int
-    file: Path
-    name: Path
-    size: tuple[int, int]
-    georeference: Georeference | None
-    is_whole: bool
-
-
-class Writer:
-    """A format. The methods are called in the order in which they are listed here.
-
-    Args:
-        output: the folder of the results.
-        names: of the classes.
-        model: what predicted, for drawings.
-    """
-
-    tasks: tuple[str, ...] = ("detection",)
-
-    def __init__(self, output: Path, names: tuple[str, ...], model: ImagePredictor):
-        self.output, self.names, self.model = output, names, model
-
-    def paths(self, files: Sequence[Path], names: Sequence[Path]) -> list[Path]:
-        """The files that will be written, for images and the names of their results."""
-        return [self.path_of(file, name) for file, name in zip(files, names, strict=True)]
-
-    def path_of(self, file: Path, name: Path) -> Path:
-        """The file of one image."""
-        raise NotImplementedError
-
-    def open(self, files: ExitStack) -> None:
-        """Begin what all images have in common; ``files`` completes or drops it."""
-
-    def start(self, image: ImageInfo, files: ExitStack) -> None:
-        """Begin an image; ``files`` completes or drops what belongs to it alone."""
-
-    def add(self, image: ImageInfo, result: Detections | LabelMap | ClassScores) -> None:
-        """Some of the image's objects, or its class scores, or its label map."""
-
-    def add_rows(self, image: ImageInfo, rows: np.ndarray) -> None:
-        """The next rows of the image's label map, ``[h, W]``."""
-
-    def finish(self, image: ImageInfo) -> None:
-        """End the image."""
-
-    def close(self) -> None:
-        """End what all images have in common."""
-
-    def _begin(self, path: Path, files: ExitStack, **options: Any) -> TextIO:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = files.enter_context(replacing(path))
-        return files.enter_context(temporary.open("w", encoding="utf-8", **options))
-
-
-class _OneFile(Writer):
-    file_name = ""
-
-    def paths(self, files: Sequence[Path], names: Sequence[Path]) -> list[Path]:
-        return [self.output / self.file_name]
-
-
-class CocoWriter(_OneFile):
+class CocoWriter(OneFile):
     """A COCO data set whose annotations have scores; pycocotools reads it."""
 
     file_name = "coco.json"
@@ -142,9 +62,10 @@ class CocoWriter(_OneFile):
     def finish(self, image: ImageInfo) -> None:
         height, width = image.size
         name = image.file.as_posix()
-        self.images.append(
-            {"id": image.number, "file_name": name, "width": width, "height": height}
-        )
+        record = {"id": image.number, "file_name": name, "width": width, "height": height}
+        if image.time_s is not None:
+            record["time_s"] = image.time_s
+        self.images.append(record)
 
     def close(self) -> None:
         categories = [{"id": category_id(i), "name": name} for i, name in enumerate(self.names)]
@@ -152,99 +73,18 @@ class CocoWriter(_OneFile):
         self.file.write(f',\n"categories": {json.dumps(categories)}}}\n')
 
 
-class CsvWriter(_OneFile):
-    """A table with a row for each object, class of a label map, or most probable class."""
+class CsvWriter(TableWriter):
+    """The table as CSV."""
 
     file_name = "predictions.csv"
-    tasks = ("detection", "segmentation", "classification")
-    columns: Mapping[str, Sequence[str]] = {
-        "detection": ("image", "class", "name", "score", "x1", "y1", "x2", "y2", "area"),
-        "segmentation": ("image", "class", "name", "pixels", "share"),
-        "classification": ("image", "rank", "class", "name", "score"),
-    }
 
     def open(self, files: ExitStack) -> None:
         file = self._begin(self.output / self.file_name, files, newline="")
-        self.table = csv.DictWriter(file, self.columns[self.model.task], lineterminator="\n")
+        self.table = csv.DictWriter(file, list(self.columns), lineterminator="\n")
         self.table.writeheader()
 
-    def start(self, image: ImageInfo, files: ExitStack) -> None:
-        self.counts = np.zeros(ignore_index(len(self.names)) + 1, np.int64)
-
-    def add(self, image: ImageInfo, result: Detections | LabelMap | ClassScores) -> None:
-        if not isinstance(result, LabelMap):
-            self.table.writerows(result.rows())
-
-    def add_rows(self, image: ImageInfo, rows: np.ndarray) -> None:
-        self.counts += np.bincount(rows.ravel(), minlength=len(self.counts))
-
-    def finish(self, image: ImageInfo) -> None:
-        self.table.writerows(count_rows(self.counts, self.names, image.file))
-
-
-class GeoJsonWriter(Writer):
-    """A polygon for each object, in the coordinates of the raster, or else in pixels."""
-
-    def path_of(self, file: Path, name: Path) -> Path:
-        return self.output / "geojson" / f"{name}.geojson"
-
-    def start(self, image: ImageInfo, files: ExitStack) -> None:
-        self.file = self._begin(self.path_of(image.file, image.name), files)
-        self.number = 0
-        head = {"type": "FeatureCollection", "name": image.name.as_posix()}
-        self.file.write(f"{json.dumps({**head, **_crs(image.georeference)})[:-1]}")
-        self.file.write(', "features": [')
-
-    def add(self, image: ImageInfo, result: Detections | LabelMap | ClassScores) -> None:
-        assert isinstance(result, Detections)
-        for i in range(len(result)):
-            shapes = [
-                [_in_crs(ring, image.georeference, is_hole=j > 0) for j, ring in enumerate(rings)]
-                for rings in outlines(result, i)
-            ]
-            single = len(shapes) == 1
-            geometry = {
-                "type": "Polygon" if single else "MultiPolygon",
-                "coordinates": shapes[0] if single else shapes,
-            }
-            properties = {
-                "class": int(result.classes[i]),
-                "name": self.names[result.classes[i]],
-                "score": float(result.scores[i]),
-            }
-            feature = {"type": "Feature", "properties": properties, "geometry": geometry}
-            self.file.write((",\n" if self.number else "\n") + json.dumps(feature))
-            self.number += 1
-
-    def finish(self, image: ImageInfo) -> None:
-        self.file.write("\n]}\n")
-
-
-def _crs(georeference: Georeference | None) -> dict[str, Any]:
-    """GeoJSON means longitude and latitude, unless this member, of its first version, says more."""
-    if georeference is None or georeference.crs == "EPSG:4326":
-        return {}
-    if georeference.crs.startswith("EPSG:"):
-        name = f"urn:ogc:def:crs:EPSG::{georeference.crs.removeprefix('EPSG:')}"
-        return {"crs": {"type": "name", "properties": {"name": name}}}
-    return {"crs_wkt": georeference.crs}
-
-
-def _in_crs(
-    ring: np.ndarray, georeference: Georeference | None, *, is_hole: bool
-) -> list[list[float]]:
-    points = ring if georeference is None else georeference.apply(ring)
-    if (ring_area(points) < 0) != is_hole:  # outlines go counterclockwise, holes clockwise
-        points = points[::-1]
-    return points.tolist()
-
-
-def outlines(result: Detections, index: int) -> list[list[np.ndarray]]:
-    """Rings of an object's mask, see :func:`.masks.polygons_of`, or of its box."""
-    if result.masks is not None:
-        return polygons_of(crop_of_rle(result.masks[index]))
-    x1, y1, x2, y2 = result.boxes[index].tolist()
-    return [[np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)])]]
+    def write(self, rows: Iterable[dict[str, Any]]) -> None:
+        self.table.writerows(rows)
 
 
 class YoloWriter(Writer):
@@ -378,7 +218,10 @@ class PngWriter(Writer):
 
     def add(self, image: ImageInfo, result: Detections | LabelMap | ClassScores) -> None:
         if image.is_whole:
-            pixels = read_image(image.file, self.model.num_channels, self.model.value_range)
+            if image.pixels is not None:
+                pixels = image.pixels()
+            else:
+                pixels = read_image(image.file, self.model.num_channels, self.model.value_range)
             path = self.path_of(image.file, image.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
@@ -389,6 +232,8 @@ FORMATS: dict[str, type[Writer]] = {
     "coco": CocoWriter,
     "csv": CsvWriter,
     "geojson": GeoJsonWriter,
+    "gpkg": GeoPackageWriter,
+    "parquet": ParquetWriter,
     "yolo": YoloWriter,
     "labelme": LabelmeWriter,
     "label": LabelWriter,

@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ class Oracle:
             names=NAMES,
             image_size=(numbers.shape[0], numbers.shape[1]),
         )
+
+    def batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        return [self(image) for image in images]
 
     def draw(self, image: np.ndarray, result: Detections) -> np.ndarray:
         return image

@@ -70,9 +70,12 @@ def segmentation_defaults() -> CfgNode:
     # its label ids; or voc. A class is an index, a name or "ignore"; * is everything else.
     cfg.DATASETS.LABEL_MAP = ""
 
-    # Channels of the images. For others than 3, PIXEL_MEAN and PIXEL_STD need as many values, and
-    # the first convolution starts from its RGB weights, summed or repeated.
+    # Channels of the images, 1 to 16. For others than 3, PIXEL_MEAN and PIXEL_STD need as many
+    # values, and the first convolution starts from its RGB weights.
     cfg.INPUT.CHANNELS = 3
+    # Names of the channels, in order, or (): they are kept in checkpoints, and chosen by name from
+    # rasters whose bands have descriptions.
+    cfg.INPUT.BAND_NAMES = ()
     # Images are resized to this short side in training and evaluation, unless the long side would
     # exceed LONG_PX.
     cfg.INPUT.SHORT_PX = 512
@@ -149,7 +152,6 @@ def _check(cfg: CfgNode) -> None:
             "MODEL.DICE_WEIGHT": 0,
             "MODEL.LOVASZ_WEIGHT": 0,
             "MODEL.FOCAL_GAMMA": 0,
-            "INPUT.CHANNELS": 1,
             "INPUT.SHORT_PX": 1,
             "INPUT.LONG_PX": cfg.INPUT.SHORT_PX,
             "INPUT.CROP_PX": 1,

@@ -115,7 +115,7 @@ def whole(model: Model, x: Tensor) -> Tensor:
 
 
 def model_inputs(views: Sequence[Tensor], protocol: Protocol) -> list[tuple[Tensor, bool]]:
-    """Each view as ``Tensor[1, C, H_s, W_s]``, and whether the model is to see its mirror image.
+    """Each view, ``Tensor[B, C, H_s, W_s]``, and whether the model is to see its mirror image.
 
     Raises:
         ValueError: there is no view.
@@ -123,10 +123,9 @@ def model_inputs(views: Sequence[Tensor], protocol: Protocol) -> list[tuple[Tens
     if not views:
         raise ValueError("views must hold at least one view, got none")
     flips = (False, True) if protocol.flip else (False,)
-    return [(x[None], flipped) for x in views for flipped in flips]
+    return [(x, flipped) for x in views for flipped in flips]
 
 
-@torch.no_grad()
 def segment(
     model: Model, views: Sequence[Tensor], size: Sequence[int], protocol: Protocol
 ) -> Tensor:
@@ -134,12 +133,20 @@ def segment(
 
     Args:
         model: in eval mode.
-        views: the normalised image in each scale, ``Tensor[3, H_s, W_s]``.
+        views: the normalised image in each scale, ``Tensor[C, H_s, W_s]``.
         size: H, W of the scores, which are those of the original image.
 
     Returns:
         ``Tensor[K, H, W]``: logits for a single view, else the mean of the views' probabilities.
     """
+    return segment_batch(model, [x[None] for x in views], size, protocol)[0]
+
+
+@torch.no_grad()
+def segment_batch(
+    model: Model, views: Sequence[Tensor], size: Sequence[int], protocol: Protocol
+) -> Tensor:
+    """:func:`segment` of images of one size: ``Tensor[B, C, H_s, W_s]`` -> ``[B, K, H, W]``."""
     inputs = model_inputs(views, protocol)
     total: Tensor | None = None
     for view, flipped in inputs:
@@ -150,9 +157,9 @@ def segment(
             logits = whole(model, x)
         if flipped:
             logits = logits.flip(-1)
-        logits = resize(logits, size)[0]
+        logits = resize(logits, size)
         if len(inputs) == 1:
             return logits
-        total = logits.softmax(0) if total is None else total.add_(logits.softmax(0))
+        total = logits.softmax(1) if total is None else total.add_(logits.softmax(1))
     assert total is not None  # model_inputs returns at least one
     return total.div_(len(inputs))

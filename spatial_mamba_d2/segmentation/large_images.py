@@ -47,7 +47,7 @@ def predict(
     Returns:
         class indices ``Tensor[*size]``, see :func:`~.class_indices.as_label_tensor`.
     """
-    inputs = model_inputs(views, protocol)
+    inputs = model_inputs([x[None] for x in views], protocol)
     height, width = size
     view_px = max(x.shape[-2] * x.shape[-1] for x, _ in inputs)
 

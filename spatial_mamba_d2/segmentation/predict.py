@@ -16,9 +16,10 @@ from spatial_mamba_d2.data.images import Draw, Drawer, write_image
 from spatial_mamba_d2.data.label_maps import Classes
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.models.checkpoints.loading import load_for_prediction
+from spatial_mamba_d2.models.upernet import SCORES_BYTES
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.data import build_test_transform, label_format
-from spatial_mamba_d2.segmentation.inference import build_protocol
+from spatial_mamba_d2.segmentation.inference import build_protocol, segment_batch
 from spatial_mamba_d2.segmentation.large_images import predict
 from spatial_mamba_d2.segmentation.module import build_model
 from spatial_mamba_d2.segmentation.visualize import draw_panels
@@ -48,6 +49,19 @@ class Predictor:
         views = [view.to(self.device) for view in self.transform(image)]
         label = predict(self.model, views, image.shape[:2], self.protocol, self.num_classes)
         return as_label_array(label, self.num_classes)
+
+    def label(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The same for several images of one size, in one batch if their scores are not large."""
+        height, width = images[0].shape[:2]
+        if len(images) == 1 or 4 * self.num_classes * height * width * len(images) > SCORES_BYTES:
+            return [self(image) for image in images]
+        return list(self.scores(images).argmax(1).to(torch.uint8).cpu().numpy())
+
+    def scores(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """Of images of one size in one batch: see :func:`~.inference.segment_batch`."""
+        views = zip(*map(self.transform, images), strict=True)
+        batches = [torch.stack(view).to(self.device) for view in views]
+        return segment_batch(self.model, batches, images[0].shape[:2], self.protocol)
 
 
 def _classes(checkpoint: dict[str, Any], cfg: CfgNode) -> Classes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.prediction.results import LabelMap
-from spatial_mamba_d2.segmentation.inference import segment
 from spatial_mamba_d2.segmentation.predict import Predictor
 from spatial_mamba_d2.segmentation.visualize import draw_panels
 
@@ -32,7 +31,7 @@ def sizes_of(state: Mapping[str, Tensor]) -> list[Any]:
 
 
 class ImagePredictor:
-    """A segmentor for images one at a time; see :class:`~.prediction.predictor.ImagePredictor`."""
+    """A segmentor; see :class:`~.prediction.predictor.ImagePredictor`."""
 
     task = "segmentation"
 
@@ -40,19 +39,23 @@ class ImagePredictor:
         self.predictor = Predictor(cfg)
         self.names = self.predictor.classes.names
         self.num_channels: int = cfg.INPUT.CHANNELS
+        self.band_names: tuple[str, ...] = tuple(cfg.INPUT.BAND_NAMES)
         self.value_range = build_pixel_range(cfg.INPUT.PIXEL_RANGE)
 
     def __call__(self, image: np.ndarray) -> LabelMap:
-        return LabelMap(label=self.predictor(image), names=self.names)
+        return self.batch([image])[0]
 
-    def probabilities(self, image: np.ndarray) -> np.ndarray:
-        """Of each class and pixel, ``float32[K, H, W]``."""
-        predictor = self.predictor
-        views = [view.to(predictor.device) for view in predictor.transform(image)]
-        scores = segment(predictor.model, views, image.shape[:2], predictor.protocol)
-        if len(predictor.protocol.scales) * (1 + predictor.protocol.flip) == 1:
-            scores = scores.softmax(0)  # of several views, they are probabilities already
-        return scores.cpu().numpy()
+    def batch(self, images: Sequence[np.ndarray]) -> list[LabelMap]:
+        labels = self.predictor.label(images)
+        return [LabelMap(label=label, names=self.names) for label in labels]
+
+    def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Of each class and pixel, ``float32[K, H, W]`` of each image."""
+        protocol = self.predictor.protocol
+        scores = self.predictor.scores(images)
+        if len(protocol.scales) * (1 + protocol.flip) == 1:
+            scores = scores.softmax(1)  # of several views, they are probabilities already
+        return list(scores.cpu().numpy())
 
     def draw(self, image: np.ndarray, result: LabelMap) -> np.ndarray:
         """``uint8[H, W, C]`` -> a drawing, RGB ``uint8[H', W', 3]``."""

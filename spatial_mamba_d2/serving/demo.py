@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, nn
 
+from spatial_mamba_d2.data.class_indices import ignored_in
 from spatial_mamba_d2.data.images import read_image, read_image_bytes, write_image
-from spatial_mamba_d2.data.segmentation_transforms import IGNORE
 from spatial_mamba_d2.explain.backbones import normalize, read_square_images
 from spatial_mamba_d2.explain.receptive_field import draw_fields, receptive_fields
 from spatial_mamba_d2.explain.states import draw_states, record_states
@@ -223,7 +223,8 @@ def _of_classes(result: Result, names: Sequence[str]) -> Result:
     wanted = np.array([i for i, name in enumerate(result.names) if name in names])
     if isinstance(result, Detections):
         return result.select(np.isin(result.classes, wanted))
-    label = np.where(np.isin(result.label, wanted), result.label, IGNORE).astype(np.uint8)
+    chosen = np.isin(result.label, wanted)
+    label = np.where(chosen, result.label, ignored_in(result.label)).astype(result.label.dtype)
     return replace(result, label=label)
 
 

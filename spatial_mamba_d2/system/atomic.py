@@ -17,7 +17,9 @@ _WRITER_FAULTS = ("inline_container", "PytorchStreamWriter", "unexpected pos", "
 
 
 @contextmanager
-def replacing(path: str | Path, num_bytes: int | None = None) -> Iterator[Path]:
+def replacing(
+    path: str | Path, num_bytes: int | None = None, *, by_several: bool = False
+) -> Iterator[Path]:
     """Yield a temporary file to write, which replaces ``path`` at the end, once it is on disk.
 
     If that fails, the temporary file is removed and what was at ``path`` before is unchanged.
@@ -25,6 +27,8 @@ def replacing(path: str | Path, num_bytes: int | None = None) -> Iterator[Path]:
     Args:
         path: the file.
         num_bytes: size that it will have, about, for the message if there is no room.
+        by_several: whether other processes may write the same file now. What a killed one leaves is
+            not written over then.
 
     Raises:
         OSError: it cannot be written; names the file, the reason, and the bytes needed and free.
@@ -32,7 +36,8 @@ def replacing(path: str | Path, num_bytes: int | None = None) -> Iterator[Path]:
     path = Path(path)
     # The machine's name, because several may share the folder. What a killed process leaves is
     # written over by the next one.
-    temporary = path.with_name(f".{path.name}.{platform.node()}.part")
+    owner = f"{platform.node()}.{os.getpid()}" if by_several else platform.node()
+    temporary = path.with_name(f".{path.name}.{owner}.part")
     try:
         yield temporary
         with temporary.open("rb+") as file:

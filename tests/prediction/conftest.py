@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ class Oracle:
 
     def __init__(self, task: str = "detection", with_masks: bool = True):
         self.task, self.with_masks = task, with_masks
+        self.batch_sizes: list[int] = []
         self.change: Callable[[np.ndarray], np.ndarray] = lambda mask: mask
 
     def __call__(self, image: np.ndarray) -> Any:
@@ -97,9 +98,13 @@ class Oracle:
             image_size=numbers.shape,
         )
 
-    def probabilities(self, image: np.ndarray) -> np.ndarray:
-        label = self(image).label
-        return (label[None] == np.arange(3)[:, None, None]).astype(np.float32)
+    def batch(self, images: Sequence[np.ndarray]) -> list[Any]:
+        self.batch_sizes.append(len(images))
+        return [self(image) for image in images]
+
+    def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        labels = [result.label for result in self.batch(images)]
+        return [(label == np.arange(3)[:, None, None]).astype(np.float32) for label in labels]
 
     def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
         return 255 - image

@@ -109,6 +109,30 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("task", RESULTS)
+def test_batches_give_the_results_of_single_images(task, checkpoint):
+    predict = load_predictor(checkpoint(task))
+    images = np.random.default_rng(1).integers(0, 255, (5, 48, 80, 3), np.uint8)
+    others = [images[0], *images[1:, :40], IMAGE]  # batches of 1, 3, 1 and 1
+    alone = [predict(image, score_thresh=0) for image in others]
+    together = list(predict(others, score_thresh=0, batch_size=3))
+    assert len(together) == len(alone)
+    for first, second in zip(alone, together, strict=True):
+        assert first.image_size == second.image_size
+        if task == "detection":
+            assert len(first) == len(second) > 0
+            np.testing.assert_allclose(first.boxes, second.boxes, atol=1e-3)
+        elif task == "segmentation":
+            assert (first.label != second.label).mean() < 1e-3
+        if task != "segmentation":
+            np.testing.assert_allclose(first.scores, second.scores, atol=1e-5)
+    if task == "segmentation":
+        large = np.random.default_rng(2).integers(0, 255, (150, 220, 3), np.uint8)
+        windows = {"window_px": 96, "overlap_px": 32}
+        single = predict(large, **windows).label
+        assert (predict(large, **windows, batch_size=4).label != single).mean() < 1e-3
+
+
+@pytest.mark.parametrize("task", RESULTS)
 def test_the_configuration_next_to_the_weights(task, checkpoint, config_of, tmp_path):
     alone = load_predictor(checkpoint(task))(IMAGE, score_thresh=0)
     path = checkpoint(task, with_config=False)

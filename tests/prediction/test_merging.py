@@ -80,7 +80,7 @@ def test_boxes_without_masks():
     grid = Grid((100, 180), 100, 20)  # the margin is columns 80 to 100
     whole = merged(grid, box_of(85, 10, 95, 20), box_of(5, 10, 15, 20, score=0.7))
     assert whole.boxes.tolist() == [[85, 10, 95, 20]] and whole.masks is None
-    assert whole.scores == pytest.approx([0.9])
+    assert whole.scores == pytest.approx([0.8])  # the mean of the two that see all of it
     crossing = merged(grid, box_of(40, 10, 100, 20, score=0.6), box_of(0, 10, 50, 20, score=0.8))
     assert crossing.boxes.tolist() == [[40, 10, 130, 20]]
     assert crossing.scores == pytest.approx([0.8])
@@ -88,6 +88,22 @@ def test_boxes_without_masks():
     cut = merged(grid, box_of(82, 10, 100, 20, score=0.95), box_of(2, 10, 21, 20, score=0.6))
     assert cut.boxes.tolist() == [[82, 10, 101, 20]]
     assert cut.scores == pytest.approx([0.6])
+
+
+def test_a_window_that_sees_a_place_completely_counts():
+    """The margin is columns 80 to 100: objects in it are complete in both windows."""
+    grid = Grid((100, 180), 100, 20)
+    cut = merged(grid, box_of(90, 10, 100, 20), box_of(40, 40, 60, 60))
+    assert cut.boxes.tolist() == [[120, 40, 140, 60]]  # the other window sees nothing there
+    doubted = merged(grid, box_of(85, 10, 95, 20), box_of(40, 40, 60, 60))
+    assert dict(zip(doubted.boxes[:, 0].tolist(), doubted.scores.tolist(), strict=True)) == {
+        85: pytest.approx(0.45), 120: pytest.approx(0.9)
+    }  # fmt: skip
+    assert len(merged(grid, box_of(90, 10, 100, 20), None)) == 1  # no result says nothing
+    too_low = merge_detections(
+        grid, [box_of(85, 10, 95, 20), box_of(40, 40, 60, 60)], ("a", "b"), 0.5
+    )
+    assert [found.boxes.tolist() for found in too_low] == [[[120, 40, 140, 60]]]
 
 
 def test_what_is_not_the_same_object():

@@ -134,3 +134,30 @@ def test_arguments_out_of_range(predict, scene, tmp_path):
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(ValueError, match="must name at least one image"):
         predict(tmp_path / "empty.txt")
+
+
+def test_batches_are_of_one_size(oracle, scene):
+    """Neighbours of one size; results are in the order of the images."""
+    model = oracle()
+    sizes = [40, 40, 40, 50, 40, 40]
+    images = [scene.image[:size, :size] for size in sizes]
+    results = list(Predictor(model)(images, batch_size=2, score_thresh=0))
+    assert model.batch_sizes == [2, 1, 1, 2]
+    assert [result.image_size[0] for result in results] == sizes
+    expected = [Predictor(oracle())(image, score_thresh=0) for image in images]
+    for found, alone in zip(results, expected, strict=True):
+        assert np.array_equal(found.boxes, alone.boxes)
+    with pytest.raises(ValueError, match=r"batch_size \(--batch-size\) must be at least 1, got 0"):
+        Predictor(model)(images, batch_size=0)
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_batches_of_windows(oracle, scene, task):
+    model = oracle(task)
+    found = Predictor(model)(scene.image, window_px=256, batch_size=4, score_thresh=0)
+    assert max(model.batch_sizes) == 4
+    expected = Predictor(oracle(task))(scene.image, window_px=256, score_thresh=0)
+    if task == "detection":
+        assert np.array_equal(found.boxes, expected.boxes)
+    else:
+        assert np.array_equal(found.label, expected.label)

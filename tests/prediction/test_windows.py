@@ -24,6 +24,25 @@ def test_coverage_and_overlap(size, window, overlap):
         assert all(d - a >= window for a, d in zip(starts, starts[3:], strict=False))
 
 
+def test_windows_that_hold_a_box():
+    grid = Grid((100, 260), 100, 20)  # columns 0 to 100, 80 to 180, 160 to 260
+    assert grid.lefts == [0, 80, 160]
+    assert grid.windows_with((0, 0, 100, 100), 0) == [0]
+    assert grid.windows_with((82, 5, 98, 20), 2) == [0, 1]
+    assert grid.windows_with((81, 5, 98, 20), 2) == [0]
+    assert grid.windows_with((82, 5, 99, 20), 2) == [1]
+    assert grid.windows_with((90, 5, 170, 20), 2) == [1]
+    assert grid.windows_with((70, 5, 190, 20), 0) == []
+    assert grid.windows_with((200, 0, 260, 100), 2) == [2]  # the edges of the image cut nothing
+    for box in np.random.default_rng(0).uniform(0, 260, (50, 2)):
+        low, high = sorted(box)
+        expected = [
+            i for i, window in enumerate(grid)
+            if (i == 0 or window.left + 3 <= low) and (i == 2 or high <= window.right - 3)
+        ]  # fmt: skip
+        assert grid.windows_with((low, 1, high, 2), 3) == expected
+
+
 def test_weights():
     grid = Grid((100, 40), 64, 16)
     rows, columns = grid.ramps(grid[0])

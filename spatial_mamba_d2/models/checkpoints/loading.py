@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timm.models import adapt_input_conv
+import torch
 from torch import Tensor, nn
 
 from spatial_mamba_d2.models.checkpoints.matching import find_timm_backbone, match
@@ -120,8 +120,8 @@ def load_weights(
         source: file, or the content of one.
         skip: prefixes of the model's (our) names that keep their initial values even if the file
             has them: for example ``["head."]`` to fine-tune a classifier to other classes.
-        partial: accept the exceptions, and RGB weights for images of other channels, which are
-            summed or repeated as timm does it; if False, every parameter of the model must be
+        partial: accept the exceptions, and RGB weights for images of other channels, see
+            :func:`widen_rgb`; if False, every parameter of the model must be
             loaded.
         source_name: what the report and the errors call ``source``.
 
@@ -167,7 +167,7 @@ def load_weights(
     if partial and key in report.loaded and _is_of_rgb(state[file_names[key]], target[key]):
         weight = state[file_names[key]]
         num_channels = target[key].shape[1]
-        state = {**state, file_names[key]: adapt_input_conv(num_channels, weight)}
+        state = {**state, file_names[key]: widen_rgb(weight, num_channels)}
         report.inflated = key
     shapes = {key: (state[file_names[key]].shape, target[key].shape) for key in report.loaded}
     if wrong := [key for key, (found, needed) in shapes.items() if found != needed]:
@@ -183,6 +183,23 @@ def load_weights(
         raise _incomplete(model, new, name)
     model.load_state_dict({key: state[file_names[key]] for key in report.loaded}, strict=False)
     return report
+
+
+def widen_rgb(weight: Tensor, num_channels: int) -> Tensor:
+    """The first convolution of RGB images -> that of other channels.
+
+    Channel ``i`` gets the weights of R, G or B, ``i % 3``, divided by the number of channels that
+    do. So of images that repeat their bands R, G, B, R, ... and of grey ones that repeat one band,
+    the output is that of RGB. One or two channels share the sum of the weights, as grey does.
+
+    Args:
+        weight: ``Tensor[N, 3, h, w]``.
+    """
+    if num_channels < 3:
+        return weight.sum(1, keepdim=True).repeat(1, num_channels, 1, 1) / num_channels
+    sources = torch.arange(num_channels, device=weight.device) % 3
+    counts = sources.bincount()[sources].to(weight)
+    return weight[:, sources] / counts[:, None, None]
 
 
 def _is_of_rgb(weight: Tensor, needed: Tensor) -> bool:
