@@ -64,19 +64,8 @@ def ssm_shapes(
 class _Call:
     """One call: its inputs, checked, in the dtype and layout that kernels take."""
 
-    def __init__(
-        self,
-        op: str,
-        kernel_set: KernelSet,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        delta_bias: Tensor,
-        taps: Tensor,
-    ):
+    def __init__(self, op: str, kernel_set: KernelSet, *inputs: Tensor):
+        u, delta, A, B, C, D, delta_bias, taps = inputs
         check_map(op, "u", u)
         others = ssm_shapes(u, A, B, C, D, delta_bias, taps)
         check_arguments(op, u, [("delta", delta, u.shape), *others])

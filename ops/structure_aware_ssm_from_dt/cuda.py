@@ -22,18 +22,9 @@ FORWARD = KernelSet(
 )
 
 
-def structure_aware_ssm_from_dt(
-    u: Tensor,
-    dt: Tensor,
-    dt_weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    taps: Tensor,
-) -> Tensor:
+def structure_aware_ssm_from_dt(*inputs: Tensor) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.structure_aware_ssm_from_dt`."""
+    u, dt, dt_weight, A, B, C, D, delta_bias, taps = inputs
     op = "structure_aware_ssm_from_dt"
     check_map(op, "u", u)
     check_map(op, "dt", dt, channels="R")
