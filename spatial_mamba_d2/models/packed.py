@@ -113,8 +113,7 @@ class PackedLinear(_Packed):
     def _linear_gelu(self, x: Tensor) -> Tensor:
         """One kernel, which has the tanh form of GELU only.
 
-        That differs from GELU by 5e-4 at most, less than a tenth of what the rounding of its
-        argument to bfloat16 does where it differs most.
+        That differs from GELU by 5e-4 at most; rounding to bfloat16 changes 1 by up to 4e-3.
         """
         tokens = x.reshape(-1, x.shape[-1])
         y = torch._addmm_activation(self.bias, tokens, self.weight.t(), use_gelu=True)
