@@ -155,11 +155,11 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
     A, D, bias = -random(dim).exp(), random(dim), random(dim) - 3
     ssm = [u, delta, A, random(batch, height, width), random(batch, height, width), D, bias]
     ssm.append(0.2 * random(25, dim))
-    conv = [u, random(dim, 1, 3, 3), bias]
-    gate = [u, delta, D, bias]
+    conv: Any = [u, random(dim, 1, 3, 3), bias]
+    gate: Any = [u, delta, D, bias]
     rank = max(dim // 32, 1)
     low_rank = [u, random(batch, height, width, rank).to(dtype), random(dim, rank), *ssm[2:]]
-    add = [u.clone(), bias, delta, True]
+    sums: Any = [u.clone(), bias, delta]
     operators = torch.ops.spatial_mamba
     halved = map_()[:, : (height + 1) // 2, : (width + 1) // 2].contiguous()
     model = dram_model
@@ -198,7 +198,10 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
             partial(operators.gated_layer_norm_backward, delta, *gate, 1e-5),
             model.gate_backward(problem),
         ),
-        "add_bias_": (partial(ops.add_bias_, *add), model.add_bias(problem, residual=True)),
+        "add_bias_": (
+            partial(ops.add_bias_, *sums, relu=True),
+            model.add_bias(problem, residual=True),
+        ),
     }
 
 
