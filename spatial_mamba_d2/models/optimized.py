@@ -303,8 +303,8 @@ class OptimizedBlock(Part):
         layers: Any = (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)
         if not is_on_cpu(fc1.weight):
             layers = _bias_as_weight(*layers[0], *layers[1])
-        self.fc1 = PackedLinear(*layers[0], dtype, act="gelu")
-        self.fc2 = PackedLinear(*layers[1], dtype)
+        self.fc1 = PackedLinear(*layers[0], dtype=dtype, act="gelu")
+        self.fc2 = PackedLinear(*layers[1], dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x, normalized = self.cpe1_ln1(x)
