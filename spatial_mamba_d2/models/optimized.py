@@ -303,8 +303,9 @@ class OptimizedBlock(Part):
         layers: Any = (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)
         if not is_on_cpu(fc1.weight):
             layers = _bias_as_weight(*layers[0], *layers[1])
-        self.fc1 = PackedLinear(*layers[0], dtype=dtype, act="gelu")
-        self.fc2 = PackedLinear(*layers[1], dtype=dtype)
+        (weight1, bias1), (weight2, bias2) = layers
+        self.fc1 = PackedLinear(weight1, bias1, dtype, act="gelu")
+        self.fc2 = PackedLinear(weight2, bias2, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x, normalized = self.cpe1_ln1(x)
