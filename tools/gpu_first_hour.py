@@ -30,9 +30,11 @@ def main() -> int:
     parser.add_argument("--variant", choices=VARIANTS, default=defaults.variant)
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
+    height, width = options.size
     settings = Settings(
         options.device,
-        *options.size,
+        height,
+        width,
         options.training_px,
         options.batch,
         options.rounds,

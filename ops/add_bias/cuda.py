@@ -45,5 +45,5 @@ def add_bias_(x: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> N
     if x.numel():
         warps, tokens = constants(_SOURCE)["kBiasWarps"], x.shape[:3].numel()
         blocks = blocks_of(tokens * blocks_of(dim, count), warps * LANES)
-        members = (x, bias, *(others or [0]), tokens, dim, int(relu))
+        members = (x, bias, others[0] if others else 0, tokens, dim, int(relu))
         kernels.add_bias(blocks, warps, 0, *members)

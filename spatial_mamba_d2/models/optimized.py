@@ -175,7 +175,7 @@ class OptimizedStem(Part):
         # Two steps, because to(dtype, memory_format=...) takes twice as long.
         x = x.contiguous(memory_format=torch.channels_last).to(self.conv1.dtype)
         x = self.conv1(x)
-        first, second = self.conv2
+        first, second = (layer for layer in self.conv2 if isinstance(layer, PackedConv))
         x = nhwc(second.add_to(x, first(x)))
         batch, _, width, _ = x.shape
         widened_row_bytes = batch * ((width + 1) // 2) * self.widen.out_dim * x.element_size()
@@ -209,6 +209,7 @@ class OptimizedDownsample(Part):
 
     def halve(self, x: Tensor) -> Tensor:
         """``Tensor[B, H, W, C]`` -> ``Tensor[B, ceil(H/2), ceil(W/2), C]``."""
+        assert self.reduce.bias is not None
         return depthwise_conv3x3_stride2(x, self.reduce.weight, self.reduce.bias)
 
 
@@ -299,11 +300,12 @@ class OptimizedBlock(Part):
         self.ssm = OptimizedSSM(block.ssm, dtype)
         self.cpe2_ln2 = PositionEncodingNorm(block.cpe2, block.ln2)
         fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-        layers = (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)
+        layers: Any = (fc1.weight, fc1.bias), (fc2.weight, fc2.bias)
         if not is_on_cpu(fc1.weight):
             layers = _bias_as_weight(*layers[0], *layers[1])
-        self.fc1 = PackedLinear(*layers[0], dtype, act="gelu")
-        self.fc2 = PackedLinear(*layers[1], dtype)
+        (weight1, bias1), (weight2, bias2) = layers
+        self.fc1 = PackedLinear(weight1, bias1, dtype, act="gelu")
+        self.fc2 = PackedLinear(weight2, bias2, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x, normalized = self.cpe1_ln1(x)

@@ -225,7 +225,7 @@ class DepthwiseConv(nn.Conv2d):
 class StochasticDepth(DropPath):
     """timm's ``DropPath`` and the residual sum, in a form that torch.fx can trace."""
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]  # two
         """``residual + DropPath(x)``, of two ``Tensor[B, H, W, C]``."""
         if self.training and self.drop_prob and run_on(x):  # without a pass for the product
             kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.drop_prob)

@@ -159,22 +159,26 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
     gate = [u, delta, D, bias]
     rank = max(dim // 32, 1)
     low_rank = [u, random(batch, height, width, rank).to(dtype), random(dim, rank), *ssm[2:]]
-    add = [u.clone(), bias, delta, True]
+    sums = [u.clone(), bias, delta]
+    functions: Any = ops
     operators = torch.ops.spatial_mamba
     halved = map_()[:, : (height + 1) // 2, : (width + 1) // 2].contiguous()
     model = dram_model
     return {
-        "structure_aware_ssm": (partial(ops.structure_aware_ssm, *ssm), model.ssm_forward(problem)),
+        "structure_aware_ssm": (
+            partial(functions.structure_aware_ssm, *ssm),
+            model.ssm_forward(problem),
+        ),
         "structure_aware_ssm_backward": (
             partial(operators.structure_aware_ssm_backward, delta, *ssm),
             model.ssm_backward(problem),
         ),
         "structure_aware_ssm_from_dt": (
-            partial(ops.structure_aware_ssm_from_dt, *low_rank),
+            partial(functions.structure_aware_ssm_from_dt, *low_rank),
             model.ssm_from_dt_forward(problem, rank),
         ),
         "depthwise_conv3x3": (
-            partial(ops.depthwise_conv3x3, *conv, False),
+            partial(functions.depthwise_conv3x3, *conv, False),
             model.conv_forward(problem),
         ),
         "depthwise_conv3x3_backward": (
@@ -182,7 +186,7 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
             model.conv_backward(problem),
         ),
         "depthwise_conv3x3_stride2": (
-            partial(ops.depthwise_conv3x3_stride2, *conv),
+            partial(functions.depthwise_conv3x3_stride2, *conv),
             model.conv_stride2_forward(problem),
         ),
         "depthwise_conv3x3_stride2_backward": (
@@ -190,15 +194,21 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
             model.conv_stride2_backward(problem),
         ),
         "depthwise_conv3x3_layer_norm": (
-            partial(ops.depthwise_conv3x3_layer_norm, *conv, D, bias),
+            partial(functions.depthwise_conv3x3_layer_norm, *conv, D, bias),
             model.conv_norm_forward(problem),
         ),
-        "gated_layer_norm": (partial(ops.gated_layer_norm, *gate), model.gate_forward(problem)),
+        "gated_layer_norm": (
+            partial(functions.gated_layer_norm, *gate),
+            model.gate_forward(problem),
+        ),
         "gated_layer_norm_backward": (
             partial(operators.gated_layer_norm_backward, delta, *gate, 1e-5),
             model.gate_backward(problem),
         ),
-        "add_bias_": (partial(ops.add_bias_, *add), model.add_bias(problem, residual=True)),
+        "add_bias_": (
+            partial(functions.add_bias_, *sums, relu=True),
+            model.add_bias(problem, residual=True),
+        ),
     }
 
 

@@ -106,9 +106,9 @@ class _TimedDevice:
     def _timed(self, name: str, launch: Launch) -> Launch:
         def call(*arguments: Any) -> None:
             if not self._is_cuda:
-                start = time.perf_counter()
+                begin = time.perf_counter()
                 launch(*arguments)
-                self._times[name].append(time.perf_counter() - start)
+                self._times[name].append(time.perf_counter() - begin)
                 return
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -126,7 +126,8 @@ def launch_times(device: str) -> Iterator[dict[str, list[Any]]]:
     Yields:
         a dictionary that :func:`seconds_of` reads: C++ name of a kernel -> its launches.
     """
-    opener, times = kernels.OPENERS[device], defaultdict(list)
+    opener = kernels.OPENERS[device]
+    times: dict[str, list[Any]] = defaultdict(list)
     kernels.OPENERS[device] = lambda x: _TimedDevice(opener(x), device == "cuda", times)
     kernels.unload()
     try:
