@@ -180,7 +180,8 @@ def test_sdist_contains_what_building_and_testing_need(distributions):
     native = {"ops/selective_scan/cpu.cpp", "ops/selective_scan/scan.cuh"}
     assert native | {"dev.py", ".ci/run", "LICENSE", "NOTICE"} <= names
     assert files("tests", "*.py") | files("tools", "*.py") | files("configs", "*.yaml") <= names
-    assert files("docs", "*") | files("examples", "*.py", "*.cpp") <= names
+    assert files("docs", "*.md", "*.jpg", "*.py") <= names
+    assert files("examples", "*.py", "*.cpp", "*.ipynb") <= names
 
 
 @pytest.fixture

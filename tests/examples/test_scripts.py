@@ -87,7 +87,7 @@ def test_a_detector_is_fine_tuned(run, shapes, tmp_path):
     assert (tmp_path / "out/run/model_final.pth").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_exported_model_runs_without_pytorch(run, tmp_path):
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="pip install 'spatial-mamba-d2[export]'")
