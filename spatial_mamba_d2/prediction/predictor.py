@@ -124,6 +124,8 @@ class Predictor:
         if isinstance(source, np.ndarray) or _is_image_file(source):
             images = iter([self._open(source, window_px)])
         else:
+            if isinstance(source, (str, os.PathLike)) and not is_stream(source):
+                source = find_sources([source])
             images = self._several(source, window_px)
         results = self._predict(images, score_thresh, window_px, overlap_px, batch_size)
         if isinstance(source, np.ndarray) or _is_image_file(source):
@@ -132,11 +134,9 @@ class Predictor:
 
     def _several(self, source: Source, window_px: int | None) -> Iterator[_Opened]:
         if isinstance(source, (str, os.PathLike)):
-            if is_stream(source):
-                for number, (image, time) in enumerate(read_stream(source)):
-                    yield self._array(image), frame_path(Path(source), number), time
-                return
-            source = find_sources([source])
+            for number, (image, time) in enumerate(read_stream(source)):
+                yield self._array(image), frame_path(Path(source), number), time
+            return
         for image in source:
             if not isinstance(image, np.ndarray) and is_video(Path(image)):
                 video = Video(Path(image))
