@@ -26,16 +26,13 @@ from spatial_mamba_d2.system.cli import build_key_value_parser, run_tool
 
 def main() -> None:
     from spatial_mamba_d2.prediction.bulk import run
-    from spatial_mamba_d2.prediction.loading import TASKS
+    from spatial_mamba_d2.prediction.loading import add_model_arguments
     from spatial_mamba_d2.prediction.predictor import SCORE_THRESH
     from spatial_mamba_d2.prediction.writers import FORMATS
 
     keep_freed_memory()
     parser = build_key_value_parser(__doc__)
-    parser.add_argument("--weights", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--config-file", default="", metavar="FILE", help="default: recognised")
-    parser.add_argument("--task", choices=TASKS, help="default: recognised")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N")
+    add_model_arguments(parser)
     parser.add_argument(
         "--input", required=True, nargs="+", help="images, videos, folders, patterns, lists"
     )

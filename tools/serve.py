@@ -12,21 +12,17 @@ a proxy that has one.
 """
 
 import argparse
-from pathlib import Path
 
 from spatial_mamba_d2.system.allocator import keep_freed_memory
 from spatial_mamba_d2.system.cli import build_key_value_parser, log_to_stdout, run_tool
 
 
 def main() -> None:
-    from spatial_mamba_d2.prediction.loading import TASKS
+    from spatial_mamba_d2.prediction.loading import add_model_arguments
 
     keep_freed_memory()
     parser = build_key_value_parser(__doc__)
-    parser.add_argument("--weights", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--config-file", default="", metavar="FILE", help="default: recognised")
-    parser.add_argument("--task", choices=TASKS, help="default: recognised")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N")
+    add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,11 @@ def _published(state: Mapping[str, Tensor], source: str, subpackage: Any) -> tup
     recipe = recipe_file(subpackage.RECIPE + _RECIPE_OF_VARIANT.get(variant, "t"))
     pairs = ["MODEL.SPATIAL_MAMBA.VARIANT", variant, *subpackage.sizes_of(state)]
     return recipe, pairs
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """The options of command lines that pass them on to :func:`load_predictor`."""
+    parser.add_argument("--weights", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="default: recognised")
+    parser.add_argument("--task", choices=TASKS, help="default: recognised")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N")

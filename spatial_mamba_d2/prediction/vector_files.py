@@ -10,7 +10,6 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -164,12 +163,9 @@ class GeoPackage:
     def __enter__(self) -> GeoPackage:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, *raised: Any) -> None:
         try:
-            if kind is None:
+            if raised[0] is None:
                 with self._as_os_error():
                     if self.number:
                         self.file.execute(
@@ -252,12 +248,9 @@ class ParquetTable:
     def __enter__(self) -> ParquetTable:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, *raised: Any) -> None:
         try:
-            if kind is None:
+            if raised[0] is None:
                 self._flush()
                 if "geometry" in self.columns:
                     self.file.add_key_value_metadata({"geo": json.dumps(self._geo())})
