@@ -241,8 +241,8 @@ def parse_label_map(
         ValueError: something is no entry, listed twice, or mapped to an unknown class.
     """
     if text.strip() in label_conventions.LABEL_MAPS:
-        values, colors = label_conventions.LABEL_MAPS[text.strip()]
-        return _of_classes(values, names), _of_classes(colors, names), None
+        of_values, of_colors = label_conventions.LABEL_MAPS[text.strip()]
+        return _of_classes(of_values, names), _of_classes(of_colors, names), None
     where = KEY
     if _FILE.fullmatch(text.strip()) and ":" not in text:
         path = Path(root, text.strip())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,9 @@ class Items:
 
     def __getitem__(self, index: int) -> Item:
         return self.items[index]
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
 
     @property
     def has_times(self) -> bool:

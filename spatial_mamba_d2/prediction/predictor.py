@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -46,7 +46,8 @@ class ImagePredictor(Protocol):
         value_range: of images with more than 8 bits, see
             :func:`~spatial_mamba_d2.data.images.read_image`.
 
-    It may have ``band_names``, of the bands that it takes from rasters with several.
+    It may have ``band_names``, of the bands that it takes from rasters with several. In
+    segmentation it is a :class:`SemanticPredictor`.
     """
 
     task: str
@@ -60,11 +61,15 @@ class ImagePredictor(Protocol):
     def batch(self, images: Sequence[np.ndarray]) -> list[Any]:
         """``uint8[H, W, C]`` of one size, predicted together -> the result of each."""
 
-    def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Segmentation only: of each class and pixel, ``float32[K, H, W]`` of each image."""
-
     def draw(self, image: np.ndarray, result: Any) -> np.ndarray:
         """``uint8[H, W, C]`` and a result -> a drawing, RGB ``uint8[H', W', 3]``."""
+
+
+class SemanticPredictor(ImagePredictor, Protocol):
+    """What segmentation provides."""
+
+    def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Of each class and pixel, ``float32[K, H, W]`` of each image, all of one size."""
 
 
 class Predictor:
@@ -134,8 +139,8 @@ class Predictor:
 
     def _several(self, source: Source, window_px: int | None) -> Iterator[_Opened]:
         if isinstance(source, (str, os.PathLike)):
-            for number, (image, time) in enumerate(read_stream(source)):
-                yield self._array(image), frame_path(Path(source), number), time
+            for number, (pixels, time) in enumerate(read_stream(source)):
+                yield self._array(pixels), frame_path(Path(source), number), time
             return
         for image in source:
             if not isinstance(image, np.ndarray) and is_video(Path(image)):
@@ -180,7 +185,7 @@ class Predictor:
         def flush() -> Iterator[Any]:
             if waiting:
                 pixels = [image for image, _, _ in waiting]
-                places = [place for _, *place in waiting]
+                places = [(path, time) for _, path, time in waiting]
                 waiting.clear()
                 for result, (path, time) in zip(
                     self.predict_images(pixels, score_thresh), places, strict=True
@@ -213,8 +218,9 @@ class Predictor:
             for batch in _batches(indices, grid, batch_size):
                 results = self.predict_windows([raster.read(grid[index]) for index in batch])
                 for index, result in zip(batch, results, strict=True):
-                    is_packed = blender is not None and result is not None
-                    yield blender.pack(index, result) if is_packed else result
+                    if blender is not None and result is not None:
+                        result = blender.pack(index, result)
+                    yield result
 
         if blender is None:
             merged = merge_detections(grid, predicted(range(len(grid))), self.names, score_thresh)
@@ -253,7 +259,9 @@ class Predictor:
             probabilities, ``float32[K, h, w]``; or None for None, which stands for nodata.
         """
         found = [image for image in images if image is not None]
-        predict = self.model.probabilities if self.task == "segmentation" else self.model.batch
+        predict: Callable[[Sequence[np.ndarray]], list[Any]] = self.model.batch
+        if self.task == "segmentation":
+            predict = cast(SemanticPredictor, self.model).probabilities
         results = iter(predict(found) if found else ())
         return [None if image is None else next(results) for image in images]
 

@@ -44,6 +44,10 @@ class Video:
         ImportError: PyAV is not installed.
     """
 
+    _next: int
+    _frames: Iterator[tuple[int, Any]]
+    _ahead: tuple[int, Any] | None
+
     def __init__(self, path: Path):
         self.path = path
         with self._opened() as (container, stream):
@@ -92,7 +96,7 @@ class Video:
     def _restart(self) -> None:
         self._next = 0
         self._frames = self._decode()
-        self._ahead: tuple[int, Any] | None = next(self._frames, None)
+        self._ahead = next(self._frames, None)
 
     def _decode(self) -> Iterator[tuple[int, Any]]:
         """Number and frame, of those that can be decoded."""

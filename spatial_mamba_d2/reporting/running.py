@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from spatial_mamba_d2.evaluation import (
 )
 from spatial_mamba_d2.models.checkpoints.reading import file_sha256, read_checkpoint
 from spatial_mamba_d2.prediction import load_predictor
-from spatial_mamba_d2.prediction.predictor import Predictor
+from spatial_mamba_d2.prediction.predictor import Predictor, SemanticPredictor
 from spatial_mamba_d2.reporting.evaluated_run import Run
 from spatial_mamba_d2.reporting.report_page import write_page
 from spatial_mamba_d2.reporting.test_sets import (
@@ -181,9 +181,9 @@ def _detect(predictor: Predictor, tested: TestSet, names: Sequence[str]) -> dict
 
 def _segment(predictor: Predictor, tested: TestSet, names: Sequence[str]) -> dict[str, Evaluation]:
     scores = LabelMapScores(names)
-    model = predictor.model
+    model = cast(SemanticPredictor, predictor.model)
     for position, image in _images(predictor, tested):
-        probabilities = model.probabilities(image)  # type: ignore[attr-defined]
+        (probabilities,) = model.probabilities([image])
         truth = tested.label(position, model.num_channels, model.value_range)
         scores.update(probabilities.argmax(axis=0), truth, probabilities.max(axis=0))
     return {"label maps": scores.evaluate()}

@@ -139,9 +139,9 @@ class Demo:
             ValueError: the file cannot be read as an image, or an argument is out of its range.
         """
         file, predictor = Path(file), self.predictors[task]
-        options = {} if task == "classification" else {"window_px": window_px}
+        window_px = None if task == "classification" else window_px
         with _short_names(file):
-            result = predictor(file, score_thresh=score_thresh, **options)
+            result = predictor(file, score_thresh=score_thresh, window_px=window_px)
             result = replace(_of_classes(result, names), source=Path(file.name))
             drawing = None
             if np.prod(result.image_size) <= _MOST_DRAWN_PX:
