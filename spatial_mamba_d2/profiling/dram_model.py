@@ -129,22 +129,30 @@ def cut(p: Problem) -> Tiles:
 
 
 class Segments(NamedTuple):
-    """How the launch code of ``selective_scan`` cuts the sequences of all images."""
+    """How the launch code of ``selective_scan`` cuts the sequences of all images.
+
+    Attributes:
+        num_rows, per_row: of the segments; those at the end of a sequence may be empty.
+        num_used: segments with a token.
+    """
 
     num_rows: int
     per_row: int
+    num_used: int
 
 
 def sequence_segments(p: Problem) -> Segments:
     """Rows and segments of a sequence that is not an image."""
     segments = scan_cuda.sequence_segments(p.height * p.width)
-    return Segments(p.num_images * segments.rows, segments.per_row)
+    num_used = p.num_images * _ceil_div(p.height * p.width, segments.step)
+    return Segments(p.num_images * segments.rows, segments.per_row, num_used)
 
 
 def image_segments(p: Problem) -> Segments:
     """A row of the map is a row, and each tile begins a segment."""
     segments = ssm_cuda.image_segments(cut(p))
-    return Segments(p.num_images * segments.rows, segments.per_row)
+    num_rows = p.num_images * segments.rows
+    return Segments(num_rows, segments.per_row, num_rows * segments.per_row)
 
 
 def _scan_inputs(p: Problem) -> list[Operand]:
@@ -205,7 +213,8 @@ def _scan_adjoint(p: Problem, s: Segments, *, observed: bool = False) -> list[La
     grad_h = p.accumulator_map("grad_h")
     recursion = [p.activation("delta"), grad_h, p.per_channel("A"), p.per_channel("delta_bias")]
     reads = [*_scan_inputs(p), grad_h]
-    reads += [*_states_before(p, s), *_states_before(p, s)]  # of the recursion and of its adjoint
+    # Of the recursion and of its adjoint; empty segments are passed over.
+    reads += 2 * [p.accumulator("segment_maps", s.num_used, p.dim, 2), _row_states(p, s)]
     writes = [
         p.activation("grad_u"),
         p.activation("grad_delta"),

@@ -71,7 +71,7 @@ def rasters(shapes, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
 def test_five_bands_of_16_bits(rasters, arguments, root, tmp_path, shapes):
     recipe = str(root / "configs/demo_mask_rcnn_spatial_mamba_t.yaml")
     run(arguments(*rasters, "TEST.PICTURES", 1, "SOLVER.MAX_ITER", 3, config_file=recipe))
