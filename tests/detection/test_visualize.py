@@ -31,7 +31,9 @@ def test_equal_names_have_a_drawing_each(tmp_path):
         json_file=str(tmp_path / "val.json"), image_root=str(tmp_path / "images"),
         thing_classes=["a"], thing_dataset_id_to_contiguous_id={1: 0},
     )  # fmt: skip
-    writer = VisualizationWriter(metadata, tmp_path / "out", 8, 0.5, PixelRange(0, 1000))
+    writer = VisualizationWriter(
+        metadata, tmp_path / "out", 8, 0.5, value_range=PixelRange(0, 1000)
+    )
     writer.reset()
     for image in images:
         record = {

@@ -91,7 +91,7 @@ def test_training_prediction_and_files(words, tree, tmp_path):
     photos = tree / "images" / "validation"
     for window in (None, 24):
         output = tmp_path / f"predictions_{window}"
-        options = Options(formats=("label", "csv"), window_px=window, overlap_px=8 * bool(window))
+        options = Options(formats=("label", "csv"), window_px=window, overlap_px=window and 8)
         predict_files([photos], output, predictor, options)
         files = sorted(output.rglob("*.png"))
         assert len(files) == 2
