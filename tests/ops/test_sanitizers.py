@@ -1,4 +1,7 @@
-"""The compiled CPU kernels under the address and undefined-behaviour sanitizers."""
+"""The compiled CPU kernels under the address and undefined-behaviour sanitizers.
+
+Compiling them takes minutes: ``python3 dev.py test -m long tests/ops/test_sanitizers.py``.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +119,7 @@ def runtime(name):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
 def test_kernels_are_clean(library, capability):
     if capability == "avx512" and not HAS_AVX512:

@@ -73,7 +73,7 @@ def test_the_same_bytes_whatever_the_driver(predict, tmp_path):
     assert content(tmp_path / "ranks") == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_for_slurm(predict, tmp_path):
     predict("one")
     script = predict("jobs", "--slurm", 2)
@@ -104,7 +104,7 @@ def test_a_script_with_unusual_words():
         slurm_script(["x"], 0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_fails_is_named(predict, tmp_path):
     (tmp_path / "failing").mkdir()
     (tmp_path / "failing/.parts").write_text("in the way")

@@ -29,9 +29,9 @@ def architectures() -> tuple[int, ...]:
     ("architecture", "dtype"),
     [
         (75, torch.float16),
-        (80, torch.float32),
+        pytest.param(80, torch.float32, marks=pytest.mark.long),
         (90, torch.float64),
-        (100, torch.bfloat16),
+        pytest.param(100, torch.bfloat16, marks=pytest.mark.long),
         (120, torch.float16),
     ],
     ids=str,
