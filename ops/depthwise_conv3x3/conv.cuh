@@ -240,6 +240,31 @@ struct ConvBackwardArgs : ConvArgs<T> {
   acc_t<T>* grad_bias;    // [parts, dim]
 };
 
+// Sums what each thread has for the gradients of the weights and of the bias
+// over a block, and stores the partial sums of a part.
+template <typename T, int count, bool kPacked>
+SMD2_DEVICE void store_weight_sums(
+    const ConvBackwardArgs<T>& a,
+    int part,
+    const Channels<count, kPacked>& channels,
+    acc_t<T> (&grads)[10 * count],
+    acc_t<T>* shared) {
+  block_sum(grads, shared);
+  if (threadIdx.y != 0) {
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < count; k++) {
+    const int64_t at = static_cast<int64_t>(part) * a.map.dim + channels.at(k);
+#pragma unroll
+    for (int tap = 0; tap < 9; tap++) {
+      store(
+          a.grad_weight + at * 9 + tap, grads[k * 10 + tap], channels.valid(k));
+    }
+    store(a.grad_bias + at, grads[k * 10 + 9], channels.valid(k));
+  }
+}
+
 // Block: 32 x kConvBackwardPack channels of kConvWarps x kConvColumns columns
 // of a band, a part; each writes partial sums.
 //
@@ -366,21 +391,7 @@ __global__ void __launch_bounds__(
     shift_rows(conv, weights.bias);
   }
 
-  block_sum(grads, shared);
-  if (threadIdx.y == 0) {
-#pragma unroll
-    for (int k = 0; k < count; k++) {
-      const int64_t at = static_cast<int64_t>(part) * dim + channels.at(k);
-#pragma unroll
-      for (int tap = 0; tap < 9; tap++) {
-        store(
-            a.grad_weight + at * 9 + tap,
-            grads[k * 10 + tap],
-            channels.valid(k));
-      }
-      store(a.grad_bias + at, grads[k * 10 + 9], channels.valid(k));
-    }
-  }
+  store_weight_sums(a, part, channels, grads, shared);
 }
 
 }  // namespace cuda

@@ -249,21 +249,7 @@ __global__ void __launch_bounds__(
     }
   }
 
-  block_sum(grads, shared);
-  if (threadIdx.y == 0) {
-#pragma unroll
-    for (int k = 0; k < count; k++) {
-      const int64_t at = static_cast<int64_t>(part) * dim + channels.at(k);
-#pragma unroll
-      for (int tap = 0; tap < 9; tap++) {
-        store(
-            a.grad_weight + at * 9 + tap,
-            grads[k * 10 + tap],
-            channels.valid(k));
-      }
-      store(a.grad_bias + at, grads[k * 10 + 9], channels.valid(k));
-    }
-  }
+  store_weight_sums(a, part, channels, grads, shared);
 }
 
 }  // namespace cuda
