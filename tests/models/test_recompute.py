@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 from spatial_mamba_d2.models import build_backbone
+from spatial_mamba_d2.models.layers import LayerNorm, ReLU
 from spatial_mamba_d2.models.pointwise import Mlp, Pointwise
 from spatial_mamba_d2.models.recompute import keeps_recipes, recomputation, recompute
-from spatial_mamba_d2.models.spatial_mamba import Block, Downsample, LayerNorm, ReLU
+from spatial_mamba_d2.models.spatial_mamba import Block, Downsample
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 2, 1), "drop_path_rate": 0.5}
 
