@@ -74,6 +74,17 @@ def test_features_in_timm(run):
     assert int(found[1]) == 128 and float(found[2]) > 30  # 20 by chance
 
 
+@pytest.mark.parametrize(
+    ("library", "package"),
+    [("smp", "segmentation_models_pytorch"), ("transformers", "transformers")],
+)
+def test_heads_of_others(library, package, run):
+    pytest.importorskip(package, reason="pip install 'spatial-mamba-d2[heads]'")
+    printed = run("heads_of_others.py", "--library", library, "--iterations", 10)
+    assert "iteration 10: loss" in printed
+    assert 5 < float(re.search(r"mIoU ([\d.]+)% of 6 classes, 16 images", printed)[1]) < 100
+
+
 @pytest.mark.slow
 def test_a_detector_is_fine_tuned(run, shapes, tmp_path):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
