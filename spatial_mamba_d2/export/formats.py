@@ -31,7 +31,6 @@ OPSET = 20
 INPUT = "image"
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "aoti": ()}
 _PACKAGES["openvino"] = (*_PACKAGES["onnx"][:2], "openvino")
-_EXACT, _OF_OPENVINO = Tolerance(), Tolerance(score=1e-3)
 RUN_BY_SUFFIX = {".onnx": "onnx", ".xml": "openvino"}  # by predictors, without PyTorch
 
 
@@ -57,11 +56,8 @@ def _import(package: str, format: str) -> Any:
         ) from None
 
 
-def tolerance_of(format: str, precision: str) -> Tolerance:
-    """OpenVINO's results in float32 are less accurate than those of the others."""
-    if precision != "fp32":
-        return LOWER[precision]
-    return _OF_OPENVINO if format == "openvino" else _EXACT
+def tolerance_of(precision: str) -> Tolerance:
+    return Tolerance() if precision == "fp32" else LOWER[precision]
 
 
 def trace(
