@@ -16,6 +16,8 @@ from spatial_mamba_d2.data.images import read_image
 from spatial_mamba_d2.models import build_classifier
 from spatial_mamba_d2.models.variants import VARIANTS
 
+pytestmark = pytest.mark.docs
+
 
 @pytest.fixture(autouse=True)
 def narrow_variant(monkeypatch) -> None:
