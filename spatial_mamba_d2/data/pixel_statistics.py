@@ -33,7 +33,7 @@ def measure_pixels(
     chosen = np.linspace(0, len(files) - 1, min(len(files), MAX_IMAGES)).round().astype(int)
     read = partial(_sums, num_channels=num_channels, value_range=value_range)
     with ThreadPoolExecutor() as pool:
-        count, total, squares = sum(pool.map(read, [files[i] for i in chosen]))
+        count, total, squares = np.sum(list(pool.map(read, [files[i] for i in chosen])), axis=0)
     mean = total / count
     return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
 
