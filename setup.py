@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import setuptools
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 
@@ -40,12 +41,20 @@ BESIDE_THE_PACKAGE = ("configs", "tools", "datasets")
 # Python's own flags ask for it, which nearly doubles the time of compilation, and makes the library
 # 15 times as large.
 NO_DEBUG_INFO = "-g0"
+# The first PyTorch that the compiled operators work with
+OLDEST_TORCH = tuple(
+    int(number)
+    for number in re.search(
+        r"^OLDEST_TORCH = \((\d+), (\d+)\)", (ROOT / "ops/_extension.py").read_text(), re.MULTILINE
+    ).groups()
+)
 
 
 def native_build():
-    """The arguments of ``setup()`` that compile as many of the operators as possible."""
+    """The arguments of ``setup()`` that compile the operators, if possible."""
     try:
         check_compiler()
+        check_torch()
         from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
         reason = f"{error}: pip needs --no-build-isolation to see the installed PyTorch"
@@ -54,7 +63,13 @@ def native_build():
         return explain(error)
 
     class BuildNative(BuildExtension):
-        """Leaves out the library if it cannot be compiled."""
+        """Leaves out the library if it cannot be compiled.
+
+        It does not depend on Python, so its name does not say for which one it was compiled.
+        """
+
+        def get_ext_filename(self, fullname):
+            return f"{fullname.replace('.', os.sep)}.so"
 
         def build_extensions(self):
             try:
@@ -63,7 +78,14 @@ def native_build():
                 explain(f"compiling failed: {error}")
                 self.extensions = []
 
-    return {"ext_modules": [cpu_extension()], "cmdclass": {"build_ext": BuildNative}}
+    class AnyPython(bdist_wheel):
+        """A wheel for one platform and every Python."""
+
+        def get_tag(self):
+            return "py3", "none", super().get_tag()[2]
+
+    commands = {"build_ext": BuildNative, "bdist_wheel": AnyPython}
+    return {"ext_modules": [cpu_extension()], "cmdclass": commands}
 
 
 def check_compiler():
@@ -77,27 +99,43 @@ def check_compiler():
         raise RuntimeError(f"no C++ compiler {compiler}; install one, or set CXX")
 
 
+def check_torch():
+    """Raise ``RuntimeError`` if the installed PyTorch has no stable ABI that suffices."""
+    import torch
+
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        raise RuntimeError(
+            f"they need PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, "
+            f"but this is {torch.__version__}"
+        )
+
+
 def sources(*patterns):
     paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
 def cpu_extension():
-    from torch.utils.cpp_extension import CppExtension
+    from torch.utils.cpp_extension import include_paths, library_paths
 
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    return CppExtension(
+    major, minor = OLDEST_TORCH
+    return Extension(
         "spatial_mamba_d2.ops._C",
-        sources("ops/*/cpu.cpp", "ops/schemas.cpp"),
+        sources("ops/*/cpu*.cpp", "ops/schemas.cpp"),
         depends=sources("ops/**/*.h"),
+        language="c++",
+        include_dirs=include_paths(),
+        library_dirs=library_paths(),
+        libraries=["torch_cpu"],
+        define_macros=[("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")],
         extra_compile_args=[
             "-O3",
             NO_DEBUG_INFO,
+            "-fvisibility=hidden",  # as that of the stable ABI, which would warn
             "-Wno-psabi",  # vectors are passed only between inlined functions
             "-Wno-ignored-attributes",
-            *openmp,
         ],
-        extra_link_args=openmp,
+        py_limited_api=True,  # so that nothing of Python's is linked
     )
 
 

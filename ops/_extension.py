@@ -29,7 +29,11 @@ from spatial_mamba_d2.ops._precision import empty_output
 from spatial_mamba_d2.ops.cuda import nvrtc
 
 BACKENDS = ("reference", "eager", "native")
+#: the first whose stable ABI has what the CPU kernels use; setup.py reads this line
+OLDEST_TORCH = (2, 10)
 LIBRARY = torch.library.Library("spatial_mamba", "FRAGMENT")
+#: the CPU kernels, for every Python and every PyTorch from OLDEST_TORCH on
+CPU_LIBRARY = Path(__file__).with_name("_C.so")
 _PYTHON_KERNELS: dict[str, Callable] = {}
 #: launch code of the operators that have CUDA kernels, by name
 CUDA_KERNELS: dict[str, Callable] = {}
@@ -55,16 +59,18 @@ def _load_compiled() -> str | None:
     """Load the library of CPU kernels; return ``None``, or the reason why not and the fix."""
     if FORCED_BACKEND in ("reference", "eager"):
         return f"SMD2_BACKEND is {FORCED_BACKEND}"
-    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
-    if not libraries:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"compiled kernels need PyTorch {oldest} or newer, but this is {torch.__version__}"
+    if not CPU_LIBRARY.exists():
         return (
             "no compiled kernels were built at install time. Install a C++ compiler and run: "
             f"{INSTALL}"
         )
     try:
-        torch.ops.load_library(libraries[0])
-    except OSError as error:  # usually: compiled against another version of PyTorch
-        return f"{libraries[0].name} cannot be loaded ({error}). To rebuild it, run: {INSTALL}"
+        torch.ops.load_library(CPU_LIBRARY)
+    except OSError as error:  # such as one for another platform
+        return f"{CPU_LIBRARY.name} cannot be loaded ({error}). To rebuild it, run: {INSTALL}"
     return None
 
 
