@@ -41,13 +41,6 @@ BESIDE_THE_PACKAGE = ("configs", "tools", "datasets")
 # Python's own flags ask for it, which nearly doubles the time of compilation, and makes the library
 # 15 times as large.
 NO_DEBUG_INFO = "-g0"
-# The first PyTorch that the compiled operators work with
-OLDEST_TORCH = tuple(
-    int(number)
-    for number in re.search(
-        r"^OLDEST_TORCH = \((\d+), (\d+)\)", (ROOT / "ops/_extension.py").read_text(), re.MULTILINE
-    ).groups()
-)
 
 
 def native_build():
@@ -100,13 +93,14 @@ def check_compiler():
 
 
 def check_torch():
-    """Raise ``RuntimeError`` if the installed PyTorch has no stable ABI that suffices."""
+    """Raise ``RuntimeError`` if the stable ABI of the installed PyTorch has too little."""
     import torch
 
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+    text = (ROOT / "ops/stable.h").read_text(encoding="utf-8")
+    oldest = re.findall(r"\((\d+)ULL << ", text)
+    if [*map(int, torch.__version__.split(".")[:2])] < [*map(int, oldest)]:
         raise RuntimeError(
-            f"they need PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, "
-            f"but this is {torch.__version__}"
+            f"they need PyTorch {'.'.join(oldest)} or newer, but this is {torch.__version__}"
         )
 
 
@@ -118,7 +112,6 @@ def sources(*patterns):
 def cpu_extension():
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    major, minor = OLDEST_TORCH
     return Extension(
         "spatial_mamba_d2.ops._C",
         sources("ops/*/cpu*.cpp", "ops/schemas.cpp"),
@@ -127,10 +120,10 @@ def cpu_extension():
         include_dirs=include_paths(),
         library_dirs=library_paths(),
         libraries=["torch_cpu"],
-        define_macros=[("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")],
         extra_compile_args=[
             "-O3",
             NO_DEBUG_INFO,
+            f"-fmacro-prefix-map={ROOT}/=",  # error messages name files of this repository
             "-fvisibility=hidden",  # as that of the stable ABI, which would warn
             "-Wno-psabi",  # vectors are passed only between inlined functions
             "-Wno-ignored-attributes",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -29,10 +30,8 @@ from spatial_mamba_d2.ops._precision import empty_output
 from spatial_mamba_d2.ops.cuda import nvrtc
 
 BACKENDS = ("reference", "eager", "native")
-#: the first whose stable ABI has what the CPU kernels use; setup.py reads this line
-OLDEST_TORCH = (2, 10)
 LIBRARY = torch.library.Library("spatial_mamba", "FRAGMENT")
-#: the CPU kernels, for every Python and every PyTorch from OLDEST_TORCH on
+#: the CPU kernels, for every Python and every PyTorch from that of oldest_torch() on
 CPU_LIBRARY = Path(__file__).with_name("_C.so")
 _PYTHON_KERNELS: dict[str, Callable] = {}
 #: launch code of the operators that have CUDA kernels, by name
@@ -55,13 +54,21 @@ def _read_backend() -> str | None:
 INSTALL = "pip install --no-build-isolation . (in a checkout: python3 dev.py setup)"
 
 
+def oldest_torch() -> tuple[int, int]:
+    """The first version of PyTorch that the CPU kernels work with."""
+    text = Path(__file__).with_name("stable.h").read_text(encoding="utf-8")
+    major, minor = re.findall(r"\((\d+)ULL << ", text)
+    return int(major), int(minor)
+
+
 def _load_compiled() -> str | None:
     """Load the library of CPU kernels; return ``None``, or the reason why not and the fix."""
     if FORCED_BACKEND in ("reference", "eager"):
         return f"SMD2_BACKEND is {FORCED_BACKEND}"
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        return f"compiled kernels need PyTorch {oldest} or newer, but this is {torch.__version__}"
+    oldest = oldest_torch()
+    if tuple(map(int, torch.__version__.split(".")[:2])) < oldest:
+        needed = ".".join(map(str, oldest))
+        return f"compiled kernels need PyTorch {needed} or newer, but this is {torch.__version__}"
     if not CPU_LIBRARY.exists():
         return (
             "no compiled kernels were built at install time. Install a C++ compiler and run: "

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "accumulate.h"
-#include "cpu/stable.h"
+#include "stable.h"
 
 // Raises ValueError, with the other arguments as its text, unless `condition`.
 #define SMD2_CHECK_VALUE(condition, ...) \

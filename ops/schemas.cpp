@@ -5,7 +5,7 @@
 #include <sstream>
 #include <string>
 
-#include "cpu/stable.h"
+#include "stable.h"
 
 namespace {
 

@@ -1,10 +1,9 @@
-// LibTorch's stable ABI, and nothing else of PyTorch: one library works with
-// every PyTorch from TORCH_TARGET_VERSION on, which setup.py sets.
+// LibTorch's stable ABI, and nothing else of PyTorch, so that one library works
+// with every PyTorch from this version on. It is the first with parallel_for;
+// setup.py and _extension.py read it here.
 #pragma once
 
-#if !defined(TORCH_TARGET_VERSION)
-#error "TORCH_TARGET_VERSION must be set, see setup.py"
-#endif
+#define TORCH_TARGET_VERSION ((2ULL << 56) | (10ULL << 48))
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
