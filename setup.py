@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 import setuptools
-from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
@@ -48,6 +47,7 @@ def native_build():
     try:
         check_compiler()
         check_torch()
+        from setuptools.command.bdist_wheel import bdist_wheel
         from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
         reason = f"{error}: pip needs --no-build-isolation to see the installed PyTorch"
@@ -110,6 +110,7 @@ def sources(*patterns):
 
 
 def cpu_extension():
+    from setuptools import Extension
     from torch.utils.cpp_extension import include_paths, library_paths
 
     return Extension(
