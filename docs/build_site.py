@@ -2,8 +2,9 @@
 """Write the pages of the documentation site, for Zensical to build: ``python3 dev.py docs``.
 
 The pages are README.md, CONTRIBUTING.md, CHANGELOG.md, datasets/README.md and docs/*.md as they
-are, with links between them, and three that are generated: configuration keys from the functions
-that set their defaults, command lines from ``--help`` of the tools, the API from docstrings.
+are, with links between them, and four that are generated: configuration keys from the functions
+that set their defaults, command lines from ``--help`` of the tools, the API from docstrings, and
+the cards of the published models.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def write_site(folder: Path, commands: bool = True) -> list[Path]:
     }
     texts["configuration.md"] = configuration_page()
     texts["api.md"] = api_page()
+    texts["cards.md"] = cards_page()
     if commands:
         texts["commands.md"] = commands_page()
     for name, text in texts.items():
@@ -201,6 +203,28 @@ def api_page() -> str:
             parts.append(f"### `{attribute}`")
             parts.append(f"```python\n{attribute}{signature}\n```")
             parts.append(_markdown(inspect.getdoc(value) or ""))
+    return "\n\n".join(parts) + "\n"
+
+
+def cards_page() -> str:
+    """The published models' cards, as :func:`~spatial_mamba_d2.hub.save_pretrained` writes them."""
+    from spatial_mamba_d2 import model_card, model_zoo
+
+    parts = [
+        "# Model cards",
+        "What `hub.save_pretrained` writes next to the authors' weights (`zoo_name=NAME`). For "
+        "other weights, a card has the scores that you give instead of the published ones.",
+    ]
+    for name in model_zoo.list_models():
+        entry = model_zoo.get_entry(name)
+        facts = model_card.Facts(
+            task=entry.task,
+            backbone=f"spatial_mamba_{entry.variant}",
+            num_parameters=entry.parameters,
+            num_classes={"classification": 1000, "detection": 80, "segmentation": 150}[entry.task],
+        )
+        card = model_card.write(facts, zoo_name=name).partition("\n---\n")[2]  # without metadata
+        parts.append(re.sub("^#", "##", card.strip(), flags=re.MULTILINE))
     return "\n\n".join(parts) + "\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,12 +33,32 @@ def precise_inside(*tensors: Tensor) -> list[Tensor]:
     return precise(*tensors)
 
 
+def set_tf32_of_convolutions(on: bool) -> list[tuple[Any, str, Any]]:
+    """Let cuDNN round inputs of float32 convolutions to TF32, or not.
+
+    Since PyTorch 2.9 the setting has two names, and whoever reads the older one, as
+    ``torch.export`` does, gets an error where they disagree. So both are set, and that for RNNs.
+
+    Returns:
+        What restores the settings, each the arguments of ``setattr``.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before: list[tuple[Any, str, Any]] = []
+    with suppress(RuntimeError):  # they disagree already, so that it cannot be restored
+        before.append((cudnn, "allow_tf32", cudnn.allow_tf32))
+    if hasattr(cudnn, "conv"):
+        before += [(x, "fp32_precision", x.fp32_precision) for x in (cudnn.conv, cudnn.rnn)]
+    for owner, name, _ in before:
+        setattr(owner, name, on if name == "allow_tf32" else ("tf32" if on else "ieee"))
+    return before
+
+
 class _Inside:
-    """Threads inside :func:`without_tf32`, and the setting to restore."""
+    """Threads inside :func:`without_tf32`, and what restores the settings."""
 
     lock = threading.Lock()
     num_threads = 0
-    before: Any = None
+    before: list[tuple[Any, str, Any]]
 
 
 @contextmanager
@@ -51,15 +71,9 @@ def without_tf32(x: Tensor) -> Iterator[None]:
     if not x.is_cuda:
         yield
         return
-    cudnn: Any = torch.backends.cudnn
-    setting: tuple[Any, str, Any] = (cudnn, "allow_tf32", False)
-    if hasattr(cudnn, "conv"):  # since PyTorch 2.9, where reading the other may be an error
-        setting = (cudnn.conv, "fp32_precision", "ieee")
-    owner, name, exact = setting
     with _Inside.lock:
         if not _Inside.num_threads:
-            _Inside.before = getattr(owner, name)
-            setattr(owner, name, exact)
+            _Inside.before = set_tf32_of_convolutions(on=False)
         _Inside.num_threads += 1
     try:
         yield
@@ -67,7 +81,8 @@ def without_tf32(x: Tensor) -> Iterator[None]:
         with _Inside.lock:
             _Inside.num_threads -= 1
             if not _Inside.num_threads:
-                setattr(owner, name, _Inside.before)
+                for setting in _Inside.before:
+                    setattr(*setting)
 
 
 def empty_output(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

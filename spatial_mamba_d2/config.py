@@ -60,8 +60,8 @@ _SHARED_SHARES = (  # 1 excluded
     "SOLVER.BETAS",
     "SOLVER.EMA_DECAY",
 )
-_DATA_PATHS = (
-    "DATASETS.ROOT",
+# Of detection: each is one file or folder, or a list.
+DETECTION_PATHS = (
     *(
         f"DATASETS.{split}_{what}"
         for split in ("TRAIN", "TEST")
@@ -69,6 +69,7 @@ _DATA_PATHS = (
     ),
     "DATASETS.TRAIN_NEGATIVES",
 )
+_DATA_PATHS = ("DATASETS.ROOT", *DETECTION_PATHS)
 _MAX_SEED = 2**32 - 1  # of NumPy's global generator
 _MAY_BE_INFINITE = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the largest element
 _SHARED_TYPES: dict[str, Sequence[type]] = {"MODEL.SPATIAL_MAMBA.DROP_PATH_RATE": (float,)}

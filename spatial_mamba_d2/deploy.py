@@ -89,7 +89,7 @@ def export_model(
         run = formats.open_file(path, format)
         if run.metadata != metadata:
             raise RuntimeError(f"{path} does not hold its metadata")
-        tolerance = formats.tolerance_of(format, precision)
+        tolerance = formats.tolerance_of(precision)
         inputs = checks.check_images(exportable, size, images, value_range)
         logger.info("%s", checks.compare(exportable, run, inputs, tolerance))
         for file, target in zip(files, targets, strict=True):

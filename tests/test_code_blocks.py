@@ -36,9 +36,12 @@ TASK_OF_TOOL = {
     "train_seg": "segmentation", "visualize_seg": "segmentation",
     "train_cls": "classification", "visualize_cls": "classification",
 }  # fmt: skip
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "README.md").is_file(), reason="not a checkout: README.md is missing"
-)
+pytestmark = [
+    pytest.mark.docs,
+    pytest.mark.skipif(
+        not (ROOT / "README.md").is_file(), reason="not a checkout: README.md is missing"
+    ),
+]
 
 
 def blocks(page: str, language: str) -> Iterator[tuple[int, str]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from spatial_mamba_d2 import model_zoo
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = "spatial_mamba_d2"
 PAGES = ["README.md", "CONTRIBUTING.md", "datasets/README.md"] + sorted(
@@ -127,6 +129,16 @@ def site():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_cards_are_those_of_the_published_models(site):
+    page = site.cards_page()
+    sections = dict(re.findall(r"^## (\S+)$(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    assert set(sections) == set(model_zoo.list_models())
+    for name, text in sections.items():
+        entry = model_zoo.get_entry(name)
+        assert f"{entry.parameters:,}" in text and "license" not in text
+        assert all(str(score) in text for score in entry.scores)
 
 
 def test_the_site_has_the_pages_that_its_menu_names(site, tmp_path):

@@ -325,7 +325,8 @@ def test_a_training_s_data(tmp_path, capsys):
         image.effect_noise((32, 24), 50).convert("RGB").save(tmp_path / split / name / "1.jpg")
     words = ["--task", "classification", "DATASETS.ROOT", str(tmp_path), "MODEL.NUM_CLASSES", "2"]
     assert doctor.main(words) == 0
-    assert f"{tmp_path}, train: 2 images; {tmp_path}, val: 2 images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{tmp_path}, train: 2 images; {tmp_path}, val: 2 images; pixels of 2 images: " in out
     damaged = tmp_path / "val/b/1.jpg"
     damaged.write_bytes(damaged.read_bytes()[:-200])
     assert doctor.main(words) == 1
@@ -373,7 +374,8 @@ def test_a_detector_s_data(coco_folder, capsys):
         words += [f"DATASETS.{split}_JSON", str(coco_folder / "instances.json")]
         words += [f"DATASETS.{split}_IMAGES", str(coco_folder)]
     assert doctor.main(words) == 0
-    assert capsys.readouterr().out.count("instances.json of ") >= 2
+    out = capsys.readouterr().out
+    assert out.count("instances.json of ") >= 2 and 'images: MODEL.PIXEL_MEAN "(' in out
     assert doctor.main([*words, "MODEL.ROI_HEADS.NUM_CLASSES", "2"]) == 1
     assert "MODEL.ROI_HEADS.NUM_CLASSES must be 1" in capsys.readouterr().out
     damaged = coco_folder / "1.jpg"
@@ -398,6 +400,7 @@ def test_a_segmentor_s_data(tmp_path, capsys):
     assert doctor.main(words) == 0
     out = capsys.readouterr().out
     assert f"{tmp_path}, training: 1 images; {tmp_path}, validation: 1 images" in out
+    assert 'MODEL.PIXEL_MEAN "(1.00, 0.00, 0.00)" MODEL.PIXEL_STD "(0.00, 0.00, 0.00)"' in out
     label = tmp_path / "annotations/validation/a.png"
     image.new("L", (32, 24), 9).save(label)
     assert doctor.main(words) == 1

@@ -54,6 +54,7 @@ READERS: dict[tuple[str, ...], set[str]] = {
     ("ZipFile", "unpack_archive", "tarfile.open"): {
         f"{PACKAGE}/models/checkpoints/reading.py",
         f"{PACKAGE}/data/ade20k.py",
+        f"{PACKAGE}/prediction/archives.py",
     },
 }  # fmt: skip
 BUILT_IN = {"eval", "exec", "__import__"}

@@ -17,6 +17,7 @@ pytest.importorskip("zensical", reason="pip install 'spatial-mamba-d2[docs]'")
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
+    pytest.mark.docs,
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="mkdocs.yml is missing"),
 ]

@@ -4,8 +4,9 @@
     python tools/predict.py --weights model_final.pth --input photos/ --output predictions/ \
         --format coco,csv
 
-Task and configuration are recognised from the checkpoint. Images are files, videos, folders,
-patterns such as 'photos/**/*.jpg', and lists of these in .txt files. Large images, by windows:
+Task and configuration are recognised from the checkpoint. Images are files, videos, tar files,
+folders, patterns such as 'photos/**/*.jpg', and lists of these in .txt files. Large images, by
+windows:
 
     ... --input scene.tif --window 1024 --overlap 256 --format geojson
 
@@ -34,7 +35,10 @@ def main() -> None:
     parser = build_key_value_parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument(
-        "--input", required=True, nargs="+", help="images, videos, folders, patterns, lists"
+        "--input",
+        required=True,
+        nargs="+",
+        help="images, videos, tar files, folders, patterns, lists",
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     parser.add_argument(

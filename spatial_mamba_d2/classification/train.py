@@ -9,6 +9,7 @@ from pathlib import Path
 from spatial_mamba_d2.classification.config import load_config
 from spatial_mamba_d2.classification.data import ClassificationData, build_data
 from spatial_mamba_d2.classification.module import Classifier
+from spatial_mamba_d2.data.pixel_statistics import statistics_as_keys
 from spatial_mamba_d2.training.fit import evaluate, fit, start
 
 
@@ -32,7 +33,10 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
 
 def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list[str]:
-    """Check all that a training would read, and decode every image; a line for each split.
+    """Check all that a training would read, and decode every image.
+
+    Returns:
+        a line for each split, and one about the pixels of the one that trains.
 
     Raises:
         FileNotFoundError, ValueError: configuration or data are not usable.
@@ -40,4 +44,8 @@ def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list
     data = build_data(load_config(config_file, overrides))
     data.check_decode = True
     data.setup("fit")
-    return [f"{data.root}, {split}: {len(items)} images" for split, items in data.splits.items()]
+    files = [file for file, _ in data.splits[data.train]]
+    return [
+        *(f"{data.root}, {split}: {len(items)} images" for split, items in data.splits.items()),
+        statistics_as_keys(files),
+    ]

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import cv2
 import numpy as np
@@ -60,12 +60,18 @@ _BROKEN = (  # what Pillow and OpenCV raise about the content of a file
 )  # fmt: skip
 
 
+class StoredImage(Protocol):
+    """An image that is no file of its own; ``str()`` names it in errors."""
+
+    def open(self) -> BinaryIO: ...
+
+
 class UnknownFormatError(ValueError):
     """Bytes are no image in a format that is read from anyone."""
 
 
 @contextmanager
-def naming_file(kind: str, path: str | Path) -> Iterator[None]:
+def naming_file(kind: str, path: str | Path | StoredImage) -> Iterator[None]:
     """Turns Pillow's and OpenCV's errors into ones that name the file.
 
     Raises:
@@ -79,7 +85,7 @@ def naming_file(kind: str, path: str | Path) -> Iterator[None]:
     except InaccessibleFileError:
         raise
     except FileNotFoundError:
-        raise FileNotFoundError(f"no {kind} file {Path(path).absolute()}") from None
+        raise FileNotFoundError(f"no {kind} file {Path(str(path)).absolute()}") from None
     except UnidentifiedImageError:
         raise ValueError(
             f"{kind} file {path} cannot be decoded: it is no image in a known format"
@@ -115,10 +121,13 @@ def max_pixels() -> int:
 
 @contextmanager
 def _opened(
-    path: str | Path, num_channels: int, value_range: PixelRange | None
+    path: str | Path | StoredImage, num_channels: int, value_range: PixelRange | None
 ) -> Iterator[tuple[BinaryIO, Layout]]:
     """The file and its layout, which is one that can be read."""
-    with naming_file("image", path), open(path, "rb") as file:
+    with (
+        naming_file("image", path),
+        open(path, "rb") if isinstance(path, (str, Path)) else path.open() as file,
+    ):
         try:
             layout = read_layout(file, max_pixels())
         except TooManyPixelsError as error:
@@ -142,7 +151,7 @@ def open_image(
 
 
 def read_image(
-    path: str | Path, num_channels: int = 3, value_range: PixelRange | None = None
+    path: str | Path | StoredImage, num_channels: int = 3, value_range: PixelRange | None = None
 ) -> np.ndarray:
     """Read an image file, upright, into ``uint8[H, W, num_channels]``, by default RGB.
 
@@ -193,7 +202,7 @@ def read_image_bytes(
 
 
 def read_size(
-    path: str | Path, num_channels: int = 3, value_range: PixelRange | None = None
+    path: str | Path | StoredImage, num_channels: int = 3, value_range: PixelRange | None = None
 ) -> tuple[int, int]:
     """Height and width that :func:`read_image` would return, from the file's header.
 

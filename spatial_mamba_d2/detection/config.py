@@ -21,6 +21,7 @@ from detectron2.modeling import (
 from detectron2.projects.point_rend import add_pointrend_config
 
 from spatial_mamba_d2.config import (
+    DETECTION_PATHS,
     add_shared_config,
     config_loader,
     require_above_0,
@@ -416,13 +417,8 @@ def _check_and_resolve(cfg: CfgNode) -> None:
     _check_scores(cfg)
 
 
-_FILES = [
-    f"DATASETS.{split}_{what}"
-    for split in ("TRAIN", "TEST")
-    for what in ("JSON", "IMAGES", "SEM_SEG")
-]
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys((*_FILES, "DATASETS.TRAIN_NEGATIVES"), (tuple,)),
+    **dict.fromkeys(DETECTION_PATHS, (tuple,)),
     "TEST.DETECTIONS_PER_IMAGE": (str,),
 }
 load_config = config_loader(detection_defaults, _check_and_resolve, _TYPES)

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from torch import Tensor
 
+from spatial_mamba_d2.config import DETECTION_PATHS
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.detection.predict import Predictor
 from spatial_mamba_d2.detection.visualize import draw_detections
@@ -19,11 +20,7 @@ from spatial_mamba_d2.prediction.results import Detections
 # The published models with these names of parameters
 RECIPE = "mask_rcnn_spatial_mamba_"
 # Data of the training is not needed, and may be elsewhere.
-WITHOUT_DATA = [
-    word
-    for key in ("TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES")
-    for word in (f"DATASETS.{key}", "")
-]
+WITHOUT_DATA = [word for key in DETECTION_PATHS for word in (key, "")]
 
 
 def sizes_of(state: Mapping[str, Tensor]) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -71,7 +72,12 @@ class AccumulatingTrainer(SimpleTrainer):
         losses: dict[str, torch.Tensor] = {}
         for number, micro_batch in enumerate(micro_batches, start=1):
             is_last = number == self.accumulation_steps
-            with contextlib.nullcontext() if is_last else self._no_sync():
+            # TorchScript, in which fvcore has the loss of RetinaNet, rounds otherwise once it has
+            # optimised itself, so that a resumed training would.
+            with (
+                contextlib.nullcontext() if is_last else self._no_sync(),
+                torch.jit.optimized_execution(False),
+            ):
                 with torch.autocast(
                     self.device_type, self.precision, enabled=self.precision is not None
                 ):
@@ -101,12 +107,27 @@ class AccumulatingTrainer(SimpleTrainer):
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "scaler": self.scaler.state_dict()}
+        state = {**super().state_dict(), "scaler": self.scaler.state_dict()}
+        if hasattr(network := self._dense_detector(), "loss_normalizer"):
+            state["loss_normalizer"] = network.loss_normalizer
+        return state
+
+    def _dense_detector(self) -> Any:
+        """Of RetinaNet and its kind, which average their number of positive anchors, or None.
+
+        The average is an attribute that Detectron2's checkpoints leave out. With several processes
+        each has its own, and resumes with that of the first.
+        """
+        ddp = isinstance(self.model, DistributedDataParallel)
+        network = self.model.module if ddp else self.model
+        return network if isinstance(network, DenseDetector) else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if self.scaler.is_enabled() and state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
+        if "loss_normalizer" in state_dict:
+            self._dense_detector().loss_normalizer = state_dict["loss_normalizer"]
 
     @property
     def signum(self) -> int:

@@ -20,6 +20,7 @@ from detectron2.utils.logger import setup_logger
 
 from spatial_mamba_d2.config import check_processes
 from spatial_mamba_d2.data.coco import load_coco
+from spatial_mamba_d2.data.pixel_statistics import statistics_as_keys
 from spatial_mamba_d2.data.pixels import build_pixel_range
 from spatial_mamba_d2.data.samplers import check_batch_size
 from spatial_mamba_d2.detection.checkpoint import SafeCheckpointer
@@ -168,7 +169,10 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
 
 
 def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list[str]:
-    """Check all that a training would read, and decode every image; a line for each data set.
+    """Check all that a training would read, and decode every image.
+
+    Returns:
+        a line for each data set, and one about the pixels of those that train.
 
     Raises:
         FileNotFoundError, ValueError: configuration or data are not usable.
@@ -187,4 +191,8 @@ def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list
                 num_channels=cfg.INPUT.CHANNELS,
                 value_range=build_pixel_range(cfg.INPUT.PIXEL_RANGE),
             )
-    return [f"{dataset.name}: {len(dataset.records)} images" for dataset in (*training, *tests)]
+    files = [record["file_name"] for dataset in training for record in dataset.records]
+    return [
+        *(f"{dataset.name}: {len(dataset.records)} images" for dataset in (*training, *tests)),
+        statistics_as_keys(files, cfg.INPUT.CHANNELS, build_pixel_range(cfg.INPUT.PIXEL_RANGE)),
+    ]

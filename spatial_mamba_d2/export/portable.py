@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 
+from spatial_mamba_d2.models.layers import DepthwiseConv, nchw, nhwc
 from spatial_mamba_d2.models.pointwise import Pointwise, plain_linear
-from spatial_mamba_d2.models.spatial_mamba import DepthwiseConv, StructureAwareSSM, nchw, nhwc
+from spatial_mamba_d2.models.spatial_mamba import StructureAwareSSM
 from spatial_mamba_d2.models.upernet import UPerHead
 from spatial_mamba_d2.ops.state_fusion.taps import DILATIONS, RADIUS, split_taps
 
@@ -135,7 +136,7 @@ def _bins(length: int, number: int, like: Tensor) -> Tensor:
 
 
 class PortableConv(nn.Module):
-    """:class:`~spatial_mamba_d2.models.spatial_mamba.DepthwiseConv`."""
+    """:class:`~spatial_mamba_d2.models.layers.DepthwiseConv`."""
 
     def __init__(self, conv: DepthwiseConv):
         super().__init__()

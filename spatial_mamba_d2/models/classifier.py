@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from spatial_mamba_d2.models.checkpoints.names import is_official, to_ours, translate
 from spatial_mamba_d2.models.checkpoints.reading import stand_in
-from spatial_mamba_d2.models.spatial_mamba import STAGES, STRIDES, SpatialMamba, nchw
+from spatial_mamba_d2.models.layers import nchw
+from spatial_mamba_d2.models.spatial_mamba import STAGES, STRIDES, SpatialMamba
 from spatial_mamba_d2.models.variants import VARIANTS, variant_kwargs
 
 _OUTPUT_FORMATS = ("NCHW", "NHWC")

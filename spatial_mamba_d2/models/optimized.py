@@ -37,18 +37,9 @@ from spatial_mamba_d2.models.inference_only import (
     inference_only,
     refuse_gradients,
 )
+from spatial_mamba_d2.models.layers import ConvLayer, DepthwiseConv, nchw, nhwc
 from spatial_mamba_d2.models.packed import PackedConv, PackedLinear, Part, is_on_cpu
-from spatial_mamba_d2.models.spatial_mamba import (
-    Block,
-    ConvLayer,
-    DepthwiseConv,
-    Downsample,
-    Stage,
-    Stem,
-    StructureAwareSSM,
-    nchw,
-    nhwc,
-)
+from spatial_mamba_d2.models.spatial_mamba import Block, Downsample, Stage, Stem, StructureAwareSSM
 from spatial_mamba_d2.models.upernet import ConvBNReLU, FCNHead, UPerHead
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3_layer_norm,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatial_mamba_d2.models.inference_only import InferenceOnly, refuse_gradients
-from spatial_mamba_d2.models.spatial_mamba import nhwc
+from spatial_mamba_d2.models.layers import nhwc
 from spatial_mamba_d2.ops import add_bias_
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatial_mamba_d2.models.image_checks import check_images
-from spatial_mamba_d2.models.spatial_mamba import BN_POLICIES, STAGES, STRIDES, nchw, nhwc
+from spatial_mamba_d2.models.layers import nchw, nhwc
+from spatial_mamba_d2.models.spatial_mamba import BN_POLICIES, STAGES, STRIDES
 
 PREFIX = "timm/"
 _COARSEST = max(STRIDES.values())

@@ -1,4 +1,4 @@
-"""What is predicted one by one: image files, and frames of video files."""
+"""What is predicted one by one: image files, and what is in video and tar files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from spatial_mamba_d2.data.images import read_image, read_size
 from spatial_mamba_d2.data.pixels import PixelRange
+from spatial_mamba_d2.prediction.archives import Member, find_members, is_archive
 from spatial_mamba_d2.prediction.sources import ArrayRaster, FileRaster, Raster, open_raster
 from spatial_mamba_d2.prediction.videos import Video, is_video
 
@@ -22,18 +23,22 @@ class Item:
     """An image.
 
     Attributes:
-        file: its file, or that of its video.
+        file: its file, or that of its video or archive.
         frame: number in the video.
         time_s: of the frame, from the first one.
+        member: of the archive.
     """
 
     file: Path
     frame: int | None = None
     time_s: float | None = None
+    member: Member | None = None
 
     @property
     def path(self) -> Path:
-        """The file; of a frame, ``VIDEO/000123``."""
+        """The file; of a frame, ``VIDEO/000123``; in an archive, ``ARCHIVE/NAME``."""
+        if self.member is not None:
+            return self.file / self.member.name
         return self.file if self.frame is None else frame_path(self.file, self.frame)
 
 
@@ -46,7 +51,7 @@ class Items:
     """The images of some files, and what a model reads of them.
 
     Args:
-        files: images and videos; a video that cannot be read is one item.
+        files: images, videos and archives; one of the latter that cannot be read is one item.
         num_channels, value_range, band_names: what the model takes, see :func:`.open_raster`.
         by_windows: whether large images are read by windows.
     """
@@ -67,7 +72,7 @@ class Items:
         self._sizes: dict[int, tuple[int, int]] = {}
         self.items: list[Item] = []
         for file in files:
-            self.items += self._frames(file) if is_video(file) else [Item(file)]
+            self.items += self._items_of(file)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -83,12 +88,26 @@ class Items:
         """Whether there are frames of videos."""
         return any(item.frame is not None for item in self.items)
 
-    def _frames(self, file: Path) -> list[Item]:
+    def _items_of(self, file: Path) -> list[Item]:
         try:
-            times = self._open(file).times_s
+            if is_archive(file):
+                return [Item(file, member=member) for member in find_members(file)]
+            if is_video(file):
+                times = self._open(file).times_s
+                return [Item(file, number, time) for number, time in enumerate(times.tolist())]
         except BROKEN:
-            return [Item(file)]  # which says so when it is read
-        return [Item(file, number, time) for number, time in enumerate(times.tolist())]
+            pass  # the one item says so when it is read
+        return [Item(file)]
+
+    def _source(self, item: Item) -> Path | Member:
+        """What an image is read from.
+
+        Raises:
+            FileNotFoundError, ValueError: it is in an archive that cannot be read.
+        """
+        if item.member is None and is_archive(item.file):
+            find_members(item.file)
+        return item.member or item.file
 
     def _open(self, file: Path) -> Video:
         """A video; the last one stays open."""
@@ -119,7 +138,7 @@ class Items:
             return self._open(item.file).size
         if self.by_windows:
             return self.raster(index).size
-        return read_size(item.file, self.num_channels, self.value_range)
+        return read_size(self._source(item), self.num_channels, self.value_range)
 
     def raster(self, index: int) -> Raster:
         """The image, to be read by windows; the last one stays open.
@@ -136,9 +155,9 @@ class Items:
     def _raster(self, item: Item) -> Raster:
         if is_video(item.file):
             return ArrayRaster(self._open(item.file).read(item.frame or 0))
-        if self.by_windows:
+        if self.by_windows and item.member is None:
             return open_raster(item.file, self.num_channels, self.value_range, self.band_names)
-        return FileRaster(item.file, self.num_channels, self.value_range)
+        return FileRaster(self._source(item), self.num_channels, self.value_range)
 
     def pixels(self, index: int) -> np.ndarray:
         """``uint8[H, W, C]``.
@@ -149,4 +168,4 @@ class Items:
         item = self.items[index]
         if is_video(item.file):
             return self._open(item.file).read(item.frame or 0)
-        return read_image(item.file, self.num_channels, self.value_range)
+        return read_image(self._source(item), self.num_channels, self.value_range)

@@ -6,7 +6,7 @@ the object's own rectangle, or the runs of its pixels; both know where in the fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 # COCO's RLE: {"size": [H, W], "counts": bytes}, runs of 0 and 1 in column-major order.
 Rle = dict[str, Any]
 _MAX_FRAME_PX = 2**32 - 1  # pycocotools counts in 32 bits
+_GROUP_PX = 2**22  # of bitmaps that are converted together
 
 
 class Crop(NamedTuple):
@@ -51,26 +52,55 @@ def encode_bitmap(mask: np.ndarray) -> Rle:
     return _coco_mask().encode(np.asfortranarray(mask, dtype=np.uint8))
 
 
-def runs_of_crop(crop: Crop, height: int) -> np.ndarray:
-    """``int64[N, 2]``: first pixel and the one after the last of each run.
+def runs_of_crops(crops: Sequence[Crop], height: int) -> list[np.ndarray]:
+    """``int64[N, 2]`` for each mask: first pixel and the one after the last of each run.
 
     Pixels are numbered as in COCO's RLE: down the columns of a frame of ``height`` rows.
     """
-    framed = np.zeros((crop.bitmap.shape[1], crop.bitmap.shape[0] + 2), np.int8)
-    framed[:, 1:-1] = crop.bitmap.T
-    steps = np.diff(framed, axis=1)
-    runs = []
-    for step in (1, -1):
-        columns, rows = np.nonzero(steps == step)
-        runs.append((columns + crop.left).astype(np.int64) * height + rows + crop.top)
-    in_columns = np.stack(runs, axis=1)
-    if crop.bitmap.shape[0] < height:
-        return in_columns
-    return _joined(in_columns)  # a run may go on at the top of the next column
+    runs: list[np.ndarray] = []
+    for group in _groups([crop.bitmap.size for crop in crops]):
+        runs += _runs_of_group(crops[group], height)
+    return runs
+
+
+def _runs_of_group(crops: Sequence[Crop], height: int) -> list[np.ndarray]:
+    tops, lefts, heights, widths = np.array(
+        [(c.top, c.left, *c.bitmap.shape) for c in crops], np.int64
+    ).T
+    # One after the other, column by column, with a zero before the first and after each column.
+    offsets = np.cumsum([1, *(widths * (heights + 1))])
+    flat = np.zeros(offsets[-1], np.int8)
+    for crop, offset, end in zip(crops, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        columns = crop.bitmap.T
+        flat[offset:end].reshape(columns.shape[0], columns.shape[1] + 1)[:, :-1] = columns
+    steps = np.diff(flat)
+    starts, ends = (np.flatnonzero(steps == step) + 1 for step in (1, -1))
+    owners = np.searchsorted(offsets, starts, side="right") - 1
+    columns, rows = np.divmod(starts - offsets[owners], heights[owners] + 1)
+    firsts = (columns + lefts[owners]) * height + rows + tops[owners]
+    together = np.stack([firsts, firsts + ends - starts], axis=1)
+    apart = np.split(together, np.searchsorted(owners, np.arange(1, len(crops))))
+    # Where a mask has all rows of its frame, a run may go on at the top of the next column.
+    return [
+        runs if rows < height else _joined(runs)
+        for runs, rows in zip(apart, heights.tolist(), strict=True)
+    ]
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[slice]:
+    """Neighbouring bitmaps that have up to :data:`_GROUP_PX` pixels together, but at least one."""
+    first, total = 0, 0
+    for index, number in enumerate(sizes):
+        if index > first and total + number > _GROUP_PX:
+            yield slice(first, index)
+            first, total = index, 0
+        total += number
+    if sizes:
+        yield slice(first, len(sizes))
 
 
 def join_runs(runs: Sequence[np.ndarray]) -> np.ndarray:
-    """The runs of the union of several masks; see :func:`runs_of_crop`."""
+    """The runs of the union of several masks; see :func:`runs_of_crops`."""
     if len(runs) == 1:
         return runs[0]
     together = np.concatenate(runs)
@@ -121,7 +151,7 @@ def encode_crop(crop: np.ndarray, top: int, left: int, size: tuple[int, int]) ->
         top, left: of the crop in the image.
         size: height and width of the image.
     """
-    return encode_runs(runs_of_crop(Crop(top, left, crop), size[0]), size)
+    return encode_runs(runs_of_crops([Crop(top, left, crop)], size[0])[0], size)
 
 
 def paste_rle(mask: Tensor, box: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Rle:
@@ -144,64 +174,89 @@ def paste_rle(mask: Tensor, box: Tensor, size: tuple[int, int], threshold: float
     return encode_crop((pasted[0, 0] >= threshold).numpy(), first[1], first[0], size)
 
 
-def runs_of_rle(rle: Rle) -> np.ndarray:
-    """RLE -> runs, without a bitmap of the frame; see :func:`runs_of_crop`."""
-    edges = np.cumsum(_counts(rle["counts"]))
-    if len(edges) % 2:  # the last run is of zeros
-        edges = edges[:-1]
-    runs = edges.reshape(-1, 2)
-    return runs[runs[:, 1] > runs[:, 0]]
+def crop_of_rle(rle: Rle) -> Crop:
+    """RLE -> the smallest rectangle with all of its pixels; of no pixel: an empty bitmap."""
+    return crops_of_rles([rle])[0]
 
 
-def _counts(text: bytes | str) -> np.ndarray:
-    """The run lengths of COCO's compressed RLE, ``int64[N]``: rleFrString of pycocotools.
+def crops_of_rles(rles: Sequence[Rle]) -> list[Crop]:
+    """:func:`crop_of_rle` of many masks, without a bitmap of their frames."""
+    if not rles:
+        return []
+    starts, ends, owners = _runs_of_rles(rles)
+    heights = np.array([rle["size"][0] for rle in rles], np.int64)[owners]
+    columns, first_rows = np.divmod(starts, heights)
+    last_columns, last_rows = np.divmod(ends - 1, heights)
+    # A run that goes on in the next column has the frame's last row and its first.
+    goes_on = columns != last_columns
+    first_rows = np.where(goes_on, 0, first_rows)
+    last_rows = np.where(goes_on, heights - 1, last_rows)
+    found, at = np.unique(owners, return_index=True)  # masks with pixels
+    crops = [Crop(0, 0, np.zeros((0, 0), bool))] * len(rles)
+    if not len(found):
+        return crops
+    lefts, rights = columns[at], np.maximum.reduceat(last_columns, at) + 1
+    tops, bottoms = np.minimum.reduceat(first_rows, at), np.maximum.reduceat(last_rows, at) + 1
+    shapes = np.stack([rights - lefts, bottoms - tops], axis=1)
+    bounds = np.append(at, len(starts))
+    for group in _groups(shapes.prod(axis=1).tolist()):
+        runs = slice(bounds[group.start], bounds[group.stop])
+        which = np.repeat(np.arange(len(at[group])), np.diff(bounds)[group])
+        offsets = np.cumsum([0, *shapes[group].prod(axis=1)])
+        in_column = starts[runs] % heights[runs] - tops[group][which]
+        begin = (columns[runs] - lefts[group][which]) * shapes[group][which, 1] + in_column
+        begin += offsets[which]
+        marks = np.zeros(offsets[-1] + 1, np.int8)
+        np.add.at(marks, begin, 1)
+        np.add.at(marks, begin + ends[runs] - starts[runs], -1)
+        flat = np.cumsum(marks[:-1], dtype=np.int8).astype(bool)
+        for i, shape in enumerate(shapes[group].tolist()):
+            bitmap = flat[offsets[i] : offsets[i + 1]].reshape(shape).T
+            k = group.start + i
+            crops[found[k]] = crop_of_bitmap(bitmap, int(tops[k]), int(lefts[k]))
+    return crops
 
-    Each number is a sequence of 5-bit groups, low ones first; from the third on, it is the
+
+def _runs_of_rles(rles: Sequence[Rle]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First pixel of each run of ones, the one after its last, and the number of its mask."""
+    counts, owners = _counts(rles)
+    sums = np.concatenate([[0], np.cumsum(counts)])
+    first = np.searchsorted(owners, np.arange(len(rles)))  # of each mask's counts
+    place = np.arange(len(counts)) - first[owners]
+    is_ones = place % 2 == 1  # of counts, those of zeros come first
+    base = sums[first][owners[is_ones]]
+    index = np.flatnonzero(is_ones)
+    starts, ends, owners = sums[index] - base, sums[index + 1] - base, owners[is_ones]
+    has_pixels = ends > starts
+    return starts[has_pixels], ends[has_pixels], owners[has_pixels]
+
+
+def _counts(rles: Sequence[Rle]) -> tuple[np.ndarray, np.ndarray]:
+    """Run lengths of COCO's compressed RLEs, and the number of the mask of each: rleFrString.
+
+    Each length is a sequence of 5-bit groups, low ones first; from a mask's fourth on, it is the
     difference to the last but one.
     """
-    stored = text.encode() if isinstance(text, str) else text
-    codes = np.frombuffer(stored, np.uint8).astype(np.int64) - 48
+    texts = [c.encode() if isinstance(c := rle["counts"], str) else c for rle in rles]
+    codes = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64) - 48
     if not len(codes):
-        return np.zeros(0, np.int64)
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     is_last = (codes & 0x20) == 0
     ends = np.flatnonzero(is_last)
     starts = np.concatenate([[0], ends[:-1] + 1])
-    place = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
-    values = np.add.reduceat((codes & 0x1F) << (5 * place), starts)
     lengths = ends - starts + 1
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    values = np.add.reduceat((codes & 0x1F) << shifts, starts)
     values -= np.where(codes[ends] & 0x10, 1 << (5 * lengths), 0)  # negative
+    owners = np.searchsorted(np.cumsum([len(text) for text in texts]), starts, side="right")
+    first = np.searchsorted(owners, np.arange(len(rles)))  # of each mask's values
+    place = np.arange(len(values)) - first[owners]
     # x[i] = v[i] + x[i - 2] for i > 2, and x[0], x[1], x[2] as they are
-    for parity in (1, 2):
-        values[parity::2] = np.cumsum(values[parity::2])
-    return values
-
-
-def crop_of_rle(rle: Rle) -> Crop:
-    """RLE -> the smallest rectangle with all of its pixels; of no pixel: an empty bitmap."""
-    return crop_of_runs(runs_of_rle(rle), rle["size"][0])
-
-
-def crop_of_runs(runs: np.ndarray, height: int) -> Crop:
-    """Runs in a frame of ``height`` rows -> the smallest rectangle with all pixels."""
-    if not len(runs):
-        return Crop(0, 0, np.zeros((0, 0), bool))
-    left, right = int(runs[0, 0] // height), int((runs[-1, 1] - 1) // height) + 1
-    # Rows: a run that goes on in the next column has the frame's last row and its first.
-    first_rows, last_rows = runs[:, 0] % height, (runs[:, 1] - 1) % height
-    is_in_one_column = runs[:, 0] // height == (runs[:, 1] - 1) // height
-    if is_in_one_column.all():
-        top, bottom = int(first_rows.min()), int(last_rows.max()) + 1
-    else:
-        top, bottom = 0, height
-    marks = np.zeros((right - left) * (bottom - top) + 1, np.int8)
-    columns = runs[:, 0] // height - left
-    starts = columns * (bottom - top) + first_rows - top
-    np.add.at(marks, starts, 1)
-    np.add.at(marks, starts + runs[:, 1] - runs[:, 0], -1)
-    bitmap = np.cumsum(marks[:-1], dtype=np.int8).astype(bool).reshape(right - left, -1).T
-    used = np.flatnonzero(bitmap.any(axis=1))
-    rows = slice(int(used[0]), int(used[-1]) + 1)
-    return Crop(top + rows.start, left, np.ascontiguousarray(bitmap[rows]))
+    for is_chain in (place % 2 == 1, (place % 2 == 0) & (place > 0)):
+        sums = np.cumsum(np.where(is_chain, values, 0))
+        before = np.concatenate([[0], sums])[first][owners]
+        values = np.where(is_chain, sums - before, values)
+    return values, owners
 
 
 def crop_of_bitmap(mask: np.ndarray, top: int = 0, left: int = 0) -> Crop:

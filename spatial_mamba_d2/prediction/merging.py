@@ -31,16 +31,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
 from spatial_mamba_d2.prediction.masks import (
     Crop,
-    crop_of_rle,
+    crops_of_rles,
     encode_runs,
     join_runs,
     num_pixels,
-    runs_of_crop,
+    runs_of_crops,
 )
 from spatial_mamba_d2.prediction.results import Detections
 from spatial_mamba_d2.prediction.windows import Grid, Window
@@ -142,12 +143,11 @@ class _Merger:
     def _fragments(self, index: int, result: Detections) -> Iterator[_Fragment]:
         window = self.grid[index]
         offset = np.array([window.left, window.top] * 2, np.float32)
-        for i in range(len(result)):
-            box = result.boxes[i]
-            crop = _crop(result, i)
+        crops = _crops(result)
+        are_cut = self._are_cut(window, result.boxes, crops)
+        for i, (box, crop, is_cut) in enumerate(zip(result.boxes, crops, are_cut, strict=True)):
             if not crop.bitmap.size:
                 continue  # a mask without a pixel
-            is_cut = self._is_cut(window, box, crop)
             crop = crop._replace(top=crop.top + window.top, left=crop.left + window.left)
             self.num_fragments += 1
             yield _Fragment(
@@ -160,15 +160,14 @@ class _Merger:
                 is_cut,
             )
 
-    def _is_cut(self, window: Window, box: np.ndarray, crop: Crop) -> bool:
-        height, width = window.size
-        x1, y1, x2, y2 = box
-        gaps = (
-            min(crop.top, y1), min(crop.left, x1),
-            height - max(crop.bottom, y2), width - max(crop.right, x2),
-        )  # fmt: skip
-        inner = self.grid.inner_edges(window)
-        return any(is_inner and gap < CUT_PX for is_inner, gap in zip(inner, gaps, strict=True))
+    def _are_cut(self, window: Window, boxes: np.ndarray, crops: Sequence[Crop]) -> list[bool]:
+        """Whether mask or box ends at an inner edge of the window."""
+        masks = np.array([(c.left, c.top, c.right, c.bottom) for c in crops]).reshape(-1, 4)
+        low = np.minimum(masks, boxes)[:, 1::-1]  # y, x
+        high = window.size - np.maximum(masks, boxes)[:, :1:-1]
+        gaps = np.concatenate([low, high], axis=1)  # of top, left, bottom and right
+        inner = np.array(self.grid.inner_edges(window))
+        return ((gaps < CUT_PX) & inner).any(axis=1).tolist()
 
     def finish_row(self, row: int) -> list[_Fragment]:
         """The objects that no window after this row can reach."""
@@ -217,7 +216,7 @@ class _Merger:
         least = WEAK_SHARE * max(member.score for member in members)
         members = [member for member in members if member.score >= least]
         height = self.grid.size[0]
-        union = num_pixels(join_runs([runs_of_crop(m.crop, height) for m in members]))
+        union = num_pixels(join_runs(runs_of_crops([m.crop for m in members], height)))
         complete = [
             m for m in members if not m.is_cut and m.crop.bitmap.sum() >= COMPLETE_SHARE * union
         ]
@@ -240,16 +239,12 @@ class _Merger:
         return np.array([crop.left, crop.top, crop.right, crop.bottom], np.float32)
 
     def build(self, objects: list[_Fragment]) -> Detections:
-        height = self.grid.size[0]
         masks = None
         if self.with_masks:
-            masks = tuple(
-                encode_runs(
-                    join_runs([runs_of_crop(m.crop, height) for m in f.members or ()]),
-                    self.grid.size,
-                )
-                for f in objects
-            )
+            crops = [member.crop for f in objects for member in f.members or ()]
+            runs = iter(runs_of_crops(crops, self.grid.size[0]))
+            parts = [list(islice(runs, len(f.members or ()))) for f in objects]
+            masks = tuple(encode_runs(join_runs(part), self.grid.size) for part in parts)
         return Detections(
             boxes=np.stack([f.box for f in objects]).astype(np.float32),
             scores=np.array([f.score for f in objects], np.float32),
@@ -260,15 +255,17 @@ class _Merger:
         )
 
 
-def _crop(result: Detections, index: int) -> Crop:
-    """The mask of a detection, or its box, in the frame of the window."""
+def _crops(result: Detections) -> list[Crop]:
+    """The masks of detections, or their boxes, in the frame of the window."""
     if result.masks is not None:
-        return crop_of_rle(result.masks[index])
+        return crops_of_rles(result.masks)
     height, width = result.image_size
-    x1, y1, x2, y2 = result.boxes[index]
-    top, left = max(int(np.floor(y1)), 0), max(int(np.floor(x1)), 0)
-    bottom, right = min(int(np.ceil(y2)), height), min(int(np.ceil(x2)), width)
-    return Crop(top, left, np.ones((max(bottom - top, 0), max(right - left, 0)), bool))
+    low = np.maximum(np.floor(result.boxes[:, :2]), 0).astype(np.int64)
+    high = np.minimum(np.ceil(result.boxes[:, 2:]), (width, height)).astype(np.int64)
+    return [
+        Crop(top, left, np.ones((max(bottom - top, 0), max(right - left, 0)), bool))
+        for (left, top), (right, bottom) in zip(low.tolist(), high.tolist(), strict=True)
+    ]
 
 
 def _match(fragments: list[_Fragment], others: list[_Fragment], shared: Window) -> None:
@@ -304,7 +301,15 @@ def _match(fragments: list[_Fragment], others: list[_Fragment], shared: Window) 
 
 
 def _in(fragments: list[_Fragment], window: Window) -> list[_Fragment]:
-    return [f for f in fragments if f.crop.within(*window).any()]
+    meets = (
+        f
+        for f in fragments
+        if f.crop.top < window.bottom
+        and f.crop.left < window.right
+        and window.top < f.crop.bottom
+        and window.left < f.crop.right
+    )
+    return [f for f in meets if f.crop.within(*window).any()]
 
 
 def _rectangle(fragment: _Fragment) -> tuple[int, int, int, int]:

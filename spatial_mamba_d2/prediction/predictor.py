@@ -12,6 +12,7 @@ import numpy as np
 
 from spatial_mamba_d2.data.images import read_image
 from spatial_mamba_d2.data.pixels import PixelRange
+from spatial_mamba_d2.prediction.archives import find_members, is_archive
 from spatial_mamba_d2.prediction.blending import Blender, WindowLabels
 from spatial_mamba_d2.prediction.items import frame_path
 from spatial_mamba_d2.prediction.merging import merge_detections
@@ -108,9 +109,9 @@ class Predictor:
 
         Args:
             source: one image: an array ``uint8[H, W, C]``, usually RGB, or the path of a file.
-                Several: a video, a stream (``rtsp://...``), a camera (``/dev/video0``), a folder, a
-                pattern, a list in a ``.txt`` file, or an iterable of images, which are read when
-                their turn comes.
+                Several: a video, a tar file with images, a stream (``rtsp://...``), a camera
+                (``/dev/video0``), a folder, a pattern, a list in a ``.txt`` file, or an iterable of
+                images, which are read when their turn comes.
             score_thresh: the lowest score of detections.
             window_px: predict larger images by square windows with this side, and merge: see
                 :mod:`.merging` and :mod:`.blending`. None: each image at once, as in evaluation.
@@ -148,6 +149,10 @@ class Predictor:
                 for number, time in enumerate(video.times_s.tolist()):
                     frame = self._array(video.read(number))
                     yield frame, frame_path(video.path, number), time
+            elif not isinstance(image, np.ndarray) and is_archive(Path(image)):
+                for member in find_members(Path(image)):
+                    pixels = read_image(member, self.model.num_channels, self.model.value_range)
+                    yield ArrayRaster(pixels), Path(str(member)), None
             else:
                 yield self._open(image, window_px)
 
@@ -270,7 +275,8 @@ def _is_image_file(source: Source) -> bool:
     if not isinstance(source, (str, os.PathLike)):
         return False
     path = Path(source)
-    return path.is_file() and path.suffix.lower() not in LIST_SUFFIXES and not is_video(path)
+    holds_several = path.suffix.lower() in LIST_SUFFIXES or is_video(path) or is_archive(path)
+    return path.is_file() and not holds_several
 
 
 def _batches(indices: Iterable[int], grid: Grid, batch_size: int) -> Iterator[list[int]]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from spatial_mamba_d2.data.images import (
     SUFFIXES,
+    StoredImage,
     find_images,
     naming_file,
     read_image,
@@ -21,11 +22,13 @@ from spatial_mamba_d2.data.images import (
 )
 from spatial_mamba_d2.data.pixels import RANGE_KEY, ImageFormatError, PixelRange, scale_to_8_bits
 from spatial_mamba_d2.data.text_file import read_text_file
+from spatial_mamba_d2.prediction.archives import ARCHIVE_SUFFIXES
 from spatial_mamba_d2.prediction.videos import VIDEO_SUFFIXES, is_stream
 from spatial_mamba_d2.prediction.windows import Window
 from spatial_mamba_d2.system.missing import no_such
 
 LIST_SUFFIXES = {".txt", ".lst"}
+_SUFFIXES = SUFFIXES | VIDEO_SUFFIXES | ARCHIVE_SUFFIXES
 RASTER_SUFFIXES = {".tif", ".tiff", ".jp2", ".vrt"}
 
 
@@ -34,9 +37,9 @@ def find_sources(
 ) -> list[Path]:
     """The images that words of a command line name, each once, in this order.
 
-    A word is an image or a video; a folder, with what is below it; a pattern such as
-    ``photos/**/*.jpg``; or a file ``.txt`` or ``.lst`` with one of these a line, relative to the
-    folder of the list.
+    A word is an image, a video or a tar file with images; a folder, with what is below it; a
+    pattern such as ``photos/**/*.jpg``; or a file ``.txt`` or ``.lst`` with one of these a line,
+    relative to the folder of the list.
 
     Args:
         leave_out: a folder that results are written to.
@@ -48,7 +51,7 @@ def find_sources(
         ValueError: a list is empty, or not UTF-8; or a word names a stream.
     """
     paths = [path for word in inputs for path in _expand(str(word), key)]
-    return find_images(paths, leave_out=leave_out, key=key, suffixes=SUFFIXES | VIDEO_SUFFIXES)
+    return find_images(paths, leave_out=leave_out, key=key, suffixes=_SUFFIXES)
 
 
 def _expand(word: str, key: str) -> Iterator[Path]:
@@ -130,7 +133,7 @@ class ArrayRaster:
 class FileRaster:
     """An image file that is decoded as a whole, when its first window is read."""
 
-    def __init__(self, path: Path, num_channels: int, value_range: PixelRange | None):
+    def __init__(self, path: Path | StoredImage, num_channels: int, value_range: PixelRange | None):
         self.size = read_size(path, num_channels, value_range)
         self._arguments = path, num_channels, value_range
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from spatial_mamba_d2.ops._precision import set_tf32_of_convolutions
 from spatial_mamba_d2.ops.cuda import kernels
 from spatial_mamba_d2.ops.cuda.arguments import Launch
 
@@ -25,19 +26,15 @@ def float32_precision(tf32: bool) -> Iterator[None]:
     TF32 has 10 bits after the binary point, float32 has 23. PyTorch's default is TF32 for
     convolutions only.
     """
-    cudnn: Any = torch.backends.cudnn
-    convolutions: tuple[Any, str, Any] = (cudnn, "allow_tf32", tf32)
-    if hasattr(cudnn, "conv"):  # since PyTorch 2.9, where reading the other may be an error
-        convolutions = (cudnn.conv, "fp32_precision", "tf32" if tf32 else "ieee")
-    owner, name, value = convolutions
-    before = torch.get_float32_matmul_precision(), getattr(owner, name)
+    products = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    setattr(owner, name, value)
+    convolutions = set_tf32_of_convolutions(tf32)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        setattr(owner, name, before[1])
+        torch.set_float32_matmul_precision(products)
+        for setting in convolutions:
+            setattr(*setting)
 
 
 def synchronize(device: str) -> None:

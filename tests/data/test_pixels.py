@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import struct
-import sys
 import zlib
 
 import cv2
@@ -14,79 +13,10 @@ from PIL import Image
 
 from spatial_mamba_d2.data.images import open_image, orientation_hint, read_image, read_size
 from spatial_mamba_d2.data.pixels import ImageFormatError, PixelRange, build_pixel_range
+from tests.data.stored_images import EIGHT, SIXTEEN, scaled, write_tiff
 
-RNG = np.random.default_rng(0)
-EIGHT = RNG.integers(0, 256, (5, 7, 6), dtype=np.uint8)
-SIXTEEN = RNG.integers(0, 65536, (5, 7, 6), dtype=np.uint16)
 ALL = PixelRange(0, 65535)
 HAS_RASTERIO = importlib.util.find_spec("rasterio") is not None
-
-
-def write_tiff(
-    path, *pages, photometric=None, extra=None, order="<", planar=False, tags=(), big=False
-):
-    """Uncompressed TIFF of arrays ``[H, W, C]`` of any type, one for each page.
-
-    Args:
-        photometric, extra: PhotometricInterpretation and ExtraSamples.
-        order: ``"<"`` or ``">"``.
-        planar: one band after the other.
-        tags: further single numbers by tag.
-        big: BigTIFF.
-    """
-    offset, inline = ("Q", 8) if big else ("I", 4)
-    mark = b"II" if order == "<" else b"MM"
-    if big:
-        out = bytearray(mark + struct.pack(f"{order}HHHQ", 43, 8, 0, 16))
-    else:
-        out = bytearray(mark + struct.pack(f"{order}HI", 42, 8))
-    for number, page in enumerate(pages):
-        page = page[..., None] if page.ndim == 2 else page
-        height, width, bands = page.shape
-        stored = page.transpose(2, 0, 1) if planar else page
-        data = stored.astype(page.dtype.newbyteorder(order)).tobytes()
-        num_strips = bands if planar else 1
-        strip = len(data) // num_strips
-        default = 2 if bands >= 3 else 1
-        fields = {
-            256: [width],
-            257: [height],
-            258: [page.dtype.itemsize * 8] * bands,
-            259: [1],
-            262: [default if photometric is None else photometric],
-            277: [bands],
-            278: [height],
-            279: [strip] * num_strips,
-            284: [2 if planar else 1],
-            339: [{"u": 1, "i": 2, "f": 3}[page.dtype.kind]] * bands,
-            **{tag: [value] for tag, value in dict(tags).items()},
-        }
-        if extra is not None:
-            fields[338] = list(extra)
-        num_fields = len(fields) + 1
-        entry = 4 + 2 * inline
-        start = len(out) + (8 if big else 2) + entry * num_fields + inline
-        body = bytearray(data + b"\0" * (len(data) % 8))
-        fields[273] = [start + i * strip for i in range(num_strips)]
-        head = bytearray(struct.pack(f"{order}{'Q' if big else 'H'}", num_fields))
-        for tag, values in sorted(fields.items()):
-            is_long = tag in (256, 257, 273, 278, 279)
-            code = f"{order}{len(values)}{'I' if is_long else 'H'}"
-            content = struct.pack(code, *values)
-            head += struct.pack(f"{order}HH{offset}", tag, 4 if is_long else 3, len(values))
-            if len(content) > inline:
-                head += struct.pack(f"{order}{offset}", start + len(body))
-                body += content + b"\0" * (-len(content) % 8)
-            else:
-                head += content.ljust(inline, b"\0")
-        following = start + len(body) if number + 1 < len(pages) else 0
-        out += head + struct.pack(f"{order}{offset}", following) + body
-    path.write_bytes(out)
-    return path
-
-
-def scaled(values, low=0, high=65535):
-    return np.rint((np.clip(values, low, high).astype(float) - low) * 255 / (high - low))
 
 
 def grey(values):
@@ -368,69 +298,6 @@ def test_cmyk_and_ycbcr(tmp_path):
         read_image(write_tiff(path, EIGHT[..., :3], photometric=8))
 
 
-@pytest.mark.parametrize("stored", [EIGHT, SIXTEEN])
-@pytest.mark.parametrize(
-    "options", [{"extra": [0]}, {}, {"order": ">"}, {"photometric": 1, "extra": [0] * 3}]
-)
-def test_a_fourth_band_is_never_dropped(options, stored, tmp_path):
-    path = write_tiff(tmp_path / "a.tif", stored[..., :4], **options)
-    for read in (read_image, read_size):
-        with pytest.raises(ImageFormatError, match=r"a\.tif has 4 bands .*the model takes 3"):
-            read(path)
-    expected = EIGHT if stored is EIGHT else scaled(stored)
-    assert (read_image(path, 4) == expected[..., :4]).all()
-
-
-def test_a_fourth_band_in_a_plane_of_its_own(tmp_path):
-    path = write_tiff(tmp_path / "a.tif", EIGHT[..., :4], planar=True, extra=[0])
-    assert (read_image(path, 4) == EIGHT[..., :4]).all()
-
-
-def test_declared_alpha_is_dropped(tmp_path):
-    path = write_tiff(tmp_path / "a.tif", EIGHT[..., :4], extra=[2])
-    assert (read_image(path) == EIGHT[..., :3]).all()
-    assert (read_image(path, 4) == EIGHT[..., :4]).all()
-
-
-@pytest.mark.parametrize("stored", [EIGHT, SIXTEEN])
-@pytest.mark.parametrize("num_bands", [2, 5, 6])
-def test_bands_that_opencv_does_not_keep_need_rasterio(num_bands, stored, tmp_path, monkeypatch):
-    path = write_tiff(tmp_path / "a.tif", stored[..., :num_bands], extra=[0] * (num_bands - 1))
-    with pytest.raises(ValueError, match=r"image file .*a\.tif .*bands"):
-        read_image(path, 3)
-    if HAS_RASTERIO:
-        expected = EIGHT if stored is EIGHT else scaled(stored)
-        assert (read_image(path, num_bands) == expected[..., :num_bands]).all()
-    monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(ImageFormatError, match=rf"a\.tif has {num_bands} bands: without rasterio"):
-        read_image(path, num_bands)
-
-
-@pytest.mark.skipif(not HAS_RASTERIO, reason="rasterio is not installed")
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_sixteen_bands(dtype, tmp_path):
-    stored = np.random.default_rng(0).integers(0, 200, (9, 7, 16)).astype(dtype)
-    path = write_tiff(tmp_path / "a.tif", stored, photometric=1, extra=[0] * 15)
-    value_range = None if dtype == np.uint8 else PixelRange(0, 255)
-    assert (read_image(path, 16, value_range) == stored).all()
-    many = np.concatenate([stored, stored[..., :1]], axis=2)
-    path = write_tiff(tmp_path / "b.tif", many, photometric=1, extra=[0] * 16)
-    with pytest.raises(ImageFormatError, match="has 17 bands; at most 16 can be read"):
-        read_image(path, 17, value_range)
-
-
-def test_other_numbers_of_channels(tmp_path):
-    Image.fromarray(EIGHT[..., :3]).save(tmp_path / "rgb.png")
-    Image.fromarray(EIGHT[..., 0]).save(tmp_path / "grey.png")
-    luminance = np.array(Image.fromarray(EIGHT[..., :3]).convert("L"))
-    assert (read_image(tmp_path / "rgb.png", 1)[..., 0] == luminance).all()
-    assert (read_image(tmp_path / "grey.png", 1) == EIGHT[..., :1]).all()
-    for name in ("rgb", "grey"):
-        for num_channels in (2, 4, 5):
-            with pytest.raises(ImageFormatError, match=rf"the model takes {num_channels} channels"):
-                read_image(tmp_path / f"{name}.png", num_channels)
-
-
 def test_stacks_and_animations_are_refused(tmp_path):
     page = EIGHT[..., :3]
     with pytest.raises(ImageFormatError, match="holds 2 images"):
@@ -451,7 +318,8 @@ def test_stacks_and_animations_are_refused(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_16_bits_that_are_cut_off(suffix, channels, tmp_path):
     path = tmp_path / f"a.{suffix}"
-    stored = RNG.integers(0, 65536, (64, 64, channels), dtype=np.uint16)
+    rng = np.random.default_rng(0)
+    stored = rng.integers(0, 65536, (64, 64, channels), dtype=np.uint16)
     write_tiff(path, stored) if suffix == "tif" else cv2.imwrite(str(path), stored)
     content = path.read_bytes()
     for share in (0.02, 0.5, 0.9):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -17,6 +18,7 @@ from spatial_mamba_d2 import model_zoo
 from spatial_mamba_d2.detection import add_spatial_mamba_config
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.train import run
+from spatial_mamba_d2.prediction.loading import load_predictor
 
 BOXES, MASKS = {"bbox"}, {"bbox", "segm"}
 RESULTS = {
@@ -83,7 +85,7 @@ def test_the_recipes_are_those_of_the_zoo():
 
 
 @pytest.mark.parametrize("name", RESULTS)
-def test_each_recipe_trains_and_evaluates(name, root, arguments, more, tmp_path):
+def test_each_recipe_trains_evaluates_and_predicts(name, root, arguments, more, tmp_path):
     config = str(root / f"configs/{name}.yaml")
     assert f"--config-file configs/{name}.yaml" in (root / "configs" / f"{name}.yaml").read_text()
     results = run(arguments(*SMALL, *more(name), "TEST.PICTURES", 1, config_file=config))
@@ -94,6 +96,8 @@ def test_each_recipe_trains_and_evaluates(name, root, arguments, more, tmp_path)
     if name.startswith("panoptic"):
         assert 0 <= results["panoptic_seg"]["PQ_st"] <= 100
         assert "panoptic_seg/PQ" in lines[-1]
+    predict = load_predictor(tmp_path / "output/model_final.pth", device="cpu")
+    assert predict(np.zeros((60, 80, 3), np.uint8)).image_size == (60, 80)
 
 
 @pytest.mark.parametrize("name", RESULTS)

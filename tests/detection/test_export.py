@@ -94,7 +94,7 @@ def test_files_for_onnxruntime_and_openvino(model, root, overrides, coco_mini, t
         suffix = formats.SUFFIXES[format]
         run = formats.open_file(path.with_suffix(suffix), format)
         inputs = checks.check_images(exportable, None, photos)
-        table = checks.compare(exportable, run, inputs, formats.tolerance_of(format, "fp32"))
+        table = checks.compare(exportable, run, inputs, formats.tolerance_of("fp32"))
         assert "compared with PyTorch on 5 inputs" in table
         find_nothing = formats.open_file(empty.with_suffix(suffix), format)
         for size in ((96, 100), (33, 40)):

@@ -37,6 +37,7 @@ AP50 = {
 NUM_ITERATIONS = 200
 LAST = 12  # iterations that the resumed training repeats: two lines of metrics
 SIDE_PX = 96
+ANCHORS_PX = (16, 32, 64, 128, 256)
 # Narrow heads, few proposals, and small objects
 WORDS = (
     "MODEL.FPN.OUT_CHANNELS", 64,
@@ -71,7 +72,7 @@ MORE = {
     "retinanet_spatial_mamba_t": (
         "MODEL.RETINANET.NUM_CLASSES", 5,
         "MODEL.RETINANET.NUM_CONVS", 2,
-        "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 20, 25], [32, 40, 50], [64, 81, 102], [128], [256]],
+        "MODEL.ANCHOR_GENERATOR.SIZES", [[x, 1.25 * x, 1.6 * x] for x in ANCHORS_PX],
     ),
     "panoptic_point_rend_spatial_mamba_t": (
         "MODEL.POINT_HEAD.NUM_CLASSES", 2,

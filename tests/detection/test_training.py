@@ -49,9 +49,21 @@ def losses(cfg, iterations=None):
     return recorded, trainer
 
 
-def test_resume_continues_the_same_curve(make_cfg, tmp_path):
-    """With crops, flips, several scales, drop path and sampled proposals."""
-    more = ("INPUT.RESIZE_CROP.ENABLED", True, "INPUT.RESIZE_CROP.SIZES", (70, 90),
+RETINANET = (
+    "MODEL.META_ARCHITECTURE", "RetinaNet",
+    "MODEL.MASK_ON", False,
+    "MODEL.BACKBONE.NAME", "build_spatial_mamba_retinanet_fpn_backbone",
+    "MODEL.SPATIAL_MAMBA.OUT_FEATURES", ["res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"],
+    "MODEL.RETINANET.NUM_CLASSES", 5,
+    "MODEL.RETINANET.NUM_CONVS", 1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", [(), RETINANET], ids=["MaskRCNN", "RetinaNet"])
+def test_resume_continues_the_same_curve(architecture, make_cfg, tmp_path):
+    """With crops, flips, several scales, drop path, sampled proposals or averaged anchors."""
+    more = (*architecture, "INPUT.RESIZE_CROP.ENABLED", True, "INPUT.RESIZE_CROP.SIZES", (70, 90),
             "INPUT.RESIZE_CROP.CROP_RANGE", (50, 60), "TEST.EVAL_PERIOD", 100)  # fmt: skip
     whole, _ = losses(make_cfg(*more, "OUTPUT_DIR", tmp_path / "whole"))
     first, _ = losses(make_cfg(*more), iterations=3)

@@ -17,6 +17,8 @@ from spatial_mamba_d2.export.exportable import Normalize
 from spatial_mamba_d2.models import build_classifier
 from spatial_mamba_d2.ops import _extension
 
+pytestmark = pytest.mark.docs
+
 SMALL = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_classes": 7}
 COMPILER = os.environ.get("CXX", "c++").split()
 LIBRARY = _extension.CPU_LIBRARY

@@ -18,6 +18,8 @@ import cv2
 from spatial_mamba_d2 import deploy
 from spatial_mamba_d2.models import build_classifier
 
+pytestmark = pytest.mark.docs
+
 
 @pytest.fixture
 def runner(root):

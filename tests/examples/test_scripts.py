@@ -16,6 +16,8 @@ from spatial_mamba_d2.data.images import read_image
 from spatial_mamba_d2.models import build_classifier
 from spatial_mamba_d2.models.variants import VARIANTS
 
+pytestmark = pytest.mark.docs
+
 
 @pytest.fixture(autouse=True)
 def narrow_variant(monkeypatch) -> None:
@@ -72,6 +74,17 @@ def test_features_in_timm(run):
     printed = run("timm_features.py")
     found = re.search(r"(\d+) features, top-1 ([\d.]+)% of 5 classes", printed)
     assert int(found[1]) == 128 and float(found[2]) > 30  # 20 by chance
+
+
+@pytest.mark.parametrize(
+    ("library", "package"),
+    [("smp", "segmentation_models_pytorch"), ("transformers", "transformers")],
+)
+def test_heads_of_others(library, package, run):
+    pytest.importorskip(package, reason="pip install 'spatial-mamba-d2[heads]'")
+    printed = run("heads_of_others.py", "--library", library, "--iterations", 10)
+    assert "iteration 10: loss" in printed
+    assert 5 < float(re.search(r"mIoU ([\d.]+)% of 6 classes, 16 images", printed)[1]) < 100
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def test_on_cpus_it_is_the_accumulation_dtype():
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="before PyTorch 2.9")
-@pytest.mark.parametrize("before", ["tf32", "ieee"])
+@pytest.mark.parametrize("before", ["tf32", "ieee"])  # the older name can be read in the first
 def test_tf32_is_off_inside_and_as_before_outside(before, monkeypatch):
     settings = torch.backends.cudnn.conv
     initial = settings.fp32_precision
@@ -87,6 +87,12 @@ def test_tf32_is_off_inside_and_as_before_outside(before, monkeypatch):
             assert settings.fp32_precision == before
     finally:
         settings.fp32_precision = initial
+
+
+def test_models_can_be_exported_where_tf32_is_off():
+    """``torch.export`` reads the older name of the setting."""
+    with without_tf32(SimpleNamespace(is_cuda=True)):
+        torch.export.export(torch.nn.ReLU(), (torch.ones(1),)).run_decompositions()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -61,16 +61,24 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
 @pytest.mark.slow
-def test_the_same_bytes_whatever_the_driver(predict, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "launcher"),
+    [
+        (("--processes", 2), (sys.executable,)),
+        pytest.param((), TORCHRUN, marks=pytest.mark.long),
+    ],
+    ids=["processes", "torchrun"],
+)
+def test_the_same_bytes_whatever_the_driver(options, launcher, predict, tmp_path):
     predict("one")
     expected = content(tmp_path / "one")
     assert len(expected) == 5
-    predict("processes", "--processes", 2)
-    assert content(tmp_path / "processes") == expected
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    predict("ranks", launcher=torchrun)
-    assert content(tmp_path / "ranks") == expected
+    predict("several", *options, launcher=launcher)
+    assert content(tmp_path / "several") == expected
 
 
 @pytest.mark.long

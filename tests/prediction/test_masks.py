@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from spatial_mamba_d2.prediction import masks
 from spatial_mamba_d2.prediction.masks import (
     crop_of_bitmap,
     crop_of_rle,
+    crops_of_rles,
     encode_bitmap,
     encode_runs,
     join_runs,
     num_pixels,
     polygons_of,
     ring_area,
-    runs_of_crop,
-    runs_of_rle,
+    runs_of_crops,
 )
 
 
@@ -39,13 +40,30 @@ def bitmaps():
 def test_all_forms_hold_the_same_pixels(mask):
     expected = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     crop = crop_of_bitmap(mask)
-    runs = runs_of_crop(crop, mask.shape[0])
+    (runs,) = runs_of_crops([crop], mask.shape[0])
     assert num_pixels(runs) == mask.sum()
     assert encode_bitmap(mask) == encode_runs(runs, mask.shape) == expected
-    assert np.array_equal(runs_of_rle(expected), runs)
     again = crop_of_rle(expected)
     assert (again.top, again.left) == (crop.top, crop.left)
     assert np.array_equal(again.bitmap, crop.bitmap)
+
+
+@pytest.mark.parametrize("group_px", [1, 500, 2**22])
+def test_many_masks_at_once(group_px, monkeypatch):
+    """Of different frames, with and without pixels, and in groups of any size."""
+    monkeypatch.setattr(masks, "_GROUP_PX", group_px)
+    bitmaps_ = [*bitmaps(), np.zeros((3, 4), bool), *bitmaps(), np.zeros((0, 0), bool)]
+    crops = crops_of_rles([encode_bitmap(bitmap) for bitmap in bitmaps_])
+    for crop, bitmap in zip(crops, bitmaps_, strict=True):
+        expected = crop_of_bitmap(bitmap)
+        assert np.array_equal(crop.bitmap, expected.bitmap)
+        assert not crop.bitmap.size or crop[:2] == expected[:2]
+    for height in (64, 100):
+        runs = runs_of_crops(crops, height)
+        for one, crop in zip(runs, crops, strict=True):
+            assert np.array_equal(one, runs_of_crops([crop], height)[0])
+            assert num_pixels(one) == crop.bitmap.sum()
+    assert crops_of_rles([]) == runs_of_crops([], 5) == []
 
 
 def test_long_runs_of_large_frames_keep_their_lengths():
@@ -53,14 +71,14 @@ def test_long_runs_of_large_frames_keep_their_lengths():
     runs = np.array([[5, 9], [3_000_000_000, 3_000_000_123], [3_599_999_990, 3_600_000_000]])
     rle = encode_runs(runs, size)
     assert coco_mask.area(rle) == num_pixels(runs) == 137
-    assert np.array_equal(runs_of_rle(rle), runs)
+    assert np.array_equal(np.stack(masks._runs_of_rles([rle])[:2], axis=1), runs)
     with pytest.raises(ValueError, match=r"fewer than 2\^32 pixels.*got 70000 x 70000"):
         encode_runs(runs, (70_000, 70_000))
 
 
 def test_an_empty_mask():
     rle = encode_bitmap(np.zeros((4, 5), bool))
-    assert crop_of_rle(rle).bitmap.size == 0 and not len(runs_of_rle(rle))
+    assert crop_of_rle(rle).bitmap.size == 0
     assert encode_runs(np.zeros((0, 2), np.int64), (4, 5)) == rle
 
 

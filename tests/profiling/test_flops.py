@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from spatial_mamba_d2.models import build_classifier, build_upernet
-from spatial_mamba_d2.models.spatial_mamba import GatedLayerNorm
+from spatial_mamba_d2.models.layers import GatedLayerNorm
 from spatial_mamba_d2.ops import fvcore_handles
 from spatial_mamba_d2.profiling.flops import official_flops
 

@@ -71,7 +71,7 @@ def test_files_for_onnxruntime_and_openvino(weights, root, overrides, tmp_path):
         run = formats.open_file(file, "openvino")
         exportable, value_range = deploy.build_exportable(weights, **arguments)
         inputs = checks.check_images(exportable, None, value_range=value_range)
-        checks.compare(exportable, run, inputs, formats.tolerance_of("openvino", "fp32"))
+        checks.compare(exportable, run, inputs, formats.tolerance_of("fp32"))
         assert np.mean(load_predictor(file)(image).label == expected) > 0.999
 
 

@@ -1,0 +1,162 @@
+"""Layers of :mod:`.spatial_mamba` that PyTorch and timm do not have in the form needed.
+
+Training computes their outputs again rather than keeps them (:mod:`.recompute`). Unless it says
+otherwise, tensors are ``[B, H, W, C]``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+from timm.layers import DropPath
+from timm.layers.drop import drop_path as stochastic_depth
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spatial_mamba_d2.models.recompute import cast_for_autocast, recompute, without_autocast
+from spatial_mamba_d2.ops import depthwise_conv3x3, depthwise_conv3x3_stride2, gated_layer_norm
+from spatial_mamba_d2.ops.cuda.kernels import run_on
+
+# These look at shapes, which are unknown while torch.fx traces, so they become nodes of its graph.
+torch.fx.wrap("depthwise_conv3x3")
+torch.fx.wrap("gated_layer_norm")
+torch.fx.wrap("stochastic_depth")
+
+
+def nchw(x: Tensor) -> Tensor:
+    """``[B, H, W, C]`` -> ``[B, C, H, W]``, a view in PyTorch's channels_last memory format."""
+    return x.permute(0, 3, 1, 2)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """``[B, C, H, W]`` -> ``[B, H, W, C]``, a view."""
+    return x.permute(0, 2, 3, 1)
+
+
+class Conv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` whose output training computes again rather than keeps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands = cast_for_autocast(x, self.weight, self.bias)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return recompute(F.conv2d, *operands, *geometry)
+
+
+class PointwiseConv(Conv2d):
+    """A 1x1 :class:`Conv2d`; a matrix product where cuDNN would add the bias in another pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not run_on(x):
+            return super().forward(x)
+        return nchw(recompute(_product, *cast_for_autocast(nhwc(x), self.weight, self.bias)))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.flatten(1), bias)
+
+
+class ReLU(nn.ReLU):
+    """``torch.nn.ReLU``, in place in inference; training computes its output again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _relu(x)
+
+
+def _relu(x: Tensor) -> Tensor:
+    return recompute(F.relu, x) if torch.is_grad_enabled() else F.relu_(x)
+
+
+class HalvingConv(Conv2d):
+    """``ReLU(conv(ReLU(x)))`` of ``Tensor[B, C, H, W]``, depthwise 3x3 of stride 2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if run_on(x):
+            return nchw(recompute(depthwise_conv3x3_stride2, nhwc(x), self.weight, self.bias))
+        return _relu(super().forward(_relu(x)))
+
+
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` whose output training computes again rather than keeps.
+
+    On a GPU, its output has the dtype of ``x`` under autocast as well, which would convert entire
+    maps to float32 and back. Sums are float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if run_on(x):
+            return recompute(_layer_norm, x, self.weight, self.bias, self.eps)
+        return recompute(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    with without_autocast(x.device.type):
+        return torch.native_layer_norm(x, weight.shape, weight, bias, eps)[0]
+
+
+class GatedLayerNorm(nn.LayerNorm):
+    """``LayerNorm(y) * SiLU(z)``, of two ``Tensor[B, H, W, D]``."""
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]  # two inputs
+        return recompute(gated_layer_norm, y, z, self.weight, self.bias, self.eps)
+
+
+class ConvLayer(nn.Module):
+    """Convolution, optionally followed by batch norm and ReLU; ``Tensor[B, C, H, W]``.
+
+    Args:
+        conv: class of the convolution.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        norm: bool = True,
+        bias: bool = False,
+        act: bool = True,
+        conv: type[nn.Conv2d] = nn.Conv2d,
+    ):
+        super().__init__()
+        self.conv = conv(
+            in_dim, out_dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
+        )
+        self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
+        self.act = ReLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise 3x3 convolution of ``Tensor[B, H, W, C]`` with zero padding.
+
+    Args:
+        residual: add the input to the convolution; otherwise apply SiLU to it.
+    """
+
+    bias: Tensor
+
+    def __init__(self, dim: int, residual: bool):
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recompute(depthwise_conv3x3, x, self.weight, self.bias, self.residual)
+
+
+class StochasticDepth(DropPath):
+    """timm's ``DropPath`` and the residual sum, in a form that torch.fx can trace."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]  # two
+        """``residual + DropPath(x)``, of two ``Tensor[B, H, W, C]``."""
+        if self.training and self.drop_prob and run_on(x):  # without a pass for the product
+            kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.drop_prob)
+            if self.scale_by_keep and self.drop_prob < 1:
+                kept.div_(1 - self.drop_prob)
+            return torch.addcmul(residual, x, kept)
+        dropped = stochastic_depth(x, self.drop_prob, self.training, self.scale_by_keep)
+        return residual + dropped
