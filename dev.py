@@ -7,6 +7,7 @@
     python3 dev.py test [pytest args]         run all tests, in several processes, or those given
     python3 dev.py lint [paths]               check style and types
     python3 dev.py docs                       build the documentation site in build/site
+    python3 dev.py wheels [--output dist]     build and check the sdist and a wheel
     python3 dev.py cuda-report                registers, occupancy, DRAM bytes of the CUDA kernels
     python3 dev.py setup                      install again, for example after adding a compiler
 
@@ -26,6 +27,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -230,6 +233,56 @@ def docs(args: list[str]) -> None:
     print(f"The site is {ROOT / 'build/site/index.html'}")
 
 
+def wheels(args: list[str]) -> None:
+    """One wheel for all versions of Python, and of PyTorch from that of ops/stable.h on.
+
+    On Linux its tag says which glibc it needs, which is that of the machine it is built on:
+    .github/workflows/release.yml builds in manylinux containers.
+    """
+    parser = argparse.ArgumentParser(prog="dev.py wheels")
+    parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder of both files")
+    output = parser.parse_args(args).output.resolve()
+    linux = sys.platform == "linux"
+    if linux and not any(site_packages().glob("auditwheel-*.dist-info")):
+        run(*PIP_INSTALL, *from_pyproject(r'wheels = \["(.*)", "(.*)"\]'))
+    os.environ["SMD2_BUILD_NATIVE"] = "1"  # or an error that says why not
+    with tempfile.TemporaryDirectory() as folder:
+        run(PYTHON, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
+        (sdist,), (wheel,) = Path(folder).glob("*.tar.gz"), Path(folder).glob("*.whl")
+        check_wheel(wheel)
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sdist, output)
+        if linux:
+            audit = [PYTHON, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so"]
+            run(*audit, "--wheel-dir", output, wheel)
+        else:
+            shutil.copy(wheel, output)
+    for path in sorted(output.glob(f"{sdist.name.removesuffix('.tar.gz')}[-.]*")):
+        print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def check_wheel(wheel: Path) -> None:
+    """Exit unless the library in a wheel depends on PyTorch by its stable ABI alone."""
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/_C.so"))
+        if foreign := foreign_symbols(Path(archive.extract(name, folder))):
+            sys.exit(f"{wheel.name}: {name} needs symbols that may change: {', '.join(foreign)}")
+
+
+def foreign_symbols(library: Path) -> list[str]:
+    """What a library needs in addition to LibTorch's stable ABI and the system's libraries.
+
+    Python's C API would be among it, and C++ functions of PyTorch, which change with each version.
+    """
+    command = ("nm", "-D", "--undefined-only") if sys.platform == "linux" else ("nm", "-u")
+    listed = subprocess.run([*command, library], check=True, capture_output=True, text=True).stdout
+    names = [line.split()[-1] for line in listed.splitlines()]
+    if sys.platform == "linux":  # names of the system's libraries have a version
+        stable = re.compile("(aoti_)?torch_|_ITM_|__gmon_start__|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_")
+        return [name for name in names if not stable.match(name)]
+    return [name for name in names if re.match(r"_Py|__ZN?K?(3c10|2at|5torch)", name)]
+
+
 def cuda_report(args: list[str]) -> None:
     run(PYTHON, "tools/cuda_report.py", *args)
 
@@ -240,7 +293,7 @@ def setup(args: list[str]) -> None:
 
 COMMANDS = {
     c.__name__.replace("_", "-"): c
-    for c in (demo, demo_seg, demo_cls, test, lint, docs, cuda_report, setup)
+    for c in (demo, demo_seg, demo_cls, test, lint, docs, wheels, cuda_report, setup)
 }
 
 
@@ -254,7 +307,9 @@ def main(argv: list[str] | None = None) -> None:
     command = COMMANDS[options.command]
     check_python()
     try:
-        if command is not setup and not is_installed():
+        # A wheel needs little of what install() installs: release.yml has an environment for it.
+        ready = is_installed() or (command is wheels and PYTHON.exists())
+        if command is not setup and not ready:
             install()
         command(options.args)
     except KeyboardInterrupt:

@@ -43,9 +43,11 @@ NO_DEBUG_INFO = "-g0"
 
 
 def native_build():
-    """The arguments of ``setup()`` that compile as many of the operators as possible."""
+    """The arguments of ``setup()`` that compile the operators, if possible."""
     try:
         check_compiler()
+        check_torch()
+        from setuptools.command.bdist_wheel import bdist_wheel
         from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
         reason = f"{error}: pip needs --no-build-isolation to see the installed PyTorch"
@@ -54,7 +56,13 @@ def native_build():
         return explain(error)
 
     class BuildNative(BuildExtension):
-        """Leaves out the library if it cannot be compiled."""
+        """Leaves out the library if it cannot be compiled.
+
+        It does not depend on Python, so its name does not say for which one it was compiled.
+        """
+
+        def get_ext_filename(self, fullname):
+            return f"{fullname.replace('.', os.sep)}.so"
 
         def build_extensions(self):
             try:
@@ -63,7 +71,14 @@ def native_build():
                 explain(f"compiling failed: {error}")
                 self.extensions = []
 
-    return {"ext_modules": [cpu_extension()], "cmdclass": {"build_ext": BuildNative}}
+    class AnyPython(bdist_wheel):
+        """A wheel for one platform and every Python."""
+
+        def get_tag(self):
+            return "py3", "none", super().get_tag()[2]
+
+    commands = {"build_ext": BuildNative, "bdist_wheel": AnyPython}
+    return {"ext_modules": [cpu_extension()], "cmdclass": commands}
 
 
 def check_compiler():
@@ -77,27 +92,44 @@ def check_compiler():
         raise RuntimeError(f"no C++ compiler {compiler}; install one, or set CXX")
 
 
+def check_torch():
+    """Raise ``RuntimeError`` if the stable ABI of the installed PyTorch has too little."""
+    import torch
+
+    text = (ROOT / "ops/stable.h").read_text(encoding="utf-8")
+    oldest = re.findall(r"\((\d+)ULL << ", text)
+    if [*map(int, torch.__version__.split(".")[:2])] < [*map(int, oldest)]:
+        raise RuntimeError(
+            f"they need PyTorch {'.'.join(oldest)} or newer, but this is {torch.__version__}"
+        )
+
+
 def sources(*patterns):
     paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
 def cpu_extension():
-    from torch.utils.cpp_extension import CppExtension
+    from setuptools import Extension
+    from torch.utils.cpp_extension import include_paths, library_paths
 
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    return CppExtension(
+    return Extension(
         "spatial_mamba_d2.ops._C",
-        sources("ops/*/cpu.cpp", "ops/schemas.cpp"),
+        sources("ops/*/cpu*.cpp", "ops/schemas.cpp"),
         depends=sources("ops/**/*.h"),
+        language="c++",
+        include_dirs=include_paths(),
+        library_dirs=library_paths(),
+        libraries=["torch_cpu"],
         extra_compile_args=[
             "-O3",
             NO_DEBUG_INFO,
+            f"-fmacro-prefix-map={ROOT}/=",  # error messages name files of this repository
+            "-fvisibility=hidden",  # as that of the stable ABI, which would warn
             "-Wno-psabi",  # vectors are passed only between inlined functions
             "-Wno-ignored-attributes",
-            *openmp,
         ],
-        extra_link_args=openmp,
+        py_limited_api=True,  # so that nothing of Python's is linked
     )
 
 

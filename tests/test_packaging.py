@@ -1,6 +1,7 @@
 """The contents of a built sdist and wheel, and installations whose compilation fails."""
 
 import email
+import importlib.util
 import os
 import re
 import shutil
@@ -11,6 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from spatial_mamba_d2.ops import _extension
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = (".ci", "configs", "docs", "examples", "ops", "spatial_mamba_d2", "tests", "tools")
@@ -54,6 +58,15 @@ def distributions(tmp_path_factory) -> Path:
     run = subprocess.run(build, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return output
+
+
+@pytest.fixture(scope="module")
+def dev():
+    """dev.py, as a module."""
+    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +186,85 @@ def test_wheel_contains_the_sources_of_cuda_kernels(installed):
     assert run.stdout == f"{installed / 'spatial_mamba_d2/ops'} {{True}}\n", run.stderr
 
 
+# A comparison of all gradients with the reference, in a process that finds no compiler
+USE_OF_THE_LIBRARY = """
+import shutil
+assert not any(map(shutil.which, ("c++", "g++", "gcc", "clang++")))
+import torch
+from spatial_mamba_d2 import ops
+from spatial_mamba_d2.ops import _extension
+from spatial_mamba_d2.ops.structure_aware_ssm.reference import structure_aware_ssm as reference
+assert _extension.WHY_NOT_COMPILED is None and _extension.CPU_LIBRARY.name == "_C.so"
+torch.manual_seed(0)
+u, delta = torch.randn(2, 2, 6, 7, 21)
+B, C = torch.randn(2, 2, 6, 7)
+A, D, bias = -torch.rand(21), torch.randn(21), torch.randn(21)
+inputs = [x.requires_grad_() for x in (u, delta, A, B, C, D, bias, torch.randn(25, 21))]
+expected = reference(*[x.double() for x in inputs])
+output = ops.structure_aware_ssm(*inputs)
+torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+pairs = (torch.autograd.grad(y.square().sum(), inputs) for y in (output, expected))
+for ours, truth in zip(*pairs, strict=True):
+    torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-3 * truth.abs().max().item())
+print(_extension.__file__)
+"""
+
+
+def use_library(installed: Path) -> None:
+    """Use the compiled operators of a folder where the package is installed."""
+    path = os.pathsep.join([str(installed), *sys.path])
+    env = {"PATH": "/nonexistent", "PYTHONPATH": path, "SMD2_BACKEND": "native"}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", USE_OF_THE_LIBRARY],
+        env=env, cwd=installed, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.startswith(str(installed)), done.stderr
+
+
+needs_library = pytest.mark.skipif(
+    not _extension.CPU_LIBRARY.exists(), reason="the operators are not compiled"
+)
+
+
+@needs_library
+def test_the_library_works_where_nothing_can_be_compiled(installed, tmp_path):
+    copy = shutil.copytree(installed, tmp_path / "installed")
+    shutil.copy(_extension.CPU_LIBRARY, copy / "spatial_mamba_d2/ops")
+    use_library(copy)
+
+
+@needs_library
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm is not installed")
+def test_the_library_needs_the_stable_abi_alone(dev):
+    """So it works with other versions of Python and PyTorch than those it was compiled with."""
+    assert dev.foreign_symbols(_extension.CPU_LIBRARY) == []
+    libraries = Path(torch.__file__).parent / "lib"
+    (other,) = (p for p in libraries.glob("libtorch_python.*") if p.suffix in (".so", ".dylib"))
+    found = dev.foreign_symbols(other)
+    assert any("3c10" in name for name in found) and any("Py" in name for name in found)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows")
+def test_a_compiled_wheel_is_for_every_python(dev, distributions, tmp_path):
+    (sdist,) = distributions.glob("spatial_mamba_d2-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / sdist.name.removesuffix(".tar.gz")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path]
+    done = subprocess.run(
+        [*build, source],
+        env={**os.environ, "SMD2_BUILD_NATIVE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-" in wheel.name and not wheel.stem.endswith("-any")
+    dev.check_wheel(wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    use_library(tmp_path / "installed")
+
+
 def test_sdist_contains_what_building_and_testing_need(distributions):
     (sdist,) = distributions.glob("spatial_mamba_d2-*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -216,6 +308,17 @@ def test_a_compiler_that_fails_does_not_fail_the_installation(compiler, reason, 
     required = build_ext(CXX=compiler, SMD2_BUILD_NATIVE="1")
     assert required.returncode != 0
     assert reason in required.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows")
+def test_a_pytorch_that_is_too_old_is_named(build_ext, tmp_path):
+    """A stand-in for the installed one has only the version that setup.py asks."""
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "torch.py").write_text("__version__ = '2.9.1+cpu'\n")
+    done = build_ext(SMD2_BUILD_NATIVE="", PYTHONPATH=str(old))
+    assert done.returncode == 0, done.stderr
+    assert "not compiled: they need PyTorch 2.10 or newer, but this is 2.9.1+cpu" in done.stderr
 
 
 def test_compiling_can_be_disabled(build_ext):

@@ -58,7 +58,15 @@ def test_a_release_needs_the_tests():
     jobs = workflow("release")["jobs"]
     assert workflow("release")[True]["push"] == {"tags": ["v*"]}  # YAML's "on" is true
     assert jobs["ci"] == {"needs": "version", "uses": "./.github/workflows/ci.yml"}
-    assert jobs["pypi"]["needs"] == "ci" and jobs["github"]["needs"] == "pypi"
+    assert jobs["pypi"]["needs"] == ["ci", "wheels"] and jobs["github"]["needs"] == "pypi"
+
+
+def test_wheels_are_tested_with_the_oldest_pytorch_of_their_operators():
+    job = workflow("release")["jobs"]["wheels"]
+    oldest = re.findall(r"\((\d+)ULL << ", (ROOT / "ops/stable.h").read_text(encoding="utf-8"))
+    assert f"torch=={'.'.join(oldest)}.0 " in commands(job)
+    requires = re.findall(r'requires = \["(setuptools.*)"\]', PYPROJECT)[0]
+    assert f'"{requires}"' in commands(job)
 
 
 @pytest.mark.parametrize(("tag", "code"), [("{version}", 0), ("{version}.1", 1)])

@@ -9,9 +9,9 @@
 //   c++ -std=c++20 classify.cpp -o classify -I$TORCH/include
 //     -I$TORCH/include/torch/csrc/api/include -L$TORCH/lib
 //     -Wl,-rpath,$TORCH/lib -ltorch -ltorch_cpu -lc10 -ldl
-// Run, where _C*.so is in spatial_mamba_d2/ops, and the image is 3 x height x
+// Run, where _C.so is in spatial_mamba_d2/ops, and the image is 3 x height x
 // width float32 numbers, normalised as in training:
-//   ./classify _C*.so tiny.pt 224 320 < image.f32
+//   ./classify _C.so tiny.pt 224 320 < image.f32
 #include <algorithm>
 #include <cstdlib>
 #include <iostream>

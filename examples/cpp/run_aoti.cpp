@@ -6,9 +6,9 @@
 //   c++ -std=c++20 run_aoti.cpp -o run_aoti -I$TORCH/include
 //     -I$TORCH/include/torch/csrc/api/include -L$TORCH/lib
 //     -Wl,-rpath,$TORCH/lib -ltorch -ltorch_cpu -lc10 -ldl
-// Run, where _C*.so is in spatial_mamba_d2/ops, and the image is height x width
+// Run, where _C.so is in spatial_mamba_d2/ops, and the image is height x width
 // x 3 numbers of 8 bits, in the size that the network is to see:
-//   ./run_aoti _C*.so model.pt2 224 320 < image.u8
+//   ./run_aoti _C.so model.pt2 224 320 < image.u8
 #include <algorithm>
 #include <cstdlib>
 #include <iostream>

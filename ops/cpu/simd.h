@@ -3,7 +3,7 @@
 // each instruction set (see multiversion.h), so no intrinsics are needed.
 #pragma once
 
-#include <c10/util/BFloat16.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include <cmath>
 #include <cstdint>

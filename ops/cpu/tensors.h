@@ -2,10 +2,7 @@
 // a kernel in parallel.
 #pragma once
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
+#include <algorithm>
 #include <memory>
 #include <new>
 
@@ -16,14 +13,20 @@ namespace smd2 {
 
 // Contiguous, in the accumulation type of `like`: for small tensors, such as
 // weights, B and C.
-inline at::Tensor small(const at::Tensor& x, const at::Tensor& like) {
+inline Tensor small(const Tensor& x, const Tensor& like) {
   return contiguous_as(x, accumulate_type(like.scalar_type()));
 }
 
-// A dtype that kernels are compiled for and that holds both tensors' values.
-inline at::ScalarType kernel_type(const at::Tensor& x, const at::Tensor& y) {
-  const auto type = at::promote_types(x.scalar_type(), y.scalar_type());
-  return type == at::kHalf ? at::kFloat : type;
+// A dtype that kernels are compiled for and that holds the values of two
+// floating-point tensors.
+inline ScalarType kernel_type(const Tensor& x, const Tensor& y) {
+  const auto type = x.scalar_type(), other = y.scalar_type();
+  if (type == other && type != ScalarType::Half) {
+    return type;
+  }
+  return type == ScalarType::Double || other == ScalarType::Double
+             ? ScalarType::Double
+             : ScalarType::Float;
 }
 
 struct FreeCacheLines {
@@ -44,8 +47,8 @@ std::unique_ptr<T[], FreeCacheLines> cache_lines(int64_t count) {
 }
 
 // lanes() of kernels whose sums and states have this type.
-inline int lanes_of(at::ScalarType type) {
-  return type == at::kDouble ? lanes<double>() : lanes<float>();
+inline int lanes_of(ScalarType type) {
+  return type == ScalarType::Double ? lanes<double>() : lanes<float>();
 }
 
 // Number of blocks of `lanes` channels; the last one may have fewer.
@@ -59,7 +62,7 @@ inline int64_t channel_blocks(int64_t dim, int lanes) {
 template <typename Kernel, typename Acc, typename Args>
 void run_blocks(const Args& shared, int64_t images, int64_t scratch_size) {
   const int64_t blocks = channel_blocks(shared.dim, lanes<Acc>());
-  at::parallel_for(0, images * blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, images * blocks, 1, [&](int64_t begin, int64_t end) {
     const auto scratch = cache_lines<Acc>(scratch_size);
     std::fill_n(scratch.get(), scratch_size, Acc(0));
     Args args = shared;
@@ -84,34 +87,45 @@ inline int64_t num_parts(int64_t count, int64_t size) {
 // do not either.
 template <typename Kernel, typename Args>
 void run_parts(const Args& shared, int64_t count, int64_t size) {
-  at::parallel_for(
-      0, num_parts(count, size), 1, [&](int64_t begin, int64_t end) {
-        Args args = shared;
-        for (args.part = begin; args.part < end; args.part++) {
-          args.first = args.part * size;
-          args.last = std::min(count, args.first + size);
-          run<Kernel>(args);
-        }
-      });
+  parallel_for(0, num_parts(count, size), 1, [&](int64_t begin, int64_t end) {
+    Args args = shared;
+    for (args.part = begin; args.part < end; args.part++) {
+      args.first = args.part * size;
+      args.last = std::min(count, args.first + size);
+      run<Kernel>(args);
+    }
+  });
 }
 
 // x, [..., D], or a copy, with dense channels and evenly spaced tokens: the
 // address of a token is its number times token_stride(x).
-inline at::Tensor even_tokens(const at::Tensor& x) {
+inline Tensor even_tokens(const Tensor& x) {
   bool even = x.stride(-1) == 1;
   for (int64_t i = x.dim() - 3; i >= 0 && even; i--) {
     even = x.stride(i) == x.stride(i + 1) * x.size(i + 1);
   }
-  return even ? x : x.contiguous();
+  return even ? x : torch::stable::contiguous(x);
 }
 
-inline int64_t token_stride(const at::Tensor& x) {
+inline int64_t token_stride(const Tensor& x) {
   return x.is_contiguous() ? x.size(-1) : x.stride(-2);
 }
 
 }  // namespace smd2
 
 // Runs the code with `scalar_t` set to the C++ type of TYPE, one of the dtypes
-// that CPU kernels are compiled for.
-#define SMD2_DISPATCH(TYPE, NAME, ...) \
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, TYPE, NAME, __VA_ARGS__)
+// that CPU kernels are compiled for; SMD2_DISPATCH_WIDE is for accumulation
+// types alone.
+#define SMD2_DISPATCH(TYPE, NAME, ...)                      \
+  THO_DISPATCH_SWITCH(                                      \
+      TYPE,                                                 \
+      NAME,                                                 \
+      THO_DISPATCH_CASE(ScalarType::BFloat16, __VA_ARGS__)  \
+          THO_DISPATCH_CASE(ScalarType::Float, __VA_ARGS__) \
+              THO_DISPATCH_CASE(ScalarType::Double, __VA_ARGS__))
+#define SMD2_DISPATCH_WIDE(TYPE, NAME, ...)             \
+  THO_DISPATCH_SWITCH(                                  \
+      TYPE,                                             \
+      NAME,                                             \
+      THO_DISPATCH_CASE(ScalarType::Float, __VA_ARGS__) \
+          THO_DISPATCH_CASE(ScalarType::Double, __VA_ARGS__))

@@ -144,14 +144,11 @@ struct Backward {
 
 // The inputs, checked, in the dtype and layout that kernels take.
 struct Inputs {
-  at::Tensor x, weights;
+  Tensor x, weights;
 
-  Inputs(
-      const at::Tensor& x_,
-      const at::Tensor& weight,
-      const at::Tensor& bias) {
+  Inputs(const Tensor& x_, const Tensor& weight, const Tensor& bias) {
     check_convolution(kOp, x_, weight, bias);
-    x = even_tokens(x_.to(kernel_type(x_, x_)));
+    x = even_tokens(as_type(x_, kernel_type(x_, x_)));
     weights = pack_weights(weight, bias, x);
   }
 
@@ -163,82 +160,80 @@ struct Inputs {
   }
 };
 
-at::Tensor depthwise_conv3x3(
-    const at::Tensor& x,
-    const at::Tensor& weight,
-    const at::Tensor& bias,
+Tensor depthwise_conv3x3(
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& bias,
     bool residual) {
   const Inputs in(x, weight, bias);
-  at::Tensor out = at::empty(in.x.sizes(), in.x.options());
+  Tensor out = empty(in.x.sizes(), in.x);
   SMD2_DISPATCH(in.x.scalar_type(), kOp, [&] {
     const ForwardArgs<scalar_t> args{
-        {in.x, in.weights}, out.data_ptr<scalar_t>()};
+        {in.x, in.weights}, out.mutable_data_ptr<scalar_t>()};
     if (residual) {
       run_parts<Forward<scalar_t, true>>(args, in.rows(), kRowsPerPart);
     } else {
       run_parts<Forward<scalar_t, false>>(args, in.rows(), kRowsPerPart);
     }
   });
-  return out.to(x.scalar_type());
+  return as_type(out, x.scalar_type());
 }
 
 template <typename T, typename G>
 void backward(
     const Inputs& in,
-    const at::Tensor& grad_conv,
-    const at::Tensor& grad_x,
-    const at::Tensor& grad_weights,
+    const Tensor& grad_conv,
+    const Tensor& grad_x,
+    const Tensor& grad_weights,
     bool residual) {
   const BackwardArgs<T, G> args{
       {in.x, in.weights},
       Map<G>(grad_conv),
-      grad_x.data_ptr<T>(),
-      grad_weights.data_ptr<acc_t<T>>(),
+      grad_x.mutable_data_ptr<T>(),
+      grad_weights.mutable_data_ptr<acc_t<T>>(),
       residual};
   run_parts<Backward<T, G>>(args, in.rows(), kRowsPerPart);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv3x3_backward(
-    const at::Tensor& grad_output,
-    const at::Tensor& x,
-    const at::Tensor& weight,
-    const at::Tensor& bias,
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_backward(
+    const Tensor& grad_output,
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& bias,
     bool residual) {
   constexpr const char* op = "depthwise_conv3x3_backward";
   const Inputs in(x, weight, bias);
-  check_arguments(op, x, {{"grad_output", grad_output, x.sizes()}});
+  check_arguments(op, {{"grad_output", grad_output, x.sizes()}});
   const auto grad = contiguous_as(grad_output, in.x.scalar_type());
-  at::Tensor grad_x = at::empty(in.x.sizes(), in.x.options());
-  at::Tensor grad_weights =
-      at::zeros({in.parts(), kPacked, x.size(3)}, in.weights.options());
+  Tensor grad_x = empty(in.x.sizes(), in.x);
+  Tensor grad_weights = zeros({in.parts(), kPacked, x.size(3)}, in.weights);
   SMD2_DISPATCH(in.x.scalar_type(), op, [&] {
     using Acc = acc_t<scalar_t>;
     if (residual) {
       backward<scalar_t, scalar_t>(in, grad, grad_x, grad_weights, true);
     } else {
-      at::Tensor grad_conv = at::empty(in.x.sizes(), in.weights.options());
+      Tensor grad_conv = empty(in.x.sizes(), in.weights);
       const ConvGradientArgs<scalar_t> args{
           {in.x, in.weights},
           grad.const_data_ptr<scalar_t>(),
-          grad_conv.data_ptr<Acc>()};
+          grad_conv.mutable_data_ptr<Acc>()};
       run_parts<ConvGradient<scalar_t>>(args, in.rows(), kRowsPerPart);
       backward<scalar_t, Acc>(in, grad_conv, grad_x, grad_weights, false);
     }
   });
-  const auto sums = grad_weights.sum(0);
+  Tensor sums = sum_first(grad_weights, in.weights.scalar_type());
+  const auto grad_weight = torch::stable::transpose(
+      torch::stable::narrow(sums, 0, 0, kWeights), 0, 1);
   return {
-      grad_x.to(x.scalar_type()),
-      sums.slice(0, 0, kWeights)
-          .t()
-          .contiguous()
-          .view(weight.sizes())
-          .to(weight.scalar_type()),
-      sums[kWeights].clone().to(bias.scalar_type())};
+      as_type(grad_x, x.scalar_type()),
+      torch::stable::view(
+          contiguous_as(grad_weight, weight.scalar_type()), weight.sizes()),
+      copy_row(sums, kWeights, bias.scalar_type())};
 }
 
-TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
-  m.impl("depthwise_conv3x3", &depthwise_conv3x3);
-  m.impl("depthwise_conv3x3_backward", &depthwise_conv3x3_backward);
+STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl("depthwise_conv3x3", TORCH_BOX(&depthwise_conv3x3));
+  m.impl("depthwise_conv3x3_backward", TORCH_BOX(&depthwise_conv3x3_backward));
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ struct Map {
   const T* data;
   int64_t stride;
 
-  explicit Map(const at::Tensor& x)
+  explicit Map(const Tensor& x)
       : data(x.const_data_ptr<T>()), stride(token_stride(x)) {}
 };
 
@@ -33,7 +33,7 @@ struct Geometry {
   int64_t height, width, dim;
   int64_t part, first, last;  // set by run_parts
 
-  explicit Geometry(const at::Tensor& x)
+  explicit Geometry(const Tensor& x)
       : height(x.size(1)), width(x.size(2)), dim(x.size(3)) {}
 };
 
@@ -43,7 +43,7 @@ struct ConvArgs : Geometry {
   Map<T> x;
   const acc_t<T>* weights;  // from pack_weights
 
-  ConvArgs(const at::Tensor& x_, const at::Tensor& weights_)
+  ConvArgs(const Tensor& x_, const Tensor& weights_)
       : Geometry(x_), x(x_), weights(weights_.const_data_ptr<acc_t<T>>()) {}
 };
 
@@ -174,35 +174,31 @@ convolve_row(const ConvArgs<T>& a, int64_t r, T* out, const Finish& finish) {
 // Raises ValueError unless these fit together.
 inline void check_convolution(
     const char* op,
-    const at::Tensor& x,
-    const at::Tensor& weight,
-    const at::Tensor& bias) {
-  TORCH_CHECK_VALUE(
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& bias) {
+  SMD2_CHECK_VALUE(
       x.dim() == 4 && x.size(1) && x.size(2),
       op,
       ": x must be [B, H, W, D] with H, W >= 1, got ",
-      x.sizes());
+      text(x.sizes()));
   const auto dim = x.size(3);
   check_arguments(
       op,
-      x,
       {{"weight", weight, {dim, 1, kKernel, kKernel}}, {"bias", bias, {dim}}});
 }
 
 // Weights [dim, 1, 3, 3] and bias in the layout that `convolve` reads, [blocks
 // of channels, kPacked, lanes()].
-inline at::Tensor pack_weights(
-    const at::Tensor& weight_,
-    const at::Tensor& bias_,
-    const at::Tensor& like) {
+inline Tensor
+pack_weights(const Tensor& weight_, const Tensor& bias_, const Tensor& like) {
   const auto weight = small(weight_, like), bias = small(bias_, like);
   const int64_t dim = bias.size(0), size = lanes_of(bias.scalar_type());
-  at::Tensor packed =
-      at::zeros({channel_blocks(dim, size), kPacked, size}, weight.options());
-  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "pack_weights", [&] {
+  Tensor packed = zeros({channel_blocks(dim, size), kPacked, size}, weight);
+  SMD2_DISPATCH_WIDE(weight.scalar_type(), "pack_weights", [&] {
     const auto* from = weight.const_data_ptr<scalar_t>();
     const auto* last = bias.const_data_ptr<scalar_t>();
-    auto* to = packed.data_ptr<scalar_t>();
+    auto* to = packed.mutable_data_ptr<scalar_t>();
     for (int64_t c = 0; c < dim; c++) {
       scalar_t* lane = to + c / size * kPacked * size + c % size;
       for (int k = 0; k < kWeights; k++) {

@@ -49,24 +49,23 @@ struct Forward {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> depthwise_conv3x3_layer_norm(
-    const at::Tensor& x_,
-    const at::Tensor& weight,
-    const at::Tensor& bias,
-    const at::Tensor& norm_weight,
-    const at::Tensor& norm_bias,
+std::tuple<Tensor, Tensor> depthwise_conv3x3_layer_norm(
+    const Tensor& x_,
+    const Tensor& weight,
+    const Tensor& bias,
+    const Tensor& norm_weight,
+    const Tensor& norm_bias,
     double eps) {
   check_convolution(kOp, x_, weight, bias);
   const auto dim = x_.size(3);
   check_arguments(
       kOp,
-      x_,
       {{"norm_weight", norm_weight, {dim}}, {"norm_bias", norm_bias, {dim}}});
-  const auto x = even_tokens(x_.to(kernel_type(x_, x_)));
+  const auto x = even_tokens(as_type(x_, kernel_type(x_, x_)));
   const auto weights = pack_weights(weight, bias, x);
   const auto gain = small(norm_weight, x), shift = small(norm_bias, x);
-  at::Tensor y = at::empty(x.sizes(), x.options());
-  at::Tensor norm = at::empty_like(y);
+  Tensor y = empty(x.sizes(), x);
+  Tensor norm = empty_like(y);
   SMD2_DISPATCH(x.scalar_type(), kOp, [&] {
     using Acc = acc_t<scalar_t>;
     const ForwardArgs<scalar_t> args{
@@ -74,15 +73,16 @@ std::tuple<at::Tensor, at::Tensor> depthwise_conv3x3_layer_norm(
         gain.const_data_ptr<Acc>(),
         shift.const_data_ptr<Acc>(),
         static_cast<Acc>(eps),
-        y.data_ptr<scalar_t>(),
-        norm.data_ptr<scalar_t>()};
+        y.mutable_data_ptr<scalar_t>(),
+        norm.mutable_data_ptr<scalar_t>()};
     run_parts<Forward<scalar_t>>(args, x.size(0) * x.size(1), kRowsPerPart);
   });
-  return {y.to(x_.scalar_type()), norm.to(x_.scalar_type())};
+  return {as_type(y, x_.scalar_type()), as_type(norm, x_.scalar_type())};
 }
 
-TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
-  m.impl("depthwise_conv3x3_layer_norm", &depthwise_conv3x3_layer_norm);
+STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl(
+      "depthwise_conv3x3_layer_norm", TORCH_BOX(&depthwise_conv3x3_layer_norm));
 }
 
 }  // namespace

@@ -129,28 +129,27 @@ struct Backward {
 
 // The inputs, checked, in the dtype and layout that kernels take.
 struct Inputs {
-  at::Tensor y, z, weight, bias;
+  Tensor y, z, weight, bias;
 
   Inputs(
-      const at::Tensor& y_,
-      const at::Tensor& z_,
-      const at::Tensor& weight_,
-      const at::Tensor& bias_) {
-    TORCH_CHECK_VALUE(
+      const Tensor& y_,
+      const Tensor& z_,
+      const Tensor& weight_,
+      const Tensor& bias_) {
+    SMD2_CHECK_VALUE(
         y_.dim() == 4 && y_.size(3),
         kOp,
         ": y must be [B, H, W, D] with D >= 1, got ",
-        y_.sizes());
+        text(y_.sizes()));
     const auto dim = y_.size(3);
     check_arguments(
         kOp,
-        y_,
         {{"z", z_, y_.sizes()},
          {"weight", weight_, {dim}},
          {"bias", bias_, {dim}}});
     const auto type = kernel_type(y_, z_);
     y = contiguous_as(y_, type);
-    z = even_tokens(z_.to(type));
+    z = even_tokens(as_type(z_, type));
     weight = small(weight_, y);
     bias = small(bias_, y);
   }
@@ -174,58 +173,56 @@ struct Inputs {
   }
 };
 
-at::Tensor gated_layer_norm(
-    const at::Tensor& y,
-    const at::Tensor& z,
-    const at::Tensor& weight,
-    const at::Tensor& bias,
+Tensor gated_layer_norm(
+    const Tensor& y,
+    const Tensor& z,
+    const Tensor& weight,
+    const Tensor& bias,
     double eps) {
   const Inputs in(y, z, weight, bias);
-  at::Tensor out = at::empty_like(in.y);
+  Tensor out = empty_like(in.y);
   SMD2_DISPATCH(in.y.scalar_type(), kOp, [&] {
     ForwardArgs<scalar_t> args{};
     in.fill(&args, eps);
-    args.out = out.data_ptr<scalar_t>();
+    args.out = out.mutable_data_ptr<scalar_t>();
     run_parts<Forward<scalar_t>>(args, in.tokens(), kTokensPerPart);
   });
-  return out.to(y.scalar_type());
+  return as_type(out, y.scalar_type());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-gated_layer_norm_backward(
-    const at::Tensor& grad_output,
-    const at::Tensor& y,
-    const at::Tensor& z,
-    const at::Tensor& weight,
-    const at::Tensor& bias,
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_layer_norm_backward(
+    const Tensor& grad_output,
+    const Tensor& y,
+    const Tensor& z,
+    const Tensor& weight,
+    const Tensor& bias,
     double eps) {
   constexpr const char* op = "gated_layer_norm_backward";
   const Inputs in(y, z, weight, bias);
-  check_arguments(op, y, {{"grad_output", grad_output, y.sizes()}});
+  check_arguments(op, {{"grad_output", grad_output, y.sizes()}});
   const auto grad = contiguous_as(grad_output, in.y.scalar_type());
-  at::Tensor grad_y = at::empty_like(in.y), grad_z = at::empty_like(in.y);
-  at::Tensor grad_weights =
-      at::zeros({in.parts(), 2, in.y.size(3)}, in.weight.options());
+  Tensor grad_y = empty_like(in.y), grad_z = empty_like(in.y);
+  Tensor grad_weights = zeros({in.parts(), 2, in.y.size(3)}, in.weight);
   SMD2_DISPATCH(in.y.scalar_type(), op, [&] {
     BackwardArgs<scalar_t> args{};
     in.fill(&args, eps);
     args.grad = grad.const_data_ptr<scalar_t>();
-    args.grad_y = grad_y.data_ptr<scalar_t>();
-    args.grad_z = grad_z.data_ptr<scalar_t>();
-    args.grad_weights = grad_weights.data_ptr<acc_t<scalar_t>>();
+    args.grad_y = grad_y.mutable_data_ptr<scalar_t>();
+    args.grad_z = grad_z.mutable_data_ptr<scalar_t>();
+    args.grad_weights = grad_weights.mutable_data_ptr<acc_t<scalar_t>>();
     run_parts<Backward<scalar_t>>(args, in.tokens(), kTokensPerPart);
   });
-  const auto sums = grad_weights.sum(0);
+  const auto sums = sum_first(grad_weights, in.weight.scalar_type());
   return {
-      grad_y.to(y.scalar_type()),
-      grad_z.to(z.scalar_type()),
-      sums[0].clone().to(weight.scalar_type()),
-      sums[1].clone().to(bias.scalar_type())};
+      as_type(grad_y, y.scalar_type()),
+      as_type(grad_z, z.scalar_type()),
+      copy_row(sums, 0, weight.scalar_type()),
+      copy_row(sums, 1, bias.scalar_type())};
 }
 
-TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
-  m.impl("gated_layer_norm", &gated_layer_norm);
-  m.impl("gated_layer_norm_backward", &gated_layer_norm_backward);
+STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl("gated_layer_norm", TORCH_BOX(&gated_layer_norm));
+  m.impl("gated_layer_norm_backward", TORCH_BOX(&gated_layer_norm_backward));
 }
 
 }  // namespace

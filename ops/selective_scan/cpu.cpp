@@ -121,61 +121,61 @@ void fill(const ScanTensors& in, ScanArgs<T>* a) {
   a->dim = in.u.size(2);
 }
 
-at::Tensor selective_scan(const ScanTensors& inputs) {
+Tensor selective_scan(const ScanTensors& inputs) {
   inputs.check(kOp);
   const auto in = inputs.as(kernel_type(inputs.u, inputs.delta));
-  at::Tensor h = at::empty(in.u.sizes(), in.A.options());
+  Tensor h = empty(in.u.sizes(), in.A);
   SMD2_DISPATCH(in.u.scalar_type(), kOp, [&] {
     ForwardArgs<scalar_t> shared{};
     fill(in, &shared);
-    shared.h = h.data_ptr<acc_t<scalar_t>>();
+    shared.h = h.mutable_data_ptr<acc_t<scalar_t>>();
     run_blocks<Forward<scalar_t>, acc_t<scalar_t>>(
         shared, shared.images, kRun * lanes<scalar_t>());
   });
-  return h.to(accumulate_type(inputs.u.scalar_type()));
+  return as_type(h, accumulate_type(inputs.u.scalar_type()));
 }
 
 ScanGradientTensors selective_scan_backward(
-    const at::Tensor& grad_output,
+    const Tensor& grad_output,
     const ScanTensors& inputs) {
   constexpr const char* op = "selective_scan_backward";
   inputs.check(op);
-  check_arguments(
-      op, inputs.u, {{"grad_output", grad_output, inputs.u.sizes()}});
+  check_arguments(op, {{"grad_output", grad_output, inputs.u.sizes()}});
   const auto in = inputs.as(kernel_type(inputs.u, inputs.delta));
   const auto grad = small(grad_output, in.u);
   const auto images = in.u.size(0), length = in.u.size(1), dim = in.u.size(2);
-  at::Tensor grad_u = at::empty_like(in.u), grad_delta = at::empty_like(in.u);
-  at::Tensor grad_A = at::empty({images, dim}, in.A.options());
-  at::Tensor grad_bias = at::empty_like(grad_A);
-  at::Tensor grad_B = at::empty(
+  Tensor grad_u = empty_like(in.u), grad_delta = empty_like(in.u);
+  Tensor grad_A = empty({images, dim}, in.A);
+  Tensor grad_bias = empty_like(grad_A);
+  Tensor grad_B = empty(
       {channel_blocks(dim, lanes_of(in.A.scalar_type())), images, length},
-      in.A.options());
+      in.A);
   SMD2_DISPATCH(in.u.scalar_type(), op, [&] {
     using Acc = acc_t<scalar_t>;
     BackwardArgs<scalar_t> shared{};
     fill(in, &shared);
     shared.grad_h = grad.const_data_ptr<Acc>();
-    shared.grad_u = grad_u.data_ptr<scalar_t>();
-    shared.grad_delta = grad_delta.data_ptr<scalar_t>();
-    shared.grad_A = grad_A.data_ptr<Acc>();
-    shared.grad_B = grad_B.data_ptr<Acc>();
-    shared.grad_bias = grad_bias.data_ptr<Acc>();
+    shared.grad_u = grad_u.mutable_data_ptr<scalar_t>();
+    shared.grad_delta = grad_delta.mutable_data_ptr<scalar_t>();
+    shared.grad_A = grad_A.mutable_data_ptr<Acc>();
+    shared.grad_B = grad_B.mutable_data_ptr<Acc>();
+    shared.grad_bias = grad_bias.mutable_data_ptr<Acc>();
     run_blocks<Backward<scalar_t>, Acc>(
         shared, images, (length + kRun) * lanes<Acc>());
   });
   return {
-      grad_u.to(inputs.u.scalar_type()),
-      grad_delta.to(inputs.delta.scalar_type()),
-      grad_A.sum(0).to(inputs.A.scalar_type()),
-      grad_B.sum(0).to(inputs.B.scalar_type()),
-      grad_bias.sum(0).to(inputs.delta_bias.scalar_type())};
+      as_type(grad_u, inputs.u.scalar_type()),
+      as_type(grad_delta, inputs.delta.scalar_type()),
+      sum_first(grad_A, inputs.A.scalar_type()),
+      sum_first(grad_B, inputs.B.scalar_type()),
+      sum_first(grad_bias, inputs.delta_bias.scalar_type())};
 }
 
-TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
-  m.impl("selective_scan", forward_kernel<selective_scan, 5>);
+STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl("selective_scan", TORCH_BOX((forward_kernel<selective_scan, 5>)));
   m.impl(
-      "selective_scan_backward", backward_kernel<selective_scan_backward, 5>);
+      "selective_scan_backward",
+      TORCH_BOX((backward_kernel<selective_scan_backward, 5>)));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The tensors of selective_scan, on every device.
+// The tensors of selective_scan.
 #pragma once
 
 #include "../arguments.h"
@@ -6,19 +6,18 @@
 namespace smd2 {
 
 struct ScanTensors {
-  at::Tensor u, delta, A, B, delta_bias;
+  Tensor u, delta, A, B, delta_bias;
 
   // Raises ValueError unless they fit together.
   void check(const char* op) const {
-    TORCH_CHECK_VALUE(
+    SMD2_CHECK_VALUE(
         u.dim() == 3 && u.size(1) && u.size(2),
         op,
         ": u must be [B, L, D] with L, D >= 1, got ",
-        u.sizes());
+        text(u.sizes()));
     const auto images = u.size(0), length = u.size(1), dim = u.size(2);
     check_arguments(
         op,
-        u,
         {{"delta", delta, u.sizes()},
          {"A", A, {dim}},
          {"B", B, {images, length}},
@@ -27,7 +26,7 @@ struct ScanTensors {
 
   // In the dtype and layout that kernels take: u and delta in `type`, the small
   // tensors in its accumulation type, all contiguous.
-  ScanTensors as(at::ScalarType type) const {
+  ScanTensors as(ScalarType type) const {
     const auto wide = accumulate_type(type);
     return {
         contiguous_as(u, type),
@@ -39,8 +38,7 @@ struct ScanTensors {
 };
 
 // Gradients of all of them.
-using ScanGradientTensors =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using ScanGradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Sets the pointers that all kernels with a scan in them have, except delta.
 template <typename T, typename Tensors, typename Args>

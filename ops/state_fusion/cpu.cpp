@@ -106,15 +106,15 @@ struct Backward {
 
 // The inputs, checked, in the dtype and layout that kernels take.
 struct Inputs {
-  at::Tensor h, taps;
+  Tensor h, taps;
 
-  Inputs(const at::Tensor& h_, const at::Tensor& taps_) {
-    TORCH_CHECK_VALUE(
+  Inputs(const Tensor& h_, const Tensor& taps_) {
+    SMD2_CHECK_VALUE(
         h_.dim() == 4 && h_.size(1) && h_.size(2),
         kOp,
         ": h must be [B, H, W, D] with H, W >= 1, got ",
-        h_.sizes());
-    check_arguments(kOp, h_, {{"taps", taps_, {kTaps, h_.size(3)}}});
+        text(h_.sizes()));
+    check_arguments(kOp, {{"taps", taps_, {kTaps, h_.size(3)}}});
     h = contiguous_as(h_, kernel_type(h_, h_));
     taps = small(taps_, h);
   }
@@ -129,49 +129,50 @@ struct Inputs {
   }
 };
 
-at::Tensor state_fusion(const at::Tensor& h, const at::Tensor& taps) {
+Tensor state_fusion(const Tensor& h, const Tensor& taps) {
   const Inputs in(h, taps);
-  at::Tensor out = at::empty(h.sizes(), in.taps.options());
+  Tensor out = empty(h.sizes(), in.taps);
   SMD2_DISPATCH(in.h.scalar_type(), kOp, [&] {
     using Acc = acc_t<scalar_t>;
     ForwardArgs<scalar_t> shared{};
     in.fill(&shared);
-    shared.out = out.data_ptr<Acc>();
+    shared.out = out.mutable_data_ptr<Acc>();
     run_blocks<Forward<scalar_t>, Acc>(
         shared, h.size(0), sweep_size(shared.width, lanes<Acc>()));
   });
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> state_fusion_backward(
-    const at::Tensor& grad_output,
-    const at::Tensor& h,
-    const at::Tensor& taps) {
+std::tuple<Tensor, Tensor> state_fusion_backward(
+    const Tensor& grad_output,
+    const Tensor& h,
+    const Tensor& taps) {
   constexpr const char* op = "state_fusion_backward";
   const Inputs in(h, taps);
-  check_arguments(op, h, {{"grad_output", grad_output, h.sizes()}});
+  check_arguments(op, {{"grad_output", grad_output, h.sizes()}});
   const auto grad = small(grad_output, in.h);
-  at::Tensor grad_h = at::empty_like(in.h);
-  at::Tensor grad_taps =
-      at::empty({h.size(0), kTaps, h.size(3)}, in.taps.options());
+  Tensor grad_h = empty_like(in.h);
+  Tensor grad_taps = empty({h.size(0), kTaps, h.size(3)}, in.taps);
   SMD2_DISPATCH(in.h.scalar_type(), op, [&] {
     using Acc = acc_t<scalar_t>;
     BackwardArgs<scalar_t> shared{};
     in.fill(&shared);
     shared.grad_out = grad.const_data_ptr<Acc>();
-    shared.grad_h = grad_h.data_ptr<scalar_t>();
-    shared.grad_taps = grad_taps.data_ptr<Acc>();
+    shared.grad_h = grad_h.mutable_data_ptr<scalar_t>();
+    shared.grad_taps = grad_taps.mutable_data_ptr<Acc>();
     run_blocks<Backward<scalar_t>, Acc>(
         shared,
         h.size(0),
         tape_size(shared.height, shared.width, lanes<Acc>()));
   });
-  return {grad_h.to(h.scalar_type()), grad_taps.sum(0).to(taps.scalar_type())};
+  return {
+      as_type(grad_h, h.scalar_type()),
+      sum_first(grad_taps, taps.scalar_type())};
 }
 
-TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
-  m.impl("state_fusion", &state_fusion);
-  m.impl("state_fusion_backward", &state_fusion_backward);
+STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl("state_fusion", TORCH_BOX(&state_fusion));
+  m.impl("state_fusion_backward", TORCH_BOX(&state_fusion_backward));
 }
 
 }  // namespace

@@ -81,71 +81,72 @@ struct Backward {
   }
 };
 
-at::Tensor structure_aware_ssm(const SsmTensors& inputs) {
+Tensor structure_aware_ssm(const SsmTensors& inputs) {
   inputs.check(kOp);
   const auto in = inputs.as(kernel_type(inputs.u, inputs.delta));
-  at::Tensor y = at::empty_like(in.u);
+  Tensor y = empty_like(in.u);
   SMD2_DISPATCH(in.u.scalar_type(), kOp, [&] {
     ForwardArgs<scalar_t> args{};
     fill(in, &args);
-    args.y = y.data_ptr<scalar_t>();
+    args.y = y.mutable_data_ptr<scalar_t>();
     run_forward(args);
   });
-  return y.to(inputs.u.scalar_type());
+  return as_type(y, inputs.u.scalar_type());
 }
 
 SsmGradientTensors structure_aware_ssm_backward(
-    const at::Tensor& grad_output,
+    const Tensor& grad_output,
     const SsmTensors& inputs) {
   constexpr const char* op = "structure_aware_ssm_backward";
   inputs.check(op);
-  check_arguments(
-      op, inputs.u, {{"grad_output", grad_output, inputs.u.sizes()}});
+  check_arguments(op, {{"grad_output", grad_output, inputs.u.sizes()}});
   const auto in = inputs.as(kernel_type(inputs.u, inputs.delta));
   const auto grad = contiguous_as(grad_output, in.u.scalar_type());
   const auto images = in.u.size(0), height = in.u.size(1);
   const auto width = in.u.size(2), dim = in.u.size(3);
   const auto blocks = channel_blocks(dim, lanes_of(in.A.scalar_type()));
-  const auto options = in.A.options();
-  at::Tensor grad_u = at::empty_like(in.u), grad_delta = at::empty_like(in.u);
-  at::Tensor grad_A = at::empty({images, dim}, options);
-  at::Tensor grad_D = at::empty_like(grad_A);
-  at::Tensor grad_bias = at::empty_like(grad_A);
-  at::Tensor grad_B = at::empty({blocks, images, height, width}, options);
-  at::Tensor grad_C = at::empty_like(grad_B);
-  at::Tensor grad_taps = at::empty({images, kTaps, dim}, options);
+  const auto options = in.A;
+  Tensor grad_u = empty_like(in.u), grad_delta = empty_like(in.u);
+  Tensor grad_A = empty({images, dim}, options);
+  Tensor grad_D = empty_like(grad_A);
+  Tensor grad_bias = empty_like(grad_A);
+  Tensor grad_B = empty({blocks, images, height, width}, options);
+  Tensor grad_C = empty_like(grad_B);
+  Tensor grad_taps = empty({images, kTaps, dim}, options);
   SMD2_DISPATCH(in.u.scalar_type(), op, [&] {
     using Acc = acc_t<scalar_t>;
     BackwardArgs<scalar_t> shared{};
     fill(in, &shared);
     shared.grad_y = grad.const_data_ptr<scalar_t>();
-    shared.grad_u = grad_u.data_ptr<scalar_t>();
-    shared.grad_delta = grad_delta.data_ptr<scalar_t>();
-    shared.grad_A = grad_A.data_ptr<Acc>();
-    shared.grad_B = grad_B.data_ptr<Acc>();
-    shared.grad_C = grad_C.data_ptr<Acc>();
-    shared.grad_D = grad_D.data_ptr<Acc>();
-    shared.grad_bias = grad_bias.data_ptr<Acc>();
-    shared.grad_taps = grad_taps.data_ptr<Acc>();
+    shared.grad_u = grad_u.mutable_data_ptr<scalar_t>();
+    shared.grad_delta = grad_delta.mutable_data_ptr<scalar_t>();
+    shared.grad_A = grad_A.mutable_data_ptr<Acc>();
+    shared.grad_B = grad_B.mutable_data_ptr<Acc>();
+    shared.grad_C = grad_C.mutable_data_ptr<Acc>();
+    shared.grad_D = grad_D.mutable_data_ptr<Acc>();
+    shared.grad_bias = grad_bias.mutable_data_ptr<Acc>();
+    shared.grad_taps = grad_taps.mutable_data_ptr<Acc>();
     run_blocks<Backward<scalar_t>, Acc>(
         shared, images, tape_size(height, width, lanes<Acc>()));
   });
   return {
-      grad_u.to(inputs.u.scalar_type()),
-      grad_delta.to(inputs.delta.scalar_type()),
-      grad_A.sum(0).to(inputs.A.scalar_type()),
-      grad_B.sum(0).to(inputs.B.scalar_type()),
-      grad_C.sum(0).to(inputs.C.scalar_type()),
-      grad_D.sum(0).to(inputs.D.scalar_type()),
-      grad_bias.sum(0).to(inputs.delta_bias.scalar_type()),
-      grad_taps.sum(0).to(inputs.taps.scalar_type())};
+      as_type(grad_u, inputs.u.scalar_type()),
+      as_type(grad_delta, inputs.delta.scalar_type()),
+      sum_first(grad_A, inputs.A.scalar_type()),
+      sum_first(grad_B, inputs.B.scalar_type()),
+      sum_first(grad_C, inputs.C.scalar_type()),
+      sum_first(grad_D, inputs.D.scalar_type()),
+      sum_first(grad_bias, inputs.delta_bias.scalar_type()),
+      sum_first(grad_taps, inputs.taps.scalar_type())};
 }
 
-TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
-  m.impl("structure_aware_ssm", forward_kernel<structure_aware_ssm, 8>);
+STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl(
+      "structure_aware_ssm",
+      TORCH_BOX((forward_kernel<structure_aware_ssm, 8>)));
   m.impl(
       "structure_aware_ssm_backward",
-      backward_kernel<structure_aware_ssm_backward, 8>);
+      TORCH_BOX((backward_kernel<structure_aware_ssm_backward, 8>)));
 }
 
 }  // namespace

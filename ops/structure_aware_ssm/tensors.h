@@ -1,4 +1,4 @@
-// The tensors of structure_aware_ssm, on every device.
+// The tensors of structure_aware_ssm.
 #pragma once
 
 #include "../arguments.h"
@@ -8,24 +8,23 @@
 namespace smd2 {
 
 struct SsmTensors {
-  at::Tensor u, delta, A, B, C, D, delta_bias, taps;
+  Tensor u, delta, A, B, C, D, delta_bias, taps;
 
   // Raises ValueError unless they fit together. An operator that computes the
   // step sizes itself has no delta.
   void check(const char* op) const {
-    TORCH_CHECK_VALUE(
+    SMD2_CHECK_VALUE(
         u.dim() == 4 && u.size(1) && u.size(2) && u.size(3),
         op,
         ": u must be [B, H, W, D] with H, W, D >= 1, got ",
-        u.sizes());
+        text(u.sizes()));
     if (delta.defined()) {
-      check_arguments(op, u, {{"delta", delta, u.sizes()}});
+      check_arguments(op, {{"delta", delta, u.sizes()}});
     }
     const auto tokens = u.sizes().slice(0, 3);
     const auto dim = u.size(3);
     check_arguments(
         op,
-        u,
         {{"A", A, {dim}},
          {"B", B, tokens},
          {"C", C, tokens},
@@ -36,7 +35,7 @@ struct SsmTensors {
 
   // In the dtype and layout that kernels take: u and delta in `type`, the small
   // tensors in its accumulation type, all contiguous.
-  SsmTensors as(at::ScalarType type) const {
+  SsmTensors as(ScalarType type) const {
     const auto wide = accumulate_type(type);
     return {
         contiguous_as(u, type),
@@ -51,14 +50,7 @@ struct SsmTensors {
 };
 
 // Gradients of all of them.
-using SsmGradientTensors = std::tuple<
-    at::Tensor,
-    at::Tensor,
-    at::Tensor,
-    at::Tensor,
-    at::Tensor,
-    at::Tensor,
-    at::Tensor,
-    at::Tensor>;
+using SsmGradientTensors =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 }  // namespace smd2

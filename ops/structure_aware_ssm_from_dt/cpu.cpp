@@ -11,39 +11,43 @@ constexpr const char* kOp = "structure_aware_ssm_from_dt_";
 
 // Weights [dim, rank] in the layout that kernels read, [blocks of channels,
 // rank, lanes()].
-at::Tensor pack_weight(const at::Tensor& weight) {
-  const int64_t dim = weight.size(0), size = lanes_of(weight.scalar_type());
-  const int64_t blocks = channel_blocks(dim, size);
-  const bool even = dim % size == 0;
-  const auto padded =
-      even ? weight
-           : at::constant_pad_nd(weight, {0, 0, 0, blocks * size - dim});
-  return padded.view({blocks, size, weight.size(1)})
-      .transpose(1, 2)
-      .contiguous();
+Tensor pack_weight(const Tensor& weight) {
+  const int64_t dim = weight.size(0), rank = weight.size(1);
+  const int64_t size = lanes_of(weight.scalar_type());
+  Tensor packed = zeros({channel_blocks(dim, size), rank, size}, weight);
+  SMD2_DISPATCH_WIDE(weight.scalar_type(), "pack_weight", [&] {
+    const auto* from = weight.const_data_ptr<scalar_t>();
+    auto* to = packed.mutable_data_ptr<scalar_t>();
+    for (int64_t c = 0; c < dim; c++) {
+      scalar_t* lane = to + c / size * rank * size + c % size;
+      for (int64_t k = 0; k < rank; k++) {
+        lane[k * size] = from[c * rank + k];
+      }
+    }
+  });
+  return packed;
 }
 
 void structure_aware_ssm_from_dt_(
-    const at::Tensor& u,
-    const at::Tensor& dt,
-    const at::Tensor& dt_weight,
-    const at::Tensor& A,
-    const at::Tensor& B,
-    const at::Tensor& C,
-    const at::Tensor& D,
-    const at::Tensor& delta_bias,
-    const at::Tensor& taps) {
+    const Tensor& u,
+    const Tensor& dt,
+    const Tensor& dt_weight,
+    const Tensor& A,
+    const Tensor& B,
+    const Tensor& C,
+    const Tensor& D,
+    const Tensor& delta_bias,
+    const Tensor& taps) {
   const SsmTensors inputs{u, {}, A, B, C, D, delta_bias, taps};
   inputs.check(kOp);
   const auto dim = u.size(3), rank = dt.size(-1);
-  TORCH_CHECK_VALUE(
+  SMD2_CHECK_VALUE(
       rank >= 1,
       kOp,
       ": dt must be [B, H, W, R] with R >= 1, got ",
-      dt.sizes());
+      text(dt.sizes()));
   check_arguments(
       kOp,
-      u,
       {{"dt", dt, {u.size(0), u.size(1), u.size(2), rank}},
        {"dt_weight", dt_weight, {dim, rank}}});
   const auto in = inputs.as(kernel_type(u, u));
@@ -56,16 +60,17 @@ void structure_aware_ssm_from_dt_(
     args.steps.dt = steps.const_data_ptr<Acc>();
     args.steps.weight = weight.const_data_ptr<Acc>();
     args.steps.rank = rank;
-    args.y = in.u.data_ptr<scalar_t>();
+    args.y = in.u.mutable_data_ptr<scalar_t>();
     run_forward(args);
   });
-  if (!in.u.is_same(u)) {
-    u.copy_(in.u);
+  if (in.u.const_data_ptr() != u.const_data_ptr()) {
+    Tensor out = u;
+    torch::stable::copy_(out, in.u);
   }
 }
 
-TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
-  m.impl(kOp, &structure_aware_ssm_from_dt_);
+STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl(kOp, TORCH_BOX(&structure_aware_ssm_from_dt_));
 }
 
 }  // namespace

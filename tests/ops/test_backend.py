@@ -42,7 +42,8 @@ print(""",
 
 NO_LIBRARY = """
 import pathlib, torch
-pathlib.Path.glob = lambda self, pattern: iter(())
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda self, **options: self.name != "_C.so" and exists(self, **options)
 """
 
 
@@ -85,6 +86,18 @@ def test_without_a_library_it_runs_and_warns_once():
     assert f"eager on {device}: no compiled kernels were built" in done.stdout
     assert done.stderr.count("falling back to plain PyTorch operators (slower): no compiled") == 1
     assert "Install a C++ compiler and run: pip install" in done.stderr
+
+
+def test_a_pytorch_without_the_stable_abi_runs_plain_operators():
+    """The library would not load there: its functions came with PyTorch 2.10."""
+    old = PROGRAM.replace("import torch\n", "import torch\ntorch.__version__ = '2.9.1+cpu'\n", 1)
+    done = run("", program=old)
+    assert done.returncode == 0
+    reason = "compiled kernels need PyTorch 2.10 or newer, but this is 2.9.1+cpu"
+    assert reason in done.stdout
+    assert done.stderr.count(f"plain PyTorch operators (slower): {reason}") == 1
+    done = run("native", program=old)
+    assert done.returncode != 0 and f"CPU kernels are missing: {reason}" in done.stderr
 
 
 def unavailable(*inputs):

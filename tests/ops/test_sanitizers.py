@@ -6,6 +6,7 @@ Compiling them takes minutes: ``python3 dev.py test -m long tests/ops/test_sanit
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,14 +26,14 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # are compiled once, the kernels are not inlined, which makes six times less code to check, and
 # those for float64, which go through memory as those for float32 do, are left out.
 PRECOMPILED = """
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "ops/stable.h"
 #include <cmath>
 #define always_inline
-#undef AT_DISPATCH_CASE_FLOATING_TYPES
-#define AT_DISPATCH_CASE_FLOATING_TYPES(...) AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)
 """
+FLOAT64 = (
+    ("cpu/tensors.h", r"THO_DISPATCH_CASE\(ScalarType::Double, __VA_ARGS__\)", 2),
+    ("structure_aware_ssm/cpu_forward.cpp", r"template void .*<double>&\);", 1),
+)
 RUN_AVX512 = "return run_avx512<Kernel>(args);"
 # Tiny, odd and narrow maps; several images and rows; full and partial blocks of channels.
 PROGRAM = """
@@ -76,9 +77,13 @@ def library(tmp_path_factory):
         pytest.skip("needs the sanitizers of g++ on Linux")
     folder = tmp_path_factory.mktemp("sanitized")
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    flags = ["-std=c++20", "-O0", "-g1", "-fPIC", "-fopenmp", abi, *SANITIZE]
+    flags = ["-std=c++20", "-O0", "-g1", "-fPIC", "-fvisibility=hidden", *SANITIZE]
     flags += ["-Wno-psabi", "-Wno-ignored-attributes"]
+    shutil.copytree(OPS, folder / "ops", ignore=shutil.ignore_patterns("*.py", "*.so"))
+    for name, pattern, count in FLOAT64:
+        text, found = re.subn(pattern, "", (folder / "ops" / name).read_text())
+        assert found == count
+        (folder / "ops" / name).write_text(text)
     start = folder / "start.h"
     start.write_text(PRECOMPILED)
 
@@ -90,14 +95,13 @@ def library(tmp_path_factory):
     if "sanitize" in done.stderr and done.returncode:
         pytest.skip(f"this g++ has no sanitizers: {done.stderr[-300:]}")
     assert done.returncode == 0, done.stderr[-3000:]
-    shutil.copytree(OPS, folder / "ops", ignore=shutil.ignore_patterns("*.py", "*.so"))
     versions = folder / "ops/cpu/multiversion.h"
     if not HAS_AVX512:
         text = versions.read_text()
         assert text.count(RUN_AVX512) == 1
         versions.write_text(text.replace(RUN_AVX512, "break;"))
-    sources = sorted(folder.glob("ops/*/cpu.cpp"))
-    objects = [folder / f"{source.parent.name}.o" for source in sources]
+    sources = sorted(folder.glob("ops/*/cpu*.cpp"))
+    objects = [folder / f"{source.parent.name}_{source.stem}.o" for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         options = ("-Winvalid-pch", "-include", str(start), "-c")
         results = pool.map(lambda *files: compile(*files, *options), sources, objects)
@@ -105,8 +109,8 @@ def library(tmp_path_factory):
         assert done.returncode == 0, f"{target.name}: {done.stderr[-3000:]}"
     path = folder / "sanitized.so"
     torch_libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
-    torch_libraries += ["-lc10", "-ltorch", "-ltorch_cpu"]
-    command = [compiler, "-shared", "-fopenmp", *SANITIZE, *objects]
+    torch_libraries += ["-ltorch_cpu"]
+    command = [compiler, "-shared", *SANITIZE, *objects]
     subprocess.run([*command, *torch_libraries, "-o", path], check=True)
     return path
 
