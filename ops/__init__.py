@@ -25,6 +25,7 @@ from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import (
     structure_aware_ssm_from_dt,
     structure_aware_ssm_from_dt_,
 )
+from spatial_mamba_d2.ops.winograd_conv3x3 import winograd_conv3x3, winograd_weight
 
 __all__ = [
     "add_bias_",
@@ -39,6 +40,8 @@ __all__ = [
     "structure_aware_ssm",
     "structure_aware_ssm_from_dt",
     "structure_aware_ssm_from_dt_",
+    "winograd_conv3x3",
+    "winograd_weight",
 ]
 
 register_formulas()

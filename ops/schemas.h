@@ -17,4 +17,5 @@ structure_aware_ssm(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor
 structure_aware_ssm_backward(Tensor grad_output, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
 structure_aware_ssm_from_dt(Tensor u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> Tensor
 structure_aware_ssm_from_dt_(Tensor(a!) u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> ()
+winograd_conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu) -> Tensor
 )"
