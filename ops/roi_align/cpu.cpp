@@ -98,6 +98,9 @@ struct RoiAlign {
         return;
       }
     }
+    // Of an image that is there, whatever the caller checked.
+    const int64_t number = std::clamp<int64_t>(
+        static_cast<int64_t>(box[0]), 0, a.images - 1);
     place(a, box);
     std::fill_n(a.scratch, bins * a.padded(), Acc(0));
     int64_t first = a.height, last = 0;
@@ -107,8 +110,7 @@ struct RoiAlign {
         last = std::max(last, bin.first + bin.count);
       }
     }
-    const T* image =
-        a.x + static_cast<int64_t>(box[0]) * a.height * a.width * a.x_stride;
+    const T* image = a.x + number * a.height * a.width * a.x_stride;
     for (int64_t y = first; y < last; y++) {
       const T* row = image + y * a.width * a.x_stride;
       int64_t c = 0;
@@ -209,16 +211,6 @@ at::Tensor roi_align(
         nullptr,
         nullptr,
         0};
-    for (int64_t i = 0; i < num; i++) {
-      const auto image = shared.boxes[i * kBoxValues];
-      TORCH_CHECK_VALUE(
-          image >= 0 && image < shared.images,
-          kOp,
-          ": boxes must be of images 0 to ",
-          shared.images - 1,
-          ", got ",
-          image);
-    }
     at::parallel_for(0, num, 1, [&](int64_t begin, int64_t end) {
       const auto scratch =
           cache_lines<Acc>(height * width * shared.padded());

@@ -64,6 +64,12 @@ def roi_align(
     for name, value in {"height": height, "width": width}.items():
         if value < 1:
             raise ValueError(f"{_NAME}: {name} must be at least 1, got {value}")
+    numbers = boxes[:, 0]
+    is_wrong = (numbers < 0) | (numbers >= len(x))
+    if is_wrong.any():
+        raise ValueError(
+            f"{_NAME}: boxes must be of images 0 to {len(x) - 1}, got {numbers[is_wrong][0]:g}"
+        )
     return torch.ops.spatial_mamba.roi_align(
         x, boxes, height, width, scale, sampling_ratio, aligned
     )

@@ -67,7 +67,7 @@ def _optimized_conv(
     folded = _folded(conv)
     if folded is not None and (act == "relu" or conv.activation is None):
         return _OptimizedConv(packed_conv(folded, dtype, act, out_dtype), folded)
-    alone = _OptimizedConv(packed_conv(conv, dtype, out_dtype=out_dtype), conv)
+    alone = _OptimizedConv(packed_conv(conv, dtype, out_dtype=torch.float32), conv)
     return _ConvNormAct(alone, conv.norm, conv.activation)
 
 
