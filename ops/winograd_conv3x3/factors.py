@@ -80,8 +80,8 @@ def assembled(tiles: Tensor, size: tuple[int, int, int]) -> Tensor:
     """
     batch, height, width = size
     rows, columns = -(-height // TILE), -(-width // TILE)
-    maps = tiles.view(TILE, TILE, batch, rows, columns, -1).permute(2, 3, 0, 4, 1, 5)
-    maps = maps.reshape(batch, rows * TILE, columns * TILE, -1)
+    maps = tiles.view(TILE, TILE, batch, rows, columns, tiles.shape[3]).permute(2, 3, 0, 4, 1, 5)
+    maps = maps.flatten(3, 4).flatten(1, 2)
     return maps[:, :height, :width].contiguous()
 
 

@@ -36,7 +36,7 @@ def randomise(model):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
-        if name.endswith(("cls_score", "objectness_logits", "predictor")):
+        if name.endswith(("cls_score", "objectness_logits", ".predictor")):
             nn.init.normal_(module.weight, std=0.3)
     return model
 
