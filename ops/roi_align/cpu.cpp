@@ -1,10 +1,10 @@
 // spatial_mamba::roi_align on the CPU; op.py documents it.
 //
 // The mean over a bin's samples is separable: bilinear interpolation at (y, x)
-// is one along y of one along x, and samples form a grid. So a row of the map is
-// reduced to one value per column of bins, which is then added to the rows of
-// bins that it counts for. Each pixel is read about once, however many samples
-// are near it.
+// is one along y of one along x, and samples form a grid. So a row of the map
+// is reduced to one value per column of bins, which is then added to the rows
+// of bins that it counts for. Each pixel is read about once, however many
+// samples are near it.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -31,15 +31,13 @@ struct Axis {
   std::vector<Acc> weights;
 
   // Bins between `low` and `high`, in pixels of a map with `size` of them.
-  void
-  place(Acc low, Acc high, int64_t size, int64_t num_bins, int64_t ratio) {
+  void place(Acc low, Acc high, int64_t size, int64_t num_bins, int64_t ratio) {
     const Acc bin = (high - low) / num_bins;
     const int64_t samples =
         ratio > 0 ? ratio : static_cast<int64_t>(std::ceil(bin));
     bins.assign(num_bins, Bin());
-    const int64_t most = samples > 0
-        ? std::min(size, static_cast<int64_t>(bin) + 3)
-        : 0;
+    const int64_t most =
+        samples > 0 ? std::min(size, static_cast<int64_t>(bin) + 3) : 0;
     weights.assign(num_bins * most, Acc(0));
     for (int64_t i = 0; i < num_bins; i++) {
       Acc* of_bin = weights.data() + i * most;
@@ -72,7 +70,7 @@ struct RoiAlignArgs {
   T* out;
   int64_t x_stride, images, height, width, dim, rows, columns, sampling_ratio;
   Acc scale, offset;
-  Acc least;  // side of a box, in pixels of the map
+  Acc least;     // side of a box, in pixels of the map
   Acc* scratch;  // [rows, columns, padded()]
   Axis<Acc>*down, *across;
   int64_t box;
@@ -99,8 +97,8 @@ struct RoiAlign {
       }
     }
     // Of an image that is there, whatever the caller checked.
-    const int64_t number = std::clamp<int64_t>(
-        static_cast<int64_t>(box[0]), 0, a.images - 1);
+    const int64_t number =
+        std::clamp<int64_t>(static_cast<int64_t>(box[0]), 0, a.images - 1);
     place(a, box);
     std::fill_n(a.scratch, bins * a.padded(), Acc(0));
     int64_t first = a.height, last = 0;
@@ -212,8 +210,7 @@ at::Tensor roi_align(
         nullptr,
         0};
     at::parallel_for(0, num, 1, [&](int64_t begin, int64_t end) {
-      const auto scratch =
-          cache_lines<Acc>(height * width * shared.padded());
+      const auto scratch = cache_lines<Acc>(height * width * shared.padded());
       Axis<Acc> down, across;
       auto args = shared;
       args.scratch = scratch.get();

@@ -37,9 +37,7 @@ def roi_align(
     return out.to(x.dtype)
 
 
-def _weights(
-    low: Tensor, side: Tensor, size: int, bins: int, ratio: int
-) -> tuple[Tensor, slice]:
+def _weights(low: Tensor, side: Tensor, size: int, bins: int, ratio: int) -> tuple[Tensor, slice]:
     """Weights ``Tensor[bins, n]`` of n pixels along an axis, and which pixels these are."""
     bin_size = side / bins
     samples = ratio if ratio > 0 else math.ceil(bin_size)

@@ -8,8 +8,8 @@ namespace smd2 {
 namespace {
 
 constexpr const char* kOp = "winograd_conv3x3";
-constexpr int64_t kPanel = 16;  // output channels that weights are packed by
-constexpr int64_t kRows = 6;  // tiles that are multiplied together
+constexpr int64_t kPanel = 16;   // output channels that weights are packed by
+constexpr int64_t kRows = 6;     // tiles that are multiplied together
 constexpr int64_t kDepth = 256;  // input channels that are transformed together
 // Bytes of factors and products of a thread's tiles. They stay in the cache of
 // the third level; more tiles read the weights from there less often. Tuned on
@@ -111,10 +111,11 @@ struct Conv {
         const bool inside = y >= 0 && y < a.height;
         for (int j = 0; j < kPatch; j++) {
           const int64_t x = at.x + j - 1;
-          patch[i * kPatch + j] = inside && x >= 0 && x < a.width
-              ? load_channels<T, N>(
-                    image + (y * a.width + x) * a.x_stride + first + c, n)
-              : V{};
+          patch[i * kPatch + j] =
+              inside && x >= 0 && x < a.width
+                  ? load_channels<T, N>(
+                        image + (y * a.width + x) * a.x_stride + first + c, n)
+                  : V{};
         }
       }
       for (int i = 0; i < kPatch; i++) {  // along rows
@@ -145,8 +146,7 @@ struct Conv {
       Acc* to = products + k * a.products_stride(tiles);
       for (int64_t o = 0; o < padded; o += 2 * N) {
         const Acc* b0 = weight + o / kPanel * panel + o % kPanel;
-        const Acc* b1 =
-            weight + (o + N) / kPanel * panel + (o + N) % kPanel;
+        const Acc* b1 = weight + (o + N) / kPanel * panel + (o + N) % kPanel;
         const auto rows = [&](auto count, int64_t t) SMD2_LAMBDA {
           multiply<Acc, N, decltype(count)::value>(
               from + t * a.depth(),
@@ -172,11 +172,8 @@ struct Conv {
 
   // The outputs of a tile.
   template <int N>
-  SMD2_INLINE void finish(
-      const Args& a,
-      int64_t tile,
-      const Acc* products,
-      int64_t tiles) {
+  SMD2_INLINE void
+  finish(const Args& a, int64_t tile, const Acc* products, int64_t tiles) {
     using V = vec<Acc, N>;
     const auto at = Position::of(a, tile);
     const int64_t stride = a.products_stride(tiles);
@@ -201,8 +198,7 @@ struct Conv {
         for (int j = 0; j < width; j++) {
           const V y = out[j] + bias;
           // NaN is not less than 0, and stays.
-          store_channels<T, N>(
-              row + j * a.out_dim, a.relu ? relu<N>(y) : y, n);
+          store_channels<T, N>(row + j * a.out_dim, a.relu ? relu<N>(y) : y, n);
         }
       }
     });

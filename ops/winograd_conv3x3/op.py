@@ -52,7 +52,5 @@ def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False
     check_activation(_NAME, "x", x, "B H W C")
     check_activation(_NAME, "bias", bias, "O")
     panels = -(-len(bias) // (2 * PANEL)) * 2
-    check_tensor(
-        _NAME, "weight", weight, (PATCH**2, panels, x.shape[3], PANEL), "[36, P, C, 16]"
-    )
+    check_tensor(_NAME, "weight", weight, (PATCH**2, panels, x.shape[3], PANEL), "[36, P, C, 16]")
     return torch.ops.spatial_mamba.winograd_conv3x3(x, weight, bias, relu)

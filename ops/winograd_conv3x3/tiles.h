@@ -12,7 +12,7 @@
 
 namespace smd2 {
 
-constexpr int kTile = 4;  // outputs along a side
+constexpr int kTile = 4;   // outputs along a side
 constexpr int kPatch = 6;  // inputs along a side
 constexpr int kProducts = kPatch * kPatch;
 
@@ -23,10 +23,8 @@ constexpr T kFar = T(1.41421356237309504880);  // sqrt(2)
 
 // From six inputs, `stride` vectors apart, to six factors.
 template <typename T, int N>
-SMD2_INLINE void transform_inputs(
-    const vec<T, N>* d,
-    int stride,
-    vec<T, N>* out) {
+SMD2_INLINE void
+transform_inputs(const vec<T, N>* d, int stride, vec<T, N>* out) {
   using V = vec<T, N>;
   const V d0 = d[0], d1 = d[stride], d2 = d[2 * stride], d3 = d[3 * stride],
           d4 = d[4 * stride], d5 = d[5 * stride];
@@ -44,10 +42,8 @@ SMD2_INLINE void transform_inputs(
 
 // From six sums of products, `stride` vectors apart, to four outputs.
 template <typename T, int N>
-SMD2_INLINE void transform_products(
-    const vec<T, N>* m,
-    int stride,
-    vec<T, N>* out) {
+SMD2_INLINE void
+transform_products(const vec<T, N>* m, int stride, vec<T, N>* out) {
   using V = vec<T, N>;
   const V near_even = m[stride] + m[2 * stride];
   const V near_odd = kNear<T> * (m[stride] - m[2 * stride]);

@@ -4,8 +4,8 @@
 registers them. All maps are channels-last in memory, so that nothing is reordered between the
 backbone and the heads.
 
-A part is replaced if it is of exactly the class below, on a CPU, in float32; subclasses, other heads
-and layers that were replaced by adapters stay as they are.
+A part is replaced if it is of exactly the class below, on a CPU, in float32; subclasses, other
+heads and parts with layers that were replaced by adapters stay as they are.
 """
 
 from __future__ import annotations
@@ -306,9 +306,7 @@ class OptimizedMaskHead(Part):
         logits = torch.bmm(hidden.flatten(1, 4), self.weight[classes, :, None])
         logits += self.bias[classes, None, None]
         masks = _interleaved(logits.view(*hidden.shape[:5], 1)).sigmoid()
-        for part, of_image in zip(
-            masks.split([len(i) for i in instances]), instances, strict=True
-        ):
+        for part, of_image in zip(masks.split([len(i) for i in instances]), instances, strict=True):
             of_image.pred_masks = nchw(part)
         return instances
 

@@ -76,8 +76,8 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     """A copy of ``model`` for inference in eval mode; ``model`` stays as it is.
 
     The copy takes the same inputs and returns the same outputs, within 1e-4 of the largest value in
-    float32. Hooks stay on the model and on parts that are copied; optimised parts have none, and
-    hooks see their inputs and outputs only. It raises ``RuntimeError`` on ``train()``, on gradients, on ``state_dict()`` and
+    float32. Hooks of the model and of copied parts are kept, those of replaced parts are not. It
+    raises ``RuntimeError`` on ``train()``, on gradients, on ``state_dict()`` and
     ``load_state_dict()``, on ``.to()`` with another dtype or device, under ``torch.func``, and if
     it is traced or exported. Its matrix products and convolutions ignore autocast. If oneDNN is
     unavailable (on devices other than CPUs, in float64, in a PyTorch built without it), weights are

@@ -62,8 +62,8 @@ def run_benchmark(
             ``"train"``: forward and backward of the same; ``"growth"``: ``"backbone"`` on squares
             of ``growth_px``; ``"detector"``: all layers of Mask R-CNN, with 1000 proposals and 100
             detections for each image; ``"prediction"``: the same network from images to masks;
-            ``"segmentation"``: UPerNet, from images to logits; ``"export"``: backbone and UPerNet in PyTorch, and as files
-            in onnxruntime and OpenVINO, on a CPU.
+            ``"segmentation"``: UPerNet, from images to logits; ``"export"``: backbone and UPerNet
+            in PyTorch, and as files in onnxruntime and OpenVINO, on a CPU.
         height, width: size of the image in pixels.
         batch: images per call.
         rounds: how often each candidate is timed.
