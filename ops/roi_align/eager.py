@@ -41,14 +41,15 @@ def _weights(low: Tensor, side: Tensor, size: int, bins: int, ratio: int) -> tup
     """Weights ``Tensor[bins, n]`` of n pixels along an axis, and which pixels these are."""
     bin_size = side / bins
     samples = ratio if ratio > 0 else math.ceil(bin_size)
-    steps = (torch.arange(samples, device=low.device) + 0.5) * bin_size / max(samples, 1)
-    at = low + torch.arange(bins, device=low.device)[:, None] * bin_size + steps
+    number = torch.arange(max(samples, bins), dtype=low.dtype, device=low.device)
+    steps = (number[:samples] + 0.5) * bin_size / max(samples, 1)
+    at = low + number[:bins, None] * bin_size + steps
     is_inside = (at >= -1) & (at <= size)  # samples further outside are 0
     at = at.clamp(0, size - 1)
     below = at.long()
     above = (below + 1).clamp(max=size - 1)
     first, last = (int(below.min()), int(above.max())) if samples else (0, 0)
-    share, portion = at - below, is_inside / max(samples, 1)
+    share, portion = at - below, is_inside.to(low.dtype) / max(samples, 1)
     weights = low.new_zeros(bins, last - first + 1)
     weights.scatter_add_(1, below - first, (1 - share) * portion)
     weights.scatter_add_(1, above - first, share * portion)
