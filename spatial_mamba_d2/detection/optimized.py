@@ -36,7 +36,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from spatial_mamba_d2.models.optimized import is_known, register_optimized, replace_children
 from spatial_mamba_d2.models.packed import PackedLinear, Part, is_on_cpu, packed_conv
 from spatial_mamba_d2.models.spatial_mamba import nchw, nhwc
-from spatial_mamba_d2.ops import roi_align
+from spatial_mamba_d2.ops import _extension, roi_align
 
 
 def _is_supported(part: nn.Module) -> bool:
@@ -220,6 +220,8 @@ class OptimizedPooler(ROIPooler):
     """:class:`ROIPooler` for RoIAlign."""
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
+        if not is_on_cpu(x[0]):
+            return super().forward(x, box_lists)
         height, width = self.output_size
         boxes = convert_boxes_to_pooler_format(box_lists)
         levels = assign_boxes_to_levels(
@@ -237,7 +239,8 @@ class OptimizedPooler(ROIPooler):
 
 
 def _optimized_pooler(pooler: ROIPooler, dtype: torch.dtype | None) -> nn.Module | None:
-    if not all(type(level) is ROIAlign for level in pooler.level_poolers):
+    is_roi_align = all(type(level) is ROIAlign for level in pooler.level_poolers)
+    if _extension.WHY_NOT_COMPILED or not is_roi_align:
         return None
     pooler.__class__ = OptimizedPooler
     return pooler

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from spatial_mamba_d2.models.inference_only import InferenceOnly, refuse_gradients
 from spatial_mamba_d2.models.spatial_mamba import nchw, nhwc
-from spatial_mamba_d2.ops import add_bias_, winograd_conv3x3, winograd_weight
+from spatial_mamba_d2.ops import _extension, add_bias_, winograd_conv3x3, winograd_weight
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -206,10 +206,11 @@ def packed_conv(
 
 
 def _uses_winograd(weight: Tensor, dtype: torch.dtype) -> bool:
-    """In float32, and where oneDNN has no instructions for bfloat16, which would be faster."""
-    if not is_on_cpu(weight) or weight.dtype != torch.float32:
+    """With compiled kernels, in float32, or where oneDNN has no instructions for 16 bits."""
+    if _extension.WHY_NOT_COMPILED or not is_on_cpu(weight) or weight.dtype != torch.float32:
         return False
-    return dtype == torch.float32 or not _onednn_supports(weight, dtype)
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return dtype == torch.float32 or (is_half and not _onednn_supports(weight, dtype))
 
 
 class WinogradConv(Part):
