@@ -258,10 +258,12 @@ def detector_candidates(batch: int, height: int, width: int) -> Candidates:
 _SCORE_MARGIN = 1.07
 
 
-def prediction_candidates(batch: int, height: int, width: int) -> Candidates:
+def prediction_candidates(
+    batch: int, height: int, width: int, num_proposals: int = 1000, num_detections: int = 100
+) -> Candidates:
     """From images to boxes, classes and masks: Mask R-CNN, ours and torchvision's; Detectron2.
 
-    All have random weights, 1000 proposals and 100 detections for each image.
+    All have random weights, and at most ``num_proposals`` and ``num_detections`` for each image.
     """
     from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 
@@ -269,10 +271,13 @@ def prediction_candidates(batch: int, height: int, width: int) -> Candidates:
 
     device = torch.get_default_device().type
     words = ["MODEL.DEVICE", device, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(_SCORE_MARGIN / 81)]
+    words += ["MODEL.RPN.POST_NMS_TOPK_TEST", str(num_proposals)]
+    words += ["TEST.DETECTIONS_PER_IMAGE", str(num_detections)]
     ours = build_model(get_config("mask_rcnn_spatial_mamba_t", words)).eval()
     other = maskrcnn_resnet50_fpn_v2(
         weights=None, weights_backbone=None, min_size=min(height, width),
         max_size=max(height, width), box_score_thresh=_SCORE_MARGIN / 91,
+        rpn_post_nms_top_n_test=num_proposals, box_detections_per_img=num_detections,
     ).eval()  # fmt: skip
     images = torch.randint(0, 256, (batch, 3, height, width)).float()
     inputs = [{"image": image} for image in images]

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from spatial_mamba_d2.models import build_backbone
+from spatial_mamba_d2.models import build_backbone, build_upernet
 from spatial_mamba_d2.profiling import benchmark, candidates, exported, gemm_peak
 from spatial_mamba_d2.profiling.benchmark_report import plot, report, to_markdown
 from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
@@ -24,6 +24,9 @@ def small(monkeypatch):
     monkeypatch.setattr(gemm_peak, "GEMM_SIDE", 64)
     few = partial(forward_all_layers, num_proposals=50, num_detections=5)
     monkeypatch.setattr(candidates, "forward_all_layers", few)
+    few = partial(candidates.prediction_candidates, num_proposals=50, num_detections=5)
+    monkeypatch.setattr(benchmark, "prediction_candidates", few)
+    monkeypatch.setattr(candidates, "build_upernet", partial(build_upernet, **NARROW, channels=64))
     for module in (benchmark, candidates):
         monkeypatch.setattr(module, "build_backbone", lambda name: build_backbone(name, **NARROW))
 
