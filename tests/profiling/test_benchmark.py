@@ -14,6 +14,7 @@ from spatial_mamba_d2.profiling.benchmark_report import plot, report, to_markdow
 from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
 from spatial_mamba_d2.profiling.flops import official_flops
 
+PREDICTION = pytest.param("prediction", marks=pytest.mark.long)  # torchvision's heads take a minute
 NARROW = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
 
 
@@ -38,7 +39,7 @@ def read(path):
 
 @pytest.mark.parametrize("device", benchmark.DEVICES)
 @pytest.mark.parametrize(
-    "task", ["op", "backbone", "train", "detector", "prediction", "segmentation"]
+    "task", ["op", "backbone", "train", "detector", "segmentation", PREDICTION]
 )
 def test_small_run(task, device, tmp_path, small):
     if device == "cuda" and not torch.cuda.is_available():
