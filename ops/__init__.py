@@ -18,6 +18,7 @@ from spatial_mamba_d2.ops.depthwise_conv3x3 import depthwise_conv3x3
 from spatial_mamba_d2.ops.depthwise_conv3x3_layer_norm import depthwise_conv3x3_layer_norm
 from spatial_mamba_d2.ops.depthwise_conv3x3_stride2 import depthwise_conv3x3_stride2
 from spatial_mamba_d2.ops.gated_layer_norm import gated_layer_norm
+from spatial_mamba_d2.ops.roi_align import roi_align
 from spatial_mamba_d2.ops.selective_scan import selective_scan
 from spatial_mamba_d2.ops.state_fusion import merge_taps, state_fusion
 from spatial_mamba_d2.ops.structure_aware_ssm import structure_aware_ssm
@@ -25,6 +26,7 @@ from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import (
     structure_aware_ssm_from_dt,
     structure_aware_ssm_from_dt_,
 )
+from spatial_mamba_d2.ops.winograd_conv3x3 import winograd_conv3x3, winograd_weight
 
 __all__ = [
     "add_bias_",
@@ -34,11 +36,14 @@ __all__ = [
     "fvcore_handles",
     "gated_layer_norm",
     "merge_taps",
+    "roi_align",
     "selective_scan",
     "state_fusion",
     "structure_aware_ssm",
     "structure_aware_ssm_from_dt",
     "structure_aware_ssm_from_dt_",
+    "winograd_conv3x3",
+    "winograd_weight",
 ]
 
 register_formulas()

@@ -9,6 +9,7 @@ depthwise_conv3x3_stride2(Tensor x, Tensor weight, Tensor bias) -> Tensor
 depthwise_conv3x3_stride2_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)
 gated_layer_norm(Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor
 gated_layer_norm_backward(Tensor grad_output, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)
+roi_align(Tensor x, Tensor boxes, int height, int width, float scale, int sampling_ratio, bool aligned) -> Tensor
 selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor delta_bias) -> Tensor
 selective_scan_backward(Tensor grad_output, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor delta_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)
 state_fusion(Tensor h, Tensor taps) -> Tensor
@@ -17,4 +18,5 @@ structure_aware_ssm(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor
 structure_aware_ssm_backward(Tensor grad_output, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
 structure_aware_ssm_from_dt(Tensor u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> Tensor
 structure_aware_ssm_from_dt_(Tensor(a!) u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> ()
+winograd_conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu) -> Tensor
 )"

@@ -16,6 +16,7 @@ from spatial_mamba_d2.detection.backbone import (
     build_spatial_mamba_retinanet_fpn_backbone,
 )
 from spatial_mamba_d2.detection.config import add_spatial_mamba_config
+from spatial_mamba_d2.detection.optimized import register_parts
 
 __all__ = [
     "SpatialMambaBottomUp",
@@ -25,3 +26,5 @@ __all__ = [
     "build_spatial_mamba_fpn_backbone",
     "build_spatial_mamba_retinanet_fpn_backbone",
 ]
+
+register_parts()

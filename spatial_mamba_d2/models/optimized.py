@@ -7,6 +7,9 @@ stale after their next update. It
 * merges the three kernels of each state fusion into their 25 taps, and computes ``A``;
 * packs the weights of matrix products and convolutions for oneDNN, which then applies the GELU or
   ReLU that follows while results are in registers;
+* computes 3x3 convolutions of many channels by Winograd's algorithm on CPUs;
+* on CPUs, also optimises a detector's feature pyramid and heads
+  (:mod:`spatial_mamba_d2.detection.optimized`);
 * fuses position encodings with the norms that follow, computes delta inside the SSM, and computes
   the SSM's output and the residual sums in place;
 * on other devices than CPUs, adds a convolution's bias, its residual and ReLU in one pass, or
@@ -38,7 +41,7 @@ from spatial_mamba_d2.models.inference_only import (
     refuse_gradients,
 )
 from spatial_mamba_d2.models.layers import ConvLayer, DepthwiseConv, nchw, nhwc
-from spatial_mamba_d2.models.packed import PackedConv, PackedLinear, Part, is_on_cpu
+from spatial_mamba_d2.models.packed import PackedConv, PackedLinear, Part, is_on_cpu, packed_conv
 from spatial_mamba_d2.models.spatial_mamba import Block, Downsample, Stage, Stem, StructureAwareSSM
 from spatial_mamba_d2.models.upernet import ConvBNReLU, FCNHead, UPerHead
 from spatial_mamba_d2.ops import (
@@ -58,7 +61,8 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     """A copy of ``model`` for inference in eval mode; ``model`` stays as it is.
 
     The copy takes the same inputs and returns the same outputs, within 1e-4 of the largest value in
-    float32. It raises ``RuntimeError`` on ``train()``, on gradients, on ``state_dict()`` and
+    float32. Hooks of the model and of copied parts are kept, those of replaced parts are not. It
+    raises ``RuntimeError`` on ``train()``, on gradients, on ``state_dict()`` and
     ``load_state_dict()``, on ``.to()`` with another dtype or device, under ``torch.func``, and if
     it is traced or exported. Its matrix products and convolutions ignore autocast. If oneDNN is
     unavailable (on devices other than CPUs, in float64, in a PyTorch built without it), weights are
@@ -66,7 +70,8 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
 
     Args:
         model: a backbone, a classifier, a UPerNet, or any module that contains them, such as a
-            detector; its other parts are copied. An optimised model is returned as it is.
+            detector; parts without an optimised form are copied. An optimised model is returned as
+            it is.
         dtype: dtype of the activations between layers and of the large weights, by default the
             model's. ``torch.bfloat16`` is as precise as autocast: states and all statistics are
             float32, and so are the outputs.
@@ -86,7 +91,7 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
         )
     optimized = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
-        _replace_children(optimized, dtype)
+        replace_children(optimized, dtype)
     model_class: Any = type(model)
     optimized.__class__ = inference_only(model_class)
     optimized.register_forward_pre_hook(refuse_gradients)
@@ -323,19 +328,20 @@ class OptimizedStage(Part):
         return self.blocks(x).to(self.out_dtype)
 
 
-def _packed_conv_bn_relu(layer: ConvBNReLU, dtype: torch.dtype | None) -> PackedConv:
-    return PackedConv(_fold(layer.conv, layer.bn), dtype, "relu")
+def _packed_conv_bn_relu(layer: ConvBNReLU, dtype: torch.dtype | None) -> nn.Module:
+    return packed_conv(_fold(layer.conv, layer.bn), dtype, "relu")
 
 
 def _optimized_head(head: Any, dtype: torch.dtype | None) -> nn.Module:
     """Convolutions in ``dtype``, the logits in the model's."""
-    _replace_children(head, dtype)
+    replace_children(head, dtype)
     head.classify = PackedConv(head.classify, dtype, out_dtype=head.classify.weight.dtype)
     return head
 
 
 #: where the layers that the optimised parts compute are defined
 _KNOWN_PACKAGES = ("torch.nn.", "timm.layers.", "spatial_mamba_d2.models.")
+_Optimize = Callable[[Any, torch.dtype | None], nn.Module | None]
 _OPTIMIZED: dict[type[nn.Module], Callable[..., nn.Module]] = {
     Stem: OptimizedStem,
     Stage: OptimizedStage,
@@ -343,22 +349,45 @@ _OPTIMIZED: dict[type[nn.Module], Callable[..., nn.Module]] = {
     FCNHead: _optimized_head,
     ConvBNReLU: _packed_conv_bn_relu,
 }
+#: parts of other libraries' models
+_REGISTERED: dict[type[nn.Module], _Optimize] = {}
+
+
+def register_optimized(part_type: type[nn.Module], optimize: _Optimize) -> None:
+    """Let :func:`optimize_for_inference` replace parts of exactly this type.
+
+    Args:
+        optimize: from a copy of a part and the dtype of activations to what replaces it, or None if
+            the part stays and its own parts are replaced. It may change the copy.
+    """
+    _REGISTERED[part_type] = optimize
+
+
+def is_known(layer: nn.Module, *packages: str) -> bool:
+    """Whether PyTorch, timm, this package or ``packages`` define what ``layer`` computes."""
+    return type(layer).forward.__module__.startswith((*_KNOWN_PACKAGES, *packages))
 
 
 def _check_layers(part: nn.Module) -> None:
     """Raise ``ValueError`` if a layer was replaced by another, whose forward would be ignored."""
     for name, layer in part.named_modules():
-        if not type(layer).forward.__module__.startswith(_KNOWN_PACKAGES):
+        if not is_known(layer):
             raise ValueError(
                 f"model must consist of its own layers, got {type(layer).__name__} as {name} of a "
                 f"{type(part).__name__}; merge adapters into the layers first"
             )
 
 
-def _replace_children(module: nn.Module, dtype: torch.dtype | None) -> None:
+def replace_children(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Replace the parts of ``module`` that have an optimised form, in place."""
     for name, child in module.named_children():
+        optimized: nn.Module | None = None
         if type(child) in _OPTIMIZED:
             _check_layers(child)
-            setattr(module, name, _OPTIMIZED[type(child)](child, dtype))
+            optimized = _OPTIMIZED[type(child)](child, dtype)
+        elif type(child) in _REGISTERED:
+            optimized = _REGISTERED[type(child)](child, dtype)
+        if optimized is None:
+            replace_children(child, dtype)
         else:
-            _replace_children(child, dtype)
+            setattr(module, name, optimized)

@@ -26,6 +26,8 @@ from spatial_mamba_d2.profiling.candidates import (
     detector_candidates,
     is_float32,
     operator_candidates,
+    prediction_candidates,
+    segmentation_candidates,
     training_candidates,
 )
 from spatial_mamba_d2.profiling.exported import export_candidates
@@ -35,7 +37,7 @@ from spatial_mamba_d2.profiling.gpu import float32_precision, peak_gpu_mb, synch
 from spatial_mamba_d2.profiling.memory import peak_memory_mb, reset_peak_memory_mb
 from spatial_mamba_d2.system.allocator import keep_freed_memory
 
-TASKS = ("op", "backbone", "train", "growth", "detector", "export")
+TASKS = ("op", "backbone", "train", "growth", "detector", "prediction", "segmentation", "export")
 DEVICES = ("cpu", "cuda")
 GROWTH_PX = (256, 512, 1024, 2048)
 
@@ -59,8 +61,9 @@ def run_benchmark(
             channels, forward and backward; ``"backbone"``: the four feature maps, forward;
             ``"train"``: forward and backward of the same; ``"growth"``: ``"backbone"`` on squares
             of ``growth_px``; ``"detector"``: all layers of Mask R-CNN, with 1000 proposals and 100
-            detections for each image; ``"export"``: backbone and UPerNet in PyTorch, and as files
-            in onnxruntime and OpenVINO, on a CPU.
+            detections for each image; ``"prediction"``: the same network from images to masks;
+            ``"segmentation"``: UPerNet, from images to logits; ``"export"``: backbone and UPerNet
+            in PyTorch, and as files in onnxruntime and OpenVINO, on a CPU.
         height, width: size of the image in pixels.
         batch: images per call.
         rounds: how often each candidate is timed.
@@ -109,6 +112,10 @@ def run_benchmark(
             result = {**_measure(candidates, rounds, device), "memory_mb": memory_mb}
         elif task == "detector":
             result = _measure(detector_candidates(batch, height, width), rounds, device)
+        elif task == "prediction":
+            result = _measure(prediction_candidates(batch, height, width), rounds, device)
+        elif task == "segmentation":
+            result = _measure(segmentation_candidates(batch, height, width), rounds, device)
         elif task == "export":
             result = _measure(export_candidates(batch, height, width), rounds, device)
         elif task == "backbone":

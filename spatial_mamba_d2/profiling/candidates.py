@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spatial_mamba_d2.model_zoo import get_config
-from spatial_mamba_d2.models import build_backbone, optimize_for_inference
+from spatial_mamba_d2.models import build_backbone, build_upernet, optimize_for_inference
 from spatial_mamba_d2.ops import _extension, structure_aware_ssm
 from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
 from spatial_mamba_d2.profiling.gpu import float32_precision, graphed
@@ -61,7 +61,7 @@ def check_agreement(
             )
 
 
-def _run(candidates: Candidates) -> dict[str, Tensor]:
+def _run(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, Tensor]:
     return {name: candidate() for name, candidate in candidates.items()}
 
 
@@ -251,3 +251,71 @@ def detector_candidates(batch: int, height: int, width: int) -> Candidates:
     candidates[OPTIMISED] = partial(forward, optimize_for_inference(ours))
     check_agreement(_run(candidates))
     return {**candidates, "Detectron2 ResNet-50": partial(forward, other)}
+
+
+#: Above the scores of most classes with random weights, 1 / (K + 1), so that NMS has as much to do
+#: as with trained ones.
+_SCORE_MARGIN = 1.07
+
+
+def prediction_candidates(
+    batch: int, height: int, width: int, num_proposals: int = 1000, num_detections: int = 100
+) -> Candidates:
+    """From images to boxes, classes and masks: Mask R-CNN, ours and torchvision's; Detectron2.
+
+    All have random weights, and at most ``num_proposals`` and ``num_detections`` for each image.
+    """
+    from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
+
+    from spatial_mamba_d2.detection import build_model
+
+    device = torch.get_default_device().type
+    words = ["MODEL.DEVICE", device, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(_SCORE_MARGIN / 81)]
+    words += ["MODEL.RPN.POST_NMS_TOPK_TEST", str(num_proposals)]
+    words += ["TEST.DETECTIONS_PER_IMAGE", str(num_detections)]
+    ours = build_model(get_config("mask_rcnn_spatial_mamba_t", words)).eval()
+    other = maskrcnn_resnet50_fpn_v2(
+        weights=None, weights_backbone=None, min_size=min(height, width),
+        max_size=max(height, width), box_score_thresh=_SCORE_MARGIN / 91,
+        rpn_post_nms_top_n_test=num_proposals, box_detections_per_img=num_detections,
+    ).eval()  # fmt: skip
+    images = torch.randint(0, 256, (batch, 3, height, width)).float()
+    inputs = [{"image": image} for image in images]
+
+    def detect(model: nn.Module) -> Tensor:
+        """Scores, and each side of the boxes, sorted: detections of one score have no order."""
+        with torch.no_grad():
+            found = [output["instances"] for output in model(inputs)]
+        boxes = torch.cat([instances.pred_boxes.tensor for instances in found])
+        scores = torch.cat([instances.scores for instances in found])
+        return torch.cat((boxes.sort(dim=0).values / max(height, width), scores[:, None]), dim=1)
+
+    def detect_in_torchvision() -> Any:
+        with torch.no_grad():
+            return other([image / 255 for image in images])
+
+    candidates = {name: _using(name, partial(detect, ours)) for name in _implementations()}
+    candidates[OPTIMISED] = partial(detect, optimize_for_inference(ours))
+    check_agreement(_run(candidates))
+    low = f"{OPTIMISED}, bfloat16"
+    candidates[low] = partial(detect, optimize_for_inference(ours, torch.bfloat16))
+    candidates["torchvision maskrcnn_resnet50_fpn_v2"] = detect_in_torchvision
+    return candidates
+
+
+def segmentation_candidates(batch: int, height: int, width: int) -> Candidates:
+    """UPerNet, from images to logits."""
+    ours = build_upernet("tiny").eval()
+    images = torch.randn(batch, 3, height, width)
+
+    def segment(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(images)
+
+    exact = {name: _using(name, partial(segment, ours)) for name in _implementations()}
+    exact[OPTIMISED] = partial(segment, optimize_for_inference(ours))
+    check_agreement(_run(exact))
+    low = torch.bfloat16
+    rough = {f"{OPTIMISED}, bfloat16": partial(segment, optimize_for_inference(ours, low))}
+    check_agreement({OPTIMISED: exact[OPTIMISED](), **_run(rough)}, TOLERANCE[low])
+    return {**exact, **rough}

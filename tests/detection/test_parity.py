@@ -18,6 +18,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from spatial_mamba_d2.data.images import read_image
 from spatial_mamba_d2.detection.config import load_config
 from spatial_mamba_d2.detection.predict import Predictor
+from spatial_mamba_d2.models import optimize_for_inference
 from spatial_mamba_d2.ops._extension import WHY_NOT_COMPILED, without_compiled_kernels
 
 # How near 0.5 a probability must be for its pixel to count as undecided in float32. Measured near
@@ -40,13 +41,14 @@ def box_iou(a, b):
     return inter / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - inter)
 
 
-def detect(predictor, pixels, resize, dtype):
+def detect(predictor, pixels, resize, dtype, is_optimised):
     """Detections in the image's frame, and their masks at the thresholds 0.5 -+ ``UNDECIDED``."""
     height, width = pixels.shape[:2]
     if resize:
         pixels = predictor.resize.get_transform(pixels).apply_image(pixels)
     image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
     model = predictor.model.to(dtype)
+    model = optimize_for_inference(model) if is_optimised else model
     with torch.no_grad():
         found = model.inference([{"image": image}], do_postprocess=False)[0]
     # Boxes are rescaled in place.
@@ -74,9 +76,11 @@ def nms_of_float64(monkeypatch):
         ("a", "image_a", "compiled", torch.float64),
         ("a", "image_a", "compiled", torch.float32),
         ("a", "image_a", "plain", torch.float32),
+        ("a", "image_a", "optimised", torch.float32),
         ("b", "image_b", "compiled", torch.float64),
         ("b", "image_b", "compiled", torch.float32),
         ("b800", "image_b", "compiled", torch.float32),
+        ("b800", "image_b", "optimised", torch.float32),
     ],
     ids=str,
 )
@@ -90,7 +94,7 @@ def test_detections(case, image, kernels, dtype, root, golden, predictor):
         pytest.skip(WHY_NOT_COMPILED)
     pixels = read_image(root / f"tests/golden/{image}.png")
     with without_compiled_kernels() if kernels == "plain" else nullcontext():
-        found, low, high = detect(predictor, pixels, case == "b800", dtype)
+        found, low, high = detect(predictor, pixels, case == "b800", dtype, kernels == "optimised")
     content = golden("maskrcnn_tiny.npz")
     expected = {
         name.removeprefix(f"{case}."): value.numpy()

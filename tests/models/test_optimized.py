@@ -20,6 +20,7 @@ from spatial_mamba_d2.models import (
 )
 from spatial_mamba_d2.models import optimized as optimized_module
 from spatial_mamba_d2.models import packed as packed_module
+from spatial_mamba_d2.ops import _extension
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 2, 1)}
 BUILDERS = {
@@ -332,3 +333,17 @@ def test_parametrisations_are_computed(backbone):
     with torch.no_grad():
         ssm.in_proj.parametrizations.weight.original0.mul_(2)
     assert error(run(optimize_for_inference(backbone), x), run(backbone, x)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_heads_are_computed_by_winograds_algorithm(dtype):
+    torch.manual_seed(0)
+    model = randomise(build_upernet("tiny", 5, channels=64, aux_channels=8, **SMALL))
+    optimized = optimize_for_inference(model, dtype)
+    fuse = optimized.decode_head.fuse
+    is_native = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not is_native and not _extension.WHY_NOT_COMPILED:
+        assert isinstance(fuse, packed_module.WinogradConv)
+    x = torch.randn(2, 3, 75, 50)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    assert error(run(optimized, x), run(model, x)) <= tolerance

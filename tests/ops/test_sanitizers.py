@@ -65,6 +65,10 @@ for dtype in (torch.float32, torch.bfloat16):
                 ops.depthwise_conv3x3_layer_norm(u, weight, bias, A, D)
                 steps = (torch.randn(*shape[:3], 3), taps[:3].T)
                 ops.structure_aware_ssm_from_dt_(u.clone(), *steps, A, B, C, D, bias, taps)
+                kernels, offset = torch.randn(dim + 3, dim, 3, 3), torch.randn(dim + 3)
+                ops.winograd_conv3x3(u, ops.winograd_weight(kernels), offset, True)
+                boxes = torch.tensor([[0, -9.0, -9, 9, 5], [0, 3, 2, 70, 80], [0, 1, 1, 1, 1]])
+                ops.roi_align(u, boxes, 3, 2, 0.25)
 print("clean")
 """
 

@@ -8,12 +8,13 @@ from functools import partial
 import pytest
 import torch
 
-from spatial_mamba_d2.models import build_backbone
+from spatial_mamba_d2.models import build_backbone, build_upernet
 from spatial_mamba_d2.profiling import benchmark, candidates, exported, gemm_peak
 from spatial_mamba_d2.profiling.benchmark_report import plot, report, to_markdown
 from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
 from spatial_mamba_d2.profiling.flops import official_flops
 
+PREDICTION = pytest.param("prediction", marks=pytest.mark.long)  # torchvision's heads take a minute
 NARROW = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
 
 
@@ -24,6 +25,9 @@ def small(monkeypatch):
     monkeypatch.setattr(gemm_peak, "GEMM_SIDE", 64)
     few = partial(forward_all_layers, num_proposals=50, num_detections=5)
     monkeypatch.setattr(candidates, "forward_all_layers", few)
+    few = partial(candidates.prediction_candidates, num_proposals=50, num_detections=5)
+    monkeypatch.setattr(benchmark, "prediction_candidates", few)
+    monkeypatch.setattr(candidates, "build_upernet", partial(build_upernet, **NARROW, channels=64))
     for module in (benchmark, candidates):
         monkeypatch.setattr(module, "build_backbone", lambda name: build_backbone(name, **NARROW))
 
@@ -34,11 +38,13 @@ def read(path):
 
 
 @pytest.mark.parametrize("device", benchmark.DEVICES)
-@pytest.mark.parametrize("task", ["op", "backbone", "train", "detector"])
+@pytest.mark.parametrize(
+    "task", ["op", "backbone", "train", "detector", "segmentation", PREDICTION]
+)
 def test_small_run(task, device, tmp_path, small):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    if task == "detector":
+    if task in ("detector", "prediction"):
         pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     report(task, 64, 96, rounds=2, output=tmp_path, device=device)
     (path,) = tmp_path.glob("*.json")
@@ -134,7 +140,7 @@ def test_a_missing_gpu_is_reported(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("fly", 64, 64), "task must be one of .*, growth, detector, export, got 'fly'"),
+    [(("fly", 64, 64), "task must be one of .*, prediction, segmentation, export, got 'fly'"),
      (("op", 0, 64), "height must be at least 1, got 0"),
      (("op", 64, 64, 1, 1, 0), "threads must be at least 1, got 0")],
 )  # fmt: skip
