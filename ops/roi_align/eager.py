@@ -11,13 +11,7 @@ from spatial_mamba_d2.ops._precision import precise
 
 
 def roi_align(
-    x: Tensor,
-    boxes: Tensor,
-    height: int,
-    width: int,
-    scale: float,
-    sampling_ratio: int,
-    aligned: bool,
+    x: Tensor, boxes: Tensor, height: int, width: int, scale: float, ratio: int, aligned: bool
 ) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.roi_align`."""
     x_, boxes = precise(x, boxes)
@@ -29,8 +23,8 @@ def roi_align(
     for i, image in enumerate(images):
         if not is_finite[i]:
             continue
-        across, columns = _weights(corners[i, 0], sides[i, 0], x.shape[2], width, sampling_ratio)
-        down, rows = _weights(corners[i, 1], sides[i, 1], x.shape[1], height, sampling_ratio)
+        across, columns = _weights(corners[i, 0], sides[i, 0], x.shape[2], width, ratio)
+        down, rows = _weights(corners[i, 1], sides[i, 1], x.shape[1], height, ratio)
         pixels = x_[image, rows, columns]  # [h, w, C]
         means = torch.matmul(across, pixels)  # [h, Q, C]
         torch.mm(down, means.flatten(1), out=out[i].view(height, -1))

@@ -11,13 +11,7 @@ from spatial_mamba_d2.ops._precision import precise
 
 
 def roi_align(
-    x: Tensor,
-    boxes: Tensor,
-    height: int,
-    width: int,
-    scale: float,
-    sampling_ratio: int,
-    aligned: bool,
+    x: Tensor, boxes: Tensor, height: int, width: int, scale: float, ratio: int, aligned: bool
 ) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.roi_align`."""
     x_, boxes = precise(x, boxes)
@@ -28,8 +22,8 @@ def roi_align(
         left, top, right, bottom = (box[1:] * scale - (0.5 if aligned else 0)).tolist()
         right = max(right, left + (0 if aligned else 1))
         bottom = max(bottom, top + (0 if aligned else 1))
-        across = _weights(left, right, x.shape[2], width, sampling_ratio, x_)
-        down = _weights(top, bottom, x.shape[1], height, sampling_ratio, x_)
+        across = _weights(left, right, x.shape[2], width, ratio, x_)
+        down = _weights(top, bottom, x.shape[1], height, ratio, x_)
         mean.copy_(torch.einsum("iy,jx,yxc->ijc", down, across, x_[int(box[0])]))
     return out.to(x.dtype)
 
