@@ -220,11 +220,7 @@ class WinogradConv(Part):
     bias: Tensor
 
     def __init__(
-        self,
-        conv: nn.Conv2d,
-        dtype: torch.dtype | None = None,
-        act: str = "none",
-        out_dtype: torch.dtype | None = None,
+        self, conv: nn.Conv2d, dtype: torch.dtype | None, act: str, out_dtype: torch.dtype | None
     ):
         super().__init__()
         self.dtype = dtype or conv.weight.dtype
