@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -33,14 +33,14 @@ def precise_inside(*tensors: Tensor) -> list[Tensor]:
     return precise(*tensors)
 
 
-def set_tf32_of_convolutions(on: bool) -> list[tuple[Any, str, Any]]:
+def set_tf32_of_convolutions(on: bool) -> Callable[[], None]:
     """Let cuDNN round inputs of float32 convolutions to TF32, or not.
 
     Since PyTorch 2.9 the setting has two names, and whoever reads the older one, as
     ``torch.export`` does, gets an error where they disagree. So both are set, and that for RNNs.
 
     Returns:
-        What restores the settings, each the arguments of ``setattr``.
+        What restores the settings.
     """
     cudnn: Any = torch.backends.cudnn
     before: list[tuple[Any, str, Any]] = []
@@ -50,7 +50,12 @@ def set_tf32_of_convolutions(on: bool) -> list[tuple[Any, str, Any]]:
         before += [(x, "fp32_precision", x.fp32_precision) for x in (cudnn.conv, cudnn.rnn)]
     for owner, name, _ in before:
         setattr(owner, name, on if name == "allow_tf32" else ("tf32" if on else "ieee"))
-    return before
+
+    def restore() -> None:
+        for setting in before:
+            setattr(*setting)
+
+    return restore
 
 
 class _Inside:
@@ -58,7 +63,7 @@ class _Inside:
 
     lock = threading.Lock()
     num_threads = 0
-    before: list[tuple[Any, str, Any]]
+    restore: Callable[[], None]
 
 
 @contextmanager
@@ -73,7 +78,7 @@ def without_tf32(x: Tensor) -> Iterator[None]:
         return
     with _Inside.lock:
         if not _Inside.num_threads:
-            _Inside.before = set_tf32_of_convolutions(on=False)
+            _Inside.restore = set_tf32_of_convolutions(on=False)
         _Inside.num_threads += 1
     try:
         yield
@@ -81,8 +86,7 @@ def without_tf32(x: Tensor) -> Iterator[None]:
         with _Inside.lock:
             _Inside.num_threads -= 1
             if not _Inside.num_threads:
-                for setting in _Inside.before:
-                    setattr(*setting)
+                _Inside.restore()
 
 
 def empty_output(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -28,13 +28,12 @@ def float32_precision(tf32: bool) -> Iterator[None]:
     """
     products = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    convolutions = set_tf32_of_convolutions(tf32)
+    restore_convolutions = set_tf32_of_convolutions(tf32)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(products)
-        for setting in convolutions:
-            setattr(*setting)
+        restore_convolutions()
 
 
 def synchronize(device: str) -> None:
