@@ -333,6 +333,21 @@ def test_a_training_s_data(tmp_path, capsys):
     assert str(damaged) in capsys.readouterr().out
 
 
+def test_pixels_are_measured_as_the_network_sees_them(tmp_path, capsys):
+    """16 bits in INPUT.PIXEL_RANGE."""
+    pytest.importorskip("lightning")
+    np = pytest.importorskip("numpy")
+    image = pytest.importorskip("PIL.Image")
+    for split, name in [("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")]:
+        (tmp_path / split / name).mkdir(parents=True)
+        pixels = np.full((24, 32), 1000 if name == "a" else 3000, np.uint16)
+        image.fromarray(pixels).save(tmp_path / split / name / "1.png")
+    words = ["--task", "classification", "DATASETS.ROOT", str(tmp_path), "MODEL.NUM_CLASSES", "2"]
+    assert doctor.main([*words, "INPUT.PIXEL_RANGE", "(0, 4000)"]) == 0
+    mean = f"{(64 + 191) / 2:.2f}"  # 1000 and 3000 of 4000, of 255
+    assert f'MODEL.PIXEL_MEAN "({mean}, {mean}, {mean})"' in capsys.readouterr().out
+
+
 def test_a_fault_of_ours_is_no_finding_about_data(coco_folder, capsys, monkeypatch):
     """Nobody can correct data because of it: its traceback is what a report needs."""
     from spatial_mamba_d2.data import coco

@@ -106,6 +106,9 @@ class ClassificationData(DataModule[ClassifiedImage]):
         )
         return samples
 
+    def image_file(self, item: ClassifiedImage) -> Path:
+        return item.path
+
     def training_samples(self, items: list[ClassifiedImage]) -> SkippingDataset[ClassifiedImage]:
         read = partial(read_sample, value_range=self.value_range)
         return SkippingDataset(

@@ -9,7 +9,6 @@ from pathlib import Path
 from spatial_mamba_d2.classification.config import load_config
 from spatial_mamba_d2.classification.data import ClassificationData, build_data
 from spatial_mamba_d2.classification.module import Classifier
-from spatial_mamba_d2.data.pixel_statistics import statistics_as_keys
 from spatial_mamba_d2.training.fit import evaluate, fit, start
 
 
@@ -33,19 +32,5 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
 
 def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list[str]:
-    """Check all that a training would read, and decode every image.
-
-    Returns:
-        a line for each split, and one about the pixels of the one that trains.
-
-    Raises:
-        FileNotFoundError, ValueError: configuration or data are not usable.
-    """
-    data = build_data(load_config(config_file, overrides))
-    data.check_decode = True
-    data.setup("fit")
-    files = [file for file, _ in data.splits[data.train]]
-    return [
-        *(f"{data.root}, {split}: {len(items)} images" for split, items in data.splits.items()),
-        statistics_as_keys(files),
-    ]
+    """What :meth:`.DataModule.check` says of the data of a configuration."""
+    return build_data(load_config(config_file, overrides)).check()

@@ -90,7 +90,6 @@ class SegmentationData(DataModule[Pair]):
         **kwargs: see :class:`~spatial_mamba_d2.training.data_module.DataModule`.
 
     Attributes:
-        check_decode: whether ``setup`` also decodes every image.
         checked: split -> its pairs, how often the classes occur, and what was left out.
 
     Raises:
@@ -119,7 +118,6 @@ class SegmentationData(DataModule[Pair]):
         self.names = names or numbered_names(labels.num_classes)
         self.train_transform, self.test_transform = train_transform, test_transform
         self.checked: dict[str, CheckedSplit] = {}
-        self.check_decode = False
 
     def load_split(self, split: str) -> list[Pair]:
         checked = check_split(
@@ -169,6 +167,9 @@ class SegmentationData(DataModule[Pair]):
         parameters = [asdict(self.test_transform), self.num_channels, self.value_range]
         content = check_once("view_sizes", [pair.image for pair in pairs], parameters, check)
         return {index: Fault(kind, reason) for index, kind, reason in content["faults"]}
+
+    def image_file(self, item: Pair) -> Path:
+        return item.image
 
     def training_samples(self, items: list[Pair]) -> SkippingDataset[Pair]:
         read = partial(

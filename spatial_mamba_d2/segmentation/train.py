@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spatial_mamba_d2.data.ade20k import load_classes
-from spatial_mamba_d2.data.pixel_statistics import statistics_as_keys
 from spatial_mamba_d2.segmentation.config import load_config
 from spatial_mamba_d2.segmentation.data import SegmentationData, build_data
 from spatial_mamba_d2.segmentation.inference import build_protocol
@@ -32,20 +31,6 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
 
 def check_data(config_file: str | Path | None, overrides: Sequence[str]) -> list[str]:
-    """Check all that a training would read, and decode every image.
-
-    Returns:
-        a line for each split, and one about the pixels of the one that trains.
-
-    Raises:
-        FileNotFoundError, ValueError: configuration or data are not usable.
-    """
+    """What :meth:`.DataModule.check` says of the data of a configuration."""
     cfg = load_config(config_file, overrides)
-    data = build_data(cfg, build_protocol(cfg))
-    data.check_decode = True
-    data.setup("fit")
-    files = [pair.image for pair in data.splits[data.train]]
-    return [
-        *(f"{data.root}, {split}: {len(items)} images" for split, items in data.splits.items()),
-        statistics_as_keys(files, data.num_channels, data.value_range),
-    ]
+    return build_data(cfg, build_protocol(cfg)).check()

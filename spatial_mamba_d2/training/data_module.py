@@ -9,6 +9,8 @@ import lightning
 from torch.utils.data import DataLoader, Dataset
 
 from spatial_mamba_d2.data.faults import Item, OnError
+from spatial_mamba_d2.data.pixel_statistics import statistics_as_keys
+from spatial_mamba_d2.data.pixels import PixelRange
 from spatial_mamba_d2.data.samplers import ResumableBatchSampler, SkippingDataset
 from spatial_mamba_d2.system.workers import worker_options
 
@@ -28,9 +30,17 @@ class DataModule(lightning.LightningDataModule, Generic[Item]):
         on_error: about unusable files. One that only turns out to be broken when it is read is
             skipped and counted then.
 
+    Attributes:
+        check_decode: whether ``setup`` also decodes every image.
+        num_channels, value_range: see :func:`~.images.read_image`.
+
     Raises:
         FileNotFoundError, ValueError: from ``setup``: a split is not usable.
     """
+
+    check_decode = False
+    num_channels = 3
+    value_range: PixelRange | None = None
 
     def __init__(
         self,
@@ -56,11 +66,31 @@ class DataModule(lightning.LightningDataModule, Generic[Item]):
         """The usable items of a split."""
         raise NotImplementedError
 
+    def image_file(self, item: Item) -> Path:
+        raise NotImplementedError
+
     def training_samples(self, items: list[Item]) -> SkippingDataset[Item]:
         raise NotImplementedError
 
     def test_samples(self, items: list[Item]) -> Dataset[Any]:
         raise NotImplementedError
+
+    def check(self) -> list[str]:
+        """Check all that a training would read, and decode every image.
+
+        Returns:
+            a line for each split, and one about the pixels of the one that trains.
+
+        Raises:
+            FileNotFoundError, ValueError: a split is not usable.
+        """
+        self.check_decode = True
+        self.setup("fit")
+        files = [self.image_file(item) for item in self.splits[self.train]]
+        return [
+            *(f"{self.root}, {split}: {len(items)} images" for split, items in self.splits.items()),
+            statistics_as_keys(files, self.num_channels, self.value_range),
+        ]
 
     def setup(self, stage: str) -> None:
         if stage != "fit" and not self.test:
