@@ -77,7 +77,9 @@ def build_spatial_mamba_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeS
 def compile_backbone(model: nn.Module) -> None:
     """Let ``torch.compile`` compile our backbone in ``model`` at its next call, in place.
 
-    Names of parameters and checkpoints stay as they are.
+    Names of parameters and checkpoints stay as they are. Inductor may not choose memory formats:
+    activations are channels-last already, and its choice fails in training once a size varies
+    ("cannot determine truth value of Relational", PyTorch 2.14).
 
     Raises:
         ValueError: the model has none of our backbones.
@@ -86,7 +88,7 @@ def compile_backbone(model: nn.Module) -> None:
     if not found:
         raise ValueError("MODEL.COMPILE must be False for a model without a Spatial-Mamba backbone")
     for backbone in found:
-        backbone.compile()
+        backbone.compile(options={"layout_optimization": False})
 
 
 def _build_pyramid(cfg: CfgNode, bottom_up: SpatialMambaBottomUp, top_block: nn.Module) -> FPN:

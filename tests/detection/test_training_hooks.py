@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -362,7 +363,7 @@ def test_a_compiled_backbone_trains_the_same(make_cfg, tmp_path, monkeypatch):
     """As traced for inductor, which is not called here; names and averages stay as they are."""
     compile_module = nn.Module.compile
     monkeypatch.setattr(
-        nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager")
+        nn.Module, "compile", lambda self, **_: compile_module(self, backend="aot_eager")
     )
     words = ("SOLVER.EMA_DECAY", 0.5, "SOLVER.MAX_ITER", 2, "INPUT.MIN_SIZE_TRAIN", (64,),
              "DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", "", "DATASETS.TEST", (),
@@ -375,3 +376,21 @@ def test_a_compiled_backbone_trains_the_same(make_cfg, tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="MODEL.COMPILE must be False for a model without"):
         compile_backbone(nn.Linear(2, 2))
+
+
+@pytest.mark.long
+def test_a_compiled_backbone_takes_images_of_any_size():
+    """Inductor compiles a second time, for all sizes, when the first one has changed."""
+    torch.manual_seed(0)
+    backbone = build_backbone("tiny", embed_dim=16, depths=(1, 1, 1, 1), drop_path_rate=0.0)
+    compiled = copy.deepcopy(backbone)
+    compile_backbone(compiled)
+    for size in ((64, 96), (96, 64), (128, 96)):
+        x = torch.randn(2, 3, *size)
+        gradients = []
+        for model in (backbone, compiled):
+            model.zero_grad()
+            sum(output.pow(3).mean() for output in model(x).values()).backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        for plain, fast in zip(*gradients, strict=True):
+            torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-5)
