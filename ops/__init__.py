@@ -18,6 +18,7 @@ from spatial_mamba_d2.ops.depthwise_conv3x3 import depthwise_conv3x3
 from spatial_mamba_d2.ops.depthwise_conv3x3_layer_norm import depthwise_conv3x3_layer_norm
 from spatial_mamba_d2.ops.depthwise_conv3x3_stride2 import depthwise_conv3x3_stride2
 from spatial_mamba_d2.ops.gated_layer_norm import gated_layer_norm
+from spatial_mamba_d2.ops.quantize_uint8 import quantize_uint8
 from spatial_mamba_d2.ops.roi_align import roi_align
 from spatial_mamba_d2.ops.selective_scan import selective_scan
 from spatial_mamba_d2.ops.state_fusion import merge_taps, state_fusion
@@ -36,6 +37,7 @@ __all__ = [
     "fvcore_handles",
     "gated_layer_norm",
     "merge_taps",
+    "quantize_uint8",
     "roi_align",
     "selective_scan",
     "state_fusion",

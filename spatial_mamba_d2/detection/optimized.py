@@ -174,6 +174,8 @@ def _optimized_fpn(fpn: FPN, dtype: torch.dtype | None) -> nn.Module | None:
 class OptimizedRPNHead(Part):
     """:class:`StandardRPNHead`, whose two outputs are one matrix product."""
 
+    exact_layers = ("predict",)
+
     def __init__(self, head: StandardRPNHead, dtype: torch.dtype | None):
         super().__init__()
         convs = [head.conv] if isinstance(head.conv, Conv2d) else list(head.conv)

@@ -5,6 +5,7 @@ from spatial_mamba_d2.models.checkpoints.reading import read_checkpoint
 from spatial_mamba_d2.models.classifier import SpatialMambaClassifier, build_classifier
 from spatial_mamba_d2.models.optimized import optimize_for_inference
 from spatial_mamba_d2.models.pointwise import with_plain_linear_layers
+from spatial_mamba_d2.models.quantized import quantize_for_inference
 from spatial_mamba_d2.models.spatial_mamba import (
     SpatialMamba,
     SpatialMambaBackbone,
@@ -25,6 +26,7 @@ __all__ = [
     "build_upernet",
     "load_weights",
     "optimize_for_inference",
+    "quantize_for_inference",
     "read_checkpoint",
     "with_plain_linear_layers",
 ]

@@ -214,6 +214,7 @@ class OptimizedSSM(Part):
 
     A: Tensor
     taps: Tensor
+    exact_layers = ("x_proj",)  # small, and controls the scan
 
     def __init__(self, ssm: StructureAwareSSM, dtype: torch.dtype | None):
         super().__init__()

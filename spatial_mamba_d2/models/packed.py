@@ -33,7 +33,13 @@ _ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[float]]] = {
 
 
 class Part(InferenceOnly):
-    """Layer or group of layers in optimised form."""
+    """Layer or group of layers in optimised form.
+
+    Attributes:
+        exact_layers: names of its layers that stay in float32 when others are quantised.
+    """
+
+    exact_layers: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()

@@ -69,6 +69,7 @@ for dtype in (torch.float32, torch.bfloat16):
                 ops.winograd_conv3x3(u, ops.winograd_weight(kernels), offset, True)
                 boxes = torch.tensor([[0, -9.0, -9, 9, 5], [0, 3, 2, 70, 80], [0, 1, 1, 1, 1]])
                 ops.roi_align(u, boxes, 3, 2, 0.25)
+                ops.quantize_uint8(u, 0.02, 100)
 print("clean")
 """
 
