@@ -37,7 +37,7 @@ def segmentation_defaults() -> CfgNode:
     cfg.MODEL.UPERNET.AUX_CHANNELS = 256
     cfg.MODEL.UPERNET.AUX_WEIGHT = 0.4  # weight of the auxiliary loss
     # Weight of each class in both losses; (): 1 for all. ("auto",): the more, the rarer a class is
-    # in the training labels; the root of their median frequency over its own, 0.1 to 10.
+    # in the training labels; the cube root of the median frequency over its own, 0.1 to 10.
     cfg.MODEL.CLASS_WEIGHTS = ()
     # Of each pixel, in both losses: cross_entropy, focal, or ohem, which is of the hardest ones.
     cfg.MODEL.PIXEL_LOSS = "cross_entropy"

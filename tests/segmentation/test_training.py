@@ -376,7 +376,10 @@ def test_frozen_stages_balanced_classes_and_dice(arguments, tmp_path, curve, cap
 
 
 def test_weights_of_classes_by_their_frequency():
-    assert balancing_weights([1000, 10, 4, 0]) == pytest.approx([0.1, 1.0, 2.5**0.5, 1.0])
+    assert balancing_weights([1000, 10, 4, 0]) == pytest.approx(
+        [0.01 ** (1 / 3), 1.0, 2.5 ** (1 / 3), 1.0]
+    )
+    assert balancing_weights([10**6, 10, 4]) == pytest.approx([0.1, 1.0, 2.5 ** (1 / 3)])
 
 
 def test_dice_is_that_of_the_definition():
