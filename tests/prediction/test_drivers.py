@@ -17,10 +17,10 @@ PROGRAM = """
 import importlib.util, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from conftest import Oracle
-from spatial_mamba_d2.prediction import Predictor, bulk
+from spatial_mamba_d2.prediction import Predictor, command
 
-bulk.load_predictor = lambda *arguments: Predictor(Oracle())
-bulk.file_sha256 = str
+command.load_predictor = lambda *arguments: Predictor(Oracle())
+command.file_sha256 = str
 spec = importlib.util.spec_from_file_location("predict_tool", {root!r} + "/tools/predict.py")
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
