@@ -33,7 +33,7 @@ from spatial_mamba_d2.prediction.predictor import (
 )
 from spatial_mamba_d2.prediction.progress import Progress
 from spatial_mamba_d2.prediction.results import LabelMap
-from spatial_mamba_d2.prediction.sources import find_sources, read_georeference
+from spatial_mamba_d2.prediction.sources import find_sources, is_raster, read_georeference
 from spatial_mamba_d2.prediction.windows import Grid
 from spatial_mamba_d2.prediction.writer import ImageInfo, Writer, add_result
 from spatial_mamba_d2.prediction.writers import FORMATS, check_formats
@@ -90,7 +90,8 @@ def predict_files(
         identity: of the model, such as a hash of its file: results of another one are not mixed.
 
     Returns:
-        the content of ``summary.json``: what was written, and what was skipped and why.
+        the content of ``summary.json``: what was written, what was skipped and why, and which
+        rasters have no coordinates, though a format has them.
 
     Raises:
         FileNotFoundError, ValueError: an input does not exist, an option is out of its range,
@@ -317,6 +318,7 @@ class _Run:
 
     def _write(self) -> dict[str, Any]:
         skipped: list[dict[str, str]] = []
+        self.in_pixels: list[str] = []  # rasters without a coordinate reference system
         num_written = 0
         with ExitStack() as files:
             for writer in self.writers:
@@ -337,11 +339,17 @@ class _Run:
             "images": num_written,
             "formats": self.formats,
             "skipped": skipped,
+            "in_pixels": self.in_pixels,
             "settings": self.digest,
         }
         write_summary(self.output, summary)
         for item in skipped:
             logger.info("skipped: %s", item["reason"])
+        if self.in_pixels:
+            logger.warning(
+                "%d rasters have no coordinate reference system, such as %s: their results are in "
+                "pixels", len(self.in_pixels), self.in_pixels[0],
+            )  # fmt: skip
         logger.info("%d of %d images are in %s", num_written, len(self.items), self.output)
         return summary
 
@@ -368,6 +376,9 @@ class _Run:
             time_s=item.time_s,
             pixels=partial(self.items.pixels, index),
         )
+        has_coordinates = any(writer.has_coordinates for writer in self.writers)
+        if has_coordinates and georeference is None and is_raster(item.path):
+            self.in_pixels.append(item.path.as_posix())
         with ExitStack() as files:
             for writer in self.writers:
                 writer.start(image, files)

@@ -232,6 +232,11 @@ def has_rasterio() -> bool:
     return True
 
 
+def is_raster(path: Path) -> bool:
+    """Whether rasterio, if it is installed, reads the file by windows and knows where it lies."""
+    return path.suffix.lower() in RASTER_SUFFIXES and has_rasterio()
+
+
 def _open_dataset(path: Path) -> Any:
     import warnings
 
@@ -259,14 +264,14 @@ def open_raster(
         FileNotFoundError: no such file.
         ValueError: it cannot be read, or has other channels or values than the model takes.
     """
-    if path.suffix.lower() in RASTER_SUFFIXES and has_rasterio():
+    if is_raster(path):
         return GeoRaster(path, num_channels, value_range, band_names)
     return FileRaster(path, num_channels, value_range)
 
 
 def read_georeference(path: Path) -> Georeference | None:
     """Where a raster lies; None without rasterio, or if the file does not say it."""
-    if path.suffix.lower() not in RASTER_SUFFIXES or not has_rasterio():
+    if not is_raster(path):
         return None
     with _open_dataset(path) as file:
         if file.crs is None:

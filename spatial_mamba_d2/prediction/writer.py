@@ -60,6 +60,7 @@ class Writer:
     """
 
     tasks: tuple[str, ...] = ("detection",)
+    has_coordinates = False  # of the raster, if it has some
 
     def __init__(
         self, output: Path, names: tuple[str, ...], model: ImagePredictor, has_times: bool = False

@@ -10,9 +10,9 @@ from spatial_mamba_d2.prediction.results import ClassScores
 HEIGHT, WIDTH, BITS = 48, 96, 12
 
 
-def frame_of(number: int) -> np.ndarray:
+def frame_of(number: int, height: int = HEIGHT) -> np.ndarray:
     """Its number in stripes, which survive compression."""
-    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    image = np.zeros((height, WIDTH, 3), np.uint8)
     for bit in range(BITS):
         image[:, bit * 8 : bit * 8 + 8] = 255 * (number >> bit & 1)
     return image
@@ -22,12 +22,12 @@ def number_of(image: np.ndarray) -> int:
     return sum(int(image[HEIGHT // 2, bit * 8 + 4, 0] > 128) << bit for bit in range(BITS))
 
 
-def write_video(path, num_frames=60, codec="mpeg4", rate=25, **options):
+def write_video(path, num_frames=60, codec="mpeg4", rate=25, height=HEIGHT, **options):
     with av.open(str(path), "w", **options) as file:
         stream = file.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = WIDTH, height, "yuv420p"
         for number in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(frame_of(number), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(frame_of(number, height), format="rgb24")
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return path

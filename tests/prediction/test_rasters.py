@@ -84,7 +84,11 @@ def test_label_maps_have_the_coordinates_of_the_raster(write, scene, oracle, tmp
 
 def test_a_raster_without_coordinates(write, scene, oracle, tmp_path):
     path = write(scene.image.transpose(2, 0, 1), crs=None, photometric="rgb")
-    predict(path, tmp_path / "out", oracle(), ["geojson"])
+    good = write(scene.image.transpose(2, 0, 1), name="good.tif", photometric="rgb")
+    options = Options(["geojson"], window_px=256)
+    summary = predict_files([path, good], tmp_path / "out", Predictor(oracle()), options)
+    assert summary["in_pixels"] == [path.as_posix()] and summary["images"] == 2
+    assert predict(path, tmp_path / "text", oracle(), ["csv"])["in_pixels"] == []
     content = json.loads((tmp_path / "out/geojson/scene.geojson").read_text())
     assert "crs" not in content
     points = np.concatenate([np.reshape(f["geometry"]["coordinates"][0], (-1, 2))

@@ -97,6 +97,22 @@ def test_a_video_that_is_cut_off(tmp_path):
     assert num_read + len(frames) in (60, num_read)  # named, or not in the file's packets
 
 
+def test_a_video_whose_frames_change_their_size(tmp_path):
+    """Frames of another size than the first one's are named, and the others are done."""
+    content = [
+        write_video(tmp_path / f"{height}.ts", 10, codec="mpeg2video", height=height).read_bytes()
+        for height in (HEIGHT, 2 * HEIGHT)
+    ]
+    (tmp_path / "film.mpg").write_bytes(b"".join(content))
+    model = Reader()
+    summary = predict_files(
+        [tmp_path / "film.mpg"], tmp_path / "out", Predictor(model), Options(["csv"])
+    )
+    assert summary["images"] >= 9 and model.numbers[:9] == list(range(9))
+    assert len(summary["skipped"]) >= 9
+    assert "must have frames of 48 x 96 pixels as its first one" in summary["skipped"][-1]["reason"]
+
+
 def test_a_video_on_its_side(tmp_path):
     """Telephones store how they were held, as the matrix of the track in MP4 files."""
     path = write_video(tmp_path / "film.mp4", 3)
