@@ -19,8 +19,8 @@ A run that was stopped continues with --resume. Several processes, on one file s
 
     ... --shard 1/2 & ... --shard 2/2 & wait; ... --merge
 
-The same by --processes 2, by torchrun --nproc-per-node 2 tools/predict.py ..., or by a SLURM array,
-for which --slurm 100 prints the script.
+The same by --processes 2, by torchrun --nproc-per-node 2 tools/predict.py ..., by a SLURM array,
+for which --slurm 100 prints the script, or by --ray 100 as tasks of Ray.
 """
 
 import argparse
@@ -75,6 +75,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--slurm", type=int, metavar="N", help="print a SLURM script of N jobs, and do nothing else"
+    )
+    parser.add_argument(
+        "--ray", type=int, metavar="N", help="predict N shards as tasks of Ray, and merge them"
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     run(parser.parse_args())

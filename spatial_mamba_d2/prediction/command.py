@@ -14,6 +14,7 @@ from spatial_mamba_d2.prediction.drivers import (
     device_of_rank,
     run_processes,
     run_rank,
+    run_ray,
     slurm_script,
 )
 from spatial_mamba_d2.prediction.loading import load_predictor
@@ -26,11 +27,17 @@ from spatial_mamba_d2.system.launching import under_torchrun
 
 def run(args: argparse.Namespace) -> None:
     """``tools/predict.py``."""
-    is_shared = args.processes > 1 or args.slurm is not None or under_torchrun()
+    drivers = [args.processes > 1, args.slurm is not None, args.ray is not None, under_torchrun()]
+    is_shared = any(drivers)
     if is_shared and (args.shard or args.merge):
         raise ValueError(
-            "shard (--shard, --merge) must be left out with --processes, --slurm and torchrun, "
-            "which share the work themselves"
+            "shard (--shard, --merge) must be left out with --processes, --slurm, --ray and "
+            "torchrun, which share the work themselves"
+        )
+    if args.ray is not None and sum(drivers) > 1:
+        raise ValueError(
+            "ray (--ray) must be left out with --processes, --slurm and torchrun, got "
+            f"--ray {args.ray} and one of them"
         )
     if args.processes < 1 or (args.processes > 1 and under_torchrun()):
         raise ValueError(
@@ -41,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         if is_shared or args.shard or args.merge or args.resume:
             raise ValueError(
                 "input (--input): a stream or camera is predicted by one process, as it comes; "
-                "leave out --resume, --shard, --merge, --processes, --slurm and torchrun"
+                "leave out --resume, --shard, --merge, --processes, --slurm, --ray and torchrun"
             )
         _record(args)
     elif args.max_frames is not None or args.seconds is not None:
@@ -54,6 +61,9 @@ def run(args: argparse.Namespace) -> None:
     elif under_torchrun():
         args.device = args.device or device_of_rank()
         run_rank(partial(_predict_shard, args))
+    elif args.ray is not None:
+        log_to_stdout()
+        run_ray(partial(_predict_shard, args), args.ray, args.device)
     elif args.processes > 1:
         run_processes(partial(_predict_shard, args), args.processes)
     else:
@@ -76,6 +86,8 @@ def _record(args: argparse.Namespace) -> None:
 
 def _predict_shard(args: argparse.Namespace, shard: tuple[int, int] | None) -> None:
     """What :mod:`.drivers` calls: predict a shard, or merge."""
+    if shard is None and args.ray is not None:
+        args.device = "cpu"  # the tasks have the GPUs, and perhaps this machine has none
     _predict(args, shard, merge=shard is None)
 
 
