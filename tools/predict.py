@@ -10,12 +10,17 @@ windows:
 
     ... --input scene.tif --window 1024 --overlap 256 --format geojson
 
+A stream or a camera, until it ends, a bound is reached, or Ctrl-C, after which the results are
+complete:
+
+    ... --input rtsp://camera/stream --seconds 60        --input /dev/video0 --max-frames 500
+
 A run that was stopped continues with --resume. Several processes, on one file system:
 
     ... --shard 1/2 & ... --shard 2/2 & wait; ... --merge
 
-The same by --processes 2, by torchrun --nproc-per-node 2 tools/predict.py ..., or by a SLURM array,
-for which --slurm 100 prints the script.
+The same by --processes 2, by torchrun --nproc-per-node 2 tools/predict.py ..., by a SLURM array,
+for which --slurm 100 prints the script, or by --ray 100 as tasks of Ray.
 """
 
 import argparse
@@ -26,7 +31,7 @@ from spatial_mamba_d2.system.cli import build_key_value_parser, run_tool
 
 
 def main() -> None:
-    from spatial_mamba_d2.prediction.bulk import run
+    from spatial_mamba_d2.prediction.command import run
     from spatial_mamba_d2.prediction.loading import add_model_arguments
     from spatial_mamba_d2.prediction.predictor import SCORE_THRESH
     from spatial_mamba_d2.prediction.writers import FORMATS
@@ -38,7 +43,7 @@ def main() -> None:
         "--input",
         required=True,
         nargs="+",
-        help="images, videos, tar files, folders, patterns, lists",
+        help="images, videos, tar files, folders, patterns, lists; or one stream or camera",
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     parser.add_argument(
@@ -53,6 +58,12 @@ def main() -> None:
         "--batch-size", type=int, default=1, metavar="N",
         help="images or windows of one size that are predicted together (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--max-frames", type=int, metavar="N", help="of a stream or camera that are predicted"
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="of a stream or camera, from its first frame on"
+    )
     parser.add_argument("--resume", action="store_true", help="continue what was stopped")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace results in --output; never an input"
@@ -64,6 +75,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--slurm", type=int, metavar="N", help="print a SLURM script of N jobs, and do nothing else"
+    )
+    parser.add_argument(
+        "--ray", type=int, metavar="N", help="predict N shards as tasks of Ray, and merge them"
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     run(parser.parse_args())

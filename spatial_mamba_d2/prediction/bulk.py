@@ -1,4 +1,4 @@
-"""Predictions of many images, of any size, as files: what ``tools/predict.py`` calls.
+"""Predictions of many images, of any size, as files.
 
 First each item, an image or a window of one, gets its part (:mod:`.parts`); then the parts are
 merged and written in the order of the images. So a killed run continues where it was, and the
@@ -7,13 +7,11 @@ files are the same bytes whatever happened, and whatever number of processes sha
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +21,8 @@ import numpy as np
 from spatial_mamba_d2.data.class_indices import ignore_index, index_dtype
 from spatial_mamba_d2.data.json_file import read_json
 from spatial_mamba_d2.data.outputs import check_outputs, common_folder, name_outputs, same_folder
-from spatial_mamba_d2.models.checkpoints.reading import file_sha256
 from spatial_mamba_d2.prediction.blending import Blender
-from spatial_mamba_d2.prediction.drivers import (
-    device_of_rank,
-    run_processes,
-    run_rank,
-    slurm_script,
-)
 from spatial_mamba_d2.prediction.items import BROKEN, Items
-from spatial_mamba_d2.prediction.loading import load_predictor
 from spatial_mamba_d2.prediction.merging import merge_detections
 from spatial_mamba_d2.prediction.parts import FOLDER, Part, Parts, digest
 from spatial_mamba_d2.prediction.predictor import (
@@ -43,12 +33,11 @@ from spatial_mamba_d2.prediction.predictor import (
 )
 from spatial_mamba_d2.prediction.progress import Progress
 from spatial_mamba_d2.prediction.results import LabelMap
-from spatial_mamba_d2.prediction.sources import find_sources, read_georeference
+from spatial_mamba_d2.prediction.sources import find_sources, is_raster, read_georeference
 from spatial_mamba_d2.prediction.windows import Grid
-from spatial_mamba_d2.prediction.writers import FORMATS, ImageInfo, Writer, check_formats
+from spatial_mamba_d2.prediction.writer import ImageInfo, Writer, add_result
+from spatial_mamba_d2.prediction.writers import FORMATS, check_formats
 from spatial_mamba_d2.system.atomic import replacing
-from spatial_mamba_d2.system.cli import log_to_stdout
-from spatial_mamba_d2.system.launching import under_torchrun
 
 logger = logging.getLogger(__name__)
 SUMMARY = "summary.json"
@@ -101,7 +90,8 @@ def predict_files(
         identity: of the model, such as a hash of its file: results of another one are not mixed.
 
     Returns:
-        the content of ``summary.json``: what was written, and what was skipped and why.
+        the content of ``summary.json``: what was written, what was skipped and why, and which
+        rasters have no coordinates, though a format has them.
 
     Raises:
         FileNotFoundError, ValueError: an input does not exist, an option is out of its range,
@@ -109,6 +99,12 @@ def predict_files(
         OSError: a file cannot be written; ``resume`` continues.
     """
     return _Run(inputs, output, predictor, options, identity).run()
+
+
+def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
+    """``summary.json``, whose presence says that a run has ended."""
+    with replacing(output / SUMMARY) as temporary:
+        temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 class _Run:
@@ -322,6 +318,7 @@ class _Run:
 
     def _write(self) -> dict[str, Any]:
         skipped: list[dict[str, str]] = []
+        self.in_pixels: list[str] = []  # rasters without a coordinate reference system
         num_written = 0
         with ExitStack() as files:
             for writer in self.writers:
@@ -342,12 +339,17 @@ class _Run:
             "images": num_written,
             "formats": self.formats,
             "skipped": skipped,
+            "in_pixels": self.in_pixels,
             "settings": self.digest,
         }
-        with replacing(self.output / SUMMARY) as temporary:
-            temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_summary(self.output, summary)
         for item in skipped:
             logger.info("skipped: %s", item["reason"])
+        if self.in_pixels:
+            logger.warning(
+                "%d rasters have no coordinate reference system, such as %s: their results are in "
+                "pixels", len(self.in_pixels), self.in_pixels[0],
+            )  # fmt: skip
         logger.info("%d of %d images are in %s", num_written, len(self.items), self.output)
         return summary
 
@@ -374,6 +376,9 @@ class _Run:
             time_s=item.time_s,
             pixels=partial(self.items.pixels, index),
         )
+        has_coordinates = any(writer.has_coordinates for writer in self.writers)
+        if has_coordinates and georeference is None and is_raster(item.path):
+            self.in_pixels.append(item.path.as_posix())
         with ExitStack() as files:
             for writer in self.writers:
                 writer.start(image, files)
@@ -398,85 +403,12 @@ class _Run:
         if not image.is_whole:
             results = merge_detections(grid, results, names, self.options.score_thresh)
         for result in results:
-            for writer in self.writers if result is not None else ():
-                writer.add(image, replace(result, source=image.file, time_s=image.time_s))
+            if result is not None:
+                add_result(self.writers, image, result)
 
     def _add_label(self, image: ImageInfo, result: Any) -> None:
         if result is None:  # nothing but nodata
             number = len(self.predictor.names)
             label = np.full(image.size, ignore_index(number), index_dtype(number))
             result = LabelMap(label=label, names=self.predictor.names)
-        for writer in self.writers:
-            writer.add(image, replace(result, source=image.file, time_s=image.time_s))
-            writer.add_rows(image, result.label)
-
-
-def run(args: argparse.Namespace) -> None:
-    """``tools/predict.py`` with its arguments."""
-    is_shared = args.processes > 1 or args.slurm is not None or under_torchrun()
-    if is_shared and (args.shard or args.merge):
-        raise ValueError(
-            "shard (--shard, --merge) must be left out with --processes, --slurm and torchrun, "
-            "which share the work themselves"
-        )
-    if args.processes < 1 or (args.processes > 1 and under_torchrun()):
-        raise ValueError(
-            f"processes (--processes) must be at least 1, and 1 under torchrun, got "
-            f"{args.processes}"
-        )
-    if args.slurm is not None:
-        print(slurm_script(_without_option(sys.argv, "--slurm"), args.slurm), end="")
-    elif under_torchrun():
-        args.device = args.device or device_of_rank()
-        run_rank(partial(_predict_shard, args))
-    elif args.processes > 1:
-        run_processes(partial(_predict_shard, args), args.processes)
-    else:
-        _predict(args, _shard(args.shard), merge=args.merge)
-
-
-def _predict_shard(args: argparse.Namespace, shard: tuple[int, int] | None) -> None:
-    """What :mod:`.drivers` calls: predict a shard, or merge."""
-    _predict(args, shard, merge=shard is None)
-
-
-def _predict(args: argparse.Namespace, shard: tuple[int, int] | None, *, merge: bool) -> None:
-    log_to_stdout()
-    options = Options(
-        formats=[name for word in args.format for name in word.split(",") if name],
-        score_thresh=args.score_thresh,
-        window_px=args.window,
-        overlap_px=args.overlap,
-        batch_size=args.batch_size,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        shard=shard,
-        merge=merge,
-    )
-    predictor = load_predictor(
-        args.weights, args.config_file or None, args.device, args.task, args.opts
-    )
-    identity = json.dumps([file_sha256(args.weights), args.config_file, args.opts])
-    predict_files(args.input, args.output, predictor, options, identity=identity)
-
-
-def _without_option(words: Sequence[str], option: str) -> list[str]:
-    """A command line without an option and its value."""
-    kept, is_value = [], False
-    for word in words:
-        if is_value:
-            is_value = False
-        elif word == option:
-            is_value = True
-        elif not word.startswith(f"{option}="):
-            kept.append(word)
-    return kept
-
-
-def _shard(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal()):
-        raise ValueError(f"shard (--shard) must be I/N, such as 1/3, got {text!r}")
-    return int(number), int(count)
+        add_result(self.writers, image, result)

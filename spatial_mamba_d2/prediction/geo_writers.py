@@ -31,6 +31,8 @@ _PIXELS = "pixels"  # in the column ``crs`` of images without coordinates
 class GeoJsonWriter(Writer):
     """A polygon for each object, in the coordinates of the raster, or else in pixels."""
 
+    has_coordinates = True
+
     def path_of(self, file: Path, name: Path) -> Path:
         return self.output / "geojson" / f"{name}.geojson"
 
@@ -74,6 +76,7 @@ class GeoJsonWriter(Writer):
 class GeoPackageWriter(Writer):
     """A GeoPackage with one layer, whose features are the objects as multipolygons."""
 
+    has_coordinates = True
     columns: Mapping[str, str] = {"class": "INTEGER", "name": "TEXT", "score": "REAL"}
 
     def path_of(self, file: Path, name: Path) -> Path:
@@ -109,6 +112,7 @@ class ParquetWriter(TableWriter):
     """
 
     file_name = "predictions.parquet"
+    has_coordinates = True
 
     def __init__(
         self, output: Path, names: tuple[str, ...], model: ImagePredictor, has_times: bool = False

@@ -28,7 +28,8 @@ from spatial_mamba_d2.prediction.sources import (
     find_sources,
     open_raster,
 )
-from spatial_mamba_d2.prediction.videos import Video, is_stream, is_video, read_stream
+from spatial_mamba_d2.prediction.streams import Stream, is_stream
+from spatial_mamba_d2.prediction.videos import Video, is_video
 from spatial_mamba_d2.prediction.windows import Grid, check_window
 
 SCORE_THRESH = 0.5
@@ -140,8 +141,9 @@ class Predictor:
 
     def _several(self, source: Source, window_px: int | None) -> Iterator[_Opened]:
         if isinstance(source, (str, os.PathLike)):
-            for number, (pixels, time) in enumerate(read_stream(source)):
-                yield self._array(pixels), frame_path(Path(source), number), time
+            stream = Stream(source)
+            for number, pixels, time in stream:
+                yield self._array(pixels), frame_path(Path(stream.name), number), time
             return
         for image in source:
             if not isinstance(image, np.ndarray) and is_video(Path(image)):

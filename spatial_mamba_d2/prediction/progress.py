@@ -33,3 +33,19 @@ class Progress:
             "%.4g of %d images%s, about %s left",
             done, self.total, skipped, timedelta(seconds=round(left_s)),
         )  # fmt: skip
+
+
+class StreamProgress:
+    """The same of a stream, whose end is not known."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+
+    def show(self, done: int, num_dropped: int) -> None:
+        """Args: done: frames."""
+        now = time.monotonic()
+        if now - self.last < _LOG_PERIOD_S:
+            return
+        self.last = now
+        dropped = f", {num_dropped} dropped" if num_dropped else ""
+        logger.info("%d frames%s, %.3g a second", done, dropped, done / (now - self.start))

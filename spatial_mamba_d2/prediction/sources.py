@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +24,16 @@ from spatial_mamba_d2.data.images import (
 from spatial_mamba_d2.data.pixels import RANGE_KEY, ImageFormatError, PixelRange, scale_to_8_bits
 from spatial_mamba_d2.data.text_file import read_text_file
 from spatial_mamba_d2.prediction.archives import ARCHIVE_SUFFIXES
-from spatial_mamba_d2.prediction.videos import VIDEO_SUFFIXES, is_stream
+from spatial_mamba_d2.prediction.streams import is_stream
+from spatial_mamba_d2.prediction.videos import VIDEO_SUFFIXES
 from spatial_mamba_d2.prediction.windows import Window
 from spatial_mamba_d2.system.missing import no_such
 
 LIST_SUFFIXES = {".txt", ".lst"}
 _SUFFIXES = SUFFIXES | VIDEO_SUFFIXES | ARCHIVE_SUFFIXES
 RASTER_SUFFIXES = {".tif", ".tiff", ".jp2", ".vrt"}
+# of decoded blocks, unless GDAL_CACHEMAX says another number; GDAL takes 5 % of the memory
+_CACHE_BYTES = 512 << 20
 
 
 def find_sources(
@@ -65,8 +69,8 @@ def _expand(word: str, key: str) -> Iterator[Path]:
             yield from _expand(str(path.parent / name), key)
     elif is_stream(word):
         raise ValueError(
-            f"{key}: {word} is a stream, which has no end: predict it in Python, by "
-            "load_predictor(...)(address)"
+            f"{key}: {word} is a stream or a camera, which is predicted alone: on the command line "
+            "without other inputs, in Python by load_predictor(...)(address)"
         )
     elif path.exists() or path.is_symlink():
         yield path
@@ -200,7 +204,8 @@ class GeoRaster:
 
         rows, columns = window.slices
         place = rasterio.windows.Window.from_slices(rows, columns)
-        with naming_file("image", self.path), _as_value_error(rasterio):
+        limits = {} if "GDAL_CACHEMAX" in os.environ else {"GDAL_CACHEMAX": _CACHE_BYTES}
+        with naming_file("image", self.path), _as_value_error(rasterio), rasterio.Env(**limits):
             if not self._file.dataset_mask(window=place).any():
                 return None
             pixels = self._file.read(self._bands, window=place).transpose(1, 2, 0)
@@ -225,6 +230,11 @@ def has_rasterio() -> bool:
     except ImportError:
         return False
     return True
+
+
+def is_raster(path: Path) -> bool:
+    """Whether rasterio, if it is installed, reads the file by windows and knows where it lies."""
+    return path.suffix.lower() in RASTER_SUFFIXES and has_rasterio()
 
 
 def _open_dataset(path: Path) -> Any:
@@ -254,14 +264,14 @@ def open_raster(
         FileNotFoundError: no such file.
         ValueError: it cannot be read, or has other channels or values than the model takes.
     """
-    if path.suffix.lower() in RASTER_SUFFIXES and has_rasterio():
+    if is_raster(path):
         return GeoRaster(path, num_channels, value_range, band_names)
     return FileRaster(path, num_channels, value_range)
 
 
 def read_georeference(path: Path) -> Georeference | None:
     """Where a raster lies; None without rasterio, or if the file does not say it."""
-    if path.suffix.lower() not in RASTER_SUFFIXES or not has_rasterio():
+    if not is_raster(path):
         return None
     with _open_dataset(path) as file:
         if file.crs is None:

@@ -1,8 +1,7 @@
-"""Frames of video files, cameras and streams, decoded by PyAV (the extra ``video``)."""
+"""Frames of video files, decoded by PyAV (the extra ``video``)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,17 +14,11 @@ from spatial_mamba_d2.data.images import naming_file
 VIDEO_SUFFIXES = {
     ".avi", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".webm", ".wmv",
 }  # fmt: skip
-_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def is_video(path: Path) -> bool:
     """Whether it is a video file by its name."""
     return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def is_stream(word: str | Path) -> bool:
-    """Whether it is the address of a stream, or the device file of a camera."""
-    return bool(_URL.match(str(word))) or Path(word).is_char_device()
 
 
 class Video:
@@ -64,7 +57,7 @@ class Video:
         self._restart()
         if self._ahead is None:
             raise ValueError(f"video file {path} has no frame that can be decoded")
-        self.size: tuple[int, int] = _upright(self._ahead[1]).shape[:2]
+        self.size: tuple[int, int] = upright(self._ahead[1]).shape[:2]
 
     def __len__(self) -> int:
         return len(self.times_s)
@@ -85,7 +78,7 @@ class Video:
                 f"video file {self.path} has a frame that cannot be decoded: number {number}, at "
                 f"{self.times_s[number]:.3f} s"
             )
-        image = _upright(self._ahead[1])
+        image = upright(self._ahead[1])
         if image.shape[:2] != self.size:
             raise ValueError(
                 f"video file {self.path} must have frames of {self.size[0]} x {self.size[1]} "
@@ -101,43 +94,20 @@ class Video:
     def _decode(self) -> Iterator[tuple[int, Any]]:
         """Number and frame, of those that can be decoded."""
         with self._opened() as (container, stream):
-            for count, frame in enumerate(_frames(container, stream)):
+            for count, frame in enumerate(decode_frames(container, stream)):
                 number = count if self._numbers is None else self._numbers.get(frame.pts)
                 if number is not None:
                     yield number, frame
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
-        av = _import_av()
-        with naming_file("video", self.path), _as_value_error(av), av.open(self.path) as container:
-            yield container, _video_stream(container)
+        av = import_av()
+        with naming_file("video", self.path), as_value_error(av), av.open(self.path) as container:
+            yield container, video_stream(container)
 
 
-def read_stream(address: str | Path) -> Iterator[tuple[np.ndarray, float]]:
-    """Frames of a stream or a camera, until it ends: RGB ``uint8[H, W, 3]``, and time in seconds.
-
-    Args:
-        address: such as ``rtsp://...``, ``http://...`` or ``/dev/video0``.
-
-    Raises:
-        ValueError: there is no such stream, or it has no video.
-        ImportError: PyAV is not installed.
-    """
-    av = _import_av()
-    kind = None if _URL.match(str(address)) else "v4l2"
-    try:
-        with _as_value_error(av), av.open(str(address), format=kind) as container:
-            stream = _video_stream(container)
-            first = None
-            for frame in _frames(container, stream):
-                time = float((frame.pts or 0) * stream.time_base)
-                first = time if first is None else first
-                yield _upright(frame), time - first
-    except (ValueError, OSError) as error:
-        raise ValueError(f"stream {address} cannot be read: {error}") from error
-
-
-def _video_stream(container: Any) -> Any:
+def video_stream(container: Any) -> Any:
+    """The first video of what PyAV has opened. Raises ValueError if there is none."""
     if not container.streams.video:
         raise ValueError("there is no video in it")
     stream = container.streams.video[0]
@@ -145,7 +115,7 @@ def _video_stream(container: Any) -> Any:
     return stream
 
 
-def _frames(container: Any, stream: Any) -> Iterator[Any]:
+def decode_frames(container: Any, stream: Any) -> Iterator[Any]:
     """All frames but those of packets that are damaged."""
     for packet in container.demux(stream):
         with suppress(ValueError):  # InvalidDataError
@@ -161,13 +131,15 @@ def _stamps_of_packets(container: Any, stream: Any) -> list[int] | None:
     return sorted(stamps)
 
 
-def _upright(frame: Any) -> np.ndarray:
+def upright(frame: Any) -> np.ndarray:
+    """A frame of PyAV as RGB ``uint8[H, W, 3]``, turned as it is shown."""
     image = frame.to_ndarray(format="rgb24")
     return np.ascontiguousarray(np.rot90(image, frame.rotation // 90)) if frame.rotation else image
 
 
 @contextmanager
-def _as_value_error(av: Any) -> Iterator[None]:
+def as_value_error(av: Any) -> Iterator[None]:
+    """What FFmpeg says, except that there is no such file, as a ValueError."""
     try:
         yield
     except FileNotFoundError:
@@ -176,7 +148,8 @@ def _as_value_error(av: Any) -> Iterator[None]:
         raise ValueError(error.strerror or str(error)) from error
 
 
-def _import_av() -> Any:
+def import_av() -> Any:
+    """PyAV. Raises ImportError, which names the extra, if it is not installed."""
     try:
         import av
     except ImportError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,6 +60,7 @@ class Writer:
     """
 
     tasks: tuple[str, ...] = ("detection",)
+    has_coordinates = False  # of the raster, if it has some
 
     def __init__(
         self, output: Path, names: tuple[str, ...], model: ImagePredictor, has_times: bool = False
@@ -156,3 +157,14 @@ def outlines(result: Detections, index: int) -> list[list[np.ndarray]]:
         return polygons_of(crop_of_rle(result.masks[index]))
     x1, y1, x2, y2 = result.boxes[index].tolist()
     return [[np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)])]]
+
+
+def add_result(
+    writers: Iterable[Writer], image: ImageInfo, result: Detections | LabelMap | ClassScores
+) -> None:
+    """A result of an image, or some of its objects, with what it says about the image."""
+    result = replace(result, source=image.file, time_s=image.time_s)
+    for writer in writers:
+        writer.add(image, result)
+        if isinstance(result, LabelMap):
+            writer.add_rows(image, result.label)

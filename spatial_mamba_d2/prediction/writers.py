@@ -35,7 +35,7 @@ from spatial_mamba_d2.data.images import encode_image, read_image
 from spatial_mamba_d2.prediction.geo_writers import GeoJsonWriter, GeoPackageWriter, ParquetWriter
 from spatial_mamba_d2.prediction.label_files import GeoTiffLabels, PngLabels
 from spatial_mamba_d2.prediction.results import ClassScores, Detections, LabelMap, category_id
-from spatial_mamba_d2.prediction.sources import RASTER_SUFFIXES, has_rasterio
+from spatial_mamba_d2.prediction.sources import is_raster
 from spatial_mamba_d2.prediction.writer import ImageInfo, OneFile, TableWriter, Writer, outlines
 from spatial_mamba_d2.system.atomic import replacing
 
@@ -188,10 +188,10 @@ class LabelWriter(Writer):
     """
 
     tasks = ("segmentation",)
+    has_coordinates = True
 
     def path_of(self, file: Path, name: Path) -> Path:
-        is_raster = file.suffix.lower() in RASTER_SUFFIXES and has_rasterio()
-        return self.output / "label" / f"{name}{'.tif' if is_raster else '.png'}"
+        return self.output / "label" / f"{name}{'.tif' if is_raster(file) else '.png'}"
 
     def start(self, image: ImageInfo, files: ExitStack) -> None:
         path = self.path_of(image.file, image.name)

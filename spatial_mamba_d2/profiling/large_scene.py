@@ -3,8 +3,10 @@
     python -m spatial_mamba_d2.profiling.large_scene --output output/scene --side 20000
 
 The scene is a tiled GeoTIFF with objects that do not touch, some larger than a window, whose
-colours are their numbers. What is predicted for it by windows is compared with the truth. The
-peak of the memory is that of the process that predicts, which does nothing else.
+colours are their numbers. What is predicted for it by windows is compared with the truth: masks in
+the COCO file by pycocotools' form, coordinates in GeoJSON and GeoPackage files as GDAL reads them
+(rasterio and pyogrio must be installed). The peak of the memory is that of the process that
+predicts, which does nothing else; the model, which knows the truth, holds nothing.
 """
 
 from __future__ import annotations
@@ -131,9 +133,27 @@ def write_scene(numbers: np.ndarray, path: Path) -> None:
             file.write(bands, window=Window(0, top, width, len(strip)))
 
 
-def compare(numbers: np.ndarray, coco: dict[str, Any]) -> dict[str, Any]:
-    """Predicted objects against the truth."""
-    sizes = np.bincount(numbers.ravel())
+def describe(rectangles: np.ndarray, grid: Grid) -> dict[str, int]:
+    """How many of the objects, ``int64[N, 4]`` of x, y, width and height, windows cut."""
+    low, high = rectangles[:, :2], rectangles[:, :2] + rectangles[:, 2:]
+    cut = np.zeros(len(rectangles), bool)
+    complete = np.ones(len(rectangles), bool)  # in at least one window
+    for axis, starts in enumerate((grid.lefts, grid.tops)):
+        ends = np.array(starts) + grid.window_px
+        for edge in (*starts[1:], *ends[:-1]):
+            cut |= (low[:, axis] < edge) & (edge < high[:, axis])
+        holds = (low[:, axis, None] >= starts) & (high[:, axis, None] <= ends)
+        complete &= holds.any(axis=1)
+    return {
+        "objects": len(rectangles),
+        "cut_by_a_window": int(cut.sum()),
+        "complete_in_no_window": int((~complete).sum()),
+        "larger_than_a_window": int((rectangles[:, 2:].max(axis=1) > grid.window_px).sum()),
+    }
+
+
+def compare(sizes: np.ndarray, numbers: np.ndarray, coco: dict[str, Any]) -> dict[str, Any]:
+    """Predicted masks against the truth, of which ``sizes`` has the numbers of pixels."""
     best: dict[int, float] = {}
     num_duplicates = 0
     for annotation in coco["annotations"]:
@@ -145,15 +165,44 @@ def compare(numbers: np.ndarray, coco: dict[str, Any]) -> dict[str, Any]:
         num_duplicates += number in best
         best[number] = max(best.get(number, 0), inside / (sizes[number] + part.size - inside))
     return {
-        "objects": len(sizes) - 1,
         "lost": len(sizes) - 1 - len(best),
         "duplicates": num_duplicates,
         "lowest_iou": min(best.values()),
     }
 
 
+def compare_coordinates(
+    rectangles: np.ndarray, sizes: np.ndarray, numbers: np.ndarray, path: Path
+) -> dict[str, Any]:
+    """Polygons of a file, in its coordinates, against the truth in pixels.
+
+    An object is right if the polygon that has a point in common with it has the same area; its
+    offset is the largest distance between their bounds.
+    """
+    import shapely
+    from pyogrio import raw
+
+    meta, _, geometries, _ = raw.read(path)
+    if meta["crs"] != _CRS:
+        raise ValueError(f"{path} must be in {_CRS}, got {meta['crs']}")
+    to_pixels = np.array([1, -1]) / _PIXEL_M
+    polygons = shapely.transform(
+        shapely.from_wkb(geometries), lambda points: (points - _ORIGIN) * to_pixels
+    )
+    x, y = np.floor(shapely.get_coordinates(shapely.point_on_surface(polygons))).astype(int).T
+    found = numbers[y, x]
+    areas_differ = shapely.area(polygons) != sizes[found]
+    truth = rectangles[found - 1].astype(np.float64)
+    truth[:, 2:] += truth[:, :2]
+    return {
+        "objects": len(set(found[~areas_differ].tolist())),
+        "not_right": int((areas_differ | (found == 0)).sum()),
+        "largest_offset_px": float(np.abs(shapely.bounds(polygons) - truth).max()),
+    }
+
+
 def _predict(folder: Path, window_px: int, overlap_px: int) -> None:
-    options = Options(["coco", "geojson"], 0.0, window_px, overlap_px)
+    options = Options(["coco", "geojson", "gpkg"], 0.0, window_px, overlap_px)
     before = reset_peak_memory_mb()
     start = time.perf_counter()
     predict_files([folder / "scene.tif"], folder / "predictions", Predictor(Oracle()), options)
@@ -197,9 +246,20 @@ def main() -> None:
     write_scene(numbers, args.output / "scene.tif")
     command = [sys.executable, "-m", "spatial_mamba_d2.profiling.large_scene", *sys.argv[1:]]
     subprocess.run([*command, "--only-predict"], check=True)
-    figures = read_json(args.output / "figures.json")
-    coco = read_json(args.output / "predictions/coco.json")
-    for name, value in {**figures, **compare(numbers, coco)}.items():
+    predictions = args.output / "predictions"
+    sizes = np.bincount(numbers.ravel())
+    by_number = _rectangles(numbers)
+    rectangles = np.array([by_number[number] for number in range(1, len(sizes))])
+    figures = {
+        **describe(rectangles, Grid(numbers.shape, args.window, args.overlap)),
+        **read_json(args.output / "figures.json"),
+        **compare(sizes, numbers, read_json(predictions / "coco.json")),
+    }
+    for suffix in ("geojson", "gpkg"):
+        path = predictions / suffix / f"scene.{suffix}"
+        found = compare_coordinates(rectangles, sizes, numbers, path)
+        figures.update({f"{suffix}_{name}": value for name, value in found.items()})
+    for name, value in figures.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 
 

@@ -3,6 +3,7 @@
 A scheduler sends SIGTERM (SLURM also SIGUSR1, if asked to) and kills after a grace period; a user
 presses Ctrl-C. The first signal only leaves a note here, which the training reads at the end of
 each iteration and between the images of an evaluation. A second one ends the process at once.
+Predictions of a stream end in the same way.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Stopped(SystemExit):
 class _Request:
     """The signal that this process has received, if any; set by the handler."""
 
-    def __init__(self) -> None:
+    def __init__(self, consequence: str) -> None:
+        self.consequence = consequence
         self.signum = 0
         self.time = 0.0
         self.owner = os.getpid()
@@ -51,7 +53,7 @@ class _Request:
         if not self.signum:
             self.signum, self.time = signum, now
             name = signal.Signals(signum).name
-            text = f"{name}: saving the training's state, then ending; once more to end at once\n"
+            text = f"{name}: {self.consequence}, then ending; once more to end at once\n"
             os.write(2, text.encode())
         elif now - self.time > SAME_REQUEST_S:
             signal.signal(signum, signal.SIG_DFL)
@@ -80,8 +82,11 @@ def install() -> None:
 
 
 @contextmanager
-def noticed() -> Iterator[None]:
+def noticed(consequence: str = "saving the training's state") -> Iterator[None]:
     """Within it, the first signal is noted instead of ending the process.
+
+    Args:
+        consequence: what the process does next, for the message about the signal.
 
     In threads other than the main one, where Python cannot handle signals, it does nothing.
     """
@@ -90,7 +95,7 @@ def noticed() -> Iterator[None]:
         yield
         return
     previous: dict[int, Any] = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    _request = _Request()
+    _request = _Request(consequence)
     install()
     try:
         yield

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -81,7 +84,11 @@ def test_label_maps_have_the_coordinates_of_the_raster(write, scene, oracle, tmp
 
 def test_a_raster_without_coordinates(write, scene, oracle, tmp_path):
     path = write(scene.image.transpose(2, 0, 1), crs=None, photometric="rgb")
-    predict(path, tmp_path / "out", oracle(), ["geojson"])
+    good = write(scene.image.transpose(2, 0, 1), name="good.tif", photometric="rgb")
+    options = Options(["geojson"], window_px=256)
+    summary = predict_files([path, good], tmp_path / "out", Predictor(oracle()), options)
+    assert summary["in_pixels"] == [path.as_posix()] and summary["images"] == 2
+    assert predict(path, tmp_path / "text", oracle(), ["csv"])["in_pixels"] == []
     content = json.loads((tmp_path / "out/geojson/scene.geojson").read_text())
     assert "crs" not in content
     points = np.concatenate([np.reshape(f["geometry"]["coordinates"][0], (-1, 2))
@@ -132,3 +139,36 @@ def test_other_bands_are_refused(write):
     bands = np.zeros((5, 20, 30), np.uint8)
     with pytest.raises(ValueError, match="has 5 bands, the model takes 3 channels"):
         open_raster(write(bands), 3, None)
+
+
+# Reads a raster by windows, and prints by how many MB the process grows.
+GROWTH = """
+import sys
+from pathlib import Path
+from spatial_mamba_d2.prediction import sources
+from spatial_mamba_d2.prediction.windows import Grid
+from spatial_mamba_d2.profiling.memory import peak_memory_mb, reset_peak_memory_mb
+
+sources._CACHE_BYTES = 8 << 20
+raster = sources.open_raster(Path(sys.argv[1]), 3, None)
+grid = Grid(raster.size, 512, 64)
+raster.read(grid[0])
+before = reset_peak_memory_mb()
+assert all(raster.read(window) is not None for window in grid)
+print(peak_memory_mb() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is measured on Linux only")
+@pytest.mark.parametrize("limit", [None, "200"], ids=["ours", "GDAL_CACHEMAX"])
+def test_decoded_blocks_do_not_stay_in_memory(write, limit):
+    """75 MB of them, of which GDAL would keep 5 % of the machine's memory."""
+    path = write(np.tile(np.arange(1, 251, dtype=np.uint8), (3, 5000, 20)), photometric="rgb")
+    environment = {name: value for name, value in os.environ.items() if name != "GDAL_CACHEMAX"}
+    if limit is not None:
+        environment["GDAL_CACHEMAX"] = limit  # MB, by the user
+    line = [sys.executable, "-c", GROWTH, path]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (float(done.stdout) < 40) == (limit is None), done.stdout

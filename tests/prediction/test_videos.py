@@ -1,69 +1,19 @@
-"""Videos and streams: each frame once, in order, with its time; damage is named."""
+"""Videos: each frame once, in order, with its time; damage is named."""
 
 from __future__ import annotations
 
 import csv
-import functools
-import http.server
 import json
-import threading
 
 import numpy as np
 import pytest
 
 pytest.importorskip("av", reason="PyAV is not installed")
 
-import av
-
 from spatial_mamba_d2.prediction import Predictor
 from spatial_mamba_d2.prediction.bulk import Options, predict_files
-from spatial_mamba_d2.prediction.results import ClassScores
 from spatial_mamba_d2.prediction.videos import Video
-
-HEIGHT, WIDTH, BITS = 48, 96, 12
-
-
-def frame_of(number: int) -> np.ndarray:
-    """Its number in stripes, which survive compression."""
-    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    for bit in range(BITS):
-        image[:, bit * 8 : bit * 8 + 8] = 255 * (number >> bit & 1)
-    return image
-
-
-def number_of(image: np.ndarray) -> int:
-    return sum(int(image[HEIGHT // 2, bit * 8 + 4, 0] > 128) << bit for bit in range(BITS))
-
-
-def write_video(path, num_frames=60, codec="mpeg4", rate=25, **options):
-    with av.open(str(path), "w", **options) as file:
-        stream = file.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for number in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(frame_of(number), format="rgb24")
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    return path
-
-
-class Reader:
-    """A classifier that knows the number of a frame: its scores are the bits."""
-
-    task, names, num_channels, value_range = "classification", ("a", "b"), 3, None
-
-    def __init__(self):
-        self.numbers = []
-
-    def __call__(self, image):
-        return self.batch([image])[0]
-
-    def batch(self, images):
-        self.numbers += map(number_of, images)
-        scores = np.array([0.25, 0.75], np.float32)
-        return [
-            ClassScores(scores=scores, names=self.names, image_size=image.shape[:2])
-            for image in images
-        ]
+from tests.prediction.films import HEIGHT, WIDTH, Reader, frame_of, number_of, write_video
 
 
 @pytest.mark.parametrize(
@@ -131,32 +81,6 @@ def test_in_python(tmp_path):
     assert len(both) == 11 and both[-1].source is None and both[-1].time_s is None
 
 
-@pytest.fixture
-def address(tmp_path):
-    """Of a server of the files in ``tmp_path``."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    handler.log_message = lambda *words: None
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_a_stream(tmp_path, address):
-    write_video(tmp_path / "stream.mkv", 20)
-    model = Reader()
-    results = list(Predictor(model)(f"{address}/stream.mkv"))
-    assert model.numbers == list(range(20))
-    assert [result.time_s for result in results] == pytest.approx(np.arange(20) / 25, abs=1e-3)
-    with pytest.raises(ValueError, match=r"stream http://.*/none.mp4 cannot be read: .*404"):
-        next(Predictor(model)(f"{address}/none.mp4"))
-    with pytest.raises(ValueError, match="is a stream, which has no end"):
-        predict_files([f"{address}/x"], tmp_path / "out", Predictor(model), Options(["csv"]))
-
-
 def test_a_video_that_is_cut_off(tmp_path):
     """What can be decoded is done; each frame that cannot is named, and so is a ruined file."""
     path = write_video(tmp_path / "film.mp4", 60, container_options={"movflags": "faststart"})
@@ -171,6 +95,22 @@ def test_a_video_that_is_cut_off(tmp_path):
     num_read = summary["images"]
     assert 30 < num_read < 60 and model.numbers[: num_read - 1] == list(range(num_read - 1))
     assert num_read + len(frames) in (60, num_read)  # named, or not in the file's packets
+
+
+def test_a_video_whose_frames_change_their_size(tmp_path):
+    """Frames of another size than the first one's are named, and the others are done."""
+    content = [
+        write_video(tmp_path / f"{height}.ts", 10, codec="mpeg2video", height=height).read_bytes()
+        for height in (HEIGHT, 2 * HEIGHT)
+    ]
+    (tmp_path / "film.mpg").write_bytes(b"".join(content))
+    model = Reader()
+    summary = predict_files(
+        [tmp_path / "film.mpg"], tmp_path / "out", Predictor(model), Options(["csv"])
+    )
+    assert summary["images"] >= 9 and model.numbers[:9] == list(range(9))
+    assert len(summary["skipped"]) >= 9
+    assert "must have frames of 48 x 96 pixels as its first one" in summary["skipped"][-1]["reason"]
 
 
 def test_a_video_on_its_side(tmp_path):
