@@ -42,6 +42,7 @@ from spatial_mamba_d2.system.cli import (
     run_tool,
     show_traceback_in_debugging,
 )
+from spatial_mamba_d2.system.installer import pip_command
 from spatial_mamba_d2.system.tool_errors import find_mistake
 
 DISTRIBUTION = "spatial-mamba-d2"
@@ -85,7 +86,7 @@ Check = Callable[[], Finding]
 
 def pip_install(*arguments: str) -> str:
     """The shell command that installs into this environment."""
-    return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
+    return shlex.join(pip_command("install", *arguments))
 
 
 def required() -> tuple[str, list[str]]:
