@@ -152,11 +152,15 @@ def check_installation() -> Finding:
     """Whether this package is the one that is installed, and not one that hides it or has moved."""
     package = sys.modules[__package__ or ""]
     found = Path(str(package.__file__)).resolve().parent
-    try:
-        text = metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}"
-    except metadata.PackageNotFoundError:
+    # Without what a build leaves in the folder of the sources, which is no installation
+    installed = [
+        distribution
+        for distribution in metadata.distributions(name=DISTRIBUTION)
+        if Path(str(distribution.locate_file(""))).resolve() != SOURCES
+    ]
+    if not installed:
         return Finding("missing", f"{DISTRIBUTION} itself is not installed", install_command())
-    record = json.loads(text)
+    record = json.loads(installed[0].read_text("direct_url.json") or "{}")
     if record.get("dir_info", {}).get("editable"):
         sources = Path(url2pathname(urlsplit(record["url"]).path))
         if sources.resolve() == SOURCES:
