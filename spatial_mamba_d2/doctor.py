@@ -42,6 +42,7 @@ from spatial_mamba_d2.system.cli import (
     run_tool,
     show_traceback_in_debugging,
 )
+from spatial_mamba_d2.system.installer import pip_command
 from spatial_mamba_d2.system.tool_errors import find_mistake
 
 DISTRIBUTION = "spatial-mamba-d2"
@@ -85,7 +86,7 @@ Check = Callable[[], Finding]
 
 def pip_install(*arguments: str) -> str:
     """The shell command that installs into this environment."""
-    return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
+    return shlex.join(pip_command("install", *arguments))
 
 
 def required() -> tuple[str, list[str]]:
@@ -151,11 +152,15 @@ def check_installation() -> Finding:
     """Whether this package is the one that is installed, and not one that hides it or has moved."""
     package = sys.modules[__package__ or ""]
     found = Path(str(package.__file__)).resolve().parent
-    try:
-        text = metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}"
-    except metadata.PackageNotFoundError:
+    # Without what a build leaves in the folder of the sources, which is no installation
+    installed = [
+        distribution
+        for distribution in metadata.distributions(name=DISTRIBUTION)
+        if Path(str(distribution.locate_file(""))).resolve() != SOURCES
+    ]
+    if not installed:
         return Finding("missing", f"{DISTRIBUTION} itself is not installed", install_command())
-    record = json.loads(text)
+    record = json.loads(installed[0].read_text("direct_url.json") or "{}")
     if record.get("dir_info", {}).get("editable"):
         sources = Path(url2pathname(urlsplit(record["url"]).path))
         if sources.resolve() == SOURCES:

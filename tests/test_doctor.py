@@ -168,10 +168,13 @@ def test_commands_name_the_sources(monkeypatch, tmp_path):
 
 
 class Distribution:
-    """What the metadata of an installed distribution says about its origin."""
+    """What the metadata of a distribution in a folder say about its origin."""
 
-    def __init__(self, url: str | None):
-        self.url = url
+    def __init__(self, url: str | None, folder: Path):
+        self.url, self.folder = url, folder
+
+    def locate_file(self, path: str) -> Path:
+        return self.folder / path
 
     def read_text(self, name: str) -> str | None:
         assert name == "direct_url.json"
@@ -190,11 +193,15 @@ class Distribution:
         (ROOT.parent.as_uri(), "missing", f"installed from {ROOT.parent}, but used from {ROOT}"),
     ],
 )
-def test_where_the_package_is_installed(monkeypatch, url, status, text):
-    monkeypatch.setattr(doctor.metadata, "distribution", lambda name: Distribution(url))
+def test_where_the_package_is_installed(monkeypatch, tmp_path, url, status, text):
+    """``uv pip install -e`` leaves metadata in the sources too, which do not count."""
+    found = [Distribution(None, ROOT), Distribution(url, tmp_path)]
+    monkeypatch.setattr(doctor.metadata, "distributions", lambda name: found)
     finding = doctor.check_installation()
     assert finding.status == status and finding.text.startswith(text)
     assert bool(finding.fix) == (status == "missing")
+    found.pop()
+    assert doctor.check_installation().text == "spatial-mamba-d2 itself is not installed"
 
 
 def test_sources_give_way_to_the_installed_package(tmp_path):

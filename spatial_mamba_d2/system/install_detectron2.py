@@ -1,4 +1,4 @@
-"""Install Detectron2 into the environment of the running Python, which needs nothing but pip.
+"""Install Detectron2 into the environment of the running Python, which needs nothing but pip or uv.
 
     python -m spatial_mamba_d2.system.install_detectron2
 
@@ -21,6 +21,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from .installer import pip_command
+
 GIT_URL = "https://github.com/facebookresearch/detectron2"
 GIT_COMMIT = "a59f05630a8f205756064244bf5beb8661f96180"
 # That commit as a wheel on PyPI, except for three small edits; needs neither git nor a compiler. It
@@ -32,9 +34,10 @@ WHEEL_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561
 
 def pip(*arguments: str | Path) -> int:
     """Print and run a pip command, and return its exit code."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    command = pip_command(*map(str, arguments))
     print("$", shlex.join(command), flush=True)
-    return subprocess.run(command).returncode
+    env = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", **os.environ}
+    return subprocess.run(command, env=env).returncode
 
 
 def succeeds(*command: str, timeout: float | None = None) -> bool:

@@ -13,10 +13,13 @@ import errno
 import opcode
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
+
+from .installer import pip_command
 
 PACKAGE = "spatial_mamba_d2"
 _RAISE = opcode.opmap["RAISE_VARARGS"]
@@ -77,7 +80,7 @@ def _of_file(reason: str, name: str) -> str:
 def _missing_module(name: str, text: str) -> Mistake | None:
     if name == f"{PACKAGE}.ops":
         folder = Path(__file__).parents[2]
-        command = f"{sys.executable} -m pip install --no-build-isolation --editable {folder}"
+        command = shlex.join(pip_command("install", "--no-build-isolation", "--editable", folder))
         return Mistake(f"{PACKAGE} in {folder} is not installed: {command}", 2)
     if name.split(".")[0] == PACKAGE:
         return None

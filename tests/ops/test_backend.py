@@ -40,8 +40,10 @@ total = total + torch.func.jvp(ops.structure_aware_ssm, tuple(inputs), tangents)
 print(""",
 )
 
+# as with a PyTorch that is new enough for a library
 NO_LIBRARY = """
 import pathlib, torch
+torch.__version__ = "99.0"
 exists = pathlib.Path.exists
 pathlib.Path.exists = lambda self, **options: self.name != "_C.so" and exists(self, **options)
 """
