@@ -8,11 +8,9 @@ reported, so that a disturbance of the machine affects all of them alike. Matrix
 from __future__ import annotations
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -36,6 +34,7 @@ from spatial_mamba_d2.profiling.gemm_peak import fraction_of_peak, matrix_produc
 from spatial_mamba_d2.profiling.gpu import float32_precision, peak_gpu_mb, synchronize
 from spatial_mamba_d2.profiling.memory import peak_memory_mb, reset_peak_memory_mb
 from spatial_mamba_d2.system.allocator import keep_freed_memory
+from spatial_mamba_d2.system.processor import describe_processor
 
 TASKS = ("op", "backbone", "train", "growth", "detector", "prediction", "segmentation", "export")
 DEVICES = ("cpu", "cuda")
@@ -189,16 +188,9 @@ def _exponent(seconds: dict[int, float]) -> float:
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, threads, instruction set, GPU and versions."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip() if names else processor
+    """Processor and its abilities, threads, instruction set, GPU and versions."""
     return {
-        "processor": processor,
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        **describe_processor(),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "operators": _extension.status(),

@@ -12,6 +12,7 @@ from typing import Any
 from spatial_mamba_d2.data.outputs import check_outputs
 from spatial_mamba_d2.profiling.benchmark import run_benchmark
 from spatial_mamba_d2.profiling.candidates import is_float32
+from spatial_mamba_d2.system.processor import in_words
 from spatial_mamba_d2.system.tables import markdown_table
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     """A table of the result, with ratios to the fastest of ours in float32."""
     machine = result["machine"]
     title = (
-        f"{result['task']}; on {machine['device']}; {machine['processor']}, "
-        f"{machine['threads']} threads, {machine['capability']}, PyTorch {machine['torch']}"
+        f"{result['task']}; on {machine['device']}; {in_words(machine)}, PyTorch {machine['torch']}"
     )
     table = _growth_table(result) if "exponent" in result else _table(result)
     return f"{title}\n\n{table}"
