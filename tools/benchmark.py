@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[None], help="one run for each")
     parser.add_argument("--compile", action="store_true", help="backbones by torch.compile too")
+    parser.add_argument("--openvino", action="store_true", help="other backbones by OpenVINO too")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark"))
     parser.add_argument(

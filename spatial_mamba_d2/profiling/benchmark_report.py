@@ -29,6 +29,7 @@ def report(
     rounds: int = 7,
     device: str = "cpu",
     compile: bool = False,
+    openvino: bool = False,
     keep_memory: bool = False,
 ) -> None:
     """Run once for each of ``threads``, print a table, and save it with all figures.
@@ -39,7 +40,7 @@ def report(
     for num_threads in threads:
         result = run_benchmark(
             task, height, width, batch, rounds, num_threads, device, compile,
-            keep_memory=keep_memory,
+            openvino, keep_memory=keep_memory,
         )  # fmt: skip
         table = to_markdown(result)
         print(table)

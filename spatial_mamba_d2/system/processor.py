@@ -43,7 +43,7 @@ def describe_processor() -> dict[str, Any]:
 
 
 def in_words(machine: Mapping[str, Any]) -> str:
-    """:func:`describe_processor`'s result, which may be part of a larger dictionary, in one line."""
+    """One line of :func:`describe_processor`'s result, which may be part of a larger one."""
     abilities = f" ({', '.join(machine['abilities'])})" if machine["abilities"] else ""
     return (
         f"{machine['processor']}{abilities}, {machine['threads']} threads, "
