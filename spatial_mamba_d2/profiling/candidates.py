@@ -8,6 +8,7 @@ on the default device of PyTorch (``with torch.device(...)``). Those of backbone
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -45,10 +46,11 @@ def check_agreement(
     """
     (first_name, first), *others = outputs.items()
     for name, value in others:
-        error = ((value - first).abs().max() / first.abs().max()).item()
-        if not error <= tolerance:  # also true for NaN
+        error, largest = (value - first).abs().max().item(), first.abs().max().item()
+        if not error <= tolerance * largest:  # also true for NaN
+            relative = error / largest if largest else math.inf
             raise RuntimeError(
-                f"{name} differs from {first_name} by {error:.1e} of the largest value"
+                f"{name} differs from {first_name} by {relative:.1e} of the largest value"
             )
 
 
