@@ -194,6 +194,13 @@ def test_a_context_is_entered_before_the_clock_starts():
     assert events == ["enter", "call", "call", "leave"]
 
 
+@pytest.mark.parametrize("y", [[0.0, 1.0], [float("nan"), 0.0]])
+def test_zeros_agree_with_nothing_else(y):
+    candidates.check_agreement({"a": torch.zeros(2), "b": torch.zeros(2)})
+    with pytest.raises(RuntimeError, match="b differs from a by inf of the largest value"):
+        candidates.check_agreement({"a": torch.zeros(2), "b": torch.tensor(y)})
+
+
 def test_disagreement_is_an_error():
     with pytest.raises(RuntimeError, match=r"b differs from a by .* of the largest value"):
         candidates.check_agreement({"a": torch.ones(3), "b": torch.tensor([1.0, 1.0, 1.1])})
