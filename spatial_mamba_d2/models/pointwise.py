@@ -5,10 +5,11 @@ processors with AVX-512 that are not Intel's, and equally fast on Intel's (``too
 prints both rates). A linear layer over ``Tensor[B, H, W, C]`` is a 1x1 convolution of the same
 memory, so CPUs compute it as one.
 
-A convolution takes longer to start than a linear layer, and reads the weight once for each image. So
-the images of a batch become one where maps are small, and the smallest products are linear layers.
-The limits were measured on one thread of an Intel Xeon with AVX-512, by ``--task grid`` of the
-benchmark. In float32 a higher one would be faster there, but slower where oneDNN is twice as fast.
+A convolution takes longer to start than a linear layer, and reads the weight once for each image.
+So the images of a batch become one where maps are small, and the smallest products are linear
+layers. The limits were measured on one thread of an Intel Xeon with AVX-512, by ``--task grid`` of
+the benchmark. In float32 a higher one would be faster there, but slower where oneDNN is twice as
+fast.
 """
 
 from __future__ import annotations
