@@ -203,10 +203,9 @@ def check_packages(extra: str, severity: Literal["note", "missing"]) -> Finding:
 
 
 def check_cpu() -> Finding:
-    import torch
+    from spatial_mamba_d2.system.processor import describe_processor, in_words
 
-    capability = torch.backends.cpu.get_cpu_capability()
-    return Finding("ok", f"{torch.get_num_threads()} threads, {capability}")
+    return Finding("ok", in_words(describe_processor()))
 
 
 def check_gpu() -> Finding:

@@ -4,6 +4,12 @@ On CPUs PyTorch uses MKL for linear layers and oneDNN for convolutions. oneDNN i
 processors with AVX-512 that are not Intel's, and equally fast on Intel's (``tools/benchmark.py``
 prints both rates). A linear layer over ``Tensor[B, H, W, C]`` is a 1x1 convolution of the same
 memory, so CPUs compute it as one.
+
+A convolution takes longer to start than a linear layer, and reads the weight once for each image.
+So the images of a batch become one where maps are small, and the smallest products are linear
+layers. The limits were measured on one thread of an Intel Xeon with AVX-512, by ``--task grid`` of
+the benchmark. In float32 a higher one would be faster there, but slower where oneDNN is twice as
+fast.
 """
 
 from __future__ import annotations
@@ -18,6 +24,12 @@ from torch.nn import functional as F
 from spatial_mamba_d2.models.recompute import cast_for_autocast, recompute
 
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if torch.backends.mkldnn.is_available() else ()
+#: Multiplications up to which a linear layer in float32 is one.
+LINEAR_PRODUCTS = 2**20
+#: Tokens up to which a linear layer in bfloat16 is one: oneDNN computes both.
+LINEAR_TOKENS = 1024
+#: Tokens per image up to which the images of a batch become one.
+MERGED_TOKENS = 1024
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,6 +43,22 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES or _is_composed(weight):
         return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():  # for shapes that may be unknown
+        return _convolved(x, weight, bias)
+    batch, height, width, _ = x.shape
+    num_tokens = batch * height * width
+    is_small = num_tokens <= LINEAR_TOKENS
+    if x.dtype == torch.float32:
+        is_small = num_tokens * weight.numel() <= LINEAR_PRODUCTS
+    if is_small:
+        return F.linear(x, weight, bias)
+    if batch > 1 and height * width <= MERGED_TOKENS:
+        y = _convolved(x.flatten(0, 1)[None], weight, bias)
+        return y.unflatten(1, (batch, height)).squeeze(0)
+    return _convolved(x, weight, bias)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1)
 

@@ -8,11 +8,8 @@ reported, so that a disturbance of the machine affects all of them alike. Matrix
 from __future__ import annotations
 
 import math
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import timm
@@ -20,22 +17,26 @@ import torch
 
 from spatial_mamba_d2.models import build_backbone
 from spatial_mamba_d2.ops import _extension
+from spatial_mamba_d2.profiling.backbone_candidates import (
+    backbone_candidates,
+    training_candidates,
+)
 from spatial_mamba_d2.profiling.candidates import (
     Candidates,
-    backbone_candidates,
     detector_candidates,
     is_float32,
     operator_candidates,
     prediction_candidates,
     segmentation_candidates,
-    training_candidates,
 )
 from spatial_mamba_d2.profiling.exported import export_candidates
 from spatial_mamba_d2.profiling.flops import official_flops
 from spatial_mamba_d2.profiling.gemm_peak import fraction_of_peak, matrix_products
-from spatial_mamba_d2.profiling.gpu import float32_precision, peak_gpu_mb, synchronize
+from spatial_mamba_d2.profiling.gpu import float32_precision, peak_gpu_mb
 from spatial_mamba_d2.profiling.memory import peak_memory_mb, reset_peak_memory_mb
+from spatial_mamba_d2.profiling.timing import seconds_of
 from spatial_mamba_d2.system.allocator import keep_freed_memory
+from spatial_mamba_d2.system.processor import describe_processor
 
 TASKS = ("op", "backbone", "train", "growth", "detector", "prediction", "segmentation", "export")
 DEVICES = ("cpu", "cuda")
@@ -51,10 +52,11 @@ def run_benchmark(
     threads: int | None = None,
     device: str = "cpu",
     compile: bool = False,
+    openvino: bool = False,
     growth_px: Iterable[int] = GROWTH_PX,
     keep_memory: bool = False,
 ) -> dict[str, Any]:
-    """Check, then time one task in float32, without TF32; backbones in bfloat16 too.
+    """Check, then time one task in float32, without TF32; networks in bfloat16 too.
 
     Args:
         task: ``"op"``: the fused operator on a map of a quarter of the image's size with 128
@@ -70,6 +72,7 @@ def run_benchmark(
         threads: PyTorch's number of threads; ``None`` leaves it as it is.
         device: ``"cpu"`` or ``"cuda"``.
         compile: time backbones by ``torch.compile`` too, with frozen weights.
+        openvino: time other backbones by OpenVINO too, on a CPU.
         growth_px: sides of the images in pixels.
         keep_memory: call :func:`.allocator.keep_freed_memory` first, which affects all candidates
             and the rest of this process.
@@ -84,6 +87,7 @@ def run_benchmark(
         fitted to seconds over pixels, and has dictionaries by pixels in place of numbers.
 
     Raises:
+        ImportError: a package that the task or ``openvino`` needs is not installed.
         ValueError: no such task, a number below 1, or a device that is not available.
         RuntimeError: the results of two candidates that must agree do not.
     """
@@ -99,6 +103,8 @@ def run_benchmark(
         raise ValueError(f"device must be one of {', '.join(available)} here, got {device!r}")
     if task == "export" and device != "cpu":
         raise ValueError(f"device must be cpu for the task export, got {device!r}")
+    if openvino and device != "cpu":
+        raise ValueError(f"device must be cpu for OpenVINO, got {device!r}")
     if threads:
         torch.set_num_threads(threads)
     kept = keep_memory and keep_freed_memory()
@@ -119,7 +125,8 @@ def run_benchmark(
         elif task == "export":
             result = _measure(export_candidates(batch, height, width), rounds, device)
         elif task == "backbone":
-            candidates = backbone_candidates(batch, height, width, compile) | matrix_products()
+            candidates = backbone_candidates(batch, height, width, compile, openvino)
+            candidates |= matrix_products()
             result = _measure(candidates, rounds, device)
             flops = official_flops(build_backbone("tiny").eval(), (batch, 3, height, width))
             result |= fraction_of_peak(result["seconds"], 2 * flops["total"])
@@ -136,13 +143,9 @@ def run_benchmark(
 
 
 def _measure(candidates: Candidates, rounds: int, device: str) -> dict[str, Any]:
-    def run(candidate: Callable[[], Any]) -> None:
-        candidate()
-        synchronize(device)
-
     def warm_up() -> None:
         for candidate in candidates.values():
-            run(candidate)
+            seconds_of(candidate, device)
 
     warm_up()
     memory_mb: dict[str, float] = {}
@@ -151,7 +154,7 @@ def _measure(candidates: Candidates, rounds: int, device: str) -> dict[str, Any]
             memory_mb[name] = peak_gpu_mb(candidate)
             continue
         before_mb = reset_peak_memory_mb()
-        run(candidate)
+        candidate()
         if before_mb is not None:
             memory_mb[name] = peak_memory_mb() - before_mb
 
@@ -159,9 +162,7 @@ def _measure(candidates: Candidates, rounds: int, device: str) -> dict[str, Any]
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, candidate in candidates.items():
-            start = time.perf_counter()
-            run(candidate)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_of(candidate, device))
 
     return {
         "seconds": {name: statistics.median(values) for name, values in times.items()},
@@ -173,7 +174,7 @@ def _measure(candidates: Candidates, rounds: int, device: str) -> dict[str, Any]
 def _growth(batch: int, rounds: int, device: str, sides_px: tuple[int, ...]) -> dict[str, Any]:
     figures: dict[str, dict[str, dict[int, Any]]] = {}
     for side_px in sides_px:
-        candidates = backbone_candidates(batch, side_px, side_px, compile=False)
+        candidates = backbone_candidates(batch, side_px, side_px)
         chosen = {name: call for name, call in candidates.items() if is_float32(name)}
         for key, values in _measure(chosen, rounds, device).items():
             for name, value in values.items():
@@ -189,16 +190,9 @@ def _exponent(seconds: dict[int, float]) -> float:
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, threads, instruction set, GPU and versions."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip() if names else processor
+    """Processor and its abilities, threads, instruction set, GPU and versions."""
     return {
-        "processor": processor,
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        **describe_processor(),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "operators": _extension.status(),

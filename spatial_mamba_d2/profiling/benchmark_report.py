@@ -12,7 +12,12 @@ from typing import Any
 from spatial_mamba_d2.data.outputs import check_outputs
 from spatial_mamba_d2.profiling.benchmark import run_benchmark
 from spatial_mamba_d2.profiling.candidates import is_float32
+from spatial_mamba_d2.profiling.grid import grid_table, run_grid
+from spatial_mamba_d2.system.processor import in_words
 from spatial_mamba_d2.system.tables import markdown_table
+
+#: the task that :func:`.run_grid` does
+GRID = "grid"
 
 logger = logging.getLogger(__name__)
 
@@ -28,41 +33,56 @@ def report(
     rounds: int = 7,
     device: str = "cpu",
     compile: bool = False,
+    openvino: bool = False,
     keep_memory: bool = False,
 ) -> None:
     """Run once for each of ``threads``, print a table, and save it with all figures.
 
-    They are in ``output``/benchmark_*.{md,json,png}. See :func:`.run_benchmark` for the others.
+    They are in ``output``/benchmark_*.{md,json,png}. See :func:`.run_benchmark` for the others. The
+    task ``"grid"`` is :func:`.run_grid`, one run for all ``threads``, with sizes, batches and
+    rounds of its own.
     """
     check_outputs([output / "benchmark.md"], [], overwrite=True)
+    if task == GRID:
+        if device != "cpu":
+            raise ValueError(f"device must be cpu for the task grid, got {device!r}")
+        result = run_grid([n for n in threads if n is not None], keep_memory=keep_memory)
+        _save(result, str(output / "benchmark_grid"))
+        return
     for num_threads in threads:
         result = run_benchmark(
             task, height, width, batch, rounds, num_threads, device, compile,
-            keep_memory=keep_memory,
+            openvino, keep_memory=keep_memory,
         )  # fmt: skip
-        table = to_markdown(result)
-        print(table)
-        output.mkdir(parents=True, exist_ok=True)
         size = f"_{batch}" if task == "growth" else f"_{batch}x{height}x{width}"
         on_device = "" if device == "cpu" else f"_{device}"
         on_threads = f"_{num_threads}threads" if num_threads else ""
         stem = str(output / f"benchmark_{task}{size}{on_device}{on_threads}")
-        Path(stem + ".json").write_text(json.dumps(result, indent=2))
-        Path(stem + ".md").write_text(table + "\n")
+        _save(result, stem)
         try:
             plot(result, Path(stem + ".png"))
         except ImportError:
             logger.info("no plot, because matplotlib is not installed")
 
 
+def _save(result: dict[str, Any], stem: str) -> None:
+    table = to_markdown(result)
+    print(table)
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    Path(stem + ".json").write_text(json.dumps(result, indent=2))
+    Path(stem + ".md").write_text(table + "\n")
+
+
 def to_markdown(result: dict[str, Any]) -> str:
     """A table of the result, with ratios to the fastest of ours in float32."""
     machine = result["machine"]
     title = (
-        f"{result['task']}; on {machine['device']}; {machine['processor']}, "
-        f"{machine['threads']} threads, {machine['capability']}, PyTorch {machine['torch']}"
+        f"{result['task']}; on {machine['device']}; {in_words(machine)}, PyTorch {machine['torch']}"
     )
-    table = _growth_table(result) if "exponent" in result else _table(result)
+    if "settings" in result:
+        table = grid_table(result["settings"])
+    else:
+        table = _growth_table(result) if "exponent" in result else _table(result)
     return f"{title}\n\n{table}"
 
 

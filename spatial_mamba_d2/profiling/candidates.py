@@ -1,39 +1,31 @@
-"""What the benchmark times: our operators, backbones and detector, and others' next to them.
+"""What the benchmark times: our operators, detector and UPerNet, and others' next to them.
 
 Candidates that must agree are compared before any is returned. Each is a call without arguments,
-on the default device of PyTorch (``with torch.device(...)``).
+on the default device of PyTorch (``with torch.device(...)``). Those of backbones are in
+:mod:`.backbone_candidates`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import time
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from spatial_mamba_d2.model_zoo import get_config
-from spatial_mamba_d2.models import build_backbone, build_upernet, optimize_for_inference
+from spatial_mamba_d2.models import build_upernet, optimize_for_inference
 from spatial_mamba_d2.ops import _extension, structure_aware_ssm
 from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
-from spatial_mamba_d2.profiling.gpu import float32_precision, graphed
-from spatial_mamba_d2.profiling.memory import saved_bytes
 
 Candidates = dict[str, Callable[[], Any]]
 
-PEERS = {
-    "timm swin_tiny": "swin_tiny_patch4_window7_224",
-    "timm convnext_tiny": "convnext_tiny",
-    "timm mambaout_tiny": "mambaout_tiny",
-}
 NATIVE, EAGER = "ours, compiled operators", "ours, plain PyTorch operators"
 OPTIMISED = "ours, optimised"
-GRAPH = "as a CUDA graph"
 #: Largest difference between two candidates, relative to the largest value. In bfloat16, with 8
 #: significant bits, the rounding errors of a backbone's layers add up.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -54,41 +46,42 @@ def check_agreement(
     """
     (first_name, first), *others = outputs.items()
     for name, value in others:
-        error = ((value - first).abs().max() / first.abs().max()).item()
-        if not error <= tolerance:  # also true for NaN
+        error, largest = (value - first).abs().max().item(), first.abs().max().item()
+        if not error <= tolerance * largest:  # also true for NaN
+            relative = error / largest if largest else math.inf
             raise RuntimeError(
-                f"{name} differs from {first_name} by {error:.1e} of the largest value"
+                f"{name} differs from {first_name} by {relative:.1e} of the largest value"
             )
 
 
-def _run(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, Tensor]:
+def outputs_of(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, Tensor]:
     return {name: candidate() for name, candidate in candidates.items()}
 
 
-def _implementations() -> list[str]:
+def implementations() -> list[str]:
     """Implementations of our operators on the default device."""
     on_cuda = torch.get_default_device().type == "cuda"
     why_not = _extension.why_no_cuda() if on_cuda else _extension.WHY_NOT_COMPILED
     return [EAGER] if why_not else [NATIVE, EAGER]
 
 
-def _using(implementation: str, function: Callable[[], Any]) -> Callable[[], Any]:
+@dataclass(frozen=True)
+class InContext:
+    """A call within a context, which is entered before the clock starts."""
+
+    function: Callable[[], Any]
+    context: Callable[[], contextlib.AbstractContextManager[Any]]
+
+    def __call__(self) -> Any:
+        with self.context():
+            return self.function()
+
+
+def using(implementation: str, function: Callable[[], Any]) -> Callable[[], Any]:
     """``function`` with plain PyTorch operators if the name is ``EAGER``, else as it is."""
-
-    def call() -> Any:
-        eager = implementation == EAGER
-        with _extension.without_compiled_kernels() if eager else contextlib.nullcontext():
-            return function()
-
-    return call
-
-
-def _with_tf32(function: Callable[[], Any]) -> Callable[[], Any]:
-    def call() -> Any:
-        with float32_precision(tf32=True):
-            return function()
-
-    return call
+    if implementation != EAGER:
+        return function
+    return InContext(function, _extension.without_compiled_kernels)
 
 
 def operator_candidates(batch: int, height: int, width: int, dim: int) -> Candidates:
@@ -109,126 +102,12 @@ def operator_candidates(batch: int, height: int, width: int, dim: int) -> Candid
 
     candidates: Candidates = {}
     for part, function in (("forward", forward), ("forward and backward", backward)):
-        named = {f"{name}: {part}": _using(name, function) for name in _implementations()}
-        check_agreement(_run(named))
+        named = {f"{name}: {part}": using(name, function) for name in implementations()}
+        check_agreement(outputs_of(named))
         candidates |= named
     y = torch.empty_like(u)
     same_bytes = partial(torch.add, u, delta, out=y)
     return {**candidates, "u + delta, the same bytes in one pass": same_bytes}
-
-
-def _peer(timm_name: str, height: int, width: int) -> nn.Module:
-    size: dict[str, Any] = {"img_size": (height, width)} if "swin" in timm_name else {}
-    return timm.create_model(timm_name, features_only=True, **size)
-
-
-def _maps(outputs: Any) -> list[Tensor]:
-    """A backbone's feature maps, from fine to coarse."""
-    return list(outputs.values() if isinstance(outputs, dict) else outputs)
-
-
-def _forward(model: Callable, image: Tensor, dtype: torch.dtype = torch.float32) -> Callable:
-    """Inference that returns the coarsest map; under autocast if ``dtype`` is not float32."""
-
-    def forward() -> Tensor:
-        autocast = torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32)
-        with torch.no_grad(), autocast:
-            return _maps(model(image))[-1]
-
-    return forward
-
-
-def _in_faster_format(
-    model: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32
-) -> Callable:
-    """Inference in the faster of PyTorch's two memory formats, by the second call in each."""
-
-    def seconds(forward: Callable) -> float:
-        forward()
-        start = time.perf_counter()
-        forward()
-        return time.perf_counter() - start
-
-    formats = (torch.contiguous_format, torch.channels_last)
-    images = [image.contiguous(memory_format=memory_format) for memory_format in formats]
-    trials = [
-        seconds(_forward(model.to(memory_format=memory_format), x, dtype))
-        for memory_format, x in zip(formats, images, strict=True)
-    ]
-    best = trials.index(min(trials))
-    return _forward(model.to(memory_format=formats[best]), images[best], dtype)
-
-
-def backbone_candidates(batch: int, height: int, width: int, compile: bool) -> Candidates:
-    """Inference of backbones in float32 and bfloat16, by ``torch.compile`` too if ``compile``."""
-    image = torch.randn(batch, 3, height, width)
-    ours = build_backbone("tiny").eval()
-    low = torch.bfloat16
-    exact = {name: _using(name, _forward(ours, image)) for name in _implementations()}
-    exact[OPTIMISED] = _forward(optimize_for_inference(ours), image)
-    rough = {
-        "ours, bfloat16 by autocast": _forward(ours, image, low),
-        f"{OPTIMISED}, bfloat16": _forward(optimize_for_inference(ours, low), image),
-    }
-    if image.is_cuda:
-        exact[f"{OPTIMISED}, {GRAPH}"] = graphed(exact[OPTIMISED])
-        rough[f"{OPTIMISED}, bfloat16, {GRAPH}"] = graphed(rough[f"{OPTIMISED}, bfloat16"])
-        rough["ours, TF32"] = _with_tf32(exact[NATIVE if NATIVE in exact else EAGER])
-    models = {name: _peer(timm_name, height, width).eval() for name, timm_name in PEERS.items()}
-    peers: Candidates = {}
-    for name, model in models.items():
-        peers[name] = _in_faster_format(model, image)
-        peers[f"{name}, bfloat16 by autocast"] = _in_faster_format(copy.deepcopy(model), image, low)
-        converted = copy.deepcopy(model).to(low)
-        peers[f"{name}, bfloat16 weights"] = _in_faster_format(converted, image.to(low))
-    if compile:
-        exact["ours, torch.compile"] = _compiled(ours, image)
-        for name, model in models.items():
-            compiled = peers[f"{name}, torch.compile"] = _compiled(model, image)
-            check_agreement({name: peers[name](), f"{name}, torch.compile": compiled()})
-    check_agreement(_run(exact))
-    reference = exact[OPTIMISED]()
-    for name, candidate in rough.items():
-        check_agreement({OPTIMISED: reference, name: candidate().float()}, TOLERANCE[low])
-    return {**exact, **rough, **peers}
-
-
-def _compiled(model: nn.Module, image: Tensor) -> Callable:
-    """``torch.compile`` with frozen weights; compiles immediately."""
-    from torch._inductor import config
-
-    torch._dynamo.reset()
-    forward = _forward(torch.compile(copy.deepcopy(model)), image)
-    with config.patch(freezing=True):
-        forward()
-    return forward
-
-
-def training_candidates(batch: int, height: int, width: int) -> tuple[Candidates, dict[str, float]]:
-    """Forward and backward of backbones, and the MB that each keeps for its backward pass."""
-    image = torch.randn(batch, 3, height, width)
-    ours = build_backbone("tiny")
-    inference = {name: _using(name, _forward(ours.eval(), image)) for name in _implementations()}
-    check_agreement(_run(inference))
-    ours.train()
-    models: dict[str, nn.Module] = dict.fromkeys(_implementations(), ours)
-    models |= {name: _peer(timm_name, height, width).train() for name, timm_name in PEERS.items()}
-
-    def loss(model: nn.Module) -> Tensor:
-        return torch.stack([output.mean() for output in _maps(model(image))]).sum()
-
-    def step(model: nn.Module) -> None:
-        model.zero_grad()
-        loss(model).backward()
-
-    candidates = {name: _using(name, partial(step, model)) for name, model in models.items()}
-    if image.is_cuda:
-        candidates[f"ours, {GRAPH}"] = graphed(partial(step, ours))
-    memory_mb = {
-        name: saved_bytes(model, _using(name, partial(loss, model))) / 1e6
-        for name, model in models.items()
-    }
-    return candidates, memory_mb
 
 
 def detector_candidates(batch: int, height: int, width: int) -> Candidates:
@@ -247,9 +126,9 @@ def detector_candidates(batch: int, height: int, width: int) -> Candidates:
         with torch.no_grad():
             return forward_all_layers(model, images)[0][0][0]  # objectness on the finest level
 
-    candidates = {name: _using(name, partial(forward, ours)) for name in _implementations()}
+    candidates = {name: using(name, partial(forward, ours)) for name in implementations()}
     candidates[OPTIMISED] = partial(forward, optimize_for_inference(ours))
-    check_agreement(_run(candidates))
+    check_agreement(outputs_of(candidates))
     return {**candidates, "Detectron2 ResNet-50": partial(forward, other)}
 
 
@@ -294,9 +173,9 @@ def prediction_candidates(
         with torch.no_grad():
             return other([image / 255 for image in images])
 
-    candidates = {name: _using(name, partial(detect, ours)) for name in _implementations()}
+    candidates = {name: using(name, partial(detect, ours)) for name in implementations()}
     candidates[OPTIMISED] = partial(detect, optimize_for_inference(ours))
-    check_agreement(_run(candidates))
+    check_agreement(outputs_of(candidates))
     low = f"{OPTIMISED}, bfloat16"
     candidates[low] = partial(detect, optimize_for_inference(ours, torch.bfloat16))
     candidates["torchvision maskrcnn_resnet50_fpn_v2"] = detect_in_torchvision
@@ -312,10 +191,10 @@ def segmentation_candidates(batch: int, height: int, width: int) -> Candidates:
         with torch.no_grad():
             return model(images)
 
-    exact = {name: _using(name, partial(segment, ours)) for name in _implementations()}
+    exact = {name: using(name, partial(segment, ours)) for name in implementations()}
     exact[OPTIMISED] = partial(segment, optimize_for_inference(ours))
-    check_agreement(_run(exact))
+    check_agreement(outputs_of(exact))
     low = torch.bfloat16
     rough = {f"{OPTIMISED}, bfloat16": partial(segment, optimize_for_inference(ours, low))}
-    check_agreement({OPTIMISED: exact[OPTIMISED](), **_run(rough)}, TOLERANCE[low])
+    check_agreement({OPTIMISED: exact[OPTIMISED](), **outputs_of(rough)}, TOLERANCE[low])
     return {**exact, **rough}

@@ -1,8 +1,9 @@
-"""What the benchmark times of exported networks: other runtimes next to PyTorch."""
+"""What the benchmark times of networks in other runtimes next to PyTorch."""
 
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -98,3 +99,42 @@ def _in_pytorch(network: nn.Module, pixels: np.ndarray) -> Tensor:
 
 def _in_runtime(run: Callable[[np.ndarray], Outputs], pixels: np.ndarray, _: object) -> Tensor:
     return torch.from_numpy(run(pixels)["y"])
+
+
+def in_openvino(
+    model: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32
+) -> Callable[[], Tensor]:
+    """Inference of a timm backbone by OpenVINO, which returns the coarsest map.
+
+    OpenVINO converts the model for images of this size, without a file, and has as many threads as
+    PyTorch.
+
+    Args:
+        image: ``Tensor[B, C, H, W]``, float32, on the CPU.
+        dtype: what OpenVINO may compute in: float32 or, if the processor can, bfloat16.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError(
+            "networks in OpenVINO need openvino: pip install 'spatial-mamba-d2[openvino]'"
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch about tracing
+        graph = openvino.convert_model(model, input=[tuple(image.shape)], example_input=image)
+    config = {
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.Core().compile_model(graph, "CPU", config)
+    pixels = image.contiguous().numpy()
+
+    def forward() -> Tensor:
+        outputs = compiled([pixels], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(outputs[len(outputs) - 1])
+
+    return forward

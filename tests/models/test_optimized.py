@@ -20,7 +20,7 @@ from spatial_mamba_d2.models import (
 )
 from spatial_mamba_d2.models import optimized as optimized_module
 from spatial_mamba_d2.models import packed as packed_module
-from spatial_mamba_d2.ops import _extension
+from spatial_mamba_d2.ops import _extension, winograd_conv3x3
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 2, 1)}
 BUILDERS = {
@@ -333,6 +333,31 @@ def test_parametrisations_are_computed(backbone):
     with torch.no_grad():
         ssm.in_proj.parametrizations.weight.original0.mul_(2)
     assert error(run(optimize_for_inference(backbone), x), run(backbone, x)) < 1e-4
+
+
+@pytest.mark.skipif(_extension.WHY_NOT_COMPILED is not None, reason="no compiled kernels")
+@pytest.mark.parametrize(
+    ("shape", "is_direct"), [((2, 64, 4, 8), True), ((1, 64, 5, 13), False)], ids=str
+)
+def test_the_smallest_maps_are_convolved_directly(monkeypatch, shape, is_direct):
+    """With the same result up to rounding, also after a copy."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 72, 3, padding=1).requires_grad_(False)
+    optimized = packed_module.packed_conv(conv, act="relu")
+    assert isinstance(optimized, packed_module.WinogradConv)
+    calls = []
+
+    def winograd(*inputs):
+        calls.append(inputs[0].shape)
+        return winograd_conv3x3(*inputs)
+
+    monkeypatch.setattr(packed_module, "winograd_conv3x3", winograd)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        for layer in (optimized, copy.deepcopy(optimized)):
+            torch.testing.assert_close(layer(x), conv(x).relu(), rtol=1e-4, atol=1e-5)
+    has_direct = torch.backends.mkldnn.is_available()
+    assert len(calls) == (0 if is_direct and has_direct else 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -6,13 +6,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from spatial_mamba_d2.models import pointwise as pointwise_module
 from spatial_mamba_d2.models.pointwise import Pointwise, pointwise
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 5), (2, 7, 1, 16), (1, 9, 13, 33)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    # small; a convolution of merged images in float32; of separate ones in both
+    [(1, 1, 1, 5), (2, 7, 1, 16), (1, 9, 13, 33), (2, 30, 29, 120), (2, 35, 33, 80)],
+    ids=str,
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_a_linear_layer(shape, dtype, bias):
     torch.manual_seed(0)
@@ -29,13 +35,45 @@ def test_equals_a_linear_layer(shape, dtype, bias):
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def test_parts_of_a_map():
+@pytest.mark.parametrize(
+    ("shape", "dtype", "expected"),
+    [
+        ((1, 8, 8, 256), torch.float32, None),
+        ((1, 8, 9, 256), torch.float32, (1, 256, 8, 9)),
+        ((4, 32, 32, 256), torch.float32, (1, 256, 128, 32)),
+        ((4, 32, 33, 256), torch.float32, (4, 256, 32, 33)),
+        ((4, 16, 16, 256), torch.bfloat16, None),
+        ((4, 16, 17, 256), torch.bfloat16, (1, 256, 64, 17)),
+        ((1, 8, 8, 256), torch.float64, None),
+        ((1, 64, 64, 256), torch.float64, None),
+    ],
+    ids=str,
+)
+def test_small_products_are_linear_layers_and_small_maps_one_image(
+    monkeypatch, shape, dtype, expected
+):
+    """What is convolved, with a weight of 64 x 256."""
+    convolved = []
+
+    def conv2d(x, *others):
+        convolved.append(tuple(x.shape))
+        return torch.conv2d(x, *others)
+
+    monkeypatch.setattr(F, "conv2d", conv2d)
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(64, 256, dtype=dtype)
+    assert pointwise(x, weight).shape == (*shape[:-1], 64)
+    assert convolved == ([expected] if expected else [])
+
+
+def test_parts_of_a_map(monkeypatch):
     """A slice of channels and a transposed map, as they come out of a split."""
     torch.manual_seed(0)
     x = torch.randn(2, 5, 7, 12)
     layer = Pointwise(4, 9)
-    for part in (x[..., 3:7], x.transpose(1, 2)[..., 8:], x[:, ::2, 1:, :4]):
-        torch.testing.assert_close(layer(part), F.linear(part, layer.weight, layer.bias))
+    for products in (2**20, 0):  # as linear layers, and as convolutions
+        monkeypatch.setattr(pointwise_module, "LINEAR_PRODUCTS", products)
+        for part in (x[..., 3:7], x.transpose(1, 2)[..., 8:], x[:, ::2, 1:, :4]):
+            torch.testing.assert_close(layer(part), F.linear(part, layer.weight, layer.bias))
 
 
 def test_autocast():

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 
 from spatial_mamba_d2.models import build_backbone, build_upernet
-from spatial_mamba_d2.profiling import benchmark, candidates, exported, gemm_peak
+from spatial_mamba_d2.profiling import (
+    backbone_candidates,
+    benchmark,
+    candidates,
+    exported,
+    gemm_peak,
+)
 from spatial_mamba_d2.profiling.benchmark_report import plot, report, to_markdown
 from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
 from spatial_mamba_d2.profiling.flops import official_flops
+from spatial_mamba_d2.profiling.timing import seconds_of
+from spatial_mamba_d2.system.processor import describe_processor
 
 PREDICTION = pytest.param("prediction", marks=pytest.mark.long)  # torchvision's heads take a minute
 NARROW = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
@@ -21,14 +32,14 @@ NARROW = {"embed_dim": 16, "depths": (1, 1, 1, 1)}
 @pytest.fixture
 def small(monkeypatch):
     """A small peer and small sizes, so that a run takes seconds."""
-    monkeypatch.setattr(candidates, "PEERS", {"timm convnext": "convnext_atto"})
+    monkeypatch.setattr(backbone_candidates, "PEERS", {"timm convnext": "convnext_atto"})
     monkeypatch.setattr(gemm_peak, "GEMM_SIDE", 64)
     few = partial(forward_all_layers, num_proposals=50, num_detections=5)
     monkeypatch.setattr(candidates, "forward_all_layers", few)
     few = partial(candidates.prediction_candidates, num_proposals=50, num_detections=5)
     monkeypatch.setattr(benchmark, "prediction_candidates", few)
     monkeypatch.setattr(candidates, "build_upernet", partial(build_upernet, **NARROW, channels=64))
-    for module in (benchmark, candidates):
+    for module in (benchmark, backbone_candidates):
         monkeypatch.setattr(module, "build_backbone", lambda name: build_backbone(name, **NARROW))
 
 
@@ -122,7 +133,72 @@ def test_compiled_backbones_are_timed(small, monkeypatch):
     """Without compiling, which takes minutes; test_compile.py shows that they are one graph."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, disable=True))
     result = benchmark.run_benchmark("backbone", 64, 64, rounds=1, compile=True)
-    assert {"ours, torch.compile", "timm convnext, torch.compile"} <= result["seconds"].keys()
+    expected = {"ours, torch.compile", "timm convnext, torch.compile"}
+    expected |= {"ours, torch.compile, bfloat16 by autocast"}
+    expected |= {"timm convnext, torch.compile, bfloat16 weights"}
+    assert expected <= result["seconds"].keys()
+
+
+def test_others_by_openvino_are_compared_and_timed(small):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    result = benchmark.run_benchmark("backbone", 64, 96, rounds=1, openvino=True)
+    expected = {"timm convnext, OpenVINO", "timm convnext, OpenVINO, bfloat16"}
+    assert expected <= result["seconds"].keys()
+
+
+def test_openvino_computes_in_the_precision_that_it_is_given():
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    torch.manual_seed(0)
+    model = backbone_candidates._peer("convnext_atto", 64, 96).eval()
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(image)[-1]
+    errors = [
+        (
+            (exported.in_openvino(model, image, dtype)() - expected).abs().max()
+            / expected.abs().max()
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert errors[0] < 1e-5
+    if "bfloat16" in describe_processor()["abilities"]:
+        assert 1e-4 < errors[1] < 0.1
+
+
+def test_openvino_that_is_missing_names_its_extra(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"pip install 'spatial-mamba-d2\[openvino\]'"):
+        benchmark.run_benchmark("backbone", 64, 96, rounds=1, openvino=True)
+
+
+def test_training_in_both_precisions(small):
+    result = benchmark.run_benchmark("train", 64, 96, batch=2, rounds=1)
+    for name in ("ours, plain PyTorch operators", "timm convnext"):
+        low = f"{name}, bfloat16 by autocast"
+        assert result["seconds"].keys() >= {name, low}
+        assert result["memory_mb"][low] > 0
+
+
+def test_a_context_is_entered_before_the_clock_starts():
+    events = []
+
+    @contextmanager
+    def context():
+        events.append("enter")
+        time.sleep(0.2)
+        yield
+        events.append("leave")
+
+    call = candidates.InContext(lambda: events.append("call"), context)
+    assert seconds_of(call, num_calls=2) < 0.1
+    assert events == ["enter", "call", "call", "leave"]
+
+
+@pytest.mark.parametrize("y", [[0.0, 1.0], [float("nan"), 0.0]])
+def test_zeros_agree_with_nothing_else(y):
+    candidates.check_agreement({"a": torch.zeros(2), "b": torch.zeros(2)})
+    with pytest.raises(RuntimeError, match="b differs from a by inf of the largest value"):
+        candidates.check_agreement({"a": torch.zeros(2), "b": torch.tensor(y)})
 
 
 def test_disagreement_is_an_error():
