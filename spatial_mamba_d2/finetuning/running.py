@@ -6,19 +6,20 @@ import argparse
 import importlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from fvcore.common.config import CfgNode
 
 from spatial_mamba_d2.data.formats import read_data, split_data, write_training_files
 from spatial_mamba_d2.finetuning import settings as choices
 from spatial_mamba_d2.finetuning.data_facts import measure_data
 from spatial_mamba_d2.finetuning.probing import OutOfMemoryError, probe
-from spatial_mamba_d2.finetuning.rehearsal import require_rehearsal
+from spatial_mamba_d2.finetuning.rehearsal import load_any, require_rehearsal
 from spatial_mamba_d2.finetuning.settings import Setting, Settings, Situation
 from spatial_mamba_d2.models.checkpoints.convert import backbone_arguments, find_variant
 from spatial_mamba_d2.models.checkpoints.names import backbone_prefix, model_kind, translate
@@ -62,7 +63,7 @@ def finetune(
         size: ``t``, ``s`` or ``b``; None: that of the weights, or ``t``.
         epochs: length of the training; None: by the task, or by ``minutes``.
         minutes: that the training may take, by the measured time of an iteration.
-        overrides: ``KEY VALUE ...``, which count most.
+        overrides: ``KEY VALUE ...``, which count most, and are written into the configuration.
         num_gpus: processes on this machine.
         resume: continue the training in ``output``; only ``output`` and ``overrides`` count then.
         only_write: write the configuration and do not train.
@@ -87,7 +88,7 @@ def finetune(
                 f"output: {output} holds a training; continue it with --resume, or name another "
                 "folder"
             )
-        task = prepare(data, weights, output, task, size, epochs, minutes)
+        task = prepare(data, weights, output, task, size, epochs, minutes, overrides)
     if rehearse_first:
         require_rehearsal(task, config_file, overrides)
     if not only_write:
@@ -103,6 +104,7 @@ def prepare(
     size: str | None,
     epochs: float | None,
     minutes: float | None,
+    overrides: Sequence[str] = (),
 ) -> str:
     """Write the configuration, and return its task."""
     if epochs is not None and minutes is not None:
@@ -134,6 +136,15 @@ def prepare(
     keys = write_training_files(data, output / "data")
     fixed = _fixed(keys, weights, start, data.task, output)
     config_file = output / CONFIG
+    _write(config_file, situation, size, fixed, "a check of the command line")
+    try:
+        load_any(config_file, overrides, data.task)
+    finally:
+        config_file.unlink()
+    fixed |= {
+        key: Setting(CfgNode._decode_cfg_value(value), "from the command line")
+        for key, value in zip(overrides[::2], overrides[1::2], strict=True)
+    }
     situation = _fit(situation, size, fixed, config_file, epochs, minutes)
     _write(config_file, situation, size, fixed, f"tools/{_tool(data.task)}")
     logger.info("configuration: %s", config_file)

@@ -17,8 +17,7 @@ from spatial_mamba_d2.prediction.drivers import (
     run_ray,
     slurm_script,
 )
-from spatial_mamba_d2.prediction.loading import load_predictor
-from spatial_mamba_d2.prediction.predictor import Predictor
+from spatial_mamba_d2.prediction.loading import load_named_predictor
 from spatial_mamba_d2.prediction.recording import record_stream
 from spatial_mamba_d2.prediction.streams import is_stream
 from spatial_mamba_d2.system.cli import log_to_stdout
@@ -79,7 +78,7 @@ def _record(args: argparse.Namespace) -> None:
             "with one among them"
         )
     record_stream(
-        args.input[0], args.output, _load(args), _options(args),
+        args.input[0], args.output, load_named_predictor(args), _options(args),
         max_frames=args.max_frames, max_seconds=args.seconds,
     )  # fmt: skip
 
@@ -94,8 +93,9 @@ def _predict_shard(args: argparse.Namespace, shard: tuple[int, int] | None) -> N
 def _predict(args: argparse.Namespace, shard: tuple[int, int] | None, *, merge: bool) -> None:
     log_to_stdout()
     options = _options(args, shard, merge=merge)
-    predictor = _load(args)
-    identity = json.dumps([file_sha256(args.weights), args.config_file, args.opts])
+    predictor = load_named_predictor(args)
+    settings = [args.config_file, args.opts, args.optimize, args.calibrate]
+    identity = json.dumps([file_sha256(args.weights), *settings])
     predict_files(args.input, args.output, predictor, options, identity=identity)
 
 
@@ -113,10 +113,6 @@ def _options(
         shard=shard,
         merge=merge,
     )
-
-
-def _load(args: argparse.Namespace) -> Predictor:
-    return load_predictor(args.weights, args.config_file or None, args.device, args.task, args.opts)
 
 
 def _without_option(words: Sequence[str], option: str) -> list[str]:

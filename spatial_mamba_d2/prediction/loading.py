@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from spatial_mamba_d2.models.checkpoints.reading import (
     unwrap,
 )
 from spatial_mamba_d2.prediction.exported import is_exported, load_exported
-from spatial_mamba_d2.prediction.predictor import Predictor
+from spatial_mamba_d2.prediction.optimizing import DTYPES, optimize_predictor
+from spatial_mamba_d2.prediction.predictor import Predictor, Source
+from spatial_mamba_d2.prediction.sources import find_sources
 from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.package_files import recipe_file
 from spatial_mamba_d2.system.yaml_file import parse_yaml
@@ -38,6 +40,9 @@ def load_predictor(
     device: str | None = None,
     task: str | None = None,
     overrides: Sequence[str] = (),
+    *,
+    optimize: str | None = None,
+    calibration: Source | None = None,
 ) -> Predictor:
     """A model that is ready to predict, from its checkpoint or an exported file.
 
@@ -49,20 +54,27 @@ def load_predictor(
             the CPU.
         task: ``detection``, ``segmentation`` or ``classification``; None: recognised.
         overrides: ``KEY VALUE`` pairs, which count most.
+        optimize: ``float32``, ``bfloat16`` or ``int8``: predict faster, with an optimised copy of
+            the network, see :func:`.optimizing.optimize_predictor`. None: as it was trained.
+        calibration: images for ``int8``.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is no complete model, its configuration does not fit or cannot be
             recognised, or an argument is unknown.
         ImportError: a package of the task, or the runtime of an exported file, is missing.
+        RuntimeError: the processor cannot multiply in 8 bits.
     """
     if is_exported(weights):
         model = load_exported(weights)
-        _check_exported(weights, model.task, config, device, task, overrides)
+        _check_exported(weights, model.task, config, device, task, overrides, optimize)
         return Predictor(model)
     task, cfg = recognise_model(weights, config, device=device, task=task, overrides=overrides)
     subpackage = importlib.import_module(f"spatial_mamba_d2.{task}.results")
-    return Predictor(subpackage.ImagePredictor(cfg))
+    predictor = Predictor(subpackage.ImagePredictor(cfg))
+    if optimize is not None or calibration is not None:
+        optimize_predictor(predictor, optimize, calibration)
+    return predictor
 
 
 def _check_exported(
@@ -72,11 +84,14 @@ def _check_exported(
     device: str | None,
     task: str | None,
     overrides: Sequence[str],
+    optimize: str | None,
 ) -> None:
-    for name, value in (("config", config), ("overrides", list(overrides))):
+    given = ("config", config), ("overrides", list(overrides)), ("optimize", optimize)
+    for name, value in given:
         if value:
             raise ValueError(
-                f"{name}: {weights} is exported with its configuration inside, got {value}"
+                f"{name} must be left out: {weights} is exported with its configuration inside, "
+                f"for a runtime that optimises it, got {value}"
             )
     if device not in (None, "cpu"):
         raise ValueError(f"device must be cpu for the exported file {weights}, got {device!r}")
@@ -186,3 +201,18 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--config-file", default="", metavar="FILE", help="default: recognised")
     parser.add_argument("--task", choices=TASKS, help="default: recognised")
     parser.add_argument("--device", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--optimize", choices=DTYPES, help="predict faster; int8 needs --calibrate and VNNI"
+    )
+    parser.add_argument(
+        "--calibrate", nargs="+", default=[], metavar="IMAGE", help="images, folders, ... for int8"
+    )
+
+
+def load_named_predictor(args: Namespace) -> Predictor:
+    """The predictor that the options of :func:`add_model_arguments` name."""
+    images = find_sources(args.calibrate, key="calibrate") if args.calibrate else None
+    return load_predictor(
+        args.weights, args.config_file or None, args.device, args.task, args.opts,
+        optimize=args.optimize, calibration=images,
+    )  # fmt: skip

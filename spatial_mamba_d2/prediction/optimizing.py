@@ -14,11 +14,11 @@ from spatial_mamba_d2.prediction.predictor import Predictor, Source
 
 DTYPES = ("float32", "bfloat16", "int8")
 #: At most this many images calibrate 8 bits.
-MAX_CALIBRATION = 64
+MAX_CALIBRATION = 32
 
 
 def optimize_predictor(
-    predictor: Predictor, dtype: str = "float32", calibration: Source | None = None
+    predictor: Predictor, dtype: str | None, calibration: Source | None = None
 ) -> None:
     """Replace a predictor's network by an optimised copy.
 
@@ -29,7 +29,7 @@ def optimize_predictor(
             in 8 bits, on CPUs with VNNI; see
             :func:`~spatial_mamba_d2.models.quantize_for_inference`.
         calibration: images of the kind that will be predicted, for ``int8``, as the predictor takes
-            them; the first 64 of them are used.
+            them; the first 32 of them are used.
 
     Raises:
         ValueError: an argument does not fit.
@@ -40,9 +40,7 @@ def optimize_predictor(
     if (dtype == "int8") != (calibration is not None):
         need = "some images" if dtype == "int8" else "left out"
         raise ValueError(f"calibration must be {need} for {dtype}, got {calibration!r}")
-    owner: Any = getattr(predictor.model, "predictor", None)
-    if owner is None:
-        raise ValueError("optimize must be left out for an exported file, whose runtime optimises")
+    owner: Any = predictor.model.predictor  # type: ignore[attr-defined]  # exported ones have none
     if dtype != "int8":
         owner.model = optimize_for_inference(owner.model, getattr(torch, dtype))
         return

@@ -26,7 +26,7 @@ import numpy as np
 from spatial_mamba_d2 import __version__
 from spatial_mamba_d2.data.images import UnknownFormatError, read_image_bytes
 from spatial_mamba_d2.data.pixels import TooManyPixelsError
-from spatial_mamba_d2.prediction.loading import load_predictor
+from spatial_mamba_d2.prediction.loading import load_named_predictor
 from spatial_mamba_d2.prediction.predictor import Predictor, grid_of
 from spatial_mamba_d2.serving.answers import (
     ParameterError,
@@ -294,9 +294,7 @@ def run(args: argparse.Namespace) -> None:
     """
     names = ("max_bytes", "max_pixels", "max_windows", "max_pending", "timeout_s")
     limits = Limits(**{name: getattr(args, name) for name in names})
-    predictor = load_predictor(
-        args.weights, args.config_file or None, args.device, args.task, args.opts
-    )
+    predictor = load_named_predictor(args)
     # The first prediction allocates, and may compile kernels.
     predictor(np.zeros((_WARMUP_PX, _WARMUP_PX, predictor.model.num_channels), np.uint8))
     logger.info("%s of %d classes, by %s", predictor.task, len(predictor.names), args.weights)

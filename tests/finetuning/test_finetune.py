@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 
@@ -104,9 +105,24 @@ def test_data_without_a_split_are_split_and_resumed(shape_source, tmp_path):
     assert record["num_images"] == {"train": 14, "val": 3}
     with pytest.raises(ValueError, match="holds a training"):
         finetune(tmp_path / "data", None, run)
-    longer = (*small, "SOLVER.MAX_ITER", "6")
-    finetune(None, None, run, resume=True, overrides=longer)
+    # What was said at first still counts.
+    finetune(None, None, run, resume=True, overrides=("SOLVER.MAX_ITER", "6"))
     assert torch.load(run / "model_final.pth", weights_only=False)["iteration"] == 5
+    load = importlib.import_module("spatial_mamba_d2.detection.config").load_config
+    written = load(run / "finetune.yaml", [])
+    assert written == load(run / "finetune.yaml", small)
+    assert "# from the command line" in (run / "finetune.yaml").read_text(encoding="utf-8")
+
+
+def test_wrong_overrides_leave_the_folder_usable(shape_source, tmp_path):
+    writers.write_coco(shape_source, tmp_path / "data", one_file=True)
+    for overrides, message in (
+        (("SOLVER.MAX_ITERS", "6"), "command line: unknown config key SOLVER.MAX_ITERS"),
+        (("SOLVER.MAX_ITER",), "overrides must come as KEY VALUE pairs, got 1 words"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune(tmp_path / "data", None, tmp_path / "run", epochs=1, overrides=overrides)
+        assert not (tmp_path / "run" / "finetune.yaml").exists()
 
 
 def test_a_model_with_other_classes_goes_on(runs, sample_images, tmp_path):

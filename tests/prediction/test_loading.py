@@ -19,6 +19,8 @@ from spatial_mamba_d2.detection import build_model
 from spatial_mamba_d2.detection.config import load_config as detection_config
 from spatial_mamba_d2.export.formats import ExportedFile
 from spatial_mamba_d2.models import build_backbone, build_classifier
+from spatial_mamba_d2.models.inference_only import InferenceOnly
+from spatial_mamba_d2.models.quantized import QuantizedLinear, why_not_int8
 from spatial_mamba_d2.prediction import ClassScores, Detections, LabelMap, exported, load_predictor
 from spatial_mamba_d2.segmentation.config import load_config as segmentation_config
 from spatial_mamba_d2.segmentation.module import build_model as build_segmentor
@@ -272,8 +274,9 @@ def test_errors_about_exported_files(checkpoint, load_exported, tmp_path):
         load_exported(path, resize={})
     load_exported(path)
     for arguments, message in (
-        ({"overrides": ["INPUT.CROP_PX", "32"]}, "overrides: model.onnx is exported with its conf"),
-        ({"config": "x.yaml"}, "config: model.onnx is exported with its configuration inside, got"),
+        ({"overrides": ["INPUT.CROP_PX", "32"]}, "overrides must be left out: model.onnx is expo"),
+        ({"config": "x.yaml"}, "config must be left out: model.onnx is exported with its conf"),
+        ({"optimize": "float32"}, "optimize must be left out: model.onnx is exported with its con"),
         ({"device": "cuda"}, "device must be cpu for the exported file model.onnx, got 'cuda'"),
         ({"task": "detection"}, "task must be classification, which model.onnx is for, got 'dete"),
     ):
@@ -281,3 +284,47 @@ def test_errors_about_exported_files(checkpoint, load_exported, tmp_path):
             load_predictor("model.onnx", **arguments)
     with pytest.raises(ValueError, match="model.onnx must be a file of tools/export_model.py"):
         _ = ExportedFile(Path("model.onnx"), None, (), "[]").metadata
+
+
+def _scores(result):
+    """What results of a task are compared by."""
+    if isinstance(result, Detections):
+        return result.boxes
+    return result.label if isinstance(result, LabelMap) else result.scores
+
+
+@pytest.mark.parametrize("task", SMALL)
+def test_optimised_networks(task, checkpoint):
+    """Those of float32 predict the same; the others nearly so, which models' tests measure."""
+    path = checkpoint(task)
+    arguments = {"score_thresh": 0.0} if task == "detection" else {}
+    expected = load_predictor(path)(IMAGE, **arguments)
+    fast = load_predictor(path, optimize="float32")
+    assert isinstance(fast.model.predictor.model, InferenceOnly)
+    np.testing.assert_allclose(_scores(fast(IMAGE, **arguments)), _scores(expected), atol=1e-3)
+    low = load_predictor(path, optimize="bfloat16")(IMAGE, **arguments)
+    assert type(low) is type(expected)
+    if not why_not_int8():
+        eight = load_predictor(path, optimize="int8", calibration=[IMAGE, IMAGE[:40]])
+        kinds = {type(module) for module in eight.model.predictor.model.modules()}
+        assert QuantizedLinear in kinds
+        assert type(eight(IMAGE, **arguments)) is type(expected)
+        again = load_predictor(path, optimize="int8", calibration=iter([IMAGE, IMAGE[:40]]))
+        np.testing.assert_array_equal(
+            _scores(again(IMAGE, **arguments)), _scores(eight(IMAGE, **arguments))
+        )
+
+
+def test_what_optimisation_needs(checkpoint, monkeypatch):
+    path = checkpoint("classification")
+    for arguments, message in (
+        ({"optimize": "int8"}, "calibration must be some images for int8, got None"),
+        ({"optimize": "float32", "calibration": [IMAGE]}, "calibration must be left out for float"),
+        ({"optimize": "int4"}, "optimize must be one of float32, bfloat16, int8, got 'int4'"),
+        ({"calibration": [IMAGE]}, "optimize must be one of float32, bfloat16, int8, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_predictor(path, **arguments)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False, raising=False)
+    with pytest.raises(RuntimeError, match="no VNNI instructions"):
+        load_predictor(path, optimize="int8", calibration=IMAGE)
