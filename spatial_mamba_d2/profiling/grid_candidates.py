@@ -80,11 +80,11 @@ class Subject:
 
 
 def _calls(
-    setting: Setting, ours: Callable[..., Outputs], plain: Callable[..., Outputs], *inputs: Tensor
+    setting: Setting, ours: Callable[..., Any], plain: Callable[..., Any], *inputs: Tensor
 ) -> Pair:
     """Both functions of ``inputs``, or the gradients of all of them."""
 
-    def forward(function: Callable[..., Outputs]) -> Outputs:
+    def forward(function: Callable[..., Any]) -> Any:
         with torch.no_grad():
             return function(*inputs)
 
@@ -93,13 +93,13 @@ def _calls(
     leaves = [x.clone().requires_grad_() for x in inputs]
     cotangent = torch.randn_like(forward(ours))
 
-    def training(function: Callable[..., Tensor]) -> Outputs:
+    def training(function: Callable[..., Any]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(*leaves), leaves, cotangent)
 
     return partial(training, ours), partial(training, plain)
 
 
-def _with_plain_operators(setting: Setting, function: Callable[..., Outputs], *inputs: Any) -> Pair:
+def _with_plain_operators(setting: Setting, function: Callable[..., Any], *inputs: Tensor) -> Pair:
     ours, _ = _calls(setting, function, function, *inputs)
     return ours, using(EAGER, ours)
 
@@ -218,7 +218,8 @@ def _backbone(setting: Setting) -> Pair:
 
     def training() -> Tensor:
         step()
-        gradient = model.stem.conv1.conv.weight.grad  # it depends on all others
+        gradient = model.stem.conv1.conv.weight.grad  # depends on all others
+        assert gradient is not None
         return gradient.clone()
 
     return training, using(EAGER, training)
