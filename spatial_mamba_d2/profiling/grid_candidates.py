@@ -156,7 +156,7 @@ def _gate(stride: int, setting: Setting) -> Pair:
 
 
 def _linear_inputs(setting: Setting, stride: int, sizes: tuple[int, int]) -> list[Tensor]:
-    """Of a layer with ``sizes``: x, weight, bias, in the setting's dtype, as autocast gives them."""
+    """Of a layer with ``sizes``: x, weight, bias, all in the setting's dtype, as by autocast."""
     before, after = sizes
     x, weight, bias = _map(setting, stride, before), torch.randn(after, before), torch.randn(after)
     return [x, (weight * before**-0.5).to(x.dtype), bias.to(x.dtype)]
