@@ -22,7 +22,6 @@ from spatial_mamba_d2.profiling.candidates import (
     OPTIMISED,
     TOLERANCE,
     Candidates,
-    InContext,
     check_agreement,
     implementations,
     is_float32,
@@ -32,6 +31,7 @@ from spatial_mamba_d2.profiling.candidates import (
 from spatial_mamba_d2.profiling.exported import in_openvino
 from spatial_mamba_d2.profiling.gpu import float32_precision, graphed
 from spatial_mamba_d2.profiling.memory import saved_bytes
+from spatial_mamba_d2.profiling.timing import InContext
 
 PEERS = {
     "timm swin_tiny": "swin_tiny_patch4_window7_224",

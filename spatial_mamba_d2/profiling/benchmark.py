@@ -34,7 +34,7 @@ from spatial_mamba_d2.profiling.flops import official_flops
 from spatial_mamba_d2.profiling.gemm_peak import fraction_of_peak, matrix_products
 from spatial_mamba_d2.profiling.gpu import float32_precision, peak_gpu_mb
 from spatial_mamba_d2.profiling.memory import peak_memory_mb, reset_peak_memory_mb
-from spatial_mamba_d2.profiling.timing import seconds_of
+from spatial_mamba_d2.profiling.timing import call_seconds
 from spatial_mamba_d2.system.allocator import keep_freed_memory
 from spatial_mamba_d2.system.processor import describe_processor
 
@@ -145,7 +145,7 @@ def run_benchmark(
 def _measure(candidates: Candidates, rounds: int, device: str) -> dict[str, Any]:
     def warm_up() -> None:
         for candidate in candidates.values():
-            seconds_of(candidate, device)
+            call_seconds(candidate, device)
 
     warm_up()
     memory_mb: dict[str, float] = {}
@@ -162,7 +162,7 @@ def _measure(candidates: Candidates, rounds: int, device: str) -> dict[str, Any]
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, candidate in candidates.items():
-            times[name].append(seconds_of(candidate, device))
+            times[name].append(call_seconds(candidate, device))
 
     return {
         "seconds": {name: statistics.median(values) for name, values in times.items()},

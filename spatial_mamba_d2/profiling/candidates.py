@@ -7,10 +7,8 @@ on the default device of PyTorch (``with torch.device(...)``). Those of backbone
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +19,7 @@ from spatial_mamba_d2.model_zoo import get_config
 from spatial_mamba_d2.models import build_upernet, optimize_for_inference
 from spatial_mamba_d2.ops import _extension, structure_aware_ssm
 from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
+from spatial_mamba_d2.profiling.timing import InContext
 
 Candidates = dict[str, Callable[[], Any]]
 
@@ -63,18 +62,6 @@ def implementations() -> list[str]:
     on_cuda = torch.get_default_device().type == "cuda"
     why_not = _extension.why_no_cuda() if on_cuda else _extension.WHY_NOT_COMPILED
     return [EAGER] if why_not else [NATIVE, EAGER]
-
-
-@dataclass(frozen=True)
-class InContext:
-    """A call within a context, which is entered before the clock starts."""
-
-    function: Callable[[], Any]
-    context: Callable[[], contextlib.AbstractContextManager[Any]]
-
-    def __call__(self) -> Any:
-        with self.context():
-            return self.function()
 
 
 def using(implementation: str, function: Callable[[], Any]) -> Callable[[], Any]:

@@ -18,18 +18,18 @@ from spatial_mamba_d2.models import build_backbone, optimize_for_inference
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops.cuda.kernels import OPENERS
 from spatial_mamba_d2.profiling import dram_model
+from spatial_mamba_d2.profiling.backbone_candidates import PEERS
 from spatial_mamba_d2.profiling.benchmark import describe_machine, run_benchmark
-from spatial_mamba_d2.profiling.candidates import PEERS
 from spatial_mamba_d2.profiling.dram_model import Launch, Problem
 from spatial_mamba_d2.profiling.gpu import (
     float32_precision,
     graphed,
     launch_times,
-    median_seconds,
     peak_gpu_mb,
     seconds_of,
     synchronize,
 )
+from spatial_mamba_d2.profiling.timing import median_seconds
 
 Result = dict[str, Any]
 

@@ -67,17 +67,6 @@ def graphed(call: Callable[[], Any], num_warm_ups: int = 3) -> Callable[[], Any]
     return replay
 
 
-def median_seconds(call: Callable[[], Any], device: str, rounds: int) -> float:
-    """Of ``rounds`` calls, after one that is not timed; each waits for the GPU."""
-    seconds = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
 def peak_gpu_mb(call: Callable[[], Any]) -> float:
     """The most MB of GPU memory that PyTorch's tensors take during ``call``, above those before."""
     torch.cuda.synchronize()

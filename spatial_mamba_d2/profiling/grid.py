@@ -27,7 +27,7 @@ from spatial_mamba_d2.profiling.grid_candidates import (
     Setting,
     Subject,
 )
-from spatial_mamba_d2.profiling.timing import seconds_of
+from spatial_mamba_d2.profiling.timing import call_seconds
 from spatial_mamba_d2.system.allocator import keep_freed_memory
 from spatial_mamba_d2.system.tables import markdown_table
 
@@ -136,13 +136,13 @@ def _check(pair: Pair, name: str, tolerance: float) -> None:
 
 def _compare(pair: Pair, more: int) -> dict[str, Any]:
     """Times in turns, with ``more`` times as many rounds as usual."""
-    once_s = sum(map(seconds_of, pair))
+    once_s = sum(map(call_seconds, pair))
     num_calls = max(1, round(_ROUND_S / once_s))
     usual = min(max(int(_BUDGET_S / (once_s * num_calls)), _MIN_ROUNDS), _MAX_ROUNDS)
     rounds = []
     for i in range(usual * more):
         order = (0, 1) if i % 2 else (1, 0)
-        times = {k: seconds_of(pair[k], num_calls=num_calls) for k in order}
+        times = {k: call_seconds(pair[k], num_calls=num_calls) for k in order}
         rounds.append((times[0], times[1]))
     ours_s, plain_s = map(statistics.median, zip(*rounds, strict=True))
     ratio = statistics.median(ours / plain for ours, plain in rounds)

@@ -80,11 +80,11 @@ class Subject:
 
 
 def _calls(
-    setting: Setting, ours: Callable[..., Outputs], plain: Callable[..., Outputs], *inputs: Tensor
+    setting: Setting, ours: Callable[..., Any], plain: Callable[..., Any], *inputs: Tensor
 ) -> Pair:
     """Both functions of ``inputs``, or the gradients of all of them."""
 
-    def forward(function: Callable[..., Outputs]) -> Outputs:
+    def forward(function: Callable[..., Any]) -> Any:
         with torch.no_grad():
             return function(*inputs)
 
@@ -93,13 +93,13 @@ def _calls(
     leaves = [x.clone().requires_grad_() for x in inputs]
     cotangent = torch.randn_like(forward(ours))
 
-    def training(function: Callable[..., Tensor]) -> Outputs:
+    def training(function: Callable[..., Any]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(*leaves), leaves, cotangent)
 
     return partial(training, ours), partial(training, plain)
 
 
-def _with_plain_operators(setting: Setting, function: Callable[..., Outputs], *inputs: Any) -> Pair:
+def _with_plain_operators(setting: Setting, function: Callable[..., Any], *inputs: Tensor) -> Pair:
     ours, _ = _calls(setting, function, function, *inputs)
     return ours, using(EAGER, ours)
 
@@ -155,20 +155,20 @@ def _gate(stride: int, setting: Setting) -> Pair:
     return _with_plain_operators(setting, ops.gated_layer_norm, y, z, *torch.randn(2, dim))
 
 
-def _linear_inputs(setting: Setting, stride: int, wide_first: bool) -> list[Tensor]:
-    """Of a layer of the MLP: x, weight, bias, in the setting's dtype, as autocast gives them."""
-    sizes = [WIDTHS[stride], 4 * WIDTHS[stride]]
-    before, after = sizes[::-1] if wide_first else sizes
+def _linear_inputs(setting: Setting, stride: int, sizes: tuple[int, int]) -> list[Tensor]:
+    """Of a layer with ``sizes``: x, weight, bias, all in the setting's dtype, as by autocast."""
+    before, after = sizes
     x, weight, bias = _map(setting, stride, before), torch.randn(after, before), torch.randn(after)
     return [x, (weight * before**-0.5).to(x.dtype), bias.to(x.dtype)]
 
 
-def _linear(stride: int, setting: Setting, wide_first: bool) -> Pair:
-    return _calls(setting, pointwise, F.linear, *_linear_inputs(setting, stride, wide_first))
+def _linear(stride: int, setting: Setting, sizes: tuple[int, int]) -> Pair:
+    return _calls(setting, pointwise, F.linear, *_linear_inputs(setting, stride, sizes))
 
 
 def _packed_linear(stride: int, setting: Setting) -> Pair:
-    x, weight, bias = _linear_inputs(setting, stride, wide_first=False)
+    width = WIDTHS[stride]
+    x, weight, bias = _linear_inputs(setting, stride, (width, 4 * width))
     packed = PackedLinear(weight, bias)
     return _calls(setting, packed, lambda x: F.linear(x, weight, bias), x)
 
@@ -218,7 +218,8 @@ def _backbone(setting: Setting) -> Pair:
 
     def training() -> Tensor:
         step()
-        gradient = model.stem.conv1.conv.weight.grad  # it depends on all others
+        gradient = model.stem.conv1.conv.weight.grad  # depends on all others
+        assert gradient is not None
         return gradient.clone()
 
     return training, using(EAGER, training)
@@ -237,7 +238,8 @@ _NETWORK = {FORWARD: 640 * 896, TRAINING: 8 * 224 * 224}
 
 def _subjects() -> tuple[Subject, ...]:
     found = []
-    for stride, stage in ((4, "res2"), (32, "res5")):
+    for (stride, width), stage in zip(WIDTHS.items(), ("res2", "res5"), strict=True):
+        few = width // 16 + 2  # what each token of the SSM selects
         for name, build, max_pixels in (
             ("structure_aware_ssm", _ssm, _OPERATOR),
             ("selective_scan", _scan, _OPERATOR),
@@ -245,8 +247,9 @@ def _subjects() -> tuple[Subject, ...]:
             ("depthwise_conv3x3", _depthwise, _OPERATOR),
             ("gated_layer_norm", _gate, _OPERATOR),
             ("depthwise_conv3x3_layer_norm", _depthwise_norm, {FORWARD: _LARGE}),
-            ("linear layer, C to 4 C", partial(_linear, wide_first=False), _OPERATOR),
-            ("linear layer, 4 C to C", partial(_linear, wide_first=True), _OPERATOR),
+            ("linear layer, C to 4 C", partial(_linear, sizes=(width, 4 * width)), _OPERATOR),
+            ("linear layer, 4 C to C", partial(_linear, sizes=(4 * width, width)), _OPERATOR),
+            ("linear layer, 2 C to C/16 + 2", partial(_linear, sizes=(2 * width, few)), _OPERATOR),
             ("optimised linear layer", _packed_linear, {FORWARD: _LARGE}),
             ("optimised 3x3 convolution", _packed_conv, {FORWARD: _LARGE}),
         ):

@@ -22,7 +22,7 @@ from spatial_mamba_d2.profiling import (
 from spatial_mamba_d2.profiling.benchmark_report import plot, report, to_markdown
 from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
 from spatial_mamba_d2.profiling.flops import official_flops
-from spatial_mamba_d2.profiling.timing import seconds_of
+from spatial_mamba_d2.profiling.timing import InContext, call_seconds
 from spatial_mamba_d2.system.processor import describe_processor
 
 PREDICTION = pytest.param("prediction", marks=pytest.mark.long)  # torchvision's heads take a minute
@@ -189,8 +189,8 @@ def test_a_context_is_entered_before_the_clock_starts():
         yield
         events.append("leave")
 
-    call = candidates.InContext(lambda: events.append("call"), context)
-    assert seconds_of(call, num_calls=2) < 0.1
+    call = InContext(lambda: events.append("call"), context)
+    assert call_seconds(call, num_calls=2) < 0.1
     assert events == ["enter", "call", "call", "leave"]
 
 

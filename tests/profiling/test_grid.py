@@ -12,7 +12,6 @@ from spatial_mamba_d2.models import build_backbone
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.profiling import benchmark_report, grid, grid_candidates
 from spatial_mamba_d2.profiling.benchmark_report import report
-from spatial_mamba_d2.profiling.candidates import InContext
 from spatial_mamba_d2.profiling.grid import LIMIT, grid_table, run_grid
 from spatial_mamba_d2.profiling.grid_candidates import (
     FORWARD,
@@ -21,6 +20,7 @@ from spatial_mamba_d2.profiling.grid_candidates import (
     Setting,
     Subject,
 )
+from spatial_mamba_d2.profiling.timing import InContext
 
 pytestmark = pytest.mark.skipif(
     _extension.WHY_NOT_COMPILED is not None, reason="there are no compiled kernels"
@@ -78,12 +78,12 @@ def test_where_plain_pytorch_is_faster_is_measured_again(monkeypatch, ratio, num
     """By more rounds, with a clock by which ours takes ``ratio`` times as long."""
     measured = []
 
-    def seconds_of(candidate, device="cpu", num_calls=1):
+    def call_seconds(candidate, device="cpu", num_calls=1):
         measured.append(candidate)
         return 1.0 if candidate is plain else ratio
 
     ours, plain = (lambda: torch.ones(1)), (lambda: torch.ones(1))
-    monkeypatch.setattr(grid, "seconds_of", seconds_of)
+    monkeypatch.setattr(grid, "call_seconds", call_seconds)
     subject = Subject("s", lambda _: (ours, plain), {FORWARD: 10**6})
     result = run_grid(threads=[1], batches=[1], sizes=[(32, 32)], subjects=[subject])
     for found in result["settings"]:
