@@ -85,8 +85,11 @@ def _optimized_convs(
     return layers
 
 
-def _optimized_plain_conv(conv: nn.Conv2d, dtype: torch.dtype | None) -> nn.Module:
-    return _OptimizedConv(packed_conv(conv, dtype, out_dtype=torch.float32), conv)
+def _optimized_prediction(conv: nn.Conv2d, dtype: torch.dtype | None) -> nn.Module:
+    """The last convolution of a head, whose outputs are decoded."""
+    packed = packed_conv(conv, dtype, out_dtype=torch.float32)
+    packed.stays_exact = True
+    return _OptimizedConv(packed, conv)
 
 
 class _OptimizedConv(Part):
@@ -174,8 +177,6 @@ def _optimized_fpn(fpn: FPN, dtype: torch.dtype | None) -> nn.Module | None:
 class OptimizedRPNHead(Part):
     """:class:`StandardRPNHead`, whose two outputs are one matrix product."""
 
-    exact_layers = ("predict",)
-
     def __init__(self, head: StandardRPNHead, dtype: torch.dtype | None):
         super().__init__()
         convs = [head.conv] if isinstance(head.conv, Conv2d) else list(head.conv)
@@ -184,6 +185,7 @@ class OptimizedRPNHead(Part):
         self.split_sizes = [layer.out_channels for layer in layers]
         weight = torch.cat([layer.weight.flatten(1) for layer in layers])
         self.predict = PackedLinear(weight, torch.cat([layer.bias for layer in layers]), dtype)
+        self.predict.stays_exact = True
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         outputs = [
@@ -348,7 +350,7 @@ def _optimized_retinanet_head(head: RetinaNetHead, dtype: torch.dtype | None) ->
     for module in list(head.modules()):
         for name, layer in module.named_children():
             if type(layer) is nn.Conv2d:
-                setattr(module, name, _optimized_plain_conv(layer, dtype))
+                setattr(module, name, _optimized_prediction(layer, dtype))
     return head
 
 

@@ -162,6 +162,7 @@ class OptimizedStem(Part):
         super().__init__()
         self.dtype = stem.dtype  # of the images
         self.conv1 = _packed_conv(stem.conv1, dtype)
+        self.conv1.stays_exact = True  # of the image, which the rest depends on
         self.conv2 = nn.ModuleList(_packed_conv(layer, dtype) for layer in stem.conv2)
         widen, narrow = stem.conv3
         self.widen = _packed_conv(widen, dtype)
@@ -171,8 +172,8 @@ class OptimizedStem(Part):
         # Two steps, because to(dtype, memory_format=...) takes twice as long.
         x = x.contiguous(memory_format=torch.channels_last).to(self.conv1.dtype)
         x = self.conv1(x)
-        first, second = (layer for layer in self.conv2 if isinstance(layer, PackedConv))
-        x = nhwc(second.add_to(x, first(x)))
+        first, second = self.conv2
+        x = nhwc(second.add_to(x, first(x)))  # type: ignore[operator]  # a method of both kinds
         batch, _, width, _ = x.shape
         widened_row_bytes = batch * ((width + 1) // 2) * self.widen.out_dim * x.element_size()
         # The widened map has half as many rows as x.
@@ -214,7 +215,6 @@ class OptimizedSSM(Part):
 
     A: Tensor
     taps: Tensor
-    exact_layers = ("x_proj",)  # small, and controls the scan
 
     def __init__(self, ssm: StructureAwareSSM, dtype: torch.dtype | None):
         super().__init__()
@@ -225,6 +225,7 @@ class OptimizedSSM(Part):
         self.conv = ssm.conv
         self.split_sizes = ssm.split_sizes
         self.x_proj = PackedLinear(ssm.x_proj.weight, dtype=dtype)
+        self.x_proj.stays_exact = True  # small, and controls the scan
         self.dt_proj, self.dt_bias = ssm.dt_proj, ssm.dt_bias
         self.D, self.out_norm = ssm.D, ssm.out_norm
         self.register_buffer("A", -torch.exp(ssm.A_log.float().flatten()))
@@ -337,6 +338,7 @@ def _optimized_head(head: Any, dtype: torch.dtype | None) -> nn.Module:
     """Convolutions in ``dtype``, the logits in the model's."""
     replace_children(head, dtype)
     head.classify = PackedConv(head.classify, dtype, out_dtype=head.classify.weight.dtype)
+    head.classify.stays_exact = True
     return head
 
 

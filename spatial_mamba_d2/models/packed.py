@@ -36,10 +36,10 @@ class Part(InferenceOnly):
     """Layer or group of layers in optimised form.
 
     Attributes:
-        exact_layers: names of its layers that stay in float32 when others are quantised.
+        stays_exact: whether it remains in float32 when other layers are quantised.
     """
 
-    exact_layers: tuple[str, ...] = ()
+    stays_exact = False
 
     def __init__(self) -> None:
         super().__init__()

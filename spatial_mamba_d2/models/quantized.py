@@ -1,10 +1,11 @@
-"""Matrix products in 8 bits, for CPUs that multiply 8-bit integers (VNNI).
+"""Products in 8 bits, for CPUs that multiply 8-bit integers (VNNI).
 
-:func:`quantize_for_inference` optimises a model and lets oneDNN compute its matrix products with
-8-bit weights (a scale for each output) and 8-bit activations (one range for each layer, which is
-measured on inputs of the user's). Between a block's two layers of the MLP, activations stay in
-8 bits. Scan, fusion, convolutions, norms, sums and the projection that controls the scan stay in
-float32.
+:func:`quantize_for_inference` optimises a model and lets oneDNN compute its matrix products and
+convolutions with 8-bit weights (a scale for each output) and 8-bit activations (one range for each
+layer, which is measured on inputs of the user's). Between a block's two layers of the MLP,
+activations stay in 8 bits. Scan, fusion, depthwise convolutions, norms and sums stay in float32,
+and so do layers with ``stays_exact``: the first convolution, the projection that controls the scan,
+and those that predict.
 
 Large values in few channels would waste the range of all others, so each channel of a norm is
 divided by a factor that the weights after it are multiplied with: Xiao et al., "SmoothQuant", arXiv
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from spatial_mamba_d2.models.inference_only import InferenceOnly
 from spatial_mamba_d2.models.optimized import OptimizedBlock, optimize_for_inference
-from spatial_mamba_d2.models.packed import PackedLinear, Part
+from spatial_mamba_d2.models.packed import PackedConv, PackedLinear, Part, WinogradConv
 from spatial_mamba_d2.ops import quantize_uint8
 
 #: What shares of the range of a layer's inputs are tried as its range in 8 bits
@@ -50,7 +51,7 @@ def why_not_int8() -> str:
 
 
 def quantize_for_inference(model: nn.Module, calibrate: Callable[[nn.Module], object]) -> nn.Module:
-    """A copy of ``model`` for inference on CPUs, with matrix products in 8 bits.
+    """A copy of ``model`` for inference on CPUs, with products in 8 bits.
 
     What :func:`~.optimized.optimize_for_inference` says of its copies holds, except that outputs
     differ by the errors of 8 bits: compare scores on your own data. Activations that are not finite
@@ -59,11 +60,12 @@ def quantize_for_inference(model: nn.Module, calibrate: Callable[[nn.Module], ob
     Args:
         model: in float32, as for ``optimize_for_inference``, or one of its copies.
         calibrate: runs the model that it gets on typical inputs, some tens of images; it is called
-            three times, and what it returns is ignored.
+            three times, and what it returns is ignored. Layers that get no input, such as the mask
+            head of a detector that finds nothing in them, stay in float32.
 
     Raises:
-        ValueError: ``model`` has no matrix products to quantise, is not in float32, or
-            ``calibrate`` did not run all of them.
+        ValueError: ``model`` has no layers to quantise, is not in float32, or ``calibrate`` did not
+            run it.
         RuntimeError: the processor has no instructions for it (:func:`why_not_int8`).
     """
     if reason := why_not_int8():
@@ -73,35 +75,43 @@ def quantize_for_inference(model: nn.Module, calibrate: Callable[[nn.Module], ob
         optimized = optimize_for_inference(optimized)
     layers = _layers(optimized)
     if not layers:
-        raise ValueError(f"model must have matrix products to quantise, got {type(model).__name__}")
+        raise ValueError(f"model must have layers to quantise, got {type(model).__name__}")
     for name, layer in layers.items():
-        if layer.dtype != torch.float32 or not layer.packed:
+        if layer.dtype != torch.float32:
             raise ValueError(f"model must be on a CPU in float32, got {layer.dtype} at {name}")
     with torch.no_grad():
-        _balance(optimized, _observe(optimized, layers, calibrate, _Channels))
-        layers = _layers(optimized)
-        ranges = _observe(optimized, layers, calibrate, _Range)
+        products = {n: layer for n, layer in layers.items() if isinstance(layer, PackedLinear)}
+        _balance(optimized, _observe(optimized, products, calibrate, _Channels))
+        ranges = _observe(optimized, _layers(optimized), calibrate, _Range)
+        layers = {n: layer for n, layer in _layers(optimized).items() if n in ranges}
         errors = _observe(optimized, layers, calibrate, _Errors, ranges)
-    chosen = {name: _grid(*error.best()) for name, error in errors.items()}
+    grids = {name: _grid(*error.best()) for name, error in errors.items()}
     for name, layer in layers.items():
         owner_name, _, attribute = name.rpartition(".")
-        owner: Any = optimized.get_submodule(owner_name)
-        to = None
-        if isinstance(owner, OptimizedBlock) and attribute == "fc1":
-            to = chosen[f"{owner_name}.fc2"]
-        setattr(owner, attribute, QuantizedLinear(layer, chosen[name], to))
+        owner = optimized.get_submodule(owner_name)
+        quantized: nn.Module
+        if isinstance(layer, PackedLinear):
+            is_before_another = isinstance(owner, OptimizedBlock) and attribute == "fc1"
+            to = grids[f"{owner_name}.fc2"] if is_before_another else None
+            quantized = QuantizedLinear(layer, grids[name], to)
+        else:
+            quantized = QuantizedConv(layer, grids[name])
+        setattr(owner, attribute, quantized)
     return optimized
 
 
-def _layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """By name; without those that stay exact."""
-    return {
-        f"{owner_name}.{name}".lstrip("."): layer
-        for owner_name, owner in model.named_modules()
-        for name, layer in owner.named_children()
-        if isinstance(layer, PackedLinear)
-        and name not in (owner.exact_layers if isinstance(owner, Part) else ())
-    }
+def _layers(model: nn.Module) -> dict[str, PackedLinear | PackedConv | WinogradConv]:
+    """Those that are quantised, by name."""
+    found: dict[str, PackedLinear | PackedConv | WinogradConv] = {}
+    inside: set[nn.Module] = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (PackedLinear, PackedConv, WinogradConv)) or layer in inside:
+            continue
+        inside.update(layer.modules())
+        if layer.stays_exact or (isinstance(layer, PackedConv) and layer.geometry[3] > 1):
+            continue
+        found[name] = layer
+    return found
 
 
 class _Channels:
@@ -116,7 +126,7 @@ class _Channels:
         largest = x.flatten(0, -2).abs().amax(0)
         self.largest = largest if self.largest is None else self.largest.maximum(largest)
 
-    def is_complete(self) -> bool:
+    def has_inputs(self) -> bool:
         return self.largest is not None
 
 
@@ -134,7 +144,7 @@ class _Range:
         self.least, self.most = min(self.least, least.item()), max(self.most, most.item())
         self.has_values = True
 
-    def is_complete(self) -> bool:
+    def has_inputs(self) -> bool:
         return self.has_values
 
 
@@ -146,14 +156,14 @@ class _Errors:
         self.sums = torch.zeros(len(CLIPPED), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        tokens = x.flatten(0, -2)
-        tokens = tokens[:: max(1, tokens.numel() // _MAX_VALUES)]
+        step = x.numel() // _MAX_VALUES | 1  # odd, so that all channels have their turn
+        values = x.flatten()[::step]
         for i in range(len(CLIPPED)):
             scale, zero_point = _grid(*self.clipped(i))
-            rounded = (quantize_uint8(tokens, scale, zero_point).float() - zero_point) * scale
-            self.sums[i] += (rounded - tokens).square().sum().double()
+            rounded = (quantize_uint8(values, scale, zero_point).float() - zero_point) * scale
+            self.sums[i] += (rounded - values).square().sum().double()
 
-    def is_complete(self) -> bool:
+    def has_inputs(self) -> bool:
         return True
 
     def clipped(self, i: int) -> tuple[float, float]:
@@ -165,7 +175,7 @@ class _Errors:
 
 def _observe(
     model: nn.Module,
-    layers: dict[str, PackedLinear],
+    layers: Mapping[str, nn.Module],
     calibrate: Callable[[nn.Module], object],
     kind: Callable[..., Any],
     *before: dict[str, Any],
@@ -181,11 +191,9 @@ def _observe(
     finally:
         for hook in hooks:
             hook.remove()
-    if missing := [name for name, observer in found.items() if not observer.is_complete()]:
-        raise ValueError(
-            f"calibrate must run the entire model, but {missing[0]} got no input; a detector's "
-            "heads get some where it finds objects"
-        )
+    found = {name: observer for name, observer in found.items() if observer.has_inputs()}
+    if not found:
+        raise ValueError("calibrate must run the model that it gets, but no layer got an input")
     return found
 
 
@@ -204,7 +212,8 @@ def _balance(model: nn.Module, channels: dict[str, _Channels]) -> None:
                 (part.ssm.out_norm, [f"{name}.ssm.out_proj"]),
                 (part.cpe2_ln2.norm, [f"{name}.fc1"]),
             ):
-                _balance_norm(model, norm, users, channels[users[0]].largest)
+                if users[0] in channels:
+                    _balance_norm(model, norm, users, channels[users[0]].largest)
 
 
 def _balance_norm(
@@ -224,38 +233,33 @@ def _balance_norm(
         setattr(model.get_submodule(owner_name), attribute, balanced)
 
 
-class QuantizedLinear(Part):
-    """``act(x W^T + b)`` in 8 bits: ``Tensor[..., I]`` -> ``Tensor[..., O]``.
+class _Quantized(Part):
+    """Layer with weights in 8 bits, with a scale for each output.
 
     Inputs are float32, or quantised by the layer before.
-
-    Args:
-        layer: the layer in float32.
-        grid: scale and zero point of the inputs.
-        to: those of the outputs, if they are to be quantised; otherwise outputs are float32.
     """
 
     weight: Tensor
     weight_scales: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, layer: PackedLinear, grid: tuple[float, int], to: tuple[float, int] | None = None
-    ):
+    def __init__(self, weight: Tensor, bias: Tensor | None, act: str, grid: tuple[float, int]):
         super().__init__()
-        weight = layer.weight.to_dense()
-        largest = weight.abs().amax(1)
+        largest = weight.flatten(1).abs().amax(1)
         scales = torch.where(largest > 0, largest / 127, 1.0)
-        self.out_dim, self.act, self.grid, self.to_grid = layer.out_dim, layer.act, grid, to
-        self.dtype = layer.dtype
-        self.register_buffer("weight", (weight / scales[:, None]).round_().to(torch.int8))
+        steps = weight / scales.view(-1, *[1] * (weight.dim() - 1))
+        self.out_dim, self.act, self.grid = len(weight), act, grid
+        self.dtype = torch.float32
+        self.register_buffer("weight", steps.round_().to(torch.int8))
         self.register_buffer("weight_scales", scales)
-        self.register_buffer("bias", layer.bias)
-        self._pack()
+        self.register_buffer("bias", None if bias is None else bias.clone())
+
+    def _packed(self) -> Tensor:
+        raise NotImplementedError
 
     def _pack(self) -> None:
         # Not buffers: code that iterates over buffers cannot read this layout.
-        self.packed_weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
+        self.packed_weight = self._packed()
         self.weight_zero_points = torch.zeros(self.out_dim, dtype=torch.int32)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -269,6 +273,26 @@ class QuantizedLinear(Part):
         if x.dtype != torch.uint8:
             x = quantize_uint8(x, *self.grid)
         return x, *self.grid, self.packed_weight, self.weight_scales, self.weight_zero_points
+
+
+class QuantizedLinear(_Quantized):
+    """``act(x W^T + b)`` in 8 bits: ``Tensor[..., I]`` -> ``Tensor[..., O]``.
+
+    Args:
+        layer: the layer in float32.
+        grid: scale and zero point of the inputs.
+        to: those of the outputs, if they are to be quantised; otherwise outputs are float32.
+    """
+
+    def __init__(
+        self, layer: PackedLinear, grid: tuple[float, int], to: tuple[float, int] | None = None
+    ):
+        super().__init__(layer.weight.to_dense(), layer.bias, layer.act, grid)
+        self.to_grid = to
+        self._pack()
+
+    def _packed(self) -> Tensor:
+        return torch.ops.onednn.qlinear_prepack(self.weight, None)
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero_point = self.to_grid or (1.0, 0)
@@ -284,3 +308,35 @@ class QuantizedLinear(Part):
         product: Any = torch.ops.onednn.qlinear_pointwise.binary
         same, sum_in_place = (1.0, 0, torch.float32, 1.0, 0), ("sum", 1.0, "none", [], "none")
         product(*self._factors(x), out, self.bias, *same, *sum_in_place)
+
+
+class QuantizedConv(_Quantized):
+    """``act(convolution)`` in 8 bits: ``Tensor[B, C, H, W]`` -> ``Tensor[B, O, H', W']``.
+
+    Args:
+        layer: the layer in float32, with one group.
+        grid: scale and zero point of the inputs.
+    """
+
+    def __init__(self, layer: PackedConv | WinogradConv, grid: tuple[float, int]):
+        conv = layer.direct if isinstance(layer, WinogradConv) else layer
+        assert conv is not None
+        super().__init__(conv.weight.to_dense(), conv.bias, conv.act, grid)
+        padding, stride, dilation, groups = conv.geometry
+        self.geometry = (stride, padding, dilation, groups)
+        self.out_dtype = conv.out_dtype
+        self._pack()
+
+    def _packed(self) -> Tensor:
+        prepack: Any = torch.ops.onednn.qconv_prepack
+        return prepack(self.weight, self.weight_scales, *self.grid, *self.geometry, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution: Any = torch.ops.onednn.qconv_pointwise
+        factors = self._factors(x.contiguous(memory_format=torch.channels_last))
+        to = (1.0, 0, torch.float32)
+        return convolution(*factors, self.bias, *self.geometry, *to, self.act, [], None)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """``residual + convolution``, a new ``Tensor[B, C, H, W]``."""
+        return self(x).add_(residual)

@@ -17,8 +17,8 @@ from spatial_mamba_d2.models import (
     quantize_for_inference,
 )
 from spatial_mamba_d2.models import quantized as quantized_module
-from spatial_mamba_d2.models.packed import PackedLinear
-from spatial_mamba_d2.models.quantized import QuantizedLinear, why_not_int8
+from spatial_mamba_d2.models.packed import PackedConv, PackedLinear, WinogradConv, packed_conv
+from spatial_mamba_d2.models.quantized import QuantizedConv, QuantizedLinear, why_not_int8
 
 SMALL = {"embed_dim": 32, "depths": (1, 1, 1, 1)}
 BUILDERS = {
@@ -62,7 +62,7 @@ def test_close_outputs(model, images):
     expected, state = run(model, x), copy.deepcopy(model.state_dict())
     quantized = quantize_for_inference(model, on(images))
     outputs = run(quantized, x)
-    assert 1e-5 < error(outputs, expected) < 0.03
+    assert 1e-5 < error(outputs, expected) < 0.06
     assert all(output.dtype == torch.float32 for output in outputs)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     for other in (copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
@@ -72,12 +72,40 @@ def test_close_outputs(model, images):
 
 
 @needs_vnni
-def test_all_products_but_those_that_control_the_scan(images):
+def test_what_stays_exact(images):
     torch.manual_seed(0)
-    quantized = quantize_for_inference(BUILDERS["backbone"](), on(images))
-    left = [name for name, m in quantized.named_modules() if isinstance(m, PackedLinear)]
-    assert [name.rpartition(".")[2] for name in left] == ["x_proj"] * 4
-    assert sum(isinstance(m, QuantizedLinear) for m in quantized.modules()) == 4 * 5 + 3 * 2 + 1
+    quantized = quantize_for_inference(BUILDERS["upernet"](), on(images))
+    layers = dict(quantized.named_modules())
+    left = [n for n, m in layers.items() if isinstance(m, PackedLinear | PackedConv | WinogradConv)]
+    depthwise = [f"backbone.stages.{i}.downsample.reduce" for i in range(3)]
+    projections = [f"backbone.stages.{i}.blocks.0.ssm.x_proj" for i in range(4)]
+    unused = [name for name in layers if name.startswith("auxiliary_head.") and name in left]
+    assert {*left} == {
+        "backbone.stem.conv1", *depthwise, *projections, "decode_head.classify", *unused
+    }  # fmt: skip
+    assert sum(isinstance(m, QuantizedLinear) for m in layers.values()) == 4 * 5 + 3 * 2 + 1
+    assert sum(isinstance(m, QuantizedConv) for m in layers.values()) >= 10
+
+
+@needs_vnni
+@pytest.mark.parametrize("act", ["none", "relu"])
+@pytest.mark.parametrize(
+    ("dim", "stride", "dilation"), [(16, 1, 1), (16, 2, 1), (20, 1, 2), (64, 1, 1)]
+)
+def test_a_convolution(act, dim, stride, dilation):
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(dim, 72, 3, stride, dilation, dilation)
+    layer = packed_conv(conv, act=act)
+    assert isinstance(layer, WinogradConv) == (dim == 64)
+    x = torch.rand(2, dim, 13, 18, generator=generator) * 3 - 1
+    quantized = QuantizedConv(layer, (3 / 255, 85))
+    with torch.no_grad():
+        outputs = [quantized(x), quantized(x.contiguous(memory_format=torch.channels_last))]
+        expected = layer(x)
+        assert torch.equal(*outputs) and error(outputs[:1], [expected]) < 0.02
+        assert outputs[0].shape == expected.shape
+        total = quantized.add_to(expected, x)
+    torch.testing.assert_close(total, expected + outputs[0])
 
 
 @needs_vnni
@@ -142,7 +170,7 @@ def test_what_is_refused(images, monkeypatch):
         with pytest.raises(RuntimeError, match="quantize_for_inference: .*; use optimize_for_inf"):
             quantize_for_inference(model, on(images))
         monkeypatch.setattr(quantized_module, "why_not_int8", lambda: "")
-    with pytest.raises(ValueError, match=r"calibrate must run the entire model, .* stem"):
+    with pytest.raises(ValueError, match="calibrate must run the model that it gets, but no layer"):
         quantize_for_inference(model, lambda model: None)
     with pytest.raises(ValueError, match=r"float32, got torch\.float64"):
         quantize_for_inference(copy.deepcopy(model).double(), on(images))
