@@ -81,9 +81,9 @@ def run_benchmark(
         a dictionary with ``machine``, ``task``, ``seconds`` (median of each candidate), ``spread``
         (least and most of each) and ``memory_mb``: what a training step saves for its backward
         pass, or by how much other calls raise the memory of the process (on Linux) or, on a GPU, of
-        PyTorch's tensors. Backbones add
-        ``peak_gflops``, the rate of matrix products, and ``peak_fraction``, what ours reach of the
-        best of them, by :mod:`.flops` at 2 FLOPs per multiply-add; ``"growth"`` adds ``exponent``,
+        PyTorch's tensors. Backbones add ``peak_gflops``, the rate of matrix products, and
+        ``peak_fraction``, what ours reach of the best of them in the same precision, by
+        :mod:`.flops` at 2 FLOPs per multiply-add; ``"growth"`` adds ``exponent``,
         fitted to seconds over pixels, and has dictionaries by pixels in place of numbers.
 
     Raises:
