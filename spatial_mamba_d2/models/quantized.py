@@ -306,7 +306,8 @@ class QuantizedLinear(_Quantized):
         """``out += x W^T + b``: ``Tensor[tokens, I]`` to ``Tensor[tokens, O]``, in float32."""
         assert self.act == "none" and self.to_grid is None
         product: Any = torch.ops.onednn.qlinear_pointwise.binary
-        same, sum_in_place = (1.0, 0, torch.float32, 1.0, 0), ("sum", 1.0, "none", [], "none")
+        same: Any = (1.0, 0, torch.float32, 1.0, 0)
+        sum_in_place: Any = ("sum", 1.0, "none", [], "none")
         product(*self._factors(x), out, self.bias, *same, *sum_in_place)
 
 

@@ -24,6 +24,7 @@ from spatial_mamba_d2.profiling.candidates import (
     Candidates,
     check_agreement,
     implementations,
+    in_int8,
     is_float32,
     outputs_of,
     using,
@@ -91,7 +92,7 @@ def _in_faster_format(
 def backbone_candidates(
     batch: int, height: int, width: int, compile: bool = False, openvino: bool = False
 ) -> Candidates:
-    """Inference of backbones in float32 and bfloat16.
+    """Inference of backbones in float32 and bfloat16, and of ours in 8 bits.
 
     Args:
         compile: by ``torch.compile`` too.
@@ -109,6 +110,7 @@ def backbone_candidates(
         f"ours, {AUTOCAST}": inference(ours, image, low),
         f"{OPTIMISED}, bfloat16": inference(optimize_for_inference(ours, low), image),
     }
+    rough |= in_int8(ours, lambda model: inference(model, image)())
     if image.is_cuda:
         exact[f"{OPTIMISED}, {GRAPH}"] = graphed(exact[OPTIMISED])
         rough[f"{OPTIMISED}, bfloat16, {GRAPH}"] = graphed(rough[f"{OPTIMISED}, bfloat16"])

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from spatial_mamba_d2.model_zoo import get_config
-from spatial_mamba_d2.models import build_upernet, optimize_for_inference
+from spatial_mamba_d2.models import (
+    build_upernet,
+    optimize_for_inference,
+    quantize_for_inference,
+)
+from spatial_mamba_d2.models.quantized import why_not_int8
 from spatial_mamba_d2.ops import _extension, structure_aware_ssm
 from spatial_mamba_d2.profiling.detector_layers import forward_all_layers
 from spatial_mamba_d2.profiling.timing import InContext
@@ -32,7 +37,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 def is_float32(name: str) -> bool:
     """Whether the candidate of this name computes in float32."""
-    return "bfloat16" not in name and "TF32" not in name
+    return not any(other in name for other in ("bfloat16", "int8", "TF32"))
 
 
 def check_agreement(
@@ -55,6 +60,13 @@ def check_agreement(
 
 def outputs_of(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, Tensor]:
     return {name: candidate() for name, candidate in candidates.items()}
+
+
+def in_int8(model: nn.Module, run: Callable[[nn.Module], Any]) -> Candidates:
+    """``run`` on ``model`` with products in 8 bits, calibrated by itself, where the CPU can."""
+    if torch.get_default_device().type != "cpu" or why_not_int8():
+        return {}
+    return {f"{OPTIMISED}, int8": partial(run, quantize_for_inference(model, run))}
 
 
 def implementations() -> list[str]:
@@ -165,6 +177,7 @@ def prediction_candidates(
     check_agreement(outputs_of(candidates))
     low = f"{OPTIMISED}, bfloat16"
     candidates[low] = partial(detect, optimize_for_inference(ours, torch.bfloat16))
+    candidates |= in_int8(ours, detect)
     candidates["torchvision maskrcnn_resnet50_fpn_v2"] = detect_in_torchvision
     return candidates
 
@@ -183,5 +196,6 @@ def segmentation_candidates(batch: int, height: int, width: int) -> Candidates:
     check_agreement(outputs_of(exact))
     low = torch.bfloat16
     rough = {f"{OPTIMISED}, bfloat16": partial(segment, optimize_for_inference(ours, low))}
+    rough |= in_int8(ours, segment)
     check_agreement({OPTIMISED: exact[OPTIMISED](), **outputs_of(rough)}, TOLERANCE[low])
     return {**exact, **rough}
