@@ -192,6 +192,19 @@ def test_a_server_that_says_nothing_is_named(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.csv"))
 
 
+def test_nobody_answers(tmp_path):
+    """What the system says about the stream is not taken for what it says about a file."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/x"
+    places = {address: "Connection refused"}
+    if sys.platform == "linux":  # which has cameras as files
+        places["/dev/zero"] = "Inappropriate ioctl"
+    for place, reason in places.items():
+        with pytest.raises(ValueError, match=f"stream {place} cannot be read: {reason}"):
+            record_stream(place, tmp_path / "out", Predictor(Reader()), Options(["csv"]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_file_is_opened_for_a_server(tmp_path, server):
     """Neither by an address nor by a playlist, which names what is to be read."""
     write_video(tmp_path / "film.ts", 10, codec="mpeg2video")
