@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +83,19 @@ def record_stream(
     check_outputs([output / SUMMARY], [], overwrite=options.overwrite)
     recording = _Recording(address, predictor, options, max_frames, max_seconds)
     with stopping.noticed("writing the results"), ExitStack() as files:
+        results = recording.results()
+        first = list(islice(results, 1))
+        if not first and recording.error is not None:  # and no file is begun
+            raise recording.error
         for writer in writers:
             writer.open(files)
-        for image, result in recording.results():
+        for image, result in chain(first, results):
             with ExitStack() as files_of_image:
                 for writer in writers:
                     writer.start(image, files_of_image)
                 add_result(writers, image, result)
                 for writer in writers:
                     writer.finish(image)
-        if not recording.num_written and recording.error is not None:
-            raise recording.error
         for writer in writers:
             writer.close()
     summary = {

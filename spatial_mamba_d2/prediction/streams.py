@@ -22,10 +22,9 @@ from spatial_mamba_d2.prediction.videos import (
 )
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-# Servers of files wait for their reader; of the others, which do not, only the newest frame counts.
-_WAITING_SCHEMES = ("http", "https")
+_FILE_SCHEMES = ("http", "https")  # of servers that may send a file, and wait for its reader
 _SCHEMES = (
-    *_WAITING_SCHEMES, "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp",
+    *_FILE_SCHEMES, "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp",
 )  # fmt: skip
 # What a playlist or another answer may lead to: addresses of the network, and no file.
 _PROTOCOLS = (
@@ -45,8 +44,8 @@ class Stream:
     """The frames of a stream or a camera until it ends; iterable once.
 
     A thread decodes them. Of a camera or a live stream, frames that nobody has taken when the next
-    one comes are dropped, so that predictions do not fall behind. Files that a server sends by HTTP
-    are read as fast as frames are taken, and none is dropped.
+    one comes are dropped, so that predictions do not fall behind. What comes by HTTP and says how
+    long it is, is a file: it is read as fast as its frames are taken, and none is dropped.
 
     Args:
         address: such as ``rtsp://...``, ``http://...`` or ``/dev/video0``.
@@ -77,7 +76,7 @@ class Stream:
         self.name = re.sub(r"[^\w.-]+", "_", parts.path if self.is_camera else place).strip("._")
         self.name = self.name or "stream"
         self.num_dropped = 0
-        self._is_live = parts.scheme not in _WAITING_SCHEMES
+        self._is_live = parts.scheme not in _FILE_SCHEMES
         self._should_stop = should_stop
         self._changed = threading.Condition()
         self._waiting: deque[tuple[int, Any, float]] = deque()
@@ -150,6 +149,9 @@ class Stream:
                 self.address, timeout=(TIMEOUT_S, TIMEOUT_S), **arguments
             ) as container:  # fmt: skip
                 stream = video_stream(container)
+                self._is_live = self._is_live or container.duration is None
+                if self._is_live:  # threads for frames delay each by as many as there are
+                    stream.thread_type = "SLICE"
                 for number, frame in enumerate(decode_frames(container, stream)):
                     if frame.pts is None:
                         seconds = time.monotonic() - start

@@ -31,15 +31,36 @@ from tests.prediction.films import Reader, write_video
 NUM_FRAMES = 60
 
 
+def send_slowly(content, seconds, send):
+    step = -(-len(content) // 100)
+    for start in range(0, len(content), step):
+        send(content[start : start + step])
+        time.sleep(seconds / 100)
+
+
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; ``/cut/NAME`` is half of one, ``/hang/NAME`` its half and then nothing."""
+    """Files of a folder; ``/cut/NAME`` is half of one, ``/hang/NAME`` its half and then nothing.
+
+    ``/live/NAME`` is sent in four seconds, and does not say how much it is.
+    """
 
     def do_GET(self):
         self.server.asked.append(self.path)
         how, _, name = self.path.lstrip("/").partition("/")
-        if how not in ("cut", "hang"):
+        if how not in ("cut", "hang", "live"):
             return super().do_GET()
         content = Path(self.directory, name).read_bytes()
+        if how == "live":
+            self.protocol_version = "HTTP/1.1"  # whose chunks say where the end is
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            send_slowly(
+                content, 4, lambda part: self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+            )
+            self.wfile.write(b"0\r\n\r\n")
+            self.close_connection = True
+            return
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -68,17 +89,14 @@ def server(tmp_path):
 
 
 @contextmanager
-def live(content: bytes, seconds: float):
-    """The address of a stream that sends its bytes in so many seconds, whether somebody waits."""
+def live(content: bytes):
+    """The address of a stream that sends its bytes in four seconds, whether somebody waits."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def send():
             connection, _ = listening.accept()
             with connection:
-                step = -(-len(content) // 100)
-                for start in range(0, len(content), step):
-                    connection.sendall(content[start : start + step])
-                    time.sleep(seconds / 100)
+                send_slowly(content, 4, connection.sendall)
 
         thread = threading.Thread(target=send)
         thread.start()
@@ -147,22 +165,29 @@ def test_detections_by_windows_with_drawings(oracle, tmp_path, server):
     assert len(list((tmp_path / "whole/label").rglob("*.png"))) == 3
 
 
-def test_of_a_live_stream_the_newest_frames(tmp_path):
+@pytest.mark.parametrize("scheme", ["tcp", "http"])
+def test_of_a_live_stream_the_newest_frames(tmp_path, server, scheme):
     """A model that takes longer than the time between frames gets some of them, and no old ones."""
-    content = write_video(tmp_path / "film.ts", 100, codec="mpeg2video").read_bytes()
+    num_frames = 400  # FFmpeg looks at five seconds of a stream before it gives the first frame
+    options = {"container_options": {"live": "1"}}  # without a length
+    content = write_video(tmp_path / "film.mkv", num_frames, **options).read_bytes()
 
     class Slow(Reader):
         def batch(self, images):
             time.sleep(0.2)
             return super().batch(images)
 
-    model = Slow()
-    with live(content, seconds=2) as address:
-        summary = record_stream(address, tmp_path / "out", Predictor(model), Options(["csv"]))
+    predictor, options = Predictor(model := Slow()), Options(["csv"])
+    if scheme == "http":
+        address = f"{server.address}/live/film.mkv"
+        summary = record_stream(address, tmp_path / "out", predictor, options)
+    else:
+        with live(content) as address:
+            summary = record_stream(address, tmp_path / "out", predictor, options)
     numbers = frames_of(tmp_path / "out")
     assert numbers == sorted(set(numbers)) and summary["images"] == len(numbers) < 40
-    assert summary["images"] + summary["dropped"] == 100
-    assert len(numbers) > 2 and numbers[-1] == 99
+    assert summary["images"] + summary["dropped"] == num_frames
+    assert len(numbers) > 3 and numbers[-1] == num_frames - 1
     assert model.numbers == numbers  # what was predicted is what the files say
 
 
@@ -190,6 +215,19 @@ def test_a_server_that_says_nothing_is_named(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="cannot be read: nothing has arrived for 0.5 seconds"):
             record_stream(address, tmp_path / "out", Predictor(Reader()), Options(["csv"]))
     assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_nobody_answers(tmp_path):
+    """What the system says about the stream is not taken for what it says about a file."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/x"
+    places = {address: "Connection refused"}
+    if sys.platform == "linux":  # which has cameras as files
+        places["/dev/zero"] = "Inappropriate ioctl"
+    for place, reason in places.items():
+        with pytest.raises(ValueError, match=f"stream {place} cannot be read: {reason}"):
+            record_stream(place, tmp_path / "out", Predictor(Reader()), Options(["csv"]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_file_is_opened_for_a_server(tmp_path, server):
