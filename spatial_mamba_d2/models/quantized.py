@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from spatial_mamba_d2.models.inference_only import InferenceOnly
 from spatial_mamba_d2.models.optimized import OptimizedBlock, optimize_for_inference
-from spatial_mamba_d2.models.packed import PackedConv, PackedLinear, Part, WinogradConv
+from spatial_mamba_d2.models.packed import PackedConv, PackedLinear, Part, WinogradConv, is_on_cpu
 from spatial_mamba_d2.ops import quantize_uint8
 
-#: What shares of the range of a layer's inputs are tried as its range in 8 bits
+#: Shares of the range of a layer's inputs that are tried as its range in 8 bits
 CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)
-#: Share of the largest values that is moved from the inputs to the weights, as in SmoothQuant
+_MAX_VALUES = 2**16  # of each input, by whose errors one of them is chosen
+#: Exponent of the largest inputs in a channel's factor: half of the difference between channels
+#: moves into the weights, as in SmoothQuant.
 MIGRATION = 0.5
-#: At most this many values of each input are compared for that
-_MAX_VALUES = 2**16
 
 
 def why_not_int8() -> str:
@@ -70,15 +70,17 @@ def quantize_for_inference(model: nn.Module, calibrate: Callable[[nn.Module], ob
     """
     if reason := why_not_int8():
         raise RuntimeError(f"quantize_for_inference: {reason}; use optimize_for_inference")
-    optimized = copy.deepcopy(model)
-    if not isinstance(model, InferenceOnly):
-        optimized = optimize_for_inference(optimized)
+    is_optimized = isinstance(model, InferenceOnly)
+    optimized = copy.deepcopy(model) if is_optimized else optimize_for_inference(model)
     layers = _layers(optimized)
     if not layers:
         raise ValueError(f"model must have layers to quantise, got {type(model).__name__}")
     for name, layer in layers.items():
-        if layer.dtype != torch.float32:
-            raise ValueError(f"model must be on a CPU in float32, got {layer.dtype} at {name}")
+        if layer.dtype != torch.float32 or not is_on_cpu(layer.weight):
+            raise ValueError(
+                f"model must be on a CPU in float32, got {layer.dtype} on {layer.weight.device} "
+                f"at {name}"
+            )
     with torch.no_grad():
         products = {n: layer for n, layer in layers.items() if isinstance(layer, PackedLinear)}
         _balance(optimized, _observe(optimized, products, calibrate, _Channels))
