@@ -67,7 +67,7 @@ def write_site(folder: Path, commands: bool = True) -> list[Path]:
         texts["commands.md"] = commands_page()
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    for image in ROOT.glob("docs/*.jpg"):
+    for image in (*ROOT.glob("docs/*.jpg"), *ROOT.glob("docs/*.png")):
         shutil.copy(image, folder)
     (folder / "llms.txt").write_text(list_for_models(texts), encoding="utf-8")
     return [folder / name for name in texts]

@@ -156,7 +156,7 @@ def check_installation() -> Finding:
     installed = [
         distribution
         for distribution in metadata.distributions(name=DISTRIBUTION)
-        if Path(str(distribution.locate_file(""))).resolve() != SOURCES
+        if not is_checkout() or Path(str(distribution.locate_file(""))).resolve() != SOURCES
     ]
     if not installed:
         return Finding("missing", f"{DISTRIBUTION} itself is not installed", install_command())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,3 +189,20 @@ def test_the_tests_of_situations_exist():
         files = list(ROOT.glob(f"tests/{letters.get(file, file)}"))
         texts = [path.read_text(encoding="utf-8") for path in files]
         assert any(re.search(pattern, t, re.MULTILINE) for t in texts), (file, name)
+
+
+def test_the_figure_of_the_fusion_is_what_the_operators_do(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws, is not installed")
+    spec = importlib.util.spec_from_file_location("draw_fusion", ROOT / "docs/draw_fusion.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, after = module.weights_at_centre(15, 0.06)
+    seen = before.flatten() > 0
+    assert seen[:113].all() and not seen[113:].any()  # the order of the scan, up to the centre
+    assert before[7, 7].item() == pytest.approx(1) and before[7, 6].item() == pytest.approx(
+        math.exp(-0.06)
+    )
+    # Five rows below is the lowest tap, whose state has seen the tokens to its left.
+    assert (after[12, :13] > 0).all() and not after[12, 13:].any() and not after[13:].any()
+    module.draw().savefig(tmp_path / "fusion.png")
+    assert (tmp_path / "fusion.png").stat().st_size > 10_000

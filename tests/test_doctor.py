@@ -204,6 +204,13 @@ def test_where_the_package_is_installed(monkeypatch, tmp_path, url, status, text
     assert doctor.check_installation().text == "spatial-mamba-d2 itself is not installed"
 
 
+def test_an_installed_package_is_next_to_its_metadata(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "SOURCES", tmp_path)  # as site-packages
+    found = [Distribution(None, tmp_path)]
+    monkeypatch.setattr(doctor.metadata, "distributions", lambda name: found)
+    assert doctor.check_installation().status == "ok"
+
+
 def test_sources_give_way_to_the_installed_package(tmp_path):
     """In the folder of the sources, which has no operators; an editable installation finds them."""
     for place in ("checkout/spatial_mamba_d2", "site/spatial_mamba_d2"):

@@ -272,7 +272,7 @@ def test_sdist_contains_what_building_and_testing_need(distributions):
     native = {"ops/selective_scan/cpu.cpp", "ops/selective_scan/scan.cuh"}
     assert native | {"dev.py", ".ci/run", "LICENSE", "NOTICE"} <= names
     assert files("tests", "*.py") | files("tools", "*.py") | files("configs", "*.yaml") <= names
-    assert files("docs", "*.md", "*.jpg", "*.py") <= names
+    assert files("docs", "*.md", "*.jpg", "*.png", "*.py") <= names
     assert files("examples", "*.py", "*.cpp", "*.ipynb") <= names
 
 

@@ -30,7 +30,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.common.param_scheduler import MultiStepParamScheduler
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -270,6 +270,11 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any] | None:
     model = instantiate(cfg.model).to(settings.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    for group in optimizer.param_groups:
+        # Such as betas. Some versions of PyTorch keep them as they are, but an object of omegaconf
+        # in a checkpoint is not read again.
+        lists = {key: value for key, value in group.items() if isinstance(value, ListConfig)}
+        group.update({key: tuple(value) for key, value in lists.items()})
     loader = instantiate(cfg.dataloader.train)
     model = create_ddp_model(model, **settings.ddp)
     trainer = AccumulatingTrainer(

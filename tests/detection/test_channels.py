@@ -40,7 +40,8 @@ def test_repeated_bands_give_the_result_of_rgb(num_channels, make_cfg, tmp_path,
         expected = rgb.backbone((image - rgb.pixel_mean) / rgb.pixel_std)
         found = model.backbone((image[:, sources] - model.pixel_mean) / model.pixel_std)
     for name, value in expected.items():
-        assert (found[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
+        # Sums over more bands, whose rounding differs between versions of PyTorch
+        assert (found[name] - value).abs().max() <= 4e-6 * value.abs().max(), name
 
 
 @pytest.fixture

@@ -52,6 +52,9 @@ def gate(x, grad, weight, channels):
 @pytest.mark.parametrize("function", [convolve, convolve_and_norm, gate])
 def test_no_map_changes_its_dtype_on_cuda(function, dtype):
     """Weights are float32, as under autocast. No GPU is needed to see what would be allocated."""
+    needs_gpu = dtype is torch.bfloat16 and function is not gate and torch.__version__ < (2, 9)
+    if needs_gpu and not torch.cuda.is_available():
+        pytest.skip("PyTorch 2.8 asks the GPU how it convolves bfloat16")
     with FakeTensorMode(), Maps() as maps:
         x, grad = (torch.empty(SHAPE, dtype=dtype, device="cuda") for _ in range(2))
         weight = torch.empty(SHAPE[-1], 1, 3, 3, device="cuda")

@@ -1,7 +1,8 @@
-"""A scene whose pixels tell which object they belong to, and a model that reads them."""
+"""A scene whose pixels tell which object they belong to, its reader, and small models."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
 
+from spatial_mamba_d2.models import build_classifier
 from spatial_mamba_d2.prediction.masks import encode_bitmap
 from spatial_mamba_d2.prediction.results import ClassScores, Detections, LabelMap
 
@@ -130,3 +133,57 @@ def small_scene(scene) -> Scene:
 @pytest.fixture
 def scene_of() -> Callable[..., Scene]:
     return make_scene
+
+
+SMALL = {
+    "detection": [
+        "INPUT.MIN_SIZE_TEST", "64", "MODEL.ROI_HEADS.NUM_CLASSES", "2",
+        "MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "5",
+    ],
+    "segmentation": [
+        "MODEL.UPERNET.CHANNELS", "16", "MODEL.UPERNET.AUX_CHANNELS", "8", "MODEL.NUM_CLASSES", "3",
+        "INPUT.SHORT_PX", "64", "DATASETS.CLASSES", "",
+    ],
+    "classification": ["MODEL.NUM_CLASSES", "2", "INPUT.CROP_PX", "32", "TEST.SHORT_PX", "36"],
+}  # fmt: skip
+CLASSES = {
+    "detection": ["cat", "dog"],
+    "segmentation": ["a", "b", "c"],
+    "classification": ["x", "y"],
+}
+
+
+@pytest.fixture
+def config_of(root, test_variant):
+    def config(task, *more):
+        words = [*SMALL[task], "MODEL.SPATIAL_MAMBA.VARIANT", test_variant, "MODEL.DEVICE", "cpu"]
+        recipe = root / "configs/mask_rcnn_spatial_mamba_t.yaml" if task == "detection" else None
+        module = importlib.import_module(f"spatial_mamba_d2.{task}.config")
+        return module.load_config(recipe, [*words, *more])
+
+    return config
+
+
+@pytest.fixture
+def checkpoint(config_of, tmp_path):
+    """``checkpoint(task)``: of a small model, with names and configuration in it."""
+
+    def write(task, *, with_config=True, with_names=True):
+        cfg = config_of(task)
+        torch.manual_seed(0)
+        if task == "classification":
+            model = build_classifier("test", 2)
+        else:
+            place = {"detection": "detection", "segmentation": "segmentation.module"}[task]
+            model = importlib.import_module(f"spatial_mamba_d2.{place}").build_model(cfg)
+        content = {"model": model.state_dict()}
+        if with_names:
+            content["classes"] = CLASSES[task]
+            content["palette"] = [[i, i, i] for i in range(3)]
+        if with_config:
+            content["config"] = cfg.dump()
+        path = tmp_path / f"{task}.pth"
+        torch.save(content, path)
+        return path
+
+    return write

@@ -14,71 +14,14 @@ pytest.importorskip("lightning", reason="Lightning is not installed")
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from spatial_mamba_d2 import deploy
-from spatial_mamba_d2.classification.config import load_config as classification_config
-from spatial_mamba_d2.detection import build_model
-from spatial_mamba_d2.detection.config import load_config as detection_config
 from spatial_mamba_d2.export.formats import ExportedFile
-from spatial_mamba_d2.models import build_backbone, build_classifier
+from spatial_mamba_d2.models import build_backbone
 from spatial_mamba_d2.models.inference_only import InferenceOnly
 from spatial_mamba_d2.models.quantized import QuantizedLinear, why_not_int8
 from spatial_mamba_d2.prediction import ClassScores, Detections, LabelMap, exported, load_predictor
-from spatial_mamba_d2.segmentation.config import load_config as segmentation_config
-from spatial_mamba_d2.segmentation.module import build_model as build_segmentor
+from tests.prediction.conftest import CLASSES
 
-SMALL = {
-    "detection": [
-        "INPUT.MIN_SIZE_TEST", "64", "MODEL.ROI_HEADS.NUM_CLASSES", "2",
-        "MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "5",
-    ],
-    "segmentation": [
-        "MODEL.UPERNET.CHANNELS", "16", "MODEL.UPERNET.AUX_CHANNELS", "8", "MODEL.NUM_CLASSES", "3",
-        "INPUT.SHORT_PX", "64", "DATASETS.CLASSES", "",
-    ],
-    "classification": ["MODEL.NUM_CLASSES", "2", "INPUT.CROP_PX", "32", "TEST.SHORT_PX", "36"],
-}  # fmt: skip
-NAMES = {"detection": ["cat", "dog"], "segmentation": ["a", "b", "c"], "classification": ["x", "y"]}
 IMAGE = np.random.default_rng(0).integers(0, 255, (48, 80, 3), np.uint8)
-
-
-@pytest.fixture
-def config_of(root, test_variant):
-    def config(task, *more):
-        words = [*SMALL[task], "MODEL.SPATIAL_MAMBA.VARIANT", test_variant, "MODEL.DEVICE", "cpu"]
-        if task == "detection":
-            recipe = root / "configs/mask_rcnn_spatial_mamba_t.yaml"
-            return detection_config(recipe, [*words, *more])
-        loaders = {"segmentation": segmentation_config, "classification": classification_config}
-        return loaders[task](None, [*words, *more])
-
-    return config
-
-
-@pytest.fixture
-def checkpoint(config_of, tmp_path):
-    """``checkpoint(task)``: of a small model, with names and configuration in it."""
-
-    def write(task, *, with_config=True, with_names=True):
-        cfg = config_of(task)
-        torch.manual_seed(0)
-        if task == "detection":
-            model = build_model(cfg)
-        elif task == "segmentation":
-            model = build_segmentor(cfg)
-        else:
-            model = build_classifier("test", 2)
-        content = {"model": model.state_dict()}
-        if with_names:
-            content["classes"] = NAMES[task]
-            content["palette"] = [[i, i, i] for i in range(3)]
-        if with_config:
-            content["config"] = cfg.dump()
-        path = tmp_path / f"{task}.pth"
-        torch.save(content, path)
-        return path
-
-    return write
-
-
 RESULTS = {"detection": Detections, "segmentation": LabelMap, "classification": ClassScores}
 
 
@@ -86,7 +29,7 @@ RESULTS = {"detection": Detections, "segmentation": LabelMap, "classification": 
 def test_a_checkpoint_is_enough(task, checkpoint, config_of):
     path = checkpoint(task)
     predict = load_predictor(path)
-    assert predict.task == task and predict.names == tuple(NAMES[task])
+    assert predict.task == task and predict.names == tuple(CLASSES[task])
     result = predict(IMAGE, score_thresh=0)
     assert isinstance(result, RESULTS[task]) and result.image_size == (48, 80)
     # The settings are those of the training, not the defaults.
@@ -151,7 +94,7 @@ def test_the_configuration_next_to_the_weights(task, checkpoint, config_of, tmp_
 def test_sizes_of_a_published_model_come_from_its_parameters(task, checkpoint):
     path = checkpoint(task, with_config=False, with_names=task == "classification")
     predict = load_predictor(path, overrides=["MODEL.DEVICE", "cpu"])
-    assert predict.task == task and len(predict.names) == len(NAMES[task])
+    assert predict.task == task and len(predict.names) == len(CLASSES[task])
 
 
 def test_published_classifier(official_state, tmp_path):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import runpy
 import socket
 import struct
+import sys
+import time
+import urllib.request
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +21,12 @@ from PIL import Image
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
 
 from spatial_mamba_d2.prediction import Predictor
-from tests.prediction.conftest import Oracle, make_scene
+from tests.prediction.conftest import (
+    Oracle,
+    checkpoint,  # noqa: F401  a fixture
+    config_of,  # noqa: F401  a fixture
+    make_scene,
+)
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +81,23 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def start_tool(tool: Path, *words: object) -> None:
+    """Run a file of ``tools/`` in this process."""
+    sys.argv = [str(tool), *map(str, words)]
+    runpy.run_path(str(tool), run_name="__main__")
+
+
+def wait_for(url: str) -> None:
+    """Returns when it answers."""
+    for _ in range(1200):
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise TimeoutError(url)
 
 
 def as_label(truth: Any) -> np.ndarray:

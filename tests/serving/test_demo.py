@@ -14,9 +14,10 @@ pytest.importorskip("matplotlib", reason="matplotlib, which draws, is not instal
 
 from spatial_mamba_d2.data.images import read_image
 from spatial_mamba_d2.models import build_backbone
-from spatial_mamba_d2.prediction import Predictor
+from spatial_mamba_d2.prediction import Predictor, load_predictor
 from spatial_mamba_d2.serving import demo as demo_module
 from spatial_mamba_d2.serving.demo import COLUMNS, DEMOS, Demo, find_weights
+from tests.prediction.conftest import CLASSES
 from tests.serving.conftest import as_label
 
 TASKS = tuple(COLUMNS)
@@ -58,6 +59,28 @@ def test_a_result_is_shown_and_can_be_downloaded(demo, photo, truth, task):
         assert sum(pixels) == label.size and pixels == sorted(pixels, reverse=True)
     with by_suffix[".csv"].open() as file:
         assert {row["image"] for row in csv.DictReader(file)} == {"photo.png"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_checkpoints_are_shown(task, checkpoint, photo, truth):
+    """What is shown is what real, if small, models predict; and they have an inside."""
+    needed = "detectron2" if task == "detection" else "lightning"
+    pytest.importorskip(needed, reason=f"{needed} is not installed")
+    predict = load_predictor(checkpoint(task), device="cpu")
+    demo, expected = Demo([predict]), predict(photo, score_thresh=0.0)
+    shown = demo.predict(task, photo, score_thresh=0.0)
+    assert shown.drawing.dtype == np.uint8 and shown.drawing.shape[2] == 3
+    assert {row[0] for row in shown.rows} <= set(CLASSES[task]) and shown.rows
+    if task == "segmentation":
+        label = read_image(shown.files[0], num_channels=1)[..., 0]
+        assert (label == expected.label).all()
+        assert sum(int(row[1]) for row in shown.rows) == truth.numbers.size
+    elif task == "classification":
+        assert shown.rows == [[name, f"{score:.1%}"] for name, score in expected.top()]
+    else:
+        assert sum(int(row[1]) for row in shown.rows) == len(expected)
+    assert all(drawing.std() > 10 for drawing in demo.look_inside(task, photo, stage=1, block=1))
+    demo.close()
 
 
 def test_thresholds_and_classes_choose(demo, photo, truth):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import runpy
 import signal
-import sys
 import threading
 import time
 import urllib.error
@@ -30,6 +28,7 @@ from spatial_mamba_d2.prediction import Predictor, load_predictor
 from spatial_mamba_d2.serving import server
 from spatial_mamba_d2.serving.server import Limits, build_app
 from tests.prediction.conftest import Oracle
+from tests.serving.conftest import start_tool, wait_for
 
 
 @pytest.fixture
@@ -302,17 +301,6 @@ def serve_stub(port: int, seconds: float) -> None:
     )  # fmt: skip
 
 
-def wait_for(url: str) -> None:
-    """Returns when it takes requests."""
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(f"{url}/healthz", timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise TimeoutError(url)
-
-
 def post(url: str, content: bytes) -> tuple[int, bytes]:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, content), timeout=30) as answer:
@@ -325,7 +313,7 @@ def post(url: str, content: bytes) -> tuple[int, bytes]:
 def test_what_was_accepted_is_answered_before_the_end(fork, png, free_port):
     process = fork(serve_stub, free_port, 0.3)
     url = f"http://127.0.0.1:{free_port}"
-    wait_for(url)
+    wait_for(f"{url}/healthz")
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(post, f"{url}/predict", png) for _ in range(6)]
         while num_accepted(url) < 6:
@@ -348,11 +336,6 @@ def num_accepted(url: str) -> float:
     return sum(value for name, value in numbers.items() if name.startswith(kinds))
 
 
-def serve_by_tool(tool: Path, *words: object) -> None:
-    sys.argv = [str(tool), *map(str, words)]
-    runpy.run_path(str(tool), run_name="__main__")
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_the_tool_serves_a_checkpoint(fork, png, free_port, root, test_variant, tmp_path):
     config = pytest.importorskip(
@@ -366,9 +349,9 @@ def test_the_tool_serves_a_checkpoint(fork, png, free_port, root, test_variant, 
     torch.save(content | {"classes": ["x", "y", "z"]}, tmp_path / "weights.pth")
     (tmp_path / "image.png").write_bytes(png)
     tool = root / "tools/serve.py"
-    fork(serve_by_tool, tool, "--weights", tmp_path / "weights.pth", "--port", free_port)
+    fork(start_tool, tool, "--weights", tmp_path / "weights.pth", "--port", free_port)
     url = f"http://127.0.0.1:{free_port}"
-    wait_for(url)
+    wait_for(f"{url}/healthz")
     status, answer = post(f"{url}/predict?top=2", png)
     expected = load_predictor(tmp_path / "weights.pth", device="cpu")(tmp_path / "image.png").top(2)
     found = json.loads(answer)["classes"]
