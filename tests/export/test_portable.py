@@ -45,6 +45,7 @@ class Operator(torch.nn.Module):
         return portable.structure_aware_ssm(u, delta, A, B, C, D, bias, split_taps(taps))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="PyTorch 2.8 cannot export our scan")
 def test_one_graph_of_the_ssm_for_all_sizes():
     torch.manual_seed(0)
     inputs, taps = ssm_inputs((2, 6, 7, 8))
