@@ -236,7 +236,7 @@ def _scores(result):
     return result.label if isinstance(result, LabelMap) else result.scores
 
 
-@pytest.mark.parametrize("task", SMALL)
+@pytest.mark.parametrize("task", RESULTS)
 def test_optimised_networks(task, checkpoint):
     """Those of float32 predict the same; the others nearly so, which models' tests measure."""
     path = checkpoint(task)
