@@ -172,7 +172,9 @@ def prediction_candidates(
         with torch.no_grad():
             return other([image / 255 for image in images])
 
-    candidates = {name: using(name, partial(detect, ours)) for name in implementations()}
+    candidates: Candidates = {
+        name: using(name, partial(detect, ours)) for name in implementations()
+    }
     candidates[OPTIMISED] = partial(detect, optimize_for_inference(ours))
     check_agreement(outputs_of(candidates))
     low = f"{OPTIMISED}, bfloat16"
