@@ -165,9 +165,8 @@ def check_installation() -> Finding:
         sources = Path(url2pathname(urlsplit(record["url"]).path))
         if sources.resolve() == SOURCES:
             return Finding("ok", f"editable, in {SOURCES}")
-        where = f"installed from {sources}" + (
-            "" if sources.exists() else ", which is gone (moved?)"
-        )
+        gone = "" if sources.exists() else ", which is gone (moved?)"
+        where = f"installed from {sources}{gone}"
         return Finding("missing", f"{where}, but used from {SOURCES}", install_command())
     used = Path(next(iter(package.__path__))).resolve()
     if is_checkout():
