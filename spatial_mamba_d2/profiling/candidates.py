@@ -197,7 +197,9 @@ def segmentation_candidates(batch: int, height: int, width: int) -> Candidates:
     exact[OPTIMISED] = partial(segment, optimize_for_inference(ours))
     check_agreement(outputs_of(exact))
     low = torch.bfloat16
-    rough = {f"{OPTIMISED}, bfloat16": partial(segment, optimize_for_inference(ours, low))}
-    rough |= in_int8(ours, segment)
+    rough = {
+        f"{OPTIMISED}, bfloat16": partial(segment, optimize_for_inference(ours, low)),
+        **in_int8(ours, segment),
+    }
     check_agreement({OPTIMISED: exact[OPTIMISED](), **outputs_of(rough)}, TOLERANCE[low])
     return {**exact, **rough}
