@@ -197,7 +197,7 @@ def segmentation_candidates(batch: int, height: int, width: int) -> Candidates:
     exact[OPTIMISED] = partial(segment, optimize_for_inference(ours))
     check_agreement(outputs_of(exact))
     low = torch.bfloat16
-    rough = {
+    rough: Candidates = {
         f"{OPTIMISED}, bfloat16": partial(segment, optimize_for_inference(ours, low)),
         **in_int8(ours, segment),
     }
