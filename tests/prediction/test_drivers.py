@@ -21,7 +21,7 @@ sys.path[:0] = [{tests!r}, {root!r}]
 from conftest import Oracle
 from spatial_mamba_d2.prediction import Predictor, command
 
-command.load_predictor = lambda *arguments: Predictor(Oracle())
+command.load_named_predictor = lambda *arguments: Predictor(Oracle())
 command.file_sha256 = str
 spec = importlib.util.spec_from_file_location("predict_tool", {root!r} + "/tools/predict.py")
 tool = importlib.util.module_from_spec(spec)
@@ -36,7 +36,7 @@ import ray
 def read_the_truth():
     sys.path[:0] = [{tests!r}, {root!r}]
     from conftest import Oracle
-    command.load_predictor = lambda *arguments: Predictor(Oracle())
+    command.load_named_predictor = lambda *arguments: Predictor(Oracle())
     command.file_sha256 = str
 
 if __name__ == "__main__":

@@ -272,7 +272,7 @@ class Slow(Reader):
         print("predicted", flush=True)
         return super().batch(images)
 
-command.load_predictor = lambda *arguments: Predictor(Slow())
+command.load_named_predictor = lambda *arguments: Predictor(Slow())
 spec = importlib.util.spec_from_file_location("predict_tool", {root!r} + "/tools/predict.py")
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)

@@ -290,7 +290,7 @@ def test_ten_thousand_requests_with_flat_memory(predictor, bodies):
 def serve_stub(port: int, seconds: float) -> None:
     """A process with the server of a slow stub."""
     model = Slow(seconds)
-    server.load_predictor = lambda *words: Predictor(model)
+    server.load_named_predictor = lambda *words: Predictor(model)
     from types import SimpleNamespace
 
     server.run(
