@@ -73,6 +73,15 @@ class Options:
         if self.shard is not None and self.merge:
             raise ValueError("merge (--merge) comes after all shards, without --shard")
 
+    def checked_formats(self, task: str) -> list[str]:
+        """The formats, each once.
+
+        Raises:
+            ValueError: one of them, or another option of a prediction, does not fit the task.
+        """
+        check_arguments(task, self.score_thresh, self.window_px, self.overlap_px, self.batch_size)
+        return check_formats(self.formats, task)
+
 
 def predict_files(
     inputs: Sequence[str | Path],
@@ -116,14 +125,7 @@ class _Run:
         options: Options,
         identity: str,
     ):
-        check_arguments(
-            predictor.task,
-            options.score_thresh,
-            options.window_px,
-            options.overlap_px,
-            options.batch_size,
-        )
-        self.formats = check_formats(options.formats, predictor.task)
+        self.formats = options.checked_formats(predictor.task)
         self.predictor, self.options, self.output = predictor, options, output
         folders = [Path(word) for word in inputs if Path(word).is_dir()]
         for folder in folders:

@@ -21,11 +21,11 @@ import numpy as np
 from spatial_mamba_d2.data.outputs import check_outputs
 from spatial_mamba_d2.prediction.bulk import SUMMARY, Options, write_summary
 from spatial_mamba_d2.prediction.items import frame_path
-from spatial_mamba_d2.prediction.predictor import Predictor, check_arguments, grid_of
+from spatial_mamba_d2.prediction.predictor import Predictor, grid_of
 from spatial_mamba_d2.prediction.progress import StreamProgress
 from spatial_mamba_d2.prediction.streams import Stream
 from spatial_mamba_d2.prediction.writer import ImageInfo, Writer, add_result
-from spatial_mamba_d2.prediction.writers import FORMATS, check_formats
+from spatial_mamba_d2.prediction.writers import FORMATS
 from spatial_mamba_d2.system import stopping
 
 logger = logging.getLogger(__name__)
@@ -60,14 +60,7 @@ def record_stream(
         ImportError: PyAV is not installed.
         OSError: a file cannot be written.
     """
-    check_arguments(
-        predictor.task,
-        options.score_thresh,
-        options.window_px,
-        options.overlap_px,
-        options.batch_size,
-    )
-    formats = check_formats(options.formats, predictor.task)
+    formats = options.checked_formats(predictor.task)
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames (--max-frames) must be at least 1, got {max_frames}")
     if max_seconds is not None and not 0 < max_seconds < math.inf:
