@@ -302,6 +302,8 @@ def build_ext(tmp_path):
     [("no-such-compiler", "no C++ compiler no-such-compiler"), ("false", "compiling failed")],
 )
 def test_a_compiler_that_fails_does_not_fail_the_installation(compiler, reason, build_ext):
+    if compiler == "false" and "need PyTorch" in (_extension.WHY_NOT_COMPILED or ""):
+        pytest.skip(f"{_extension.WHY_NOT_COMPILED}")
     done = build_ext(CXX=compiler, SMD2_BUILD_NATIVE="")
     assert done.returncode == 0, done.stderr
     assert f"spatial_mamba_d2: operators are not compiled: {reason}" in done.stderr

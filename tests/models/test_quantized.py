@@ -19,6 +19,7 @@ from spatial_mamba_d2.models import (
 from spatial_mamba_d2.models import quantized as quantized_module
 from spatial_mamba_d2.models.packed import PackedConv, PackedLinear, WinogradConv, packed_conv
 from spatial_mamba_d2.models.quantized import QuantizedConv, QuantizedLinear, why_not_int8
+from spatial_mamba_d2.ops import _extension
 
 SMALL = {"embed_dim": 32, "depths": (1, 1, 1, 1)}
 BUILDERS = {
@@ -96,7 +97,7 @@ def test_a_convolution(act, dim, stride, dilation):
     generator = torch.Generator().manual_seed(0)
     conv = nn.Conv2d(dim, 72, 3, stride, dilation, dilation)
     layer = packed_conv(conv, act=act)
-    assert isinstance(layer, WinogradConv) == (dim == 64)
+    assert isinstance(layer, WinogradConv) == (dim == 64 and not _extension.WHY_NOT_COMPILED)
     x = torch.rand(2, dim, 13, 18, generator=generator) * 3 - 1
     quantized = QuantizedConv(layer, (3 / 255, 85))
     with torch.no_grad():
