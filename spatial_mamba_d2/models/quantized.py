@@ -15,6 +15,7 @@ divided by a factor that the weights after it are multiplied with: Xiao et al., 
 from __future__ import annotations
 
 import copy
+import math
 import platform
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -136,18 +137,17 @@ class _Range:
     """The least and largest value of a layer's inputs; 0 is in the range."""
 
     def __init__(self) -> None:
-        self.least, self.most = 0.0, 0.0
-        self.has_values = False
+        self.least, self.most = math.inf, -math.inf
 
     def add(self, x: Tensor) -> None:
         if not len(x):
             return
         least, most = x.aminmax()
-        self.least, self.most = min(self.least, least.item()), max(self.most, most.item())
-        self.has_values = True
+        self.least = min(self.least, least.item(), 0.0)
+        self.most = max(self.most, most.item(), 0.0)
 
     def has_inputs(self) -> bool:
-        return self.has_values
+        return self.least <= self.most
 
 
 class _Errors:
@@ -327,7 +327,6 @@ class QuantizedConv(_Quantized):
         super().__init__(conv.weight.to_dense(), conv.bias, conv.act, grid)
         padding, stride, dilation, groups = conv.geometry
         self.geometry = (stride, padding, dilation, groups)
-        self.out_dtype = conv.out_dtype
         self._pack()
 
     def _packed(self) -> Tensor:
