@@ -221,14 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_backward(
       backward<scalar_t, Acc>(in, grad_conv, grad_x, grad_weights, false);
     }
   });
-  Tensor sums = sum_first(grad_weights, in.weights.scalar_type());
-  const auto grad_weight = torch::stable::transpose(
-      torch::stable::narrow(sums, 0, 0, kWeights), 0, 1);
-  return {
-      as_type(grad_x, x.scalar_type()),
-      torch::stable::view(
-          contiguous_as(grad_weight, weight.scalar_type()), weight.sizes()),
-      copy_row(sums, kWeights, bias.scalar_type())};
+  return gradients_of_convolution(grad_x, grad_weights, x, weight, bias);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {

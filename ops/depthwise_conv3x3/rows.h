@@ -120,21 +120,21 @@ SMD2_INLINE void convolve(
 }
 
 // Calls body(S, Edge, x, c, n) for each strip of S tokens from x on and each
-// block of n channels from c on. Edge strips touch the left or right side of
-// the image.
-template <int N, typename Body>
+// block of n channels from c on; S is Strip or 1. Edge strips touch the left or
+// right side of the image.
+template <int N, int Strip = kStrip, typename Body>
 SMD2_INLINE void for_strips(int64_t width, int64_t dim, const Body& body) {
   const auto strip = [&](auto size, auto edge, int64_t x) SMD2_LAMBDA {
     for_channels<N>(
         dim, [&](int64_t c, int n) SMD2_LAMBDA { body(size, edge, x, c, n); });
   };
-  constexpr std::integral_constant<int, kStrip> many;
+  constexpr std::integral_constant<int, Strip> many;
   constexpr std::integral_constant<int, 1> one;
   int64_t x = 0;
   for (; x < std::min<int64_t>(1, width); x++) {
     strip(one, std::true_type{}, x);
   }
-  for (; x + kStrip < width; x += kStrip) {
+  for (; x + Strip < width; x += Strip) {
     strip(many, std::false_type{}, x);
   }
   for (; x < width; x++) {
@@ -208,6 +208,24 @@ pack_weights(const Tensor& weight_, const Tensor& bias_, const Tensor& like) {
     }
   });
   return packed;
+}
+
+// What the backward pass returns, in the dtypes of x, weight and bias.
+// `partial_sums`, [parts, kPacked, dim], is of weights, and last of the bias.
+inline std::tuple<Tensor, Tensor, Tensor> gradients_of_convolution(
+    const Tensor& grad_x,
+    const Tensor& partial_sums,
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& bias) {
+  Tensor sums = sum_first(partial_sums, partial_sums.scalar_type());
+  const auto grad_weight = torch::stable::transpose(
+      torch::stable::narrow(sums, 0, 0, kWeights), 0, 1);
+  return {
+      as_type(grad_x, x.scalar_type()),
+      torch::stable::view(
+          contiguous_as(grad_weight, weight.scalar_type()), weight.sizes()),
+      copy_row(sums, kWeights, bias.scalar_type())};
 }
 
 }  // namespace smd2

@@ -25,7 +25,6 @@ _extension.define(
     eager_backward=eager.depthwise_conv3x3_stride2_backward,
     cuda=cuda.depthwise_conv3x3_stride2,
     cuda_backward=cuda.depthwise_conv3x3_stride2_backward,
-    by_design=("cpu",),  # models use oneDNN's convolution there
 )
 
 
@@ -36,7 +35,7 @@ def depthwise_conv3x3_stride2(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     Spatial-Mamba's downsampling does between its two 1x1 convolutions.
 
     Args:
-        x: ``Tensor[B, H, W, D]``; the CUDA kernels copy it unless its channels are dense and its
+        x: ``Tensor[B, H, W, D]``; kernels copy it unless its channels are dense and its
             tokens evenly spaced, as in a slice of the channels of a contiguous map.
         weight: ``Tensor[D, 1, 3, 3]``.
         bias: ``Tensor[D]``.

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 
-from spatial_mamba_d2.models.layers import DepthwiseConv, nchw, nhwc
+from spatial_mamba_d2.models.layers import (
+    DepthwiseConv,
+    ExpandingConv,
+    HalvingConv,
+    PointwiseConv,
+    nchw,
+    nhwc,
+)
 from spatial_mamba_d2.models.pointwise import Pointwise, plain_linear
 from spatial_mamba_d2.models.spatial_mamba import StructureAwareSSM
 from spatial_mamba_d2.models.upernet import UPerHead
@@ -146,6 +153,26 @@ class PortableConv(nn.Module):
         return depthwise_conv3x3(x, self.weight, self.bias, self.residual)
 
 
+def _plain_conv(conv: nn.Conv2d) -> nn.Conv2d:
+    """A ``torch.nn.Conv2d`` with the weights of one of its subclasses."""
+    plain = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        (conv.kernel_size[0], conv.kernel_size[1]),
+        (conv.stride[0], conv.stride[1]),
+        conv.padding,
+        groups=conv.groups,
+        device="meta",
+    )
+    plain.weight, plain.bias = conv.weight, conv.bias
+    return plain
+
+
+def _halving_layers(conv: HalvingConv) -> nn.Sequential:
+    """:class:`~spatial_mamba_d2.models.layers.HalvingConv`."""
+    return nn.Sequential(nn.ReLU(), _plain_conv(conv), nn.ReLU())
+
+
 class PortableSSM(nn.Module):
     """:class:`~spatial_mamba_d2.models.spatial_mamba.StructureAwareSSM`, A and taps computed."""
 
@@ -191,6 +218,9 @@ def _portable_head(head: UPerHead) -> UPerHead:
 
 _PORTABLE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     DepthwiseConv: PortableConv,
+    HalvingConv: _halving_layers,
+    PointwiseConv: _plain_conv,
+    ExpandingConv: _plain_conv,
     Pointwise: plain_linear,
     StructureAwareSSM: PortableSSM,
     UPerHead: _portable_head,

@@ -13,13 +13,16 @@ from timm.layers.drop import drop_path as stochastic_depth
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatial_mamba_d2.models.pointwise import pointwise
 from spatial_mamba_d2.models.recompute import cast_for_autocast, recompute, without_autocast
 from spatial_mamba_d2.ops import depthwise_conv3x3, depthwise_conv3x3_stride2, gated_layer_norm
 from spatial_mamba_d2.ops.cuda.kernels import run_on
 
 # These look at shapes, which are unknown while torch.fx traces, so they become nodes of its graph.
 torch.fx.wrap("depthwise_conv3x3")
+torch.fx.wrap("depthwise_conv3x3_stride2")
 torch.fx.wrap("gated_layer_norm")
+torch.fx.wrap("pointwise")
 torch.fx.wrap("stochastic_depth")
 
 
@@ -33,46 +36,42 @@ def nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-class Conv2d(nn.Conv2d):
-    """``torch.nn.Conv2d`` whose output training computes again rather than keeps."""
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 ``torch.nn.Conv2d``, as the linear layer over channels that it is."""
+
+    recompute_output = False
 
     def forward(self, x: Tensor) -> Tensor:
-        operands = cast_for_autocast(x, self.weight, self.bias)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return recompute(F.conv2d, *operands, *geometry)
+        operands = cast_for_autocast(nhwc(x), self.weight, self.bias)
+        if self.recompute_output:
+            return nchw(recompute(_pointwise, *operands))
+        return nchw(_pointwise(*operands))
 
 
-class PointwiseConv(Conv2d):
-    """A 1x1 :class:`Conv2d`; a matrix product where cuDNN would add the bias in another pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not run_on(x):
-            return super().forward(x)
-        return nchw(recompute(_product, *cast_for_autocast(nhwc(x), self.weight, self.bias)))
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return pointwise(x, weight.flatten(1), bias)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.flatten(1), bias)
+class ExpandingConv(PointwiseConv):
+    """:class:`PointwiseConv` to many more channels, which training computes again."""
+
+    recompute_output = True
 
 
 class ReLU(nn.ReLU):
     """``torch.nn.ReLU``, in place in inference; training computes its output again."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _relu(x)
+        return recompute(F.relu, x) if torch.is_grad_enabled() else F.relu_(x)
 
 
-def _relu(x: Tensor) -> Tensor:
-    return recompute(F.relu, x) if torch.is_grad_enabled() else F.relu_(x)
-
-
-class HalvingConv(Conv2d):
+class HalvingConv(nn.Conv2d):
     """``ReLU(conv(ReLU(x)))`` of ``Tensor[B, C, H, W]``, depthwise 3x3 of stride 2."""
 
+    bias: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
-        if run_on(x):
-            return nchw(recompute(depthwise_conv3x3_stride2, nhwc(x), self.weight, self.bias))
-        return _relu(super().forward(_relu(x)))
+        return nchw(recompute(depthwise_conv3x3_stride2, nhwc(x), self.weight, self.bias))
 
 
 class LayerNorm(nn.LayerNorm):

@@ -1,15 +1,15 @@
 """Linear layers over the channels of a map, in the way that is fastest on the device.
 
-On CPUs PyTorch uses MKL for linear layers and oneDNN for convolutions. oneDNN is twice as fast on
-processors with AVX-512 that are not Intel's, and equally fast on Intel's (``tools/benchmark.py``
-prints both rates). A linear layer over ``Tensor[B, H, W, C]`` is a 1x1 convolution of the same
-memory, so CPUs compute it as one.
+On CPUs PyTorch uses MKL for linear layers and oneDNN for convolutions. A linear layer over
+``Tensor[B, H, W, C]`` is a 1x1 convolution of the same memory, so either can compute it. oneDNN is
+twice as fast on AMD's processors with AVX-512; on Intel's it is faster on large maps and slower on
+small ones. Which kind of processor this is, a measurement says
+(:mod:`spatial_mamba_d2.system.matrix_rates`).
 
 A convolution takes longer to start than a linear layer, and reads the weight once for each image.
 So the images of a batch become one where maps are small, and the smallest products are linear
-layers. The limits were measured on one thread of an Intel Xeon with AVX-512, by ``--task grid`` of
-the benchmark. In float32 a higher one would be faster there, but slower where oneDNN is twice as
-fast.
+layers everywhere. The limits were measured on one and two threads of an Intel Xeon with AVX-512, by
+``--task grid`` of the benchmark.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatial_mamba_d2.models.recompute import cast_for_autocast, recompute
+from spatial_mamba_d2.system.matrix_rates import linear_layers_keep_up
 
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if torch.backends.mkldnn.is_available() else ()
 #: Multiplications up to which a linear layer in float32 is one.
 LINEAR_PRODUCTS = 2**20
 #: Tokens up to which a linear layer in bfloat16 is one: oneDNN computes both.
 LINEAR_TOKENS = 1024
+#: The same in float32, where linear layers keep up with convolutions. On a single thread PyTorch
+#: hands 1x1 convolutions to MKL as well, and takes longer around it.
+LINEAR_TOKENS_FLOAT32 = 4096
 #: Tokens per image up to which the images of a batch become one.
 MERGED_TOKENS = 1024
 
@@ -46,16 +50,22 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling():  # for shapes that may be unknown
         return _convolved(x, weight, bias)
     batch, height, width, _ = x.shape
-    num_tokens = batch * height * width
-    is_small = num_tokens <= LINEAR_TOKENS
-    if x.dtype == torch.float32:
-        is_small = num_tokens * weight.numel() <= LINEAR_PRODUCTS
-    if is_small:
+    if _is_fastest_as_linear(batch * height * width, weight):
         return F.linear(x, weight, bias)
     if batch > 1 and height * width <= MERGED_TOKENS:
         y = _convolved(x.flatten(0, 1)[None], weight, bias)
         return y.unflatten(1, (batch, height)).squeeze(0)
     return _convolved(x, weight, bias)
+
+
+def _is_fastest_as_linear(num_tokens: int, weight: Tensor) -> bool:
+    if weight.dtype != torch.float32:
+        return num_tokens <= LINEAR_TOKENS
+    if num_tokens * weight.numel() <= LINEAR_PRODUCTS:
+        return True
+    if not linear_layers_keep_up():
+        return False
+    return num_tokens <= LINEAR_TOKENS_FLOAT32 or torch.get_num_threads() == 1
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from spatial_mamba_d2.models.image_checks import check_images
 from spatial_mamba_d2.models.layers import (
     ConvLayer,
     DepthwiseConv,
+    ExpandingConv,
     GatedLayerNorm,
     HalvingConv,
     LayerNorm,
@@ -59,7 +60,8 @@ class Stem(nn.Module):
             ConvLayer(dim // 2, dim // 2, 3), ConvLayer(dim // 2, dim // 2, 3, act=False)
         )
         self.conv3 = nn.Sequential(
-            ConvLayer(dim // 2, dim * 4, 3, stride=2), ConvLayer(dim * 4, dim, 1, act=False)
+            ConvLayer(dim // 2, dim * 4, 3, stride=2),
+            ConvLayer(dim * 4, dim, 1, act=False, conv=PointwiseConv),
         )
 
     @property
@@ -80,11 +82,11 @@ class Downsample(nn.Module):
         super().__init__()
         hidden = 8 * dim
         bare: dict[str, Any] = {"norm": False, "act": False, "bias": True}  # ReLUs: HalvingConv
-        self.expand = ConvLayer(dim, hidden, 1, conv=PointwiseConv, **bare)
+        self.expand = ConvLayer(dim, hidden, 1, conv=ExpandingConv, **bare)
         self.reduce = ConvLayer(
             hidden, hidden, 3, stride=2, groups=hidden, conv=HalvingConv, **bare
         )
-        self.project = ConvLayer(hidden, 2 * dim, 1, bias=True, act=False)
+        self.project = ConvLayer(hidden, 2 * dim, 1, bias=True, act=False, conv=PointwiseConv)
 
     @keeps_recipes
     def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
     ids=str,
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_a_linear_layer(shape, dtype, bias):
+def test_equals_a_linear_layer(monkeypatch, shape, dtype, bias):
+    monkeypatch.setattr(pointwise_module, "linear_layers_keep_up", lambda: False)
     torch.manual_seed(0)
     inputs = [torch.randn(shape), torch.randn(6, shape[-1])] + [torch.randn(6)] * bias
     inputs = [x.to(dtype).requires_grad_() for x in inputs]
@@ -33,6 +34,19 @@ def test_equals_a_linear_layer(shape, dtype, bias):
     ):
         tolerance = TOLERANCES[dtype] * expected.abs().max().item()
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+@pytest.fixture
+def convolved(monkeypatch):
+    """Shapes of what is convolved."""
+    shapes = []
+
+    def conv2d(x, *others):
+        shapes.append(tuple(x.shape))
+        return torch.conv2d(x, *others)
+
+    monkeypatch.setattr(F, "conv2d", conv2d)
+    return shapes
 
 
 @pytest.mark.parametrize(
@@ -50,23 +64,39 @@ def test_equals_a_linear_layer(shape, dtype, bias):
     ids=str,
 )
 def test_small_products_are_linear_layers_and_small_maps_one_image(
-    monkeypatch, shape, dtype, expected
+    monkeypatch, convolved, shape, dtype, expected
 ):
-    """What is convolved, with a weight of 64 x 256."""
-    convolved = []
-
-    def conv2d(x, *others):
-        convolved.append(tuple(x.shape))
-        return torch.conv2d(x, *others)
-
-    monkeypatch.setattr(F, "conv2d", conv2d)
+    """Of a weight of 64 x 256, where linear layers are slow."""
+    monkeypatch.setattr(pointwise_module, "linear_layers_keep_up", lambda: False)
     x, weight = torch.randn(shape, dtype=dtype), torch.randn(64, 256, dtype=dtype)
     assert pointwise(x, weight).shape == (*shape[:-1], 64)
     assert convolved == ([expected] if expected else [])
 
 
+@pytest.mark.parametrize(
+    ("num_threads", "height", "dtype", "is_convolved"),
+    [
+        (2, 64, torch.float32, False),
+        (2, 65, torch.float32, True),
+        (1, 65, torch.float32, False),
+        (1, 65, torch.bfloat16, True),
+    ],
+)
+def test_where_linear_layers_keep_up(
+    monkeypatch, convolved, num_threads, height, dtype, is_convolved
+):
+    monkeypatch.setattr(pointwise_module, "linear_layers_keep_up", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    x, weight = torch.randn(1, height, 64, 256, dtype=dtype), torch.randn(64, 256, dtype=dtype)
+    y = pointwise(x, weight)
+    assert convolved == [(1, 256, height, 64)] * is_convolved
+    expected = F.linear(x.double(), weight.double()).to(dtype)
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=1e-3 * expected.abs().max().item())
+
+
 def test_parts_of_a_map(monkeypatch):
     """A slice of channels and a transposed map, as they come out of a split."""
+    monkeypatch.setattr(pointwise_module, "linear_layers_keep_up", lambda: False)
     torch.manual_seed(0)
     x = torch.randn(2, 5, 7, 12)
     layer = Pointwise(4, 9)

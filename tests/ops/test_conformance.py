@@ -69,9 +69,6 @@ def kernels(request, monkeypatch):
     kind = request.param
     if kind == "native" and _extension.WHY_NOT_COMPILED:
         pytest.skip(f"no compiled kernels: {_extension.WHY_NOT_COMPILED}")
-    case = request.node.callspec.params.get("case")
-    if kind == "native" and case and not has_cpu_kernel(CASES[case][0]):
-        pytest.skip("no CPU kernels by design: PyTorch's convolution is used there")
     if "CUDA" in kind and kind != "emulated CUDA":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
@@ -92,10 +89,6 @@ def kernels(request, monkeypatch):
 def device(kernels):
     """The device of the inputs."""
     return torch.device("cuda" if kernels in ("CUDA", "eager on CUDA") else "cpu")
-
-
-def has_cpu_kernel(op) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"spatial_mamba::{op}", "CPU")
 
 
 def roundings(kernels, dtype) -> int:
