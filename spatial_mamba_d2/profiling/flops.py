@@ -40,7 +40,7 @@ def _batch_norm(output: Sequence[Tensor], x: Tensor, *arguments: Any) -> int:
 
 
 def _per_element(count: int) -> Callable[..., int]:
-    return lambda output, x, *_: count * x.numel()
+    return lambda output, *_: count * output.numel()
 
 
 #: Name of an ATen or our operator -> its count from output and inputs.
