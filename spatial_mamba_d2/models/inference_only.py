@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NoReturn
@@ -11,6 +12,8 @@ import torch.fx
 from torch import Tensor, nn
 
 from spatial_mamba_d2.ops._extension import is_transformed
+
+logger = logging.getLogger(__name__)
 
 _NO_GRAPH = "cannot be traced, scripted or exported"
 
@@ -47,6 +50,25 @@ def refuse_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         raise _refusal(module, "has no gradients and no transforms of torch.func")
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         raise _refusal(module, "has no gradients")
+
+
+def mention_autocast(module: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype | None) -> None:
+    """Say once that autocast has no effect, unless it asks for what the products are in anyway."""
+    device = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+        return
+    wanted = torch.get_autocast_dtype(device)
+    if wanted != dtype:
+        _say_that_autocast_is_ignored(wanted)
+
+
+@cache
+def _say_that_autocast_is_ignored(wanted: torch.dtype) -> None:
+    logger.warning(
+        "optimised models ignore autocast: for %s, use optimize_for_inference(model, dtype=%s)",
+        wanted,
+        wanted,
+    )
 
 
 def _is_captured() -> bool:

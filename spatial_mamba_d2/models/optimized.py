@@ -28,6 +28,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from spatial_mamba_d2.models.inference_only import (
     InferenceOnly,
     inference_only,
+    mention_autocast,
     refuse_gradients,
 )
 from spatial_mamba_d2.models.layers import ConvLayer, DepthwiseConv, nchw, nhwc
@@ -64,9 +66,9 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     float32. Hooks of the model and of copied parts are kept, those of replaced parts are not. It
     raises ``RuntimeError`` on ``train()``, on gradients, on ``state_dict()`` and
     ``load_state_dict()``, on ``.to()`` with another dtype or device, under ``torch.func``, and if
-    it is traced or exported. Its matrix products and convolutions ignore autocast. If oneDNN is
-    unavailable (on devices other than CPUs, in float64, in a PyTorch built without it), weights are
-    folded but not packed. It can be pickled.
+    it is traced or exported. Its matrix products and convolutions ignore autocast, which is
+    logged once. If oneDNN is unavailable (on devices other than CPUs, in float64, in a PyTorch
+    built without it), weights are folded but not packed. It can be pickled.
 
     Args:
         model: a backbone, a classifier, a UPerNet, or any module that contains them, such as a
@@ -95,6 +97,7 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     model_class: Any = type(model)
     optimized.__class__ = inference_only(model_class)
     optimized.register_forward_pre_hook(refuse_gradients)
+    optimized.register_forward_pre_hook(partial(mention_autocast, dtype=dtype))
     return optimized.eval()
 
 

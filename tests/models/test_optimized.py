@@ -16,6 +16,7 @@ from spatial_mamba_d2.models import (
     build_backbone,
     build_classifier,
     build_upernet,
+    inference_only,
     optimize_for_inference,
 )
 from spatial_mamba_d2.models import optimized as optimized_module
@@ -299,12 +300,19 @@ def test_bfloat16_is_as_exact_as_autocast(model):
     assert 1e-4 < error(outputs, expected) < max(2 * error(autocast, expected), 0.02)
 
 
-def test_float32_stays_float32_under_autocast(backbone):
+def test_float32_stays_float32_under_autocast(backbone, caplog):
+    """Which is said once, and not where autocast asks for the dtype of the products."""
+    inference_only._say_that_autocast_is_ignored.cache_clear()
     x = torch.randn(1, 3, 40, 56)
     optimized = optimize_for_inference(backbone)
     with torch.autocast("cpu", torch.bfloat16):
+        run(optimize_for_inference(backbone, torch.bfloat16), x)
+        assert not caplog.messages
         outputs = run(optimized, x)
+        run(optimized, x)
     assert error(outputs, run(backbone, x)) < 1e-4
+    (message,) = caplog.messages
+    assert "use optimize_for_inference(model, dtype=torch.bfloat16)" in message
 
 
 def test_bad_arguments_are_named(backbone):
