@@ -9,11 +9,6 @@ namespace {
 
 constexpr const char* kOp = "depthwise_conv3x3";
 
-template <typename T>
-struct ForwardArgs : ConvArgs<T> {
-  T* out;
-};
-
 template <typename T, bool Residual>
 struct Forward {
   template <int N>
@@ -34,12 +29,6 @@ struct Forward {
 };
 
 // From the gradient of SiLU(convolution) to that of the convolution.
-template <typename T>
-struct ConvGradientArgs : ConvArgs<T> {
-  const T* grad;  // contiguous
-  acc_t<T>* grad_conv;
-};
-
 template <typename T>
 struct ConvGradient {
   template <int N>
@@ -106,8 +95,8 @@ struct Backward {
                 continue;
               }
               V grads[S + 2];
-              load_tokens<G, N, S, decltype(edge)::value>(
-                  rows.row[i], rows.stride, x, a.width, c, n, grads);
+              load_tokens<G, N, S + 2, decltype(edge)::value>(
+                  rows.row[i], rows.stride, x - 1, a.width, c, n, grads);
 #pragma GCC unroll 3
               for (int j = 0; j < kKernel; j++) {
                 // The output at (r + i - 1, x + s + j - 1) read the input at
@@ -142,30 +131,12 @@ struct Backward {
   }
 };
 
-// The inputs, checked, in the dtype and layout that kernels take.
-struct Inputs {
-  Tensor x, weights;
-
-  Inputs(const Tensor& x_, const Tensor& weight, const Tensor& bias) {
-    check_convolution(kOp, x_, weight, bias);
-    x = even_tokens(as_type(x_, kernel_type(x_, x_)));
-    weights = pack_weights(weight, bias, x);
-  }
-
-  int64_t rows() const {
-    return x.size(0) * x.size(1);
-  }
-  int64_t parts() const {
-    return num_parts(rows(), kRowsPerPart);
-  }
-};
-
 Tensor depthwise_conv3x3(
     const Tensor& x,
     const Tensor& weight,
     const Tensor& bias,
     bool residual) {
-  const Inputs in(x, weight, bias);
+  const ConvInputs in(kOp, x, weight, bias);
   Tensor out = empty(in.x.sizes(), in.x);
   SMD2_DISPATCH(in.x.scalar_type(), kOp, [&] {
     const ForwardArgs<scalar_t> args{
@@ -181,7 +152,7 @@ Tensor depthwise_conv3x3(
 
 template <typename T, typename G>
 void backward(
-    const Inputs& in,
+    const ConvInputs& in,
     const Tensor& grad_conv,
     const Tensor& grad_x,
     const Tensor& grad_weights,
@@ -202,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_backward(
     const Tensor& bias,
     bool residual) {
   constexpr const char* op = "depthwise_conv3x3_backward";
-  const Inputs in(x, weight, bias);
+  const ConvInputs in(kOp, x, weight, bias);
   check_arguments(op, {{"grad_output", grad_output, x.sizes()}});
   const auto grad = contiguous_as(grad_output, in.x.scalar_type());
   Tensor grad_x = empty(in.x.sizes(), in.x);

@@ -47,6 +47,18 @@ struct ConvArgs : Geometry {
       : Geometry(x_), x(x_), weights(weights_.const_data_ptr<acc_t<T>>()) {}
 };
 
+template <typename T>
+struct ForwardArgs : ConvArgs<T> {
+  T* out;
+};
+
+// From the gradient of what follows the convolution to that of the convolution.
+template <typename T>
+struct ConvGradientArgs : ConvArgs<T> {
+  const T* grad;  // contiguous
+  acc_t<T>* grad_conv;
+};
+
 // Rows r - 1, r, r + 1 of a map; null outside of the image.
 template <typename T>
 struct Rows {
@@ -65,9 +77,9 @@ struct Rows {
   }
 };
 
-// Tokens x - 1 .. x + S of a row, n channels from c on. Tokens outside the row
+// Count tokens of a row from x on, n channels from c on. Tokens outside the row
 // are 0; only an Edge strip can have some.
-template <typename T, int N, int S, bool Edge>
+template <typename T, int N, int Count, bool Edge>
 SMD2_INLINE void load_tokens(
     const T* row,
     int64_t stride,
@@ -76,10 +88,10 @@ SMD2_INLINE void load_tokens(
     int64_t c,
     int n,
     vec<acc_t<T>, N>* values) {
-  const T* first = row + (x - 1) * stride + c;
-#pragma GCC unroll 8
-  for (int i = 0; i < S + 2; i++) {
-    const bool inside = !Edge || (x - 1 + i >= 0 && x - 1 + i < width);
+  const T* first = row + x * stride + c;
+#pragma GCC unroll 16
+  for (int i = 0; i < Count; i++) {
+    const bool inside = !Edge || (x + i >= 0 && x + i < width);
     values[i] = inside ? load_channels<T, N>(first + i * stride, n)
                        : vec<acc_t<T>, N>{};
   }
@@ -106,8 +118,8 @@ SMD2_INLINE void convolve(
       continue;
     }
     V values[S + 2];
-    load_tokens<T, N, S, Edge>(
-        rows.row[i], rows.stride, x, width, c, n, values);
+    load_tokens<T, N, S + 2, Edge>(
+        rows.row[i], rows.stride, x - 1, width, c, n, values);
 #pragma GCC unroll 3
     for (int j = 0; j < kKernel; j++) {
       const V w = read<acc_t<T>, N>(block + (i * kKernel + j) * N);
@@ -209,6 +221,28 @@ pack_weights(const Tensor& weight_, const Tensor& bias_, const Tensor& like) {
   });
   return packed;
 }
+
+// The inputs, checked, in the dtype and layout that kernels take.
+struct ConvInputs {
+  Tensor x, weights;
+
+  ConvInputs(
+      const char* op,
+      const Tensor& x_,
+      const Tensor& weight,
+      const Tensor& bias) {
+    check_convolution(op, x_, weight, bias);
+    x = even_tokens(as_type(x_, kernel_type(x_, x_)));
+    weights = pack_weights(weight, bias, x);
+  }
+
+  int64_t rows() const {
+    return x.size(0) * x.size(1);
+  }
+  int64_t parts() const {
+    return num_parts(rows(), kRowsPerPart);
+  }
+};
 
 // What the backward pass returns, in the dtypes of x, weight and bias.
 // `partial_sums`, [parts, kPacked, dim], is of weights, and last of the bias.

@@ -29,27 +29,6 @@ SMD2_INLINE vec<T, N> relu_backward(vec<T, N> grad, vec<T, N> input) {
   return input <= 0 ? vec<T, N>{} : grad;
 }
 
-// Input tokens 2x - 1 .. 2x + 2S - 1 of a row after ReLU, n channels from c on.
-// Tokens outside the row are 0; only an Edge strip can have some.
-template <typename T, int N, int S, bool Edge>
-SMD2_INLINE void load_inputs(
-    const T* row,
-    int64_t stride,
-    int64_t x,
-    int64_t width,
-    int64_t c,
-    int n,
-    vec<acc_t<T>, N>* values) {
-  const int64_t first = kStride * x - 1;
-#pragma GCC unroll 16
-  for (int i = 0; i < kStride * S + 1; i++) {
-    const bool inside = !Edge || (first + i >= 0 && first + i < width);
-    values[i] = inside ? relu<acc_t<T>, N>(load_channels<T, N>(
-                             row + (first + i) * stride + c, n))
-                       : vec<acc_t<T>, N>{};
-  }
-}
-
 // Writes row r of a contiguous map of the output's size, from the convolution
 // at each token: finish(conv, at, n) stores n channels at element `at`.
 template <typename T, int N, typename Finish>
@@ -74,14 +53,17 @@ convolve_row(const ConvArgs<T>& a, int64_t r, const Finish& finish) {
             continue;
           }
           V values[kStride * S + 1];
-          load_inputs<T, N, S, decltype(edge)::value>(
+          load_tokens<T, N, kStride * S + 1, decltype(edge)::value>(
               image + (top + i) * a.width * a.x.stride,
               a.x.stride,
-              x,
+              kStride * x - 1,
               a.width,
               c,
               n,
               values);
+          each<kStride * S + 1>([&](int s) SMD2_LAMBDA {
+            values[s] = relu<acc_t<T>, N>(values[s]);
+          });
 #pragma GCC unroll 3
           for (int j = 0; j < kKernel; j++) {
             const V w = read<acc_t<T>, N>(block + (i * kKernel + j) * N);
@@ -98,11 +80,6 @@ convolve_row(const ConvArgs<T>& a, int64_t r, const Finish& finish) {
 }
 
 template <typename T>
-struct ForwardArgs : ConvArgs<T> {
-  T* out;
-};
-
-template <typename T>
 struct Forward {
   template <int N>
   SMD2_INLINE void run(const ForwardArgs<T>& a) {
@@ -116,12 +93,6 @@ struct Forward {
 };
 
 // From the gradient of the output to that of the convolution.
-template <typename T>
-struct ConvGradientArgs : ConvArgs<T> {
-  const T* grad;  // contiguous
-  acc_t<T>* grad_conv;
-};
-
 template <typename T>
 struct ConvGradient {
   template <int N>
@@ -155,8 +126,7 @@ struct Backward {
       const int64_t y = r % a.height;
       if (y % kStride == 0) {  // read by the middle row of one window
         row<N, 1, 1>(a, r, y / kStride);
-      } else if (y + 1 < a.height) {  // by the last row of one, the first of
-                                      // next
+      } else if (y + 1 < a.height) {  // by the outer rows of two windows
         row<N, 0, 2>(a, r, (y + 1) / kStride);
       } else {
         row<N, 2, 2>(a, r, (y + 1) / kStride);
@@ -182,29 +152,25 @@ struct Backward {
         [&](auto strip, auto edge, int64_t x, int64_t c, int n) SMD2_LAMBDA {
           constexpr int S = decltype(strip)::value;
           constexpr bool Edge = decltype(edge)::value;
-          // Inputs 2x .. 2x + 2S - 1.
+          // Of inputs 2x .. 2x + 2S - 1, those that exist.
           const int count =
               Edge ? static_cast<int>(std::min<int64_t>(2 * S, a.width - 2 * x))
                    : 2 * S;
           V inputs[2 * S], out[2 * S]{};
-#pragma GCC unroll 16
-          for (int s = 0; s < 2 * S; s++) {
-            inputs[s] = !Edge || s < count
-                            ? load_channels<T, N>(
-                                  input + (2 * x + s) * a.x.stride + c, n)
-                            : V{};
-          }
+          load_tokens<T, N, 2 * S, Edge>(
+              input, a.x.stride, 2 * x, a.width, c, n, inputs);
 #pragma GCC unroll 2
           for (int i = First; i <= Last; i += 2) {
             const int64_t y = i == 2 ? below - 1 : below;
-            const Acc* from = grads_of_image + (y * columns + x) * a.dim + c;
             V grads[S + 1];
-#pragma GCC unroll 8
-            for (int s = 0; s < S + 1; s++) {
-              grads[s] = !Edge || x + s < columns
-                             ? load_channels<Acc, N>(from + s * a.dim, n)
-                             : V{};
-            }
+            load_tokens<Acc, N, S + 1, Edge>(
+                grads_of_image + y * columns * a.dim,
+                a.dim,
+                x,
+                columns,
+                c,
+                n,
+                grads);
 #pragma GCC unroll 3
             for (int j = 0; j < kKernel; j++) {
               const int64_t k = i * kKernel + j;
@@ -238,19 +204,10 @@ struct Backward {
   }
 };
 
-// The inputs, checked, in the dtype and layout that kernels take.
-struct Inputs {
-  Tensor x, weights;
+struct Inputs : ConvInputs {
+  Inputs(const Tensor& x_, const Tensor& weight, const Tensor& bias)
+      : ConvInputs(kOp, x_, weight, bias) {}
 
-  Inputs(const Tensor& x_, const Tensor& weight, const Tensor& bias) {
-    check_convolution(kOp, x_, weight, bias);
-    x = even_tokens(as_type(x_, kernel_type(x_, x_)));
-    weights = pack_weights(weight, bias, x);
-  }
-
-  int64_t input_rows() const {
-    return x.size(0) * x.size(1);
-  }
   int64_t output_rows() const {
     return x.size(0) * halved(x.size(1));
   }
@@ -284,8 +241,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_stride2_backward(
   const auto grad = contiguous_as(grad_output, in.x.scalar_type());
   Tensor grad_conv = empty(in.output_sizes(), in.weights);
   Tensor grad_x = empty(in.x.sizes(), in.x);
-  const int64_t parts = num_parts(in.input_rows(), kRowsPerPart);
-  Tensor grad_weights = zeros({parts, kPacked, x.size(3)}, in.weights);
+  Tensor grad_weights = zeros({in.parts(), kPacked, x.size(3)}, in.weights);
   SMD2_DISPATCH(in.x.scalar_type(), op, [&] {
     using Acc = acc_t<scalar_t>;
     const ConvGradientArgs<scalar_t> outer{
@@ -298,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_stride2_backward(
         grad_conv.const_data_ptr<Acc>(),
         grad_x.mutable_data_ptr<scalar_t>(),
         grad_weights.mutable_data_ptr<Acc>()};
-    run_parts<Backward<scalar_t>>(inner, in.input_rows(), kRowsPerPart);
+    run_parts<Backward<scalar_t>>(inner, in.rows(), kRowsPerPart);
   });
   return gradients_of_convolution(grad_x, grad_weights, x, weight, bias);
 }
