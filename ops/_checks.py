@@ -12,6 +12,12 @@ def _check_floating_point(op: str, name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
 
 
+def check_finite(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise ``RuntimeError`` if there is NaN or infinity."""
+    if not x.isfinite().all():
+        raise RuntimeError(f"{op}: {name} must be finite")
+
+
 def check_tensor(op: str, name: str, x: torch.Tensor, shape: tuple[int, ...], like: str) -> None:
     """Raise ``ValueError`` unless ``x`` is floating point and has ``shape``.
 
