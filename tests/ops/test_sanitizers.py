@@ -58,6 +58,8 @@ for dtype in (torch.float32, torch.bfloat16):
                 ops.state_fusion(u, taps),
                 ops.depthwise_conv3x3(u, weight, bias, True),
                 ops.depthwise_conv3x3(u.transpose(1, 2), weight, bias, False),
+                ops.depthwise_conv3x3_stride2(u, weight, bias),
+                ops.depthwise_conv3x3_stride2(u.transpose(1, 2), weight, bias),
                 ops.gated_layer_norm(u, delta, D, bias),
             )
             sum(output.sum().float() for output in outputs).backward()
@@ -126,6 +128,13 @@ def runtime(name):
     if not os.path.isabs(path):
         pytest.skip(f"{name} is not installed")
     return path
+
+
+def test_the_program_calls_every_kernel():
+    sources = "".join(path.read_text() for path in OPS.glob("*/cpu.cpp"))
+    kernels = re.findall(r'm\.impl\(\s*"(\w+?)(?:_backward)?"', sources)
+    missing = [name for name in kernels if f"ops.{name}(" not in PROGRAM]
+    assert len(kernels) > 10 and not missing
 
 
 @pytest.mark.long
