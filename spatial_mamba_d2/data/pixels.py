@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from spatial_mamba_d2.data import tiff
@@ -38,6 +39,8 @@ _TEXT_CHUNKS = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")  # of PNG, which may hold th
 _PNG_MARK = b"\x89PNG\r\n\x1a\n"
 _PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by color type
 _MODE_BANDS = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 1, "RGBA": 4, "RGBX": 4, "RGBa": 4}
+# In a TIFF without compression, whose three bands Pillow takes for four before that.
+_PILLOW_READS_YCBCR = int(PIL.__version__.split(".")[0]) >= 13
 _DEEP_MODES = {"I;16": (16, "uint"), "I;16B": (16, "uint"), "I;16L": (16, "uint")}
 
 
@@ -205,6 +208,11 @@ def _tiff_layout(header: tiff.TiffHeader) -> Layout:
     is_deep = header.bits > 8 or header.kind != "uint"
     if is_deep and header.photometric in (tiff.PALETTE, tiff.CMYK, tiff.YCBCR):
         raise ImageFormatError("has a palette, CMYK or YCbCr colours of 16 bits; save it as RGB")
+    if header.photometric == tiff.YCBCR and not header.is_compressed and not _PILLOW_READS_YCBCR:
+        raise ImageFormatError(
+            "has YCbCr colours without compression, which Pillow reads from version 13 on; this is "
+            f"{PIL.__version__}: save it as RGB"
+        )
     if header.bands > MAX_CHANNELS:
         raise ImageFormatError(f"has {header.bands} bands; at most {MAX_CHANNELS} can be read")
     if is_deep and header.extra[:1] == (1,):
@@ -330,6 +338,8 @@ def _read_deep(file: BinaryIO, layout: Layout) -> np.ndarray:
     if decoded is None:
         raise ValueError("OpenCV cannot read it; it is damaged, or of a rare type")
     pixels: np.ndarray = np.atleast_3d(decoded)
+    if (layout.bits, layout.kind) == (32, "uint"):  # which as_plain_bands has declared as signed
+        pixels = pixels.view(np.uint32)
     if pixels.shape[2] >= 3:
         pixels = pixels[..., [2, 1, 0, *range(3, pixels.shape[2])]]
     if layout.bands == 2 and pixels.shape[2] == 4:  # OpenCV's grey with alpha

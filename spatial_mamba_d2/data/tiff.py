@@ -21,7 +21,7 @@ _ALPHA = (1, 2)  # of ExtraSamples: multiplied with the colours, and not
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # SampleFormat
 
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _BANDS = 256, 257, 258, 262, 274, 277
-_EXTRA, _FORMAT, _SUBFILE, _PLANAR = 338, 339, 254, 284
+_EXTRA, _FORMAT, _SUBFILE, _PLANAR, _COMPRESSION = 338, 339, 254, 284, 259
 _UNUSED = 65000  # a private tag, which readers pass over
 _SHORT = 3
 _TYPES = {1: "B", _SHORT: "H", 4: "I", 16: "Q"}  # of integer fields
@@ -42,6 +42,7 @@ class TiffHeader:
         photometric: what the bands are, such as :data:`RGB`.
         extra: the meaning of each band after the colours that is stated: 0 unknown, 1 and 2 alpha.
         is_planar: whether its bands are stored one after the other.
+        is_compressed: whether its pixels are.
         num_images: of this size.
         places: tag -> position of the field in the file.
         count_code: how the header's fields count their values, for :mod:`struct`.
@@ -56,6 +57,7 @@ class TiffHeader:
     photometric: int
     extra: tuple[int, ...]
     is_planar: bool
+    is_compressed: bool
     num_images: int
     places: dict[int, int]
     count_code: str
@@ -73,10 +75,13 @@ class TiffHeader:
         """The file with a header that lets OpenCV read its bands as they are stored.
 
         OpenCV turns some orientations and fails for the others, drops bands after the first one of
-        a grey image, and multiplies colours with alpha.
+        a grey image, and multiplies colours with alpha. Before version 5 it has no integers of 32
+        bits without sign: they are declared as signed, of the same bits.
         """
         changed = bytearray(content)
         fields = {_ORIENTATION: (_ORIENTATION, 1), _EXTRA: (_EXTRA, 0)}  # tag -> new tag, value
+        if (self.bits, self.kind) == (32, "uint"):
+            fields[_FORMAT] = _FORMAT, 2
         if self.bands > 2 and self.photometric in (GREY, GREY_INVERTED):
             fields[_PHOTOMETRIC] = _PHOTOMETRIC, RGB
             if self.bands == 3:  # OpenCV must find no other band
@@ -131,6 +136,7 @@ def read_tiff_header(file: BinaryIO) -> TiffHeader:
         photometric,
         values.get(_EXTRA, ()),
         values.get(_PLANAR, (1,))[0] == 2,
+        values.get(_COMPRESSION, (1,))[0] != 1,
         num_images,
         places,
         f"{order}{'Q' if big else 'I'}",

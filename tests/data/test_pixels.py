@@ -8,6 +8,7 @@ import zlib
 
 import cv2
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -155,10 +156,19 @@ def test_other_types_need_a_range(type_, tmp_path):
     assert (image == grey(scaled(stored, -50, 90))).all()
 
 
+@pytest.mark.parametrize("bands", [1, 3, 4])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_32_bits_without_sign(bands, order, tmp_path):
+    stored = SIXTEEN[..., :bands].astype(np.uint32) * 65537  # 0 .. 2^32 - 1
+    path = write_tiff(tmp_path / "a.tif", stored, order=order)
+    image = read_image(path, bands, value_range=PixelRange(0, 2**32 - 1))
+    assert stored.max() > 2**31 and (image == scaled(stored, 0, 2**32 - 1)).all()
+
+
 def test_float_colors(tmp_path):
     stored = SIXTEEN[..., :3].astype(np.float32) / 65535
-    cv2.imwrite(str(tmp_path / "a.tif"), stored[..., ::-1])
-    image = read_image(tmp_path / "a.tif", value_range=PixelRange(0, 1))
+    path = write_tiff(tmp_path / "a.tif", stored)  # OpenCV before 5 writes rounded colours, LogLuv
+    image = read_image(path, value_range=PixelRange(0, 1))
     assert (image == scaled(stored, 0, 1)).all()
 
 
@@ -285,8 +295,8 @@ def test_palettes_one_bit_and_alpha(tmp_path):
 def test_cmyk_and_ycbcr(tmp_path):
     flat = np.zeros((16, 16, 3), np.uint8) + np.array([200, 100, 50], np.uint8)
     for mode in ("CMYK", "YCbCr"):
-        for suffix in ("tif", "jpg"):
-            Image.fromarray(flat).convert(mode).save(tmp_path / f"a.{suffix}", quality=100)
+        for suffix, options in (("tif", {"compression": "tiff_lzw"}), ("jpg", {"quality": 100})):
+            Image.fromarray(flat).convert(mode).save(tmp_path / f"a.{suffix}", **options)
             assert np.abs(read_image(tmp_path / f"a.{suffix}").astype(int) - flat).max() <= 3
     path = write_tiff(tmp_path / "k.tif", EIGHT[..., :4], photometric=5)
     assert (
@@ -296,6 +306,20 @@ def test_cmyk_and_ycbcr(tmp_path):
         read_image(write_tiff(path, SIXTEEN[..., :4], photometric=5))
     with pytest.raises(ImageFormatError, match="LAB"):
         read_image(write_tiff(path, EIGHT[..., :3], photometric=8))
+
+
+def test_ycbcr_without_compression(tmp_path):
+    flat = np.zeros((16, 16, 3), np.uint8) + np.array([200, 100, 50], np.uint8)
+    image = Image.fromarray(flat)
+    image.convert("YCbCr").save(tmp_path / "a.tif")
+    image.convert("CMYK").save(tmp_path / "b.tif")
+    assert np.abs(read_image(tmp_path / "b.tif").astype(int) - flat).max() <= 3
+    if int(PIL.__version__.split(".")[0]) >= 13:
+        assert np.abs(read_image(tmp_path / "a.tif").astype(int) - flat).max() <= 3
+        return
+    for read in (read_image, read_size):
+        with pytest.raises(ImageFormatError, match=r"a\.tif has YCbCr .*version 13"):
+            read(tmp_path / "a.tif")
 
 
 def test_stacks_and_animations_are_refused(tmp_path):
