@@ -117,14 +117,21 @@ def _cut(
 
     most_rows = max(blocks_of(height, rows), 2) * rows
     band = min(range(most_rows, rows, -rows), key=rows_of_time)
-    return Tiles(*shape, blocks_of(width, tiles), tiles, band, blocks_of(height, band))
+    return Tiles(
+        *(images, height, width, dim),
+        *(blocks_of(width, tiles), tiles, band, blocks_of(height, band)),
+    )
 
 
 class Limits(Protocol):
     """What :func:`cut` has to know of a device."""
 
-    multiprocessors: int
-    shared_bytes: int
+    @property
+    def multiprocessors(self) -> int: ...
+
+    @property
+    def shared_bytes(self) -> int:
+        """The most that a block can have."""
 
 
 def cut(shape: tuple[int, ...], accumulator_bytes: int, device: Limits) -> Tiles:
