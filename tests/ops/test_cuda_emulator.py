@@ -345,6 +345,11 @@ def test_a_map_that_is_too_long_is_refused():
     assert fusion.cut((1, 2**26 - 1, 1, 1), 4, emulator.EmulatedDevice).height == 2**26 - 1
 
 
+def test_addresses_in_a_map_of_more_than_2_31_elements():
+    done = run(build_program(emulator.EMULATOR / "large_map.cpp", (), "none"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_bad_arguments_are_named(ssm_inputs):
     """Also by the operators themselves, which the functions' checks do not protect."""
     u, delta, A, B, C, D, bias, taps = ssm_inputs(2, 4, 5, 3)
