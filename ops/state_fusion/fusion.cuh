@@ -432,7 +432,7 @@ __global__ void __launch_bounds__(
       column += (begin - place.x0) * kLanes;
       TapWindow<Acc, FusionWalk::kHeld> window;
       window.start(read);
-#pragma unroll FusionWalk::kUnroll
+#pragma unroll 2
       for (int x = begin; x < end; x++) {
         window.advance(read);
         column += kLanes;
