@@ -11,6 +11,8 @@ from torch import Tensor
 
 LANES = 32  # threads of a warp, and channels that it processes
 MAX_BLOCKS = 2**31 - 1
+#: of a map, exclusive: the scan and the fusion add offsets of at most 32 tokens in 32 bits
+MAX_SIDE = 2**26
 
 #: starts a kernel: (blocks, warps per block, bytes of shared memory, *members of its argument)
 Launch = Callable[..., None]

@@ -37,6 +37,7 @@ class Device(Protocol):
     """Something that runs kernels."""
 
     multiprocessors: int
+    shared_bytes: int  # the most that a block can have
 
     def load(self, text: str, names: Sequence[str], title: str) -> list[Launch]:
         """Compile the kernels of these names from a source, and load them."""
@@ -60,6 +61,7 @@ class Kernels:
 
     def __init__(self, device: Device, launches: dict[str, Launch]):
         self.multiprocessors = device.multiprocessors
+        self.shared_bytes = device.shared_bytes
         vars(self).update(launches)
 
     def __getattr__(self, name: str) -> Launch:

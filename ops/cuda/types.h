@@ -13,13 +13,17 @@ namespace cuda {
 // processes.
 constexpr int kLanes = 32;
 
-SMD2_DEVICE int64_t smaller(int64_t x, int64_t y) {
+template <typename Integer>
+SMD2_DEVICE Integer smaller(Integer x, Integer y) {
   return x < y ? x : y;
 }
-SMD2_DEVICE int64_t larger(int64_t x, int64_t y) {
+template <typename Integer>
+SMD2_DEVICE Integer larger(Integer x, Integer y) {
   return x > y ? x : y;
 }
-SMD2_DEVICE int64_t blocks_of(int64_t count, int64_t size) {
+// The number of blocks of `size` that hold `count`.
+template <typename Integer>
+SMD2_DEVICE Integer blocks_of(Integer count, Integer size) {
   return (count + size - 1) / size;
 }
 

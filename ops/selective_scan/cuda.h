@@ -21,19 +21,17 @@ namespace cuda {
 struct Segments {
   int64_t tokens;   // number of tokens of an image
   int64_t width;    // tokens of a row; the last row may have fewer
+  int64_t rows;     // number of rows of an image
   int64_t per_row;  // number of segments in a row
   int64_t step, shift;
 
-  SMD2_DEVICE int64_t rows() const {
-    return blocks_of(tokens, width);
-  }
   SMD2_DEVICE int64_t row_tokens(int64_t row) const {
     return smaller(width, tokens - row * width);
   }
   // The segment's first token, and the one after its last, counted in the
   // image.
   SMD2_DEVICE int64_t begin(int64_t row, int64_t s) const {
-    const int64_t at = larger(s * step - shift, 0);
+    const int64_t at = larger(s * step - shift, int64_t{0});
     return row * width + smaller(at, row_tokens(row));
   }
   SMD2_DEVICE int64_t end(int64_t row, int64_t s) const {
@@ -41,9 +39,9 @@ struct Segments {
   }
 };
 
-// Tokens of the longest segment. The adjoint keeps their states in shared
-// memory (kAdjointWarps x 4 KiB in a block); longer segments mean fewer carries
-// and fewer segments that run in parallel.
+// Tokens of the longest segment, within which offsets take 32 bits. The adjoint
+// keeps their states in shared memory (kAdjointWarps x 4 KiB in a block);
+// longer segments mean fewer carries and fewer segments that run in parallel.
 constexpr int kMaxSegment = 32;
 
 // Pointers to contiguous tensors.
@@ -57,10 +55,6 @@ struct ScanArgs {
   acc_t<T>* workspace;   // see Carries in scan.cuh
   Segments segments;
   int64_t images, dim;
-
-  SMD2_DEVICE int64_t channel_blocks() const {
-    return blocks_of(dim, kLanes);
-  }
 };
 
 template <typename T>

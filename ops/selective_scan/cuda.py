@@ -11,6 +11,7 @@ from torch import Tensor
 from spatial_mamba_d2.ops._precision import accumulation_dtype
 from spatial_mamba_d2.ops.cuda.arguments import (
     LANES,
+    MAX_SIDE,
     Launch,
     blocks_of,
     check_arguments,
@@ -40,13 +41,10 @@ class Segments(NamedTuple):
 
     tokens: int
     width: int
+    rows: int
     per_row: int
     step: int
     shift: int
-
-    @property
-    def rows(self) -> int:
-        return blocks_of(self.tokens, self.width)
 
 
 @cache
@@ -59,7 +57,7 @@ def sequence_segments(length: int) -> Segments:
     """Segments of a sequence that is not an image."""
     longest = constant("kMaxSegment")
     width = min(length, 16 * longest)
-    return Segments(length, width, blocks_of(width, longest), longest, 0)
+    return Segments(length, width, blocks_of(length, width), blocks_of(width, longest), longest, 0)
 
 
 class Scan:
@@ -154,6 +152,8 @@ def _prepare(
     if u.dim() != 3 or 0 in u.shape[1:]:
         raise ValueError(f"{op}: u must be [B, L, D] with L, D >= 1, got {list(u.shape)}")
     images, length, dim = u.shape
+    if dim >= MAX_SIDE:
+        raise ValueError(f"{op}: u must have less than 2^26 channels, got {dim}")
     check_arguments(
         op,
         u,

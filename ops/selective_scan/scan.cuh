@@ -12,8 +12,7 @@
 //   apply, apply_adjoint  run the recursion in all segments at once
 #pragma once
 
-#include "../cuda/channels.cuh"
-#include "cuda.h"
+#include "steps.cuh"
 
 namespace smd2 {
 namespace cuda {
@@ -60,12 +59,13 @@ struct Carries {
   Affine<Acc>* rows;  // [images, rows, dim]: map of all segments of the row
   Acc* row_state;     // [images, rows, dim]: state before the row
 
-  SMD2_DEVICE Carries(
-      Acc* workspace,
-      const Segments& segments,
-      int64_t images,
-      int64_t dim) {
-    const int64_t rows_size = images * segments.rows() * dim;
+  // Of a kernel's arguments; in another workspace than its own.
+  template <typename Args>
+  explicit SMD2_DEVICE Carries(const Args& a) : Carries(a, a.workspace) {}
+  template <typename Args>
+  SMD2_DEVICE Carries(const Args& a, Acc* workspace) {
+    const Segments& segments = a.segments;
+    const int64_t rows_size = a.images * segments.rows * a.dim;
     before = reinterpret_cast<Affine<Acc>*>(workspace);
     rows = before + rows_size * segments.per_row;
     row_state = reinterpret_cast<Acc*>(rows + rows_size);
@@ -76,122 +76,68 @@ struct Carries {
 // of an image. Neighbouring blocks have neighbouring channels of the same
 // tokens.
 struct RowPlace {
-  int64_t channel_block, row, image;
-  int64_t channel;  // of this lane
-  bool valid;       // whether there is such a channel
+  int dim;
+  int channel_block, row, image;
+  int channel;  // of this lane
+  bool valid;   // whether there is such a channel
 
-  SMD2_DEVICE RowPlace(int64_t channel_blocks, int64_t rows, int64_t dim) {
-    const int64_t block = blockIdx.x;
-    channel_block = block % channel_blocks;
-    row = block / channel_blocks % rows;
-    image = block / channel_blocks / rows;
-    channel = channel_block * kLanes + threadIdx.x;
+  SMD2_DEVICE RowPlace(int64_t rows, int64_t dim_)
+      : dim(static_cast<int>(dim_)) {
+    const unsigned block = blockIdx.x;
+    const unsigned channel_blocks = blocks_of(dim, kLanes);
+    const unsigned of_all_images = block / channel_blocks;
+    channel_block = static_cast<int>(block % channel_blocks);
+    row = static_cast<int>(of_all_images % static_cast<unsigned>(rows));
+    image = static_cast<int>(of_all_images / static_cast<unsigned>(rows));
+    channel = channel_block * kLanes + static_cast<int>(threadIdx.x);
     valid = channel < dim;
   }
 };
 
-// Where the step sizes come from: memory, [images, tokens, dim] ...
-template <typename T>
-struct StoredSteps {
-  using Args = ScanArgs<T>;
-  const T* delta;
-  int64_t stride;
-
-  SMD2_DEVICE StoredSteps(const Args& a, int64_t image, int64_t channel, bool)
-      : delta(a.delta + image * a.segments.tokens * a.dim + channel),
-        stride(a.dim) {}
-  SMD2_DEVICE acc_t<T> operator()(int64_t t, bool valid) const {
-    return load_constant(delta + t * stride, valid);
-  }
-};
-
-// ... or a product of low rank, in whose place `delta` is the first factor,
-// [images, tokens, rank]. The rank is a multiple of 4.
-template <typename T>
-struct LowRankArgs : ScanArgs<T> {
-  const acc_t<T>* dt_weight;  // [rank, dim]
-  int64_t rank;
-};
-
-template <typename T>
-struct LowRankSteps {
-  using Args = LowRankArgs<T>;
-  using Acc = acc_t<T>;
-  static constexpr int kHeld = 4;  // weights in registers, all of a narrow map
-  const T* dt;
-  const Acc* weight;
-  Acc held[kHeld];
-  int64_t dim;
-  int rank;
-
-  SMD2_DEVICE
-  LowRankSteps(const Args& a, int64_t image, int64_t channel, bool valid)
-      : dt(a.delta + image * a.segments.tokens * a.rank),
-        weight(a.dt_weight + channel),
-        dim(a.dim),
-        rank(static_cast<int>(a.rank)) {
-#pragma unroll
-    for (int r = 0; r < kHeld; r++) {
-      held[r] = load(weight + r * dim, valid);
-    }
-  }
-  SMD2_DEVICE Acc operator()(int64_t t, bool valid) const {
-    const Channels<kHeld, true> factors(0, 1, kHeld);
-    const T* token = dt + t * rank;
-    Acc values[kHeld], step = 0;
-    factors.load(token, true, values);
-#pragma unroll
-    for (int r = 0; r < kHeld; r++) {
-      step += held[r] * values[r];
-    }
-#pragma unroll 1
-    for (int first = kHeld; first < rank; first += kHeld) {
-      factors.load(token + first, true, values);
-#pragma unroll
-      for (int r = 0; r < kHeld; r++) {
-        step += load(weight + (first + r) * dim, valid) * values[r];
-      }
-    }
-    return step;
-  }
-};
-
-// One channel of one image, as the recursion sees it.
+// One channel of one image, as the recursion sees it, from its token `begin`
+// on: that is token 0.
 template <typename T, typename Steps = StoredSteps<T>>
 struct Channel {
   using Acc = acc_t<T>;
   const T* u;
   Steps steps;
   const Acc* B;
-  int64_t stride;  // from token to token
+  int stride;  // from token to token
   Acc A, bias;
   bool valid;
 
   SMD2_DEVICE Channel(
       const typename Steps::Args& a,
-      int64_t image,
-      int64_t channel,
+      int image,
+      int64_t begin,
+      int channel,
       bool valid_)
-      : steps(a, image, channel, valid_) {
-    const int64_t tokens = a.segments.tokens;
-    u = a.u + image * tokens * a.dim + channel;
-    B = a.B + image * tokens;
-    stride = a.dim;
-    valid = valid_;
-    A = load(a.A + channel, valid);
-    bias = load(a.bias + channel, valid);
-  }
+      : Channel(a, image * a.segments.tokens + begin, channel, valid_) {}
 
-  SMD2_DEVICE Acc biased(int64_t t) const {
+  SMD2_DEVICE Acc biased(int t) const {
     return steps(t, valid) + bias;
   }
-  SMD2_DEVICE Acc input(int64_t t) const {
+  SMD2_DEVICE Acc input(int t) const {
     return load_constant(u + t * stride, valid);
   }
-  SMD2_DEVICE Affine<Acc> map(int64_t t) const {
+  SMD2_DEVICE Affine<Acc> map(int t) const {
     const Acc step = softplus(biased(t));
     return {exp_(step * A), step * input(t) * read(B + t)};
   }
+
+ private:
+  SMD2_DEVICE Channel(
+      const typename Steps::Args& a,
+      int64_t first,
+      int channel,
+      bool valid_)
+      : u(a.u + first * a.dim + channel),
+        steps(a, first, channel, valid_),
+        B(a.B + first),
+        stride(static_cast<int>(a.dim)),
+        A(load(a.A + channel, valid_)),
+        bias(load(a.bias + channel, valid_)),
+        valid(valid_) {}
 };
 
 // The state before segment s of a row: see Carries.
@@ -199,30 +145,32 @@ template <typename T>
 SMD2_DEVICE acc_t<T> state_before(
     const ScanArgs<T>& a,
     const Carries<acc_t<T>>& carries,
-    int64_t image,
-    int64_t row,
-    int64_t s,
-    int64_t channel,
+    int image,
+    int row,
+    int s,
+    int channel,
     bool valid) {
   if (!valid) {
     return 0;
   }
-  const int64_t at = image * a.segments.rows() + row;
+  const int64_t at = image * a.segments.rows + row;
   const auto before =
       carries.before[(at * a.segments.per_row + s) * a.dim + channel];
   return before.decay * carries.row_state[at * a.dim + channel] + before.state;
 }
 
-// The maps that `reduce` composes: those of the recursion ...
+// The maps that `reduce` composes, from a token of the image on: those of the
+// recursion ...
 template <typename T, typename Steps = StoredSteps<T>>
 struct ForwardPass : Steps::Args {
   static constexpr bool kReverse = false;
 
   struct Maps {
     Channel<T, Steps> channel;
-    SMD2_DEVICE Maps(const ForwardPass& a, const RowPlace& place)
-        : channel(a, place.image, place.channel, place.valid) {}
-    SMD2_DEVICE Affine<acc_t<T>> operator()(int64_t t) const {
+    SMD2_DEVICE
+    Maps(const ForwardPass& a, const RowPlace& place, int64_t begin)
+        : channel(a, place.image, begin, place.channel, place.valid) {}
+    SMD2_DEVICE Affine<acc_t<T>> operator()(int t) const {
       return channel.map(t);
     }
   };
@@ -237,12 +185,13 @@ struct AdjointPass : ScanArgs<T> {
   struct Maps {
     Channel<T> channel;
     const acc_t<T>* grad_h;
-    SMD2_DEVICE Maps(const AdjointPass& a, const RowPlace& place)
-        : channel(a, place.image, place.channel, place.valid),
+    SMD2_DEVICE
+    Maps(const AdjointPass& a, const RowPlace& place, int64_t begin)
+        : channel(a, place.image, begin, place.channel, place.valid),
           grad_h(
-              a.grad_h + place.image * a.segments.tokens * a.dim +
+              a.grad_h + (place.image * a.segments.tokens + begin) * a.dim +
               place.channel) {}
-    SMD2_DEVICE Affine<acc_t<T>> operator()(int64_t t) const {
+    SMD2_DEVICE Affine<acc_t<T>> operator()(int t) const {
       const auto decay = exp_(softplus(channel.biased(t)) * channel.A);
       const auto grad =
           load_constant(grad_h + t * channel.stride, channel.valid);
@@ -261,23 +210,23 @@ __global__ void __launch_bounds__(
   SMD2_SHARED(Affine<Acc>, of_warps);  // [warps][32]
   const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
   const Segments& segments = a.segments;
-  const int64_t per_row = segments.per_row;
-  const RowPlace place(a.channel_blocks(), segments.rows(), a.dim);
-  const typename Pass::Maps map(a, place);
-  const Carries<Acc> carries(a.workspace, segments, a.images, a.dim);
-  const int64_t at = place.image * segments.rows() + place.row;
+  const int per_row = static_cast<int>(segments.per_row);
+  const RowPlace place(segments.rows, a.dim);
+  const Carries<Acc> carries(a);
+  const int64_t at = place.image * segments.rows + place.row;
 
   Affine<Acc> total{1, 0};
-  for (int64_t first = 0; first < per_row; first += warps) {
-    const int64_t i = first + warp;
-    const int64_t s = Pass::kReverse ? per_row - 1 - i : i;
+  for (int first = 0; first < per_row; first += warps) {
+    const int i = first + warp;
+    const int s = Pass::kReverse ? per_row - 1 - i : i;
     Affine<Acc> own{1, 0};
     if (i < per_row) {
       const int64_t begin = segments.begin(place.row, s);
-      const int64_t count = segments.end(place.row, s) - begin;
+      const int count = static_cast<int>(segments.end(place.row, s) - begin);
+      const typename Pass::Maps map(a, place, begin);
 #pragma unroll 4
-      for (int64_t k = 0; k < count; k++) {
-        own = then(own, map(begin + (Pass::kReverse ? count - 1 - k : k)));
+      for (int k = 0; k < count; k++) {
+        own = then(own, map(Pass::kReverse ? count - 1 - k : k));
       }
     }
     of_warps[warp * kLanes + lane] = own;
@@ -315,18 +264,26 @@ __global__ void __launch_bounds__(kCarryWarps* kLanes, 1)
     carry(CarryArgs<Acc> a) {
   SMD2_SHARED(Affine<Acc>, of_warps);  // [warps][32]
   const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
-  const int64_t rows = a.segments.rows();
-  const RowPlace place(blocks_of(a.dim, kLanes), 1, a.dim);
-  const Carries<Acc> carries(a.workspace, a.segments, a.images, a.dim);
-  const int64_t base = place.image * rows * a.dim + place.channel;
-  const int64_t begin = warp * rows / warps, end = (warp + 1) * rows / warps;
+  const unsigned rows = static_cast<unsigned>(a.segments.rows);
+  const RowPlace place(1, a.dim);
+  const Carries<Acc> carries(a);
+  // The first rows % warps warps have a row more than the others.
+  const int share = static_cast<int>(rows / warps);
+  const int more = static_cast<int>(rows % warps);
+  const int count = share + (warp < more ? 1 : 0);
+  const int begin = warp * share + smaller(warp, more);  // in the pass's order
+  const int64_t row = a.reverse ? a.segments.rows - 1 - begin : begin;
+  const int64_t at =
+      (place.image * a.segments.rows + row) * a.dim + place.channel;
+  const int64_t step = a.reverse ? -a.dim : a.dim;  // to the next row
 
   Affine<Acc> own{1, 0};
   if (place.valid) {
+    const Affine<Acc>* map = carries.rows + at;
 #pragma unroll 8
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t row = a.reverse ? rows - 1 - i : i;
-      own = then(own, carries.rows[base + row * a.dim]);
+    for (int i = 0; i < count; i++) {
+      own = then(own, *map);
+      map += step;
     }
   }
   of_warps[warp * kLanes + lane] = own;
@@ -337,12 +294,14 @@ __global__ void __launch_bounds__(kCarryWarps* kLanes, 1)
     state = map.decay * state + map.state;
   }
   if (place.valid) {
+    const Affine<Acc>* map = carries.rows + at;
+    Acc* before = carries.row_state + at;
 #pragma unroll 8
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t at = base + (a.reverse ? rows - 1 - i : i) * a.dim;
-      const auto map = carries.rows[at];
-      carries.row_state[at] = state;
-      state = map.decay * state + map.state;
+    for (int i = 0; i < count; i++) {
+      *before = state;
+      state = map->decay * state + map->state;
+      map += step;
+      before += step;
     }
   }
 }
@@ -355,19 +314,22 @@ __global__ void __launch_bounds__(
     min_blocks<acc_t<T>>(3, 2)) apply(ScanForwardArgs<T> a) {
   using Acc = acc_t<T>;
   const Segments& segments = a.segments;
-  const RowPlace place(a.channel_blocks(), segments.rows(), a.dim);
-  const Channel<T> channel(a, place.image, place.channel, place.valid);
-  const Carries<Acc> carries(a.workspace, segments, a.images, a.dim);
-  Acc* h = a.h + place.image * segments.tokens * a.dim + place.channel;
-  for (int64_t s = threadIdx.y; s < segments.per_row; s += blockDim.y) {
+  const RowPlace place(segments.rows, a.dim);
+  const Carries<Acc> carries(a);
+  const int per_row = static_cast<int>(segments.per_row);
+  for (int s = threadIdx.y; s < per_row; s += static_cast<int>(blockDim.y)) {
+    const int64_t begin = segments.begin(place.row, s);
+    const int count = static_cast<int>(segments.end(place.row, s) - begin);
+    const Channel<T> channel(a, place.image, begin, place.channel, place.valid);
+    Acc* h =
+        a.h + (place.image * segments.tokens + begin) * a.dim + place.channel;
     Acc state = state_before(
         a, carries, place.image, place.row, s, place.channel, place.valid);
-    const int64_t end = segments.end(place.row, s);
 #pragma unroll 4
-    for (int64_t t = segments.begin(place.row, s); t < end; t++) {
+    for (int t = 0; t < count; t++) {
       const auto map = channel.map(t);
       state = map.decay * state + map.state;
-      store(h + t * a.dim, state, place.valid);
+      store(h + t * place.dim, state, place.valid);
     }
   }
 }
@@ -379,16 +341,17 @@ struct AdjointToken {
 
   template <typename T>
   SMD2_DEVICE AdjointToken(
-      const ScanBackwardArgs<T>& a,
       const Channel<T>& channel,
-      int64_t t,
-      int64_t at)
+      int t,
+      const Acc* grads_h,
+      const T* grads_y)
       : u(channel.input(t)),
         biased(channel.biased(t)),
         B(read(channel.B + t)),
-        grad_h(load_constant(a.grad_h + at, channel.valid)),
+        grad_h(load_constant(grads_h + t * channel.stride, channel.valid)),
         grad_y(
-            a.grad_y ? load_constant(a.grad_y + at, channel.valid) : Acc(0)) {}
+            grads_y ? load_constant(grads_y + t * channel.stride, channel.valid)
+                    : Acc(0)) {}
 };
 
 // The same for the adjoint. A warp recomputes the states of its segment and
@@ -401,29 +364,34 @@ __global__ void __launch_bounds__(
   SMD2_SHARED(Acc, shared);  // [warps][kMaxSegment][32]
   const int lane = threadIdx.x, warp = threadIdx.y;
   const Segments& segments = a.segments;
-  const RowPlace place(a.channel_blocks(), segments.rows(), a.dim);
-  const Channel<T> channel(a, place.image, place.channel, place.valid);
-  const Carries<Acc> carries(a.workspace, segments, a.images, a.dim);
-  const Carries<Acc> adjoint(a.adjoint_workspace, segments, a.images, a.dim);
-  const int64_t base = place.image * segments.tokens * a.dim + place.channel;
+  const RowPlace place(segments.rows, a.dim);
+  const Carries<Acc> carries(a), adjoint(a, a.adjoint_workspace);
+  const int per_row = static_cast<int>(segments.per_row);
   const Acc D = kSkip ? load(a.D + place.channel, place.valid) : Acc(0);
   Acc* states = shared + warp * kMaxSegment * kLanes + lane;
-  Acc* grad_B = a.grad_B + (place.channel_block * a.images + place.image) *
-                               segments.tokens;
   Acc sums[3] = {0, 0, 0};  // gradients of A, bias, D
 
-  for (int64_t s = warp; s < segments.per_row; s += blockDim.y) {
+  for (int s = warp; s < per_row; s += static_cast<int>(blockDim.y)) {
     const int64_t begin = segments.begin(place.row, s);
     const int count = static_cast<int>(segments.end(place.row, s) - begin);
     if (count == 0) {
       continue;
     }
+    const Channel<T> channel(a, place.image, begin, place.channel, place.valid);
+    const int64_t base =
+        (place.image * segments.tokens + begin) * a.dim + place.channel;
+    const Acc* grads_h = a.grad_h + base;
+    const T* grads_y = kSkip ? a.grad_y + base : nullptr;
+    Acc* grad_B =
+        a.grad_B +
+        (place.channel_block * a.images + place.image) * segments.tokens +
+        begin;
     const Acc before = state_before(
         a, carries, place.image, place.row, s, place.channel, place.valid);
     Acc state = before;
 #pragma unroll 4
     for (int i = 0; i < count; i++) {
-      const auto map = channel.map(begin + i);
+      const auto map = channel.map(i);
       state = map.decay * state + map.state;
       states[i * kLanes] = state;
     }
@@ -431,15 +399,11 @@ __global__ void __launch_bounds__(
     Acc next = state_before(
         a, adjoint, place.image, place.row, s, place.channel, place.valid);
     // The next token is read before the stores of this one.
-    const int64_t last = begin + count - 1;
-    AdjointToken<Acc> ahead(a, channel, last, base + last * a.dim);
+    AdjointToken<Acc> ahead(channel, count - 1, grads_h, grads_y);
 #pragma unroll 2
     for (int i = count - 1; i >= 0; i--) {
-      const int64_t t = begin + i, at = base + t * a.dim;
       const AdjointToken<Acc> token = ahead;
-      const int step_back = i > 0 ? 1 : 0;
-      ahead =
-          AdjointToken<Acc>(a, channel, t - step_back, at - step_back * a.dim);
+      ahead = AdjointToken<Acc>(channel, larger(i - 1, 0), grads_h, grads_y);
       const Acc u = token.u, B = token.B;
       Acc slope;
       const Acc step = softplus(token.biased, &slope);
@@ -455,11 +419,12 @@ __global__ void __launch_bounds__(
         grad_u += D * token.grad_y;
         sums[2] += token.grad_y * u;
       }
-      store(a.grad_u + at, grad_u, place.valid);
-      store(a.grad_delta + at, grad_delta, place.valid);
+      const int at = i * place.dim;
+      store(a.grad_u + base + at, grad_u, place.valid);
+      store(a.grad_delta + base + at, grad_delta, place.valid);
       const Acc of_B = warp_sum(g * step * u);
       if (lane == 0) {
-        grad_B[t] = of_B;
+        grad_B[i] = of_B;
       }
     }
   }
@@ -468,7 +433,7 @@ __global__ void __launch_bounds__(
   block_sum(sums, shared);
   if (warp == 0) {
     const int64_t at =
-        (place.image * segments.rows() + place.row) * a.dim + place.channel;
+        (place.image * segments.rows + place.row) * a.dim + place.channel;
     store(a.grad_A + at, sums[0], place.valid);
     store(a.grad_bias + at, sums[1], place.valid);
     if (kSkip) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from spatial_mamba_d2.ops._precision import accumulation_dtype
 from spatial_mamba_d2.ops.cuda.arguments import (
     LANES,
+    MAX_SIDE,
     Launch,
     blocks_of,
     check_arguments,
@@ -30,9 +31,10 @@ BACKWARD = KernelSet(
     grad_taps="fuse_tiles<{Acc}, LoadRows<{T}>, GradTaps<{T}>>",
 )
 
-# Blocks that a multiprocessor holds at once: the kernels' launch bounds ask for it. Where shared
-# memory allows one only, waves are twice as many, for each number of bands.
+# Blocks that a multiprocessor holds at once: the kernels' launch bounds ask for it.
 BLOCKS_PER_MULTIPROCESSOR = 2
+# Shared memory that each block takes for the system, since compute capability 8.0.
+RESERVED_BYTES = 1024
 
 
 class Tiles(NamedTuple):
@@ -65,26 +67,50 @@ def tile_shape(accumulator_bytes: int) -> tuple[int, int]:
     return found[f"{shape}.kRows"], found[f"{shape}.kWidth"]
 
 
+def tile_bytes(width: int, accumulator_bytes: int) -> int:
+    """Shared memory of a block: a ring buffer of rows, with a halo on all sides.
+
+    In the end, the buffer holds the warps' sums of the taps' gradients.
+    """
+    rows, _ = tile_shape(accumulator_bytes)
+    values = max((rows + 2 * RADIUS) * (width + 2 * RADIUS), rows * TAPS)
+    return accumulator_bytes * values * LANES
+
+
 @cache
-def tile_bytes(accumulator_bytes: int) -> int:
-    """Shared memory of a block: a ring buffer of rows, with a halo on all sides."""
-    rows, width = tile_shape(accumulator_bytes)
-    return accumulator_bytes * (rows + 2 * RADIUS) * (width + 2 * RADIUS) * LANES
+def widest_tile(accumulator_bytes: int, shared_bytes: int) -> tuple[int, int]:
+    """Columns of a tile, at most, and blocks that a multiprocessor then holds.
+
+    Two blocks of narrower tiles hide more latency than one of the widest, as on GPUs with 100 KiB
+    of shared memory; but more of a tile is halo, so its width is more than half of the widest.
+
+    Args:
+        accumulator_bytes: of a state.
+        shared_bytes: the most that a block can have on the device.
+    """
+    _, most = tile_shape(accumulator_bytes)
+    available = (shared_bytes + RESERVED_BYTES) // BLOCKS_PER_MULTIPROCESSOR - RESERVED_BYTES
+    for width in range(most, most // 2, -1):
+        if tile_bytes(width, accumulator_bytes) <= available:
+            return width, BLOCKS_PER_MULTIPROCESSOR
+    return most, 1
 
 
 @lru_cache(4096)
-def cut(
-    images: int, height: int, width: int, dim: int, accumulator_bytes: int, multiprocessors: int
+def _cut(
+    shape: tuple[int, ...], accumulator_bytes: int, multiprocessors: int, shared_bytes: int
 ) -> Tiles:
-    """Cut a map into tiles for a device.
-
-    Bands have the height that takes the fewest rows of time: those of a band, with its halo, which
-    it computes again, for each wave of blocks. Of equally good ones, the highest.
-    """
-    rows, most = tile_shape(accumulator_bytes)
+    images, height, width, dim = shape
+    if max(height, width, dim) >= MAX_SIDE:
+        raise ValueError(
+            f"CUDA kernels take maps with less than 2^26 rows, columns and channels, "
+            f"got {list(shape)}"
+        )
+    rows, _ = tile_shape(accumulator_bytes)
+    most, resident = widest_tile(accumulator_bytes, shared_bytes)
     tiles = blocks_of(width, most)
     columns = images * tiles * blocks_of(dim, LANES)
-    at_once = multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+    at_once = multiprocessors * resident
 
     def rows_of_time(band: int) -> int:
         return blocks_of(columns * blocks_of(height, band), at_once) * (band + 2 * RADIUS)
@@ -97,10 +123,34 @@ def cut(
     )
 
 
+class Limits(Protocol):
+    """What :func:`cut` has to know of a device."""
+
+    @property
+    def multiprocessors(self) -> int: ...
+
+    @property
+    def shared_bytes(self) -> int:
+        """The most that a block can have."""
+
+
+def cut(shape: tuple[int, ...], accumulator_bytes: int, device: Limits) -> Tiles:
+    """Cut a map ``[B, H, W, D]`` into tiles for a device.
+
+    Bands have the height that takes the fewest rows of time: those of a band, with its halo, which
+    it computes again, for each wave of blocks. Of equally good ones, the highest.
+
+    Raises:
+        ValueError: a side of the map is too long.
+    """
+    return _cut(shape, accumulator_bytes, device.multiprocessors, device.shared_bytes)
+
+
 def over_tiles(launch: Launch, tiles: Tiles, taps: Tensor, *members: Tensor | int) -> None:
     """Launch ``fuse_tiles`` or ``grad_input_tiles``; ``members`` are those of source and sink."""
     size = taps.itemsize
-    launch(tiles.blocks, tile_shape(size)[0], tile_bytes(size), *tiles, taps, *members)
+    shared_bytes = tile_bytes(tiles.tile_width, size)
+    launch(tiles.blocks, tile_shape(size)[0], shared_bytes, *tiles, taps, *members)
 
 
 def _check(op: str, h: Tensor, taps: Tensor) -> None:
@@ -116,7 +166,7 @@ def state_fusion(h: Tensor, taps: Tensor) -> Tensor:
     out = torch.empty(h.shape, dtype=acc, device=h.device)
     if out.numel():
         (h,), (taps,) = contiguous_as(h.dtype, h), contiguous_as(acc, taps)
-        tiles = cut(*h.shape, acc.itemsize, kernels.multiprocessors)
+        tiles = cut(tuple(h.shape), acc.itemsize, kernels)
         over_tiles(kernels.fuse, tiles, taps, h, out)
     return out
 
@@ -127,7 +177,7 @@ def state_fusion_backward(grad_output: Tensor, h: Tensor, taps: Tensor) -> tuple
     check_arguments("state_fusion_backward", h, [("grad_output", grad_output, h.shape)])
     kernels = BACKWARD.on(h.device, h.dtype)
     acc = accumulation_dtype(h)
-    tiles = cut(*h.shape, acc.itemsize, kernels.multiprocessors)
+    tiles = cut(tuple(h.shape), acc.itemsize, kernels)
     grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     grad_taps = torch.empty((tiles.parts, *taps.shape), dtype=acc, device=h.device)
     if h.numel():

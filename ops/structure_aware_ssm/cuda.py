@@ -22,7 +22,7 @@ from spatial_mamba_d2.ops.selective_scan.cuda import Scan, Segments
 from spatial_mamba_d2.ops.state_fusion.cuda import Tiles, cut, over_tiles
 from spatial_mamba_d2.ops.state_fusion.taps import RADIUS, TAPS
 
-# The loop over the tokens of ScanRows is unrolled 4 times, or 2 where registers are scarce.
+# The loop over the tokens of ScanRows is unrolled 4 times, or less where registers are scarce.
 FORWARD = KernelSet(
     "structure_aware_ssm/ssm.cuh",
     reduce="reduce<{T}, ForwardPass<{T}>>",
@@ -43,7 +43,8 @@ BACKWARD = KernelSet(
 def image_segments(tiles: Tiles) -> Segments:
     """The rows are those of the map; each tile has a segment, which begins at its left halo."""
     tokens = tiles.height * tiles.width
-    return Segments(tokens, tiles.width, tiles.tiles, tiles.tile_width, RADIUS)
+    rows = tiles.height
+    return Segments(tokens, tiles.width, rows, tiles.tiles, tiles.tile_width, RADIUS)
 
 
 def ssm_shapes(
@@ -74,7 +75,7 @@ class _Call:
         self.u, delta = contiguous_as(dtype, u, delta)
         small = contiguous_as(accumulation_dtype(self.u), A, B, C, D, delta_bias, taps)
         A, B, self.C, self.D, delta_bias, self.taps = small
-        self.tiles = cut(*u.shape, A.itemsize, self.kernels.multiprocessors)
+        self.tiles = cut(tuple(u.shape), A.itemsize, self.kernels)
         self.scan = Scan(self.u, delta, A, B, delta_bias, image_segments(self.tiles))
 
 
@@ -101,7 +102,7 @@ def structure_aware_ssm_backward(grad_output: Tensor, *inputs: Tensor) -> tuple[
     grad_taps = u.new_empty((tiles.parts, TAPS, tiles.dim), dtype=scan.acc)
     if scan.images:
         scan.launch_carries(kernels)
-        sink = (grad_y, call.C, grad_C, grad_taps)
+        sink = (grad_y, call.C, grad_C, grad_taps, grad_C[0].numel())
         over_tiles(kernels.grad_observed, tiles, call.taps, *scan.members, *sink)
         over_tiles(kernels.grad_input, tiles, call.taps, grad_y, call.C, grad_h)
     of_scan = scan.launch_backward(kernels, grad_h, grad_y, call.D)

@@ -18,31 +18,34 @@ template <typename T, int kUnroll, typename Steps = StoredSteps<T>>
 struct ScanRows {
   typename Steps::Args scan;
 
-  SMD2_DEVICE void fill(const TilePlace& place, int64_t y, acc_t<T>* row)
-      const {
+  SMD2_DEVICE void fill(const TilePlace& place, int y, acc_t<T>* row) const {
     using Acc = acc_t<T>;
+    const int begin = place.left();
+    const int end = smaller(place.x1 + kRadius, place.width);
+    const int64_t at = static_cast<int64_t>(y) * place.width + begin;
     const Channel<T, Steps> channel(
-        scan, place.image, place.channel, place.valid);
-    const Carries<Acc> carries(
-        scan.workspace, scan.segments, scan.images, scan.dim);
+        scan, place.image, at, place.channel, place.valid);
     Acc state = state_before(
-        scan, carries, place.image, y, place.tile, place.channel, place.valid);
-    const int64_t begin = larger(place.x0 - kRadius, 0);
-    const int64_t end = smaller(place.x1 + kRadius, place.map.width);
+        scan,
+        Carries<Acc>(scan),
+        place.image,
+        y,
+        place.tile,
+        place.channel,
+        place.valid);
     Acc* out = row + (begin - place.x0 + kRadius) * kLanes;
-    const int64_t at = y * place.map.width;
 #pragma unroll kUnroll
-    for (int64_t x = begin; x < end; x++) {
-      const auto map = channel.map(at + x);
+    for (int i = 0; i < end - begin; i++) {
+      const auto map = channel.map(i);
       state = map.decay * state + map.state;
       *out = state;
       out += kLanes;
     }
-    for (int64_t x = end; x < place.x1 + kRadius; x++) {
+    for (int x = end; x < place.x1 + kRadius; x++) {
       *out = state;
       out += kLanes;
     }
-    const int outside = static_cast<int>(begin - (place.x0 - kRadius));
+    const int outside = begin - (place.x0 - kRadius);
     const Acc first = row[outside * kLanes];
     for (int i = 0; i < outside; i++) {
       row[i * kLanes] = first;
@@ -54,6 +57,7 @@ struct ScanRows {
 template <typename T>
 struct Observe {
   using Acc = acc_t<T>;
+  using Walk = FusionWalk;
   const T* u;
   const Acc* C;
   const Acc* D;
@@ -69,12 +73,15 @@ struct Observe {
     SMD2_DEVICE void operator()(
         const Observe& sink,
         const TilePlace& place,
-        int64_t at,
+        int64_t first,
+        int i,
         const Acc (&h)[kTaps]) {
       const Acc state = fused(h);
-      const int64_t i = place.value(at);
-      const Acc u = load_constant(sink.u + i, place.valid);
-      store(sink.y + i, read(sink.C + at) * state + D * u, place.valid);
+      const int64_t row = place.value(first);
+      const int at = i * place.dim;
+      const Acc u = load_constant(sink.u + row + at, place.valid);
+      const Acc C = read(sink.C + first + i);
+      store(sink.y + row + at, C * state + D * u, place.valid);
     }
     SMD2_DEVICE void finish(const Observe&, const TilePlace&, Acc*) {}
   };
@@ -84,10 +91,12 @@ struct Observe {
 template <typename T>
 struct GradObserved {
   using Acc = acc_t<T>;
+  using Walk = cuda::Walk<1, 1>;  // its sums and taps take the registers
   const T* grad_y;
   const Acc* C;
   Acc* grad_C;
   Acc* grad_taps;
+  int64_t tokens;  // of all images
 
   struct Token {
     TapSums<Acc> sums;
@@ -100,11 +109,12 @@ struct GradObserved {
     SMD2_DEVICE void operator()(
         const GradObserved& sink,
         const TilePlace& place,
-        int64_t at,
+        int64_t first,
+        int i,
         const Acc (&h)[kTaps]) {
-      const Acc grad_y =
-          load_constant(sink.grad_y + place.value(at), place.valid);
-      sums.add(grad_y * read(sink.C + at), h);
+      const T* row = sink.grad_y + place.value(first);
+      const Acc grad_y = load_constant(row + i * place.dim, place.valid);
+      sums.add(grad_y * read(sink.C + first + i), h);
       Acc fused = 0;
 #pragma unroll
       for (int k = 0; k < kTaps; k++) {
@@ -112,9 +122,8 @@ struct GradObserved {
       }
       const Acc grad_C = warp_sum(grad_y * fused);
       if (threadIdx.x == 0) {
-        const Tiles& map = place.map;
-        const int64_t tokens = map.images * map.height * map.width;
-        sink.grad_C[place.channel_block * tokens + at] = grad_C;
+        const int64_t row = place.channel_block * sink.tokens + first;
+        sink.grad_C[row + i] = grad_C;
       }
     }
     SMD2_DEVICE void

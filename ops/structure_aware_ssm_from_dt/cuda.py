@@ -18,7 +18,7 @@ FORWARD = KernelSet(
     "structure_aware_ssm/ssm.cuh",
     reduce=f"reduce<{{T}}, ForwardPass<{{T}}, {_STEPS}>>",
     carry="carry<{Acc}>",
-    observe=f"fuse_tiles<{{Acc}}, ScanRows<{{T}}, 4, {_STEPS}>, Observe<{{T}}>>",
+    observe=f"fuse_tiles<{{Acc}}, ScanRows<{{T}}, 3, {_STEPS}>, Observe<{{T}}>>",
 )
 
 
@@ -47,7 +47,7 @@ def structure_aware_ssm_from_dt(*inputs: Tensor) -> Tensor:
     dt_weight, A, B, C, D, delta_bias, taps = contiguous_as(
         acc, dt_weight.T, A, B, C, D, delta_bias, taps
     )
-    tiles = cut(*u.shape, acc.itemsize, kernels.multiprocessors)
+    tiles = cut(tuple(u.shape), acc.itemsize, kernels)
     low_rank = (dt_weight, rank + missing)
     scan = Scan(u, dt, A, B, delta_bias, image_segments(tiles), low_rank)
     scan.launch_carries(kernels)

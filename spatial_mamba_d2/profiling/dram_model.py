@@ -34,6 +34,7 @@ from spatial_mamba_d2.ops.structure_aware_ssm import cuda as ssm_cuda
 # From NVIDIA's data sheets of the A100 with 40 GB and of the H100 SXM.
 BANDWIDTH_TB_S = {"A100": 1.555, "H100": 3.35}
 NUM_MULTIPROCESSORS = {"A100": 108, "H100": 132}
+SHARED_BYTES = {"A100": 163 * 1024, "H100": 227 * 1024}  # of a block, at most
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -81,7 +82,8 @@ class Problem(NamedTuple):
     width: int
     dim: int
     element_bytes: int = 4
-    num_multiprocessors: int = NUM_MULTIPROCESSORS["H100"]
+    multiprocessors: int = NUM_MULTIPROCESSORS["H100"]
+    shared_bytes: int = SHARED_BYTES["H100"]
 
     @property
     def num_values(self) -> int:
@@ -125,7 +127,7 @@ class Problem(NamedTuple):
 def cut(p: Problem) -> Tiles:
     """How the launch code of ``state_fusion`` cuts the map."""
     map_ = (p.num_images, p.height, p.width, p.dim)
-    return fusion_cuda.cut(*map_, p.accumulator_bytes, p.num_multiprocessors)
+    return fusion_cuda.cut(map_, p.accumulator_bytes, p)
 
 
 class Segments(NamedTuple):
@@ -320,7 +322,7 @@ def conv_backward(p: Problem) -> list[Launch]:
     acc = _accumulation_dtype(p)
     packed = p.dim % conv_cuda.backward_channels_of_thread(acc, packed=True) == 0
     count = conv_cuda.backward_channels_of_thread(acc, packed)
-    _, num_parts, _ = conv_cuda.cut_backward(shape, p.dim, count, p.num_multiprocessors)
+    _, num_parts, _ = conv_cuda.cut_backward(shape, p.dim, count, p.multiprocessors)
     return [
         Launch(
             "conv3x3_backward",
@@ -351,7 +353,7 @@ def conv_stride2_backward(p: Problem) -> list[Launch]:
     packed = p.dim % conv_cuda.backward_channels_of_thread(acc, packed=True) == 0
     count = conv_cuda.backward_channels_of_thread(acc, packed)
     shape = (p.num_images, p.height, p.width, p.dim)
-    _, num_parts, _ = stride2_cuda.cut_backward(shape, p.dim, count, p.num_multiprocessors)
+    _, num_parts, _ = stride2_cuda.cut_backward(shape, p.dim, count, p.multiprocessors)
     return [
         Launch(
             "conv3x3_stride2_backward",
@@ -395,7 +397,7 @@ def gate_backward(p: Problem) -> list[Launch]:
     (forward,) = gate_forward(p)
     team = Team.of(p.dim, _accumulation_dtype(p))
     num_tokens = p.num_values // p.dim
-    num_parts = norm_cuda.backward_blocks(num_tokens, team, p.num_multiprocessors)
+    num_parts = norm_cuda.backward_blocks(num_tokens, team, p.multiprocessors)
     return [
         Launch(
             "gated_norm_backward",

@@ -82,6 +82,7 @@ class _TimedDevice:
 
     def __init__(self, device: Any, is_cuda: bool, times: dict[str, list[Any]]):
         self.multiprocessors = device.multiprocessors
+        self.shared_bytes = device.shared_bytes
         self._device, self._is_cuda, self._times = device, is_cuda, times
 
     def load(self, text: str, names: Sequence[str], title: str) -> list[Launch]:

@@ -21,7 +21,7 @@ from spatial_mamba_d2.ops.cuda.source import bundle, constants
 from spatial_mamba_d2.ops.cuda.team import Team
 from spatial_mamba_d2.ops.depthwise_conv3x3 import cuda as conv_cuda
 from spatial_mamba_d2.ops.selective_scan.cuda import constant
-from spatial_mamba_d2.ops.state_fusion.cuda import tile_bytes, tile_shape
+from spatial_mamba_d2.ops.state_fusion.cuda import tile_bytes, tile_shape, widest_tile
 from spatial_mamba_d2.system.tables import markdown_table
 
 #: Most registers per thread. With 128 a multiprocessor holds two blocks of 256 threads. Kernels
@@ -117,12 +117,12 @@ def _read_log(image: nvrtc.Image, architecture: int) -> list[Kernel]:
     for name, symbol in image.symbols.items():
         short = name.replace("c10::", "")
         shown = f"{architecture // 10}.{architecture % 10}"
-        kernels.append(Kernel(short, shown, *by_symbol[symbol], *_block(short)))
+        kernels.append(Kernel(short, shown, *by_symbol[symbol], *_block(short, LIMITS[shown])))
     return kernels
 
 
-def _block(name: str) -> tuple[int, int]:
-    """Warps of a full block, and the bytes of shared memory that it uses."""
+def _block(name: str, limits: Limits) -> tuple[int, int]:
+    """Warps of a full block, and the bytes of shared memory that it uses at most."""
     acc = torch.float64 if "<double" in name else torch.float32
     size = acc.itemsize
     map_bytes = 2 * size * LANES
@@ -136,7 +136,8 @@ def _block(name: str) -> tuple[int, int]:
         warps = constant("kCarryWarps" if kernel == "carry" else "kScanWarps")
         return warps, warps * map_bytes
     if kernel in ("fuse_tiles", "grad_input_tiles"):
-        return tile_shape(size)[0], tile_bytes(size)
+        width, _ = widest_tile(size, 1024 * (limits.shared_kib - limits.reserved_kib))
+        return tile_shape(size)[0], tile_bytes(width, size)
     if kernel == "add_bias":
         return constants("add_bias/bias.cuh")["kBiasWarps"], 0
     if kernel in CONVOLUTIONS:
@@ -177,6 +178,7 @@ def resource_table(kernels: list[Kernel]) -> str:
             + (f", SPILLS {k.stack_bytes}" if k.stack_bytes else "")
             for k in (row[architecture] for architecture in architectures)
         ]
-        shared_kib = f"{any_kernel.shared_bytes / 1024:.0f}"
+        sizes = [row[architecture].shared_bytes for architecture in architectures]
+        shared_kib = ", ".join(dict.fromkeys(f"{size / 1024:.0f}" for size in sizes))
         rows.append([name, str(32 * any_kernel.warps), shared_kib, *cells])
     return markdown_table(["kernel", "threads", "shared KiB", *architectures], rows)

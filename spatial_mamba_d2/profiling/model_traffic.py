@@ -187,6 +187,7 @@ class _Device:
     """The device that our launch code finds: it launches nothing."""
 
     multiprocessors = dram_model.NUM_MULTIPROCESSORS["H100"]
+    shared_bytes = dram_model.SHARED_BYTES["H100"]
 
     def __init__(self, device: torch.device):
         pass

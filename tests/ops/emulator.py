@@ -205,6 +205,7 @@ class EmulatedDevice:
     """A :class:`~spatial_mamba_d2.ops.cuda.kernels.Device` for tensors on the CPU."""
 
     multiprocessors = 4
+    shared_bytes = 227 * 1024
     #: called before every launch: (C++ name, blocks, warps, shared bytes, members)
     observer: Callable[..., None] | None = None
 

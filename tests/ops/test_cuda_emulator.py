@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spatial_mamba_d2.ops.cuda.kernels import KernelSet
+from spatial_mamba_d2.ops.cuda.kernels import KernelSet, unload
 from spatial_mamba_d2.ops.cuda.source import bundle
 from spatial_mamba_d2.ops.state_fusion import cuda as fusion
 from spatial_mamba_d2.profiling import dram_model
@@ -24,7 +24,8 @@ from . import (
     test_depthwise_conv3x3_layer_norm,
     test_structure_aware_ssm_from_dt,
 )
-from .test_conformance import CASES, arguments, call
+from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
+from .test_conformance import CASES, arguments, call, truth
 
 #: operators that have no gradients
 FOR_INFERENCE = {
@@ -295,6 +296,58 @@ def test_the_order_of_threads_changes_nothing(case, dtype, ssm_inputs):
             results.append([output, *torch.autograd.grad(output.sum(), leaves)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("case", ["state_fusion", "structure_aware_ssm"])
+def test_narrow_tiles(case, ssm_inputs, monkeypatch, request):
+    """What a GPU with 100 KiB of shared memory runs, and one with more."""
+    args = arguments(case, ssm_inputs(1, 13, 25, 3, torch.float32))
+    output, cotangent, gradients = truth(case, args)
+    leaves = [x.requires_grad_() for x in args]
+    widths = []
+    for shared_kib in (99, 227):
+        monkeypatch.setattr(emulator.EmulatedDevice, "shared_bytes", 1024 * shared_kib)
+        unload()
+        request.addfinalizer(unload)
+        with emulator.emulated_cuda():
+            device = fusion.FORWARD.on(torch.device("cpu"), torch.float32)
+            widths.append(fusion.cut((1, 13, 25, 3), 4, device).tile_width)
+            actual = call(case, leaves)
+            found = torch.autograd.grad(actual, leaves, cotangent.to(actual))
+        assert relative_error(actual, output) <= TOLERANCE[torch.float32]
+        for a, e in zip(found, gradients, strict=True):
+            assert relative_error(a, e) <= GRADIENT_TOLERANCE[torch.float32]
+    assert widths == [9, 13]
+
+
+@pytest.mark.parametrize(
+    ("element", "shared_kib", "expected"),
+    [
+        (4, 227, (18, 2)),  # 9.0, 10.0
+        (4, 163, (18, 2)),  # 8.0
+        (4, 99, (11, 2)),  # 8.6, 8.9, 12.0
+        (4, 96, (11, 2)),  # 7.0
+        (4, 64, (18, 1)),  # 7.5: two blocks would be mostly halo
+        (8, 99, (8, 1)),
+        (8, 227, (8, 2)),
+    ],
+)
+def test_tiles_are_as_wide_as_two_blocks_allow(element, shared_kib, expected):
+    assert fusion.widest_tile(element, 1024 * shared_kib) == expected
+    width, resident = expected
+    assert resident * fusion.tile_bytes(width, element) <= 1024 * shared_kib
+
+
+def test_a_map_that_is_too_long_is_refused():
+    """Kernels add offsets of 32 bits within a segment."""
+    with pytest.raises(ValueError, match=r"less than 2\^26 rows, columns and channels, got \[1, 1"):
+        fusion.cut((1, 1, 2**26, 1), 4, emulator.EmulatedDevice)
+    assert fusion.cut((1, 2**26 - 1, 1, 1), 4, emulator.EmulatedDevice).height == 2**26 - 1
+
+
+def test_addresses_in_a_map_of_more_than_2_31_elements():
+    done = run(build_program(emulator.EMULATOR / "large_map.cpp", (), "none"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_bad_arguments_are_named(ssm_inputs):

@@ -33,6 +33,8 @@ CONV = "depthwise_conv3x3/conv.cuh"
 STRIDE2 = "depthwise_conv3x3_stride2/conv_stride2.cuh"
 NORM = "gated_layer_norm/norm.cuh"
 CONV_NORM = "depthwise_conv3x3_layer_norm/conv_norm.cuh"
+FUSION = "state_fusion/fusion.cuh"
+SCAN = "selective_scan/scan.cuh"
 MISTAKES = {
     "conv: wrong tap": Mistake(
         CONV, "taps[k][(2 - i) * 3 + j]", "taps[k][i * 3 + j]", "depthwise_conv3x3 silu"
@@ -98,8 +100,47 @@ MISTAKES = {
     "bias: of the next channel": Mistake(
         "add_bias/bias.cuh", "sums[k] += bias[k]", "sums[k] += bias[(k + 1) % count]", "add_bias_"
     ),
+    "window: a token late": Mistake(
+        FUSION,
+        "values[dy + kRadius][dx + 1 + kRadius] = read(dy, dx);",
+        "values[dy + kRadius][dx + 1 + kRadius] = read(dy, dx + 1);",
+        "state_fusion",
+    ),
+    "window: one row stands still": Mistake(
+        FUSION,
+        "row[dx] = row[dx + 1];",
+        "row[dx] = row[dx + (dy != -3)];",
+        "structure_aware_ssm",
+    ),
+    "window: not mirrored in backward": Mistake(
+        FUSION,
+        "window.at(-offset.dy, -offset.dx)",
+        "window.at(offset.dy, offset.dx)",
+        "state_fusion",
+    ),
+    "window: over the border in backward": Mistake(
+        FUSION,
+        "inner ? larger(place.x0, 1) : place.x1",
+        "inner ? place.x0 : place.x1",
+        "state_fusion",
+    ),
+    "ring: a column too few": Mistake(
+        FUSION,
+        "+ 2 * kRadius) * kLanes) {",
+        "+ 2 * kRadius - 1) * kLanes) {",
+        "state_fusion",
+    ),
+    "scan: the tile's tokens without its left halo": Mistake(
+        "structure_aware_ssm/ssm.cuh",
+        "* place.width + begin;",
+        "* place.width + place.x0;",
+        "structure_aware_ssm",
+    ),
+    "carry: rows are shared wrongly": Mistake(
+        SCAN, "warp * share + smaller(warp, more)", "warp * share + more", "structure_aware_ssm"
+    ),
     "low rank: one factor for all": Mistake(
-        "selective_scan/scan.cuh",
+        "selective_scan/steps.cuh",
         "step += held[r] * values[r];",
         "step += held[r] * values[0];",
         "structure_aware_ssm_from_dt",

@@ -24,7 +24,7 @@ def test_bytes_follow_from_the_operands():
 
 
 def test_operands_have_the_kernels_shapes():
-    problem = Problem(2, 37, 33, 35, element_bytes=2, num_multiprocessors=4)
+    problem = Problem(2, 37, 33, 35, element_bytes=2, multiprocessors=4)
     *_, fuse = ssm_forward(problem)
     assert {operand.name: operand.shape for operand in fuse.reads} == {
         "u": (2, 37, 33, 35),
