@@ -32,6 +32,9 @@ LINEAR_TOKENS = 1024
 #: The same in float32, where linear layers keep up with convolutions. On a single thread PyTorch
 #: hands 1x1 convolutions to MKL as well, and takes longer around it.
 LINEAR_TOKENS_FLOAT32 = 4096
+#: Outputs below which a layer is linear on maps of any size where linear layers keep up, which they
+#: do in bfloat16: oneDNN's convolutions compute 16 outputs at once.
+CONVOLVED_OUTPUTS = 16
 #: Tokens per image up to which the images of a batch become one.
 MERGED_TOKENS = 1024
 
@@ -59,13 +62,15 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_fastest_as_linear(num_tokens: int, weight: Tensor) -> bool:
+    is_narrow = len(weight) < CONVOLVED_OUTPUTS
     if weight.dtype != torch.float32:
-        return num_tokens <= LINEAR_TOKENS
+        return is_narrow or num_tokens <= LINEAR_TOKENS
     if num_tokens * weight.numel() <= LINEAR_PRODUCTS:
         return True
     if not linear_layers_keep_up():
         return False
-    return num_tokens <= LINEAR_TOKENS_FLOAT32 or torch.get_num_threads() == 1
+    is_small = num_tokens <= LINEAR_TOKENS_FLOAT32
+    return is_narrow or is_small or torch.get_num_threads() == 1
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -23,9 +23,9 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def test_equals_a_linear_layer(monkeypatch, shape, dtype, bias):
     monkeypatch.setattr(pointwise_module, "linear_layers_keep_up", lambda: False)
     torch.manual_seed(0)
-    inputs = [torch.randn(shape), torch.randn(6, shape[-1])] + [torch.randn(6)] * bias
+    inputs = [torch.randn(shape), torch.randn(16, shape[-1])] + [torch.randn(16)] * bias
     inputs = [x.to(dtype).requires_grad_() for x in inputs]
-    cotangent = torch.randn(*shape[:-1], 6).to(dtype)
+    cotangent = torch.randn(*shape[:-1], 16).to(dtype)
     outputs = [function(*inputs) for function in (pointwise, F.linear)]
     gradients = [torch.autograd.grad(output, inputs, cotangent) for output in outputs]
     assert outputs[0].is_contiguous() and outputs[0].dtype == dtype
@@ -74,20 +74,22 @@ def test_small_products_are_linear_layers_and_small_maps_one_image(
 
 
 @pytest.mark.parametrize(
-    ("num_threads", "height", "dtype", "is_convolved"),
+    ("num_threads", "height", "outputs", "dtype", "is_convolved"),
     [
-        (2, 64, torch.float32, False),
-        (2, 65, torch.float32, True),
-        (1, 65, torch.float32, False),
-        (1, 65, torch.bfloat16, True),
+        (2, 64, 64, torch.float32, False),
+        (2, 65, 64, torch.float32, True),
+        (2, 65, 15, torch.float32, False),
+        (1, 65, 64, torch.float32, False),
+        (1, 65, 16, torch.bfloat16, True),
+        (1, 65, 15, torch.bfloat16, False),
     ],
 )
 def test_where_linear_layers_keep_up(
-    monkeypatch, convolved, num_threads, height, dtype, is_convolved
+    monkeypatch, convolved, num_threads, height, outputs, dtype, is_convolved
 ):
     monkeypatch.setattr(pointwise_module, "linear_layers_keep_up", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
-    x, weight = torch.randn(1, height, 64, 256, dtype=dtype), torch.randn(64, 256, dtype=dtype)
+    x, weight = torch.randn(1, height, 64, 256).to(dtype), torch.randn(outputs, 256).to(dtype)
     y = pointwise(x, weight)
     assert convolved == [(1, 256, height, 64)] * is_convolved
     expected = F.linear(x.double(), weight.double()).to(dtype)
