@@ -154,18 +154,9 @@ class PortableConv(nn.Module):
 
 
 def _plain_conv(conv: nn.Conv2d) -> nn.Conv2d:
-    """A ``torch.nn.Conv2d`` with the weights of one of its subclasses."""
-    plain = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        (conv.kernel_size[0], conv.kernel_size[1]),
-        (conv.stride[0], conv.stride[1]),
-        conv.padding,
-        groups=conv.groups,
-        device="meta",
-    )
-    plain.weight, plain.bias = conv.weight, conv.bias
-    return plain
+    """The convolution itself, which is a copy, without what its subclass does."""
+    conv.__class__ = nn.Conv2d
+    return conv
 
 
 def _halving_layers(conv: HalvingConv) -> nn.Sequential:
