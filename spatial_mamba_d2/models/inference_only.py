@@ -55,7 +55,9 @@ def refuse_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 def mention_autocast(module: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype | None) -> None:
     """Say once that autocast has no effect, unless it asks for what the products are in anyway."""
     device = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
-    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device):
+        return
+    if not torch.is_autocast_enabled(device):
         return
     wanted = torch.get_autocast_dtype(device)
     if wanted != dtype:

@@ -311,6 +311,7 @@ def test_float32_stays_float32_under_autocast(backbone, caplog):
         outputs = run(optimized, x)
         run(optimized, x)
     assert error(outputs, run(backbone, x)) < 1e-4
+    inference_only.mention_autocast(optimized, (x.to("meta"),), None)  # there is no autocast
     (message,) = caplog.messages
     assert "use optimize_for_inference(model, dtype=torch.bfloat16)" in message
 
