@@ -174,17 +174,13 @@ def load() -> ctypes.CDLL:
     return _open(compile_all((*RUNTIME, *kernel_sources()), "-O1"))
 
 
-def load_variant(root: Path, header: str, operator: str, dtype: torch.dtype) -> ctypes.CDLL:
-    """The emulator with the kernels of one dtype; those that include ``header`` from ``root``.
-
-    Only the operator's own, if there are such: the others' would be compiled and not launched.
-    """
-    including = [source for source in SOURCES if f'#line 1 "{header}"' in bundle(source)]
-    own = [source for source in including if source.startswith(f"{operator}/")]
+def load_variant(root: Path, header: str, dtype: torch.dtype) -> ctypes.CDLL:
+    """The emulator with the kernels of one dtype; those that include ``header`` from ``root``."""
+    included = f'#line 1 "{header}"'
     objects = compile_all(RUNTIME, "-O1")
     for source in SOURCES:
-        kernels = kernel_source(source, dtype)
-        if source in (own or including):
+        text, kernels = bundle(source), kernel_source(source, dtype)
+        if included in text:
             objects.append(compile_object(kernels, "-O0", root=root))
         else:
             objects.append(compile_object(kernels, "-O1"))
