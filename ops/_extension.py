@@ -255,7 +255,10 @@ def without_autocast(function: Callable) -> Callable:
 
     @wraps(function)
     def called(first: Tensor, *rest: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
+        device = first.device.type
+        if not torch.amp.is_autocast_available(device):
+            return function(first, *rest)
+        with torch.autocast(device, enabled=False):
             return function(first, *rest)
 
     return called

@@ -22,10 +22,7 @@ MULTIPLY_ADDS = {
     "depthwise_conv3x3_stride2": 9,
     "gated_layer_norm": 5,
 }
-_INFERENCE_MULTIPLY_ADDS = {
-    "depthwise_conv3x3_layer_norm": 9 + 5,
-    "structure_aware_ssm_from_dt_": MULTIPLY_ADDS["structure_aware_ssm"],
-}
+_INFERENCE_MULTIPLY_ADDS = {"depthwise_conv3x3_layer_norm": 9 + 5}
 
 
 def register_formulas() -> None:
@@ -35,6 +32,16 @@ def register_formulas() -> None:
         register_flop_formula(getattr(packets, name))(_formula(2 * count))
         if name in MULTIPLY_ADDS:  # a backward pass counts twice, as PyTorch has it
             register_flop_formula(getattr(packets, f"{name}_backward"))(_formula(4 * count))
+    register_flop_formula(packets.structure_aware_ssm_from_dt)(_ssm_from_dt)
+    register_flop_formula(packets.structure_aware_ssm_from_dt_)(_ssm_from_dt)
+    register_flop_formula(packets.structure_aware_ssm_from_dt_backward)(
+        lambda grad, *inputs, **_: 2 * _ssm_from_dt(*inputs)
+    )
+
+
+def _ssm_from_dt(u: Sequence[int], dt: Sequence[int], *_: Any, **__: Any) -> int:
+    """With the product of ``dt`` and its weight, which PyTorch's counter counts as well."""
+    return 2 * (MULTIPLY_ADDS["structure_aware_ssm"] + dt[-1]) * prod(u)
 
 
 def _formula(count: int) -> Callable[..., int]:

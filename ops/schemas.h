@@ -18,6 +18,7 @@ state_fusion_backward(Tensor grad_output, Tensor h, Tensor taps) -> (Tensor, Ten
 structure_aware_ssm(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> Tensor
 structure_aware_ssm_backward(Tensor grad_output, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
 structure_aware_ssm_from_dt(Tensor u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> Tensor
+structure_aware_ssm_from_dt_backward(Tensor grad_output, Tensor u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
 structure_aware_ssm_from_dt_(Tensor(a!) u, Tensor dt, Tensor dt_weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, Tensor taps) -> ()
 winograd_conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu) -> Tensor
 )"

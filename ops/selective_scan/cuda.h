@@ -62,8 +62,8 @@ struct ScanForwardArgs : ScanArgs<T> {
   acc_t<T>* h;  // [images, tokens, dim]
 };
 
-template <typename T>
-struct ScanBackwardArgs : ScanArgs<T> {
+template <typename T, typename Inputs = ScanArgs<T>>
+struct ScanBackwardArgs : Inputs {
   const acc_t<T>* grad_h;       // [images, tokens, dim]
   acc_t<T>* adjoint_workspace;  // see Carries in scan.cuh
   T* grad_u;                    // [images, tokens, dim]

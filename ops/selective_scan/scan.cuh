@@ -120,9 +120,33 @@ struct Channel {
   SMD2_DEVICE Acc input(int t) const {
     return load_constant(u + t * stride, valid);
   }
-  SMD2_DEVICE Affine<Acc> map(int t) const {
-    const Acc step = softplus(biased(t));
+  SMD2_DEVICE Affine<Acc> map(int t, Acc biased_step) const {
+    const Acc step = softplus(biased_step);
     return {exp_(step * A), step * input(t) * read(B + t)};
+  }
+  // Calls visit(t, biased(t)) for each token before `count`, in the order of
+  // the recursion or of its adjoint. The loop is unrolled to kUnroll tokens, or
+  // to those whose steps are computed together.
+  template <int kUnroll, bool kReverse, typename Visit>
+  SMD2_DEVICE void for_each(int count, Visit visit) const {
+    constexpr int kTokens = Steps::kTokens;
+#pragma unroll(kUnroll > kTokens ? kUnroll / kTokens : 1)
+    for (int k = 0; k < count; k += kTokens) {
+      int tokens[kTokens];
+      Acc of_tokens[kTokens];
+#pragma unroll
+      for (int j = 0; j < kTokens; j++) {
+        const int i = j == 0 ? k : smaller(k + j, count - 1);
+        tokens[j] = kReverse ? count - 1 - i : i;
+      }
+      steps.together(tokens, valid, of_tokens);
+#pragma unroll
+      for (int j = 0; j < kTokens; j++) {
+        if (j == 0 || k + j < count) {
+          visit(tokens[j], of_tokens[j] + bias);
+        }
+      }
+    }
   }
 
  private:
@@ -170,20 +194,20 @@ struct ForwardPass : Steps::Args {
     SMD2_DEVICE
     Maps(const ForwardPass& a, const RowPlace& place, int64_t begin)
         : channel(a, place.image, begin, place.channel, place.valid) {}
-    SMD2_DEVICE Affine<acc_t<T>> operator()(int t) const {
-      return channel.map(t);
+    SMD2_DEVICE Affine<acc_t<T>> operator()(int t, acc_t<T> biased) const {
+      return channel.map(t, biased);
     }
   };
 };
 
 // ... or those of its adjoint.
-template <typename T>
-struct AdjointPass : ScanArgs<T> {
+template <typename T, typename Steps = StoredSteps<T>>
+struct AdjointPass : Steps::Args {
   static constexpr bool kReverse = true;
   const acc_t<T>* grad_h;
 
   struct Maps {
-    Channel<T> channel;
+    Channel<T, Steps> channel;
     const acc_t<T>* grad_h;
     SMD2_DEVICE
     Maps(const AdjointPass& a, const RowPlace& place, int64_t begin)
@@ -191,8 +215,8 @@ struct AdjointPass : ScanArgs<T> {
           grad_h(
               a.grad_h + (place.image * a.segments.tokens + begin) * a.dim +
               place.channel) {}
-    SMD2_DEVICE Affine<acc_t<T>> operator()(int t) const {
-      const auto decay = exp_(softplus(channel.biased(t)) * channel.A);
+    SMD2_DEVICE Affine<acc_t<T>> operator()(int t, acc_t<T> biased) const {
+      const auto decay = exp_(softplus(biased) * channel.A);
       const auto grad =
           load_constant(grad_h + t * channel.stride, channel.valid);
       return {decay, decay * grad};
@@ -224,10 +248,8 @@ __global__ void __launch_bounds__(
       const int64_t begin = segments.begin(place.row, s);
       const int count = static_cast<int>(segments.end(place.row, s) - begin);
       const typename Pass::Maps map(a, place, begin);
-#pragma unroll 4
-      for (int k = 0; k < count; k++) {
-        own = then(own, map(Pass::kReverse ? count - 1 - k : k));
-      }
+      map.channel.template for_each<4, Pass::kReverse>(
+          count, [&](int t, Acc biased) { own = then(own, map(t, biased)); });
     }
     of_warps[warp * kLanes + lane] = own;
     __syncthreads();
@@ -325,12 +347,11 @@ __global__ void __launch_bounds__(
         a.h + (place.image * segments.tokens + begin) * a.dim + place.channel;
     Acc state = state_before(
         a, carries, place.image, place.row, s, place.channel, place.valid);
-#pragma unroll 4
-    for (int t = 0; t < count; t++) {
-      const auto map = channel.map(t);
+    channel.template for_each<4, false>(count, [&](int t, Acc biased) {
+      const auto map = channel.map(t, biased);
       state = map.decay * state + map.state;
       store(h + t * place.dim, state, place.valid);
-    }
+    });
   }
 }
 
@@ -339,9 +360,9 @@ template <typename Acc>
 struct AdjointToken {
   Acc u, biased, B, grad_h, grad_y;
 
-  template <typename T>
+  template <typename T, typename Steps>
   SMD2_DEVICE AdjointToken(
-      const Channel<T>& channel,
+      const Channel<T, Steps>& channel,
       int t,
       const Acc* grads_h,
       const T* grads_y)
@@ -356,10 +377,11 @@ struct AdjointToken {
 
 // The same for the adjoint. A warp recomputes the states of its segment and
 // keeps them in shared memory.
-template <typename T, bool kSkip>
+template <typename T, bool kSkip, typename Steps = StoredSteps<T>>
 __global__ void __launch_bounds__(
     kAdjointWarps* kLanes,
-    min_blocks<acc_t<T>>(4, 3)) apply_adjoint(ScanBackwardArgs<T> a) {
+    min_blocks<acc_t<T>>(4, 3))
+    apply_adjoint(ScanBackwardArgs<T, typename Steps::Args> a) {
   using Acc = acc_t<T>;
   SMD2_SHARED(Acc, shared);  // [warps][kMaxSegment][32]
   const int lane = threadIdx.x, warp = threadIdx.y;
@@ -377,7 +399,8 @@ __global__ void __launch_bounds__(
     if (count == 0) {
       continue;
     }
-    const Channel<T> channel(a, place.image, begin, place.channel, place.valid);
+    const Channel<T, Steps> channel(
+        a, place.image, begin, place.channel, place.valid);
     const int64_t base =
         (place.image * segments.tokens + begin) * a.dim + place.channel;
     const Acc* grads_h = a.grad_h + base;
@@ -389,12 +412,11 @@ __global__ void __launch_bounds__(
     const Acc before = state_before(
         a, carries, place.image, place.row, s, place.channel, place.valid);
     Acc state = before;
-#pragma unroll 4
-    for (int i = 0; i < count; i++) {
-      const auto map = channel.map(i);
+    channel.template for_each<4, false>(count, [&](int i, Acc biased) {
+      const auto map = channel.map(i, biased);
       state = map.decay * state + map.state;
       states[i * kLanes] = state;
-    }
+    });
     // decay * gradient of the state after the segment
     Acc next = state_before(
         a, adjoint, place.image, place.row, s, place.channel, place.valid);

@@ -12,6 +12,7 @@ namespace cuda {
 template <typename T>
 struct StoredSteps {
   using Args = ScanArgs<T>;
+  static constexpr int kTokens = 1;  // that `together` computes
   const T* delta;
   int stride;
 
@@ -20,6 +21,12 @@ struct StoredSteps {
         stride(static_cast<int>(a.dim)) {}
   SMD2_DEVICE acc_t<T> operator()(int t, bool valid) const {
     return load_constant(delta + t * stride, valid);
+  }
+  SMD2_DEVICE void together(
+      const int (&tokens)[kTokens],
+      bool valid,
+      acc_t<T> (&steps)[kTokens]) const {
+    steps[0] = (*this)(tokens[0], valid);
   }
 };
 
@@ -35,6 +42,7 @@ template <typename T>
 struct LowRankSteps {
   using Args = LowRankArgs<T>;
   using Acc = acc_t<T>;
+  static constexpr int kTokens = 4;  // that share what is read of the weight
   static constexpr int kHeld = 4;  // weights in registers, all of a narrow map
   const T* dt;
   const Acc* weight;
@@ -48,29 +56,49 @@ struct LowRankSteps {
         weight(a.dt_weight + channel),
         dim(static_cast<int>(a.dim)),
         rank(static_cast<int>(a.rank)) {
-#pragma unroll
-    for (int r = 0; r < kHeld; r++) {
-      held[r] = load(weight + r * dim, valid);
-    }
+    read_weights(0, valid, held);
   }
   SMD2_DEVICE Acc operator()(int t, bool valid) const {
-    const Channels<kHeld, true> factors(0, 1, kHeld);
-    const T* token = dt + t * rank;
-    Acc values[kHeld], step = 0;
-    factors.load(token, true, values);
+    const int tokens[1] = {t};
+    Acc steps[1];
+    together(tokens, valid, steps);
+    return steps[0];
+  }
+  template <int count>
+  SMD2_DEVICE void
+  together(const int (&tokens)[count], bool valid, Acc (&steps)[count]) const {
 #pragma unroll
-    for (int r = 0; r < kHeld; r++) {
-      step += held[r] * values[r];
+    for (int j = 0; j < count; j++) {
+      steps[j] = product(tokens[j], 0, held);
     }
 #pragma unroll 1
     for (int first = kHeld; first < rank; first += kHeld) {
-      factors.load(token + first, true, values);
+      Acc weights[kHeld];
+      read_weights(first, valid, weights);
 #pragma unroll
-      for (int r = 0; r < kHeld; r++) {
-        step += load(weight + (first + r) * dim, valid) * values[r];
+      for (int j = 0; j < count; j++) {
+        steps[j] += product(tokens[j], first, weights);
       }
     }
-    return step;
+  }
+
+ private:
+  SMD2_DEVICE void read_weights(int first, bool valid, Acc (&weights)[kHeld])
+      const {
+#pragma unroll
+    for (int r = 0; r < kHeld; r++) {
+      weights[r] = load(weight + (first + r) * dim, valid);
+    }
+  }
+  SMD2_DEVICE Acc product(int t, int first, const Acc (&weights)[kHeld]) const {
+    const Channels<kHeld, true> factors(0, 1, kHeld);
+    Acc values[kHeld], sum = 0;
+    factors.load(dt + t * rank + first, true, values);
+#pragma unroll
+    for (int r = 0; r < kHeld; r++) {
+      sum += weights[r] * values[r];
+    }
+    return sum;
   }
 };
 

@@ -34,13 +34,13 @@ struct ScanRows {
         place.channel,
         place.valid);
     Acc* out = row + (begin - place.x0 + kRadius) * kLanes;
-#pragma unroll kUnroll
-    for (int i = 0; i < end - begin; i++) {
-      const auto map = channel.map(i);
-      state = map.decay * state + map.state;
-      *out = state;
-      out += kLanes;
-    }
+    channel.template for_each<kUnroll, false>(
+        end - begin, [&](int i, Acc biased) {
+          const auto map = channel.map(i, biased);
+          state = map.decay * state + map.state;
+          *out = state;
+          out += kLanes;
+        });
     for (int x = end; x < place.x1 + kRadius; x++) {
       *out = state;
       out += kLanes;

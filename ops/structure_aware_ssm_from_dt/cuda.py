@@ -2,54 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from spatial_mamba_d2.ops._precision import accumulation_dtype
-from spatial_mamba_d2.ops.cuda.arguments import check_arguments, check_map, contiguous_as
-from spatial_mamba_d2.ops.cuda.kernels import KernelSet
-from spatial_mamba_d2.ops.selective_scan.cuda import Scan
-from spatial_mamba_d2.ops.state_fusion.cuda import cut, over_tiles
-from spatial_mamba_d2.ops.structure_aware_ssm.cuda import image_segments, ssm_shapes
+from spatial_mamba_d2.ops.cuda.arguments import check_map, contiguous_as, in_dtypes_of
+from spatial_mamba_d2.ops.structure_aware_ssm.cuda import kernel_sets, ssm, ssm_backward
+from spatial_mamba_d2.ops.structure_aware_ssm_from_dt.eager import factor_gradients
 
-_STEPS = "LowRankSteps<{T}>"
-FORWARD = KernelSet(
-    "structure_aware_ssm/ssm.cuh",
-    reduce=f"reduce<{{T}}, ForwardPass<{{T}}, {_STEPS}>>",
-    carry="carry<{Acc}>",
-    observe=f"fuse_tiles<{{Acc}}, ScanRows<{{T}}, 3, {_STEPS}>, Observe<{{T}}>>",
-)
+FORWARD, BACKWARD = kernel_sets("LowRankSteps<{T}>", 4)
 
 
-def structure_aware_ssm_from_dt(*inputs: Tensor) -> Tensor:
+class LowRankSteps:
+    """The product of ``Tensor[B, H, W, R]`` and ``Tensor[D, R]`` transposed."""
+
+    def __init__(self, dt: Tensor, dt_weight: Tensor):
+        self.dt, self.dt_weight, self.dtype = dt, dt_weight, dt.dtype
+
+    def shapes(self, op: str, u: Tensor) -> list[tuple[str, Tensor, Sequence[int]]]:
+        check_map(op, "dt", self.dt, channels="R")
+        rank = self.dt.shape[3]
+        return [
+            ("dt", self.dt, (*u.shape[:3], rank)),
+            ("dt_weight", self.dt_weight, (u.shape[3], rank)),
+        ]
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, int]]:
+        dt, weight, missing = self.dt, self.dt_weight, -self.dt.shape[3] % 4
+        if missing:  # kernels load four values at once
+            dt, weight = F.pad(dt, (0, missing)), F.pad(weight, (0, missing))
+        (dt,) = contiguous_as(dtype, dt)
+        if dt.data_ptr() % (4 * dt.itemsize):
+            dt = dt.clone()
+        (weight,) = contiguous_as(accumulation_dtype(dt), weight.T)
+        return dt, (weight, dt.shape[3])
+
+
+def structure_aware_ssm_from_dt(
+    u: Tensor, dt: Tensor, dt_weight: Tensor, *others: Tensor
+) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.structure_aware_ssm_from_dt`."""
-    u, dt, dt_weight, A, B, C, D, delta_bias, taps = inputs
-    op = "structure_aware_ssm_from_dt"
-    check_map(op, "u", u)
-    check_map(op, "dt", dt, channels="R")
-    rank = dt.shape[3]
-    steps = [("dt", dt, (*u.shape[:3], rank)), ("dt_weight", dt_weight, (u.shape[3], rank))]
-    others = ssm_shapes(u, A, B, C, D, delta_bias, taps)
-    check_arguments(op, u, [*steps, *others])
-    u_dtype, dtype = u.dtype, torch.promote_types(u.dtype, dt.dtype)
-    kernels = FORWARD.on(u.device, dtype)
-    y = torch.empty(u.shape, dtype=dtype, device=u.device)
-    if not y.numel():
-        return y.to(u_dtype)
-    missing = -rank % 4  # kernels load four values at once
-    if missing:
-        dt, dt_weight = F.pad(dt, (0, missing)), F.pad(dt_weight, (0, missing))
-    u, dt = contiguous_as(dtype, u, dt)
-    if dt.data_ptr() % (4 * dt.itemsize):
-        dt = dt.clone()
-    acc = accumulation_dtype(u)
-    dt_weight, A, B, C, D, delta_bias, taps = contiguous_as(
-        acc, dt_weight.T, A, B, C, D, delta_bias, taps
-    )
-    tiles = cut(tuple(u.shape), acc.itemsize, kernels)
-    low_rank = (dt_weight, rank + missing)
-    scan = Scan(u, dt, A, B, delta_bias, image_segments(tiles), low_rank)
-    scan.launch_carries(kernels)
-    over_tiles(kernels.observe, tiles, taps, *scan.members, u, C, D, y)
-    return y.to(u_dtype)
+    steps = LowRankSteps(dt, dt_weight)
+    return ssm("structure_aware_ssm_from_dt", FORWARD, u, steps, *others)
+
+
+def structure_aware_ssm_from_dt_backward(
+    grad_output: Tensor, u: Tensor, dt: Tensor, dt_weight: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of all inputs, in order."""
+    op, steps = "structure_aware_ssm_from_dt_backward", LowRankSteps(dt, dt_weight)
+    of_ssm = ssm_backward(op, BACKWARD, grad_output, u, steps, *others)
+    grad_u, grad_delta, *grad_others = of_ssm
+    gradients = (grad_u, *factor_gradients(grad_delta, dt, dt_weight), *grad_others)
+    return in_dtypes_of((u, dt, dt_weight, *others), gradients)

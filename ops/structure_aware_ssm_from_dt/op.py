@@ -18,7 +18,10 @@ _extension.define(
     fake=lambda u, *_: empty_output(u),
     eager=eager.structure_aware_ssm_from_dt,
     reference=reference.structure_aware_ssm_from_dt,
+    eager_backward=eager.structure_aware_ssm_from_dt_backward,
     cuda=cuda.structure_aware_ssm_from_dt,
+    cuda_backward=_extension.without_autocast(cuda.structure_aware_ssm_from_dt_backward),
+    differentiable=eager.differentiable_structure_aware_ssm_from_dt,
     by_design=("cpu",),  # the operator in place has a kernel there
 )
 _extension.define(
@@ -28,8 +31,7 @@ _extension.define(
     reference=reference.structure_aware_ssm_from_dt_,
     by_design=("cuda",),  # the other operator has a kernel there
 )
-for _name in (_NAME, _IN_PLACE):
-    _extension.forbid_gradients(_name, "torch.nn.functional.linear and structure_aware_ssm")
+_extension.forbid_gradients(_IN_PLACE, _NAME)
 
 
 def _check(op: str, u: Tensor, dt: Tensor, dt_weight: Tensor, *others: Tensor) -> None:

@@ -64,8 +64,13 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is torch.ops.spatial_mamba.structure_aware_ssm.default:
+        operators = torch.ops.spatial_mamba
+        from_dt = func is operators.structure_aware_ssm_from_dt.default
+        if from_dt or func is operators.structure_aware_ssm.default:
             if self.calls == self.wanted:
+                if from_dt:
+                    u, dt, dt_weight, *others = args
+                    args = u, torch.nn.functional.linear(dt, dt_weight), *others
                 self.inputs, self.output = args, output
             self.calls += 1
         return output

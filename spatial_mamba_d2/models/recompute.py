@@ -105,6 +105,11 @@ def cast_for_autocast(*operands: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if x is None else _cast_for_autocast(x) for x in operands)
 
 
+def as_under_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """The same of a product inside an operator, which autocast does not see: always converted."""
+    return tuple(map(_cast_for_autocast, operands))
+
+
 def _cast_for_autocast(x: Tensor) -> Tensor:
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
@@ -144,9 +149,12 @@ def _checkpoint_policy(
         outputs, inputs = weight.shape[:2] if weight.dim() == 4 else weight.shape[::-1]
         keep = outputs < 8 * inputs
     else:
-        is_slow = operator is torch.ops.spatial_mamba.structure_aware_ssm.default and run_on(
-            args[0]
+        ssms = torch.ops.spatial_mamba
+        is_ssm = operator in (
+            ssms.structure_aware_ssm.default,
+            ssms.structure_aware_ssm_from_dt.default,
         )
+        is_slow = is_ssm and run_on(args[0])
         keep = is_slow or torch.Tag.nondeterministic_seeded in operator.tags
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -33,11 +33,17 @@ from spatial_mamba_d2.models.layers import (
     nchw,
     nhwc,
 )
+from spatial_mamba_d2.models.plain_layers import is_plain
 from spatial_mamba_d2.models.pointwise import Mlp, Pointwise
-from spatial_mamba_d2.models.recompute import hooks_are_possible, keeps_recipes, recompute
+from spatial_mamba_d2.models.recompute import (
+    as_under_autocast,
+    hooks_are_possible,
+    keeps_recipes,
+    recompute,
+)
 from spatial_mamba_d2.models.scripting import scriptable_graph
 from spatial_mamba_d2.models.variants import variant_kwargs
-from spatial_mamba_d2.ops import merge_taps, structure_aware_ssm
+from spatial_mamba_d2.ops import merge_taps, structure_aware_ssm, structure_aware_ssm_from_dt
 from spatial_mamba_d2.ops.cuda.kernels import run_on
 
 # These look at shapes, which are unknown while torch.fx traces, so they become nodes of its graph.
@@ -160,18 +166,17 @@ class StructureAwareSSM(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, D] each
         u = self.conv(u)
         dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
-        inputs = (
-            u,
-            self.dt_proj(dt),
-            -torch.exp(self.A_log.float().flatten()),
-            B.squeeze(-1),
-            C.squeeze(-1),
-            self.D,
-            self.dt_bias,
-            self.fusion(),
-        )
-        # The slowest part of a block on a GPU, where there is more memory for the time of training.
-        y = structure_aware_ssm(*inputs) if run_on(u) else recompute(structure_aware_ssm, *inputs)
+        A = -torch.exp(self.A_log.float().flatten())
+        others = (A, B.squeeze(-1), C.squeeze(-1), self.D, self.dt_bias, self.fusion())
+        layer, on_gpu = self.dt_proj, run_on(u)
+        if on_gpu and is_plain(layer, Pointwise) and layer.bias is None:
+            factors = as_under_autocast(dt, layer.weight)
+            y = structure_aware_ssm_from_dt(u, *factors, *others)  # delta is never in memory
+        else:
+            inputs = (u, layer(dt), *others)
+            # The slowest part of a block on a GPU, where there is more memory for the time of
+            # training.
+            y = structure_aware_ssm(*inputs) if on_gpu else recompute(structure_aware_ssm, *inputs)
         return self.out_proj(self.out_norm(y, z))
 
 

@@ -270,21 +270,6 @@ def ssm_forward(p: Problem) -> list[Launch]:
     ]
 
 
-def ssm_from_dt_forward(p: Problem, rank: int) -> list[Launch]:
-    """``structure_aware_ssm_from_dt``: step sizes are products of rank ``rank``."""
-    padded = 4 * _ceil_div(rank, 4)
-    dt = Operand("dt", (p.num_images, p.height, p.width, padded), p.element_bytes)
-    factors = [dt, p.accumulator("dt_weight", padded, p.dim)]
-
-    def with_factors(launch: Launch) -> Launch:
-        if all(operand.name != "delta" for operand in launch.reads):
-            return launch
-        kept = [operand for operand in launch.reads if operand.name != "delta"]
-        return Launch(launch.name, reads=[*kept, *factors], writes=launch.writes)
-
-    return [with_factors(launch) for launch in ssm_forward(p)]
-
-
 def ssm_backward(p: Problem) -> list[Launch]:
     """``structure_aware_ssm_backward``, which computes the states again."""
     segments, inputs = image_segments(p), _scan_inputs(p)
@@ -300,6 +285,31 @@ def ssm_backward(p: Problem) -> list[Launch]:
         Launch("grad_input_tiles", reads=observation, writes=[p.accumulator_map("grad_h")]),
         *_scan_adjoint(p, segments, observed=True),
     ]
+
+
+def ssm_from_dt_forward(p: Problem, rank: int) -> list[Launch]:
+    """``structure_aware_ssm_from_dt``: step sizes are products of rank ``rank``."""
+    return _from_dt(ssm_forward(p), p, rank)
+
+
+def ssm_from_dt_backward(p: Problem, rank: int) -> list[Launch]:
+    """``structure_aware_ssm_from_dt_backward``, without the products for the factors' gradients."""
+    return _from_dt(ssm_backward(p), p, rank)
+
+
+def _from_dt(launches: list[Launch], p: Problem, rank: int) -> list[Launch]:
+    """What reads delta reads its factors instead."""
+    padded = 4 * _ceil_div(rank, 4)
+    dt = Operand("dt", (p.num_images, p.height, p.width, padded), p.element_bytes)
+    factors = [dt, p.accumulator("dt_weight", padded, p.dim)]
+
+    def with_factors(launch: Launch) -> Launch:
+        if all(operand.name != "delta" for operand in launch.reads):
+            return launch
+        kept = [operand for operand in launch.reads if operand.name != "delta"]
+        return Launch(launch.name, reads=[*kept, *factors], writes=launch.writes)
+
+    return [with_factors(launch) for launch in launches]
 
 
 def _accumulation_dtype(p: Problem) -> torch.dtype:

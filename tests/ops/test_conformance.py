@@ -17,6 +17,7 @@ from spatial_mamba_d2.ops.selective_scan import eager as scan_eager
 from spatial_mamba_d2.ops.selective_scan import reference as scan_reference
 from spatial_mamba_d2.ops.state_fusion import reference as fusion_reference
 from spatial_mamba_d2.ops.structure_aware_ssm import reference as ssm_reference
+from spatial_mamba_d2.ops.structure_aware_ssm_from_dt import reference as from_dt_reference
 
 from . import emulator
 from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
@@ -41,6 +42,7 @@ REFERENCES = {
     "selective_scan": scan_reference,
     "state_fusion": fusion_reference,
     "structure_aware_ssm": ssm_reference,
+    "structure_aware_ssm_from_dt": from_dt_reference,
     "depthwise_conv3x3": conv_reference,
     "depthwise_conv3x3_stride2": stride2_reference,
     "gated_layer_norm": norm_reference,
@@ -50,6 +52,7 @@ CASES: dict[str, tuple[str, tuple]] = {
     "selective_scan": ("selective_scan", ()),
     "state_fusion": ("state_fusion", ()),
     "structure_aware_ssm": ("structure_aware_ssm", ()),
+    "structure_aware_ssm_from_dt": ("structure_aware_ssm_from_dt", ()),
     "depthwise_conv3x3 residual": ("depthwise_conv3x3", (True,)),
     "depthwise_conv3x3 silu": ("depthwise_conv3x3", (False,)),
     "depthwise_conv3x3_stride2": ("depthwise_conv3x3_stride2", ()),
@@ -57,6 +60,7 @@ CASES: dict[str, tuple[str, tuple]] = {
 }
 KEEPS_DTYPE = (
     "structure_aware_ssm",
+    "structure_aware_ssm_from_dt",
     "depthwise_conv3x3",
     "depthwise_conv3x3_stride2",
     "gated_layer_norm",
@@ -110,7 +114,22 @@ def arguments(case, inputs):
         return [u, taps[:9].T.reshape(-1, 1, 3, 3).contiguous(), bias]
     if case == "gated_layer_norm":
         return [u, delta / 2, D, bias]
+    if case == "structure_aware_ssm_from_dt":
+        return [u, *factors(u), *inputs[2:]]
     return inputs
+
+
+def factors(u):
+    """``dt`` and ``dt_weight``, of a rank that need not be a multiple of 4.
+
+    Their product covers the linear branch of softplus and very small values.
+    """
+    dim = u.shape[-1]
+    rank = 1 + dim // 16
+    g = torch.Generator().manual_seed(rank)
+    dt = 3 * torch.randn(*u.shape[:-1], rank, generator=g, dtype=torch.float64)
+    weight = torch.randn(dim, rank, generator=g, dtype=torch.float64)
+    return dt.to(u), weight.to(u)
 
 
 def call(case, tensors, of=ops):

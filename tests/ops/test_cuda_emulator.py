@@ -18,12 +18,7 @@ from spatial_mamba_d2.ops.cuda.source import bundle
 from spatial_mamba_d2.ops.state_fusion import cuda as fusion
 from spatial_mamba_d2.profiling import dram_model
 
-from . import (
-    emulator,
-    test_add_bias,
-    test_depthwise_conv3x3_layer_norm,
-    test_structure_aware_ssm_from_dt,
-)
+from . import emulator, test_add_bias, test_depthwise_conv3x3_layer_norm
 from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
 from .test_conformance import CASES, arguments, call, truth
 
@@ -33,7 +28,6 @@ FOR_INFERENCE = {
     for suite in (
         test_add_bias.TestAddBias(),
         test_depthwise_conv3x3_layer_norm.TestDepthwiseConv3x3LayerNorm(),
-        test_structure_aware_ssm_from_dt.TestStructureAwareSSMFromDt(),
     )
 }
 # Compiler flags of the kernels, of the emulator's runtime, and of the linker.
@@ -212,6 +206,7 @@ MODEL = {
     "depthwise_conv3x3_layer_norm": (dram_model.conv_norm_forward,),
     "structure_aware_ssm_from_dt": (
         lambda p: dram_model.ssm_from_dt_forward(p, rank=1 + p.dim // 16),
+        lambda p: dram_model.ssm_from_dt_backward(p, rank=1 + p.dim // 16),
     ),
 }
 
@@ -298,7 +293,9 @@ def test_the_order_of_threads_changes_nothing(case, dtype, ssm_inputs):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("case", ["state_fusion", "structure_aware_ssm"])
+@pytest.mark.parametrize(
+    "case", ["state_fusion", "structure_aware_ssm", "structure_aware_ssm_from_dt"]
+)
 def test_narrow_tiles(case, ssm_inputs, monkeypatch, request):
     """What a GPU with 100 KiB of shared memory runs, and one with more."""
     args = arguments(case, ssm_inputs(1, 13, 25, 3, torch.float32))
