@@ -68,6 +68,7 @@ def dram_table() -> str:
 
 def launch_table(problem: Problem) -> str:
     """Each launch of each operator, forward and backward, as Markdown."""
+    rank = problem.dim // 32  # of the models
     operators = {
         "selective_scan": dram_model.scan_forward(problem),
         "selective_scan_backward": dram_model.scan_backward(problem),
@@ -75,6 +76,8 @@ def launch_table(problem: Problem) -> str:
         "state_fusion_backward": dram_model.fusion_backward(problem),
         "structure_aware_ssm": ssm_forward(problem),
         "structure_aware_ssm_backward": dram_model.ssm_backward(problem),
+        "structure_aware_ssm_from_dt": dram_model.ssm_from_dt_forward(problem, rank),
+        "structure_aware_ssm_from_dt_backward": dram_model.ssm_from_dt_backward(problem, rank),
         "depthwise_conv3x3": dram_model.conv_forward(problem),
         "depthwise_conv3x3_backward": dram_model.conv_backward(problem),
         "depthwise_conv3x3_stride2": dram_model.conv_stride2_forward(problem),

@@ -177,6 +177,10 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
             partial(functions.structure_aware_ssm_from_dt, *low_rank),
             model.ssm_from_dt_forward(problem, rank),
         ),
+        "structure_aware_ssm_from_dt_backward": (
+            partial(operators.structure_aware_ssm_from_dt_backward, delta, *low_rank),
+            model.ssm_from_dt_backward(problem, rank),
+        ),
         "depthwise_conv3x3": (
             partial(functions.depthwise_conv3x3, *conv, False),
             model.conv_forward(problem),

@@ -62,6 +62,11 @@ _OURS: dict[str, Callable[[Problem], list[Launch]]] = {
     "gated_layer_norm": dram_model.gate_forward,
     "gated_layer_norm_backward": dram_model.gate_backward,
 }
+#: the same, if step sizes are products of low rank
+_OURS_FROM_DT: dict[str, Callable[[Problem, int], list[Launch]]] = {
+    "structure_aware_ssm_from_dt": dram_model.ssm_from_dt_forward,
+    "structure_aware_ssm_from_dt_backward": dram_model.ssm_from_dt_backward,
+}
 
 
 class Row(NamedTuple):
@@ -260,12 +265,12 @@ class _Counter(RealLayouts):
         """Count the launches, and what the launch code does besides."""
         maps = args[1:] if name.endswith("_backward") else args
         dtype = maps[0].dtype
-        if name.startswith("structure_aware_ssm") and "dt" not in name:
+        if name.startswith("structure_aware_ssm"):
             dtype = torch.promote_types(dtype, maps[1].dtype)
         images, height, width, dim = maps[0].shape
         problem = Problem(images, height, width, dim, dtype.itemsize, _Device.multiprocessors)
-        if name == "structure_aware_ssm_from_dt":
-            launches = dram_model.ssm_from_dt_forward(problem, rank=args[1].shape[-1])
+        if name in _OURS_FROM_DT:
+            launches = _OURS_FROM_DT[name](problem, maps[1].shape[-1])
         elif name == "add_bias_":
             launches = dram_model.add_bias(problem, residual=args[2] is not None)
         elif name in _OURS:
@@ -316,4 +321,6 @@ class _Functions(TorchFunctionMode):
             args, kwargs = counter.cast((args, kwargs), counter.dtype)
         elif func in _FLOAT32:
             args, kwargs = counter.cast((args, kwargs), torch.float32)
+        elif func is torch.ops.spatial_mamba.structure_aware_ssm_from_dt:  # the model casts these
+            args = (args[0], *counter.cast(args[1:3], counter.dtype), *args[3:])
         return func(*args, **kwargs)

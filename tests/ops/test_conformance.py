@@ -201,7 +201,9 @@ def test_strided_inputs(case, ssm_inputs, strided):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["selective_scan", "structure_aware_ssm"])
+@pytest.mark.parametrize(
+    "case", ["selective_scan", "structure_aware_ssm", "structure_aware_ssm_from_dt"]
+)
 def test_wider_step_sizes_do_not_widen_the_output(case, ssm_inputs):
     args = arguments(case, ssm_inputs(2, 5, 6, 8, torch.float32))
     expected = call(case, args)
@@ -401,9 +403,14 @@ def test_what_is_not_a_number_is_not_hidden(position, device):
     assert h[:, 1:, 0].isnan().all() and (position == 3 or h[:, :, 1:].isfinite().all())
 
 
-def test_empty_batch(ssm_inputs):
-    args = [x[:0] if x.dim() > 2 else x for x in ssm_inputs(1, 3, 4, 2)]
-    assert ops.structure_aware_ssm(*args).shape == (0, 3, 4, 2)
+@pytest.mark.parametrize("case", ["structure_aware_ssm", "structure_aware_ssm_from_dt"])
+def test_empty_batch(case, ssm_inputs):
+    args = [x[:0] if x.dim() > 2 else x for x in arguments(case, ssm_inputs(1, 3, 4, 2))]
+    leaves = [x.requires_grad_() for x in args]
+    output = call(case, leaves)
+    assert output.shape == (0, 3, 4, 2)
+    gradients = torch.autograd.grad(output.sum(), leaves)
+    assert all(torch.equal(g, torch.zeros_like(x)) for g, x in zip(gradients, leaves, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ def test_every_operator_has_its_launches():
         "state_fusion_backward": 2,
         "structure_aware_ssm": 3,
         "structure_aware_ssm_backward": 7,
+        "structure_aware_ssm_from_dt": 3,
+        "structure_aware_ssm_from_dt_backward": 7,
         "depthwise_conv3x3": 1,
         "depthwise_conv3x3_backward": 1,
         "depthwise_conv3x3_stride2": 1,

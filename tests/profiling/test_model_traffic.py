@@ -59,7 +59,7 @@ def test_a_block_has_the_launches_of_its_operators():
     expected = [
         *dram_model.conv_forward(narrow),
         *dram_model.conv_forward(wide),
-        *dram_model.ssm_forward(wide),
+        *dram_model.ssm_from_dt_forward(wide, rank=4),
         *dram_model.gate_forward(wide),
         *dram_model.conv_forward(narrow),
     ]
