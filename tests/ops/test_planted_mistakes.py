@@ -166,7 +166,7 @@ def _is_noticed(case: str, shape, dtype, inputs) -> bool:
         tensors = [x.to(dtype) for x in suite.arguments(*inputs)]
         expected = suite.call([x.double() for x in tensors], suite.reference)
         outputs = suite.call(tensors)
-        limits = [TOLERANCE[dtype], 4 * TOLERANCE[dtype]]  # the second: a norm
+        limits = [*suite.tolerances(dtype), 4 * TOLERANCE[dtype]]  # the last: a norm's
         pairs = zip(outputs, expected, limits, strict=False)
         return any(not relative_error(a, e) <= limit for a, e, limit in pairs)
     args = arguments(case, inputs)
