@@ -8,7 +8,7 @@ from torch import Tensor
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
 from spatial_mamba_d2.ops._precision import accumulation_dtype, empty_output
-from spatial_mamba_d2.ops.gelu_gradients import eager, reference
+from spatial_mamba_d2.ops.gelu_gradients import cuda, eager, reference
 
 _NAME = "gelu_gradients"
 
@@ -23,6 +23,7 @@ _extension.define(
     fake=_fake,
     eager=eager.gelu_gradients,
     reference=reference.gelu_gradients,
+    cuda=cuda.gelu_gradients,
 )
 _extension.forbid_gradients(_NAME, "torch.nn.functional.gelu")
 

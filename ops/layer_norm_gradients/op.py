@@ -10,7 +10,7 @@ from torch import Tensor
 from spatial_mamba_d2.ops import _extension
 from spatial_mamba_d2.ops._checks import check_activation, check_tensor
 from spatial_mamba_d2.ops._precision import accumulation_dtype, empty_output
-from spatial_mamba_d2.ops.layer_norm_gradients import eager, reference
+from spatial_mamba_d2.ops.layer_norm_gradients import cuda, eager, reference
 
 _NAME = "layer_norm_gradients"
 
@@ -28,6 +28,7 @@ _extension.define(
     fake=_fake,
     eager=eager.layer_norm_gradients,
     reference=reference.layer_norm_gradients,
+    cuda=cuda.layer_norm_gradients,
 )
 _extension.forbid_gradients(_NAME, "torch.nn.functional.layer_norm")
 
