@@ -18,6 +18,8 @@ from spatial_mamba_d2.ops.depthwise_conv3x3 import depthwise_conv3x3
 from spatial_mamba_d2.ops.depthwise_conv3x3_layer_norm import depthwise_conv3x3_layer_norm
 from spatial_mamba_d2.ops.depthwise_conv3x3_stride2 import depthwise_conv3x3_stride2
 from spatial_mamba_d2.ops.gated_layer_norm import gated_layer_norm
+from spatial_mamba_d2.ops.gelu_gradients import gelu_gradients
+from spatial_mamba_d2.ops.layer_norm_gradients import layer_norm_gradients
 from spatial_mamba_d2.ops.quantize_uint8 import quantize_uint8
 from spatial_mamba_d2.ops.roi_align import roi_align
 from spatial_mamba_d2.ops.selective_scan import selective_scan
@@ -36,6 +38,8 @@ __all__ = [
     "depthwise_conv3x3_stride2",
     "fvcore_handles",
     "gated_layer_norm",
+    "gelu_gradients",
+    "layer_norm_gradients",
     "merge_taps",
     "quantize_uint8",
     "roi_align",

@@ -320,7 +320,7 @@ def forbid_gradients(name: str, differentiable: str) -> None:
     ``differentiable`` names, for the message, the operators to use instead.
     """
     operator = getattr(torch.ops.spatial_mamba, name).default
-    message = f"{name} is for inference and has no gradients; use {differentiable} for training"
+    message = f"{name} has no gradients; use {differentiable} where they are needed"
 
     def refuse(*inputs: Any) -> NoReturn:
         raise RuntimeError(message)

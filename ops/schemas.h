@@ -9,6 +9,8 @@ depthwise_conv3x3_stride2(Tensor x, Tensor weight, Tensor bias) -> Tensor
 depthwise_conv3x3_stride2_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)
 gated_layer_norm(Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor
 gated_layer_norm_backward(Tensor grad_output, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)
+gelu_gradients(Tensor grad_output, Tensor x) -> (Tensor, Tensor, Tensor)
+layer_norm_gradients(Tensor grad_output, Tensor residual, Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)
 quantize_uint8(Tensor x, float scale, int zero_point) -> Tensor
 roi_align(Tensor x, Tensor boxes, int height, int width, float scale, int sampling_ratio, bool aligned) -> Tensor
 selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor delta_bias) -> Tensor

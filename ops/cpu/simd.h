@@ -297,4 +297,17 @@ SMD2_INLINE void for_channels(int64_t dim, const Body& body) {
   }
 }
 
+// Calls body(S, t), with S as a type, for each group of S of the tokens first
+// .. last - 1, which begins at t: of `count` as long as there are so many.
+template <int count, typename Body>
+SMD2_INLINE void for_tokens(int64_t first, int64_t last, const Body& body) {
+  int64_t t = first;
+  for (; t + count <= last; t += count) {
+    body(std::integral_constant<int, count>{}, t);
+  }
+  for (; t < last; t++) {
+    body(std::integral_constant<int, 1>{}, t);
+  }
+}
+
 }  // namespace smd2

@@ -29,6 +29,12 @@ SMD2_DEVICE float log1p_(float x) {
 SMD2_DEVICE double log1p_(double x) {
   return log1p(x);
 }
+SMD2_DEVICE float erf_(float x) {
+  return erff(x);
+}
+SMD2_DEVICE double erf_(double x) {
+  return erf(x);
+}
 SMD2_DEVICE float sqrt_(float x) {
   return sqrtf(x);
 }

@@ -11,6 +11,10 @@ from spatial_mamba_d2.ops.cuda.arguments import LANES, blocks_of
 from spatial_mamba_d2.ops.cuda.channels import channels_of_thread
 from spatial_mamba_d2.ops.cuda.source import constants
 
+# Of kernels whose blocks write partial sums. Not tuned on a GPU.
+WARPS_PER_MULTIPROCESSOR = 32
+MIN_TOKENS_PER_TEAM = 8
+
 
 class Team(NamedTuple):
     """The threads of a token, and of a block of them."""
@@ -36,3 +40,13 @@ class Team(NamedTuple):
         if warps == 1:
             return cls(1, found["kTeamWarps"], 0)
         return cls(warps, 1, 2 * found["kTeamSums"] * warps * acc.itemsize)
+
+    def shared_bytes_with_sums(self, count: int, acc: torch.dtype) -> int:
+        """Of a block that ends with sums of ``count`` values of each thread over its teams."""
+        of_sums = self.block_warps * count * LANES * acc.itemsize
+        return max(self.shared_bytes, of_sums if self.teams > 1 else 0)
+
+    def backward_blocks(self, tokens: int, multiprocessors: int) -> int:
+        """Number of blocks, each of which writes partial sums."""
+        most = blocks_of(multiprocessors * WARPS_PER_MULTIPROCESSOR, self.block_warps)
+        return min(most, blocks_of(tokens, self.teams * MIN_TOKENS_PER_TEAM))

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from spatial_mamba_d2.ops.cuda.arguments import (
-    LANES,
     blocks_of,
     check_arguments,
     check_map,
@@ -38,10 +37,6 @@ FORWARD, BACKWARD = (
 MAX_WARPS = {torch.float32: 32, torch.float64: 16}
 MAX_BACKWARD_WARPS = 16
 
-# Of the backward pass, whose blocks write partial sums. Not tuned on a GPU.
-WARPS_PER_MULTIPROCESSOR = 32
-MIN_TOKENS_PER_TEAM = 8
-
 
 def _check(op: str, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> None:
     check_map(op, "y", y)
@@ -72,12 +67,6 @@ def gated_layer_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: fl
     return out.to(y_dtype)
 
 
-def backward_blocks(tokens: int, team: Team, multiprocessors: int) -> int:
-    """Number of blocks, each of which writes partial sums."""
-    most = blocks_of(multiprocessors * WARPS_PER_MULTIPROCESSOR, team.block_warps)
-    return min(most, blocks_of(tokens, team.teams * MIN_TOKENS_PER_TEAM))
-
-
 def gated_layer_norm_backward(
     grad_output: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, ...]:
@@ -100,13 +89,12 @@ def gated_layer_norm_backward(
     packed = packed and are_packed(count, z_stride, z)
     kernels = BACKWARD[packed].on(y.device, y.dtype)
     tokens, dim = y.shape[:3].numel(), y.shape[3]
-    blocks = backward_blocks(tokens, team, kernels.multiprocessors)
+    blocks = team.backward_blocks(tokens, kernels.multiprocessors)
     grad_y, grad_z = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for _ in range(2))
     sums = [torch.empty((blocks, dim), dtype=acc, device=y.device) for _ in range(2)]
     if blocks:
         sizes = (tokens, dim, y_stride, z_stride, team.warps, float_bits(eps))
-        of_sums = team.block_warps * 2 * count * LANES * acc.itemsize
-        shared_bytes = max(team.shared_bytes, of_sums if team.teams > 1 else 0)
+        shared_bytes = team.shared_bytes_with_sums(2 * count, acc)
         outputs = (grad, grad_y, grad_z, *sums, blocks)
         members = (y, z, weight, bias, *sizes, *outputs)
         kernels.norm(blocks, team.block_warps, shared_bytes, *members)

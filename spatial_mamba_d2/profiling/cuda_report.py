@@ -86,6 +86,8 @@ def launch_table(problem: Problem) -> str:
         "depthwise_conv3x3_layer_norm": dram_model.conv_norm_forward(problem),
         "gated_layer_norm": dram_model.gate_forward(problem),
         "gated_layer_norm_backward": dram_model.gate_backward(problem),
+        "gelu_gradients": dram_model.gelu_gradients(problem),
+        "layer_norm_gradients": dram_model.layer_norm_gradients(problem),
     }
     rows = [
         [

@@ -24,7 +24,7 @@ from spatial_mamba_d2.models.variants import VARIANTS
 from spatial_mamba_d2.ops.cuda.team import Team
 from spatial_mamba_d2.ops.depthwise_conv3x3 import cuda as conv_cuda
 from spatial_mamba_d2.ops.depthwise_conv3x3_stride2 import cuda as stride2_cuda
-from spatial_mamba_d2.ops.gated_layer_norm import cuda as norm_cuda
+from spatial_mamba_d2.ops.gelu_gradients import cuda as gelu_cuda
 from spatial_mamba_d2.ops.selective_scan import cuda as scan_cuda
 from spatial_mamba_d2.ops.state_fusion import cuda as fusion_cuda
 from spatial_mamba_d2.ops.state_fusion.cuda import Tiles
@@ -405,19 +405,47 @@ def gate_forward(p: Problem) -> list[Launch]:
 def gate_backward(p: Problem) -> list[Launch]:
     """``gated_layer_norm_backward``."""
     (forward,) = gate_forward(p)
-    team = Team.of(p.dim, _accumulation_dtype(p))
-    num_tokens = p.num_values // p.dim
-    num_parts = norm_cuda.backward_blocks(num_tokens, team, p.multiprocessors)
     return [
         Launch(
             "gated_norm_backward",
             reads=[*forward.reads, p.activation("grad_out")],
+            writes=[p.activation("grad_y"), p.activation("grad_z"), *_norm_sums(p)],
+        )
+    ]
+
+
+def _norm_sums(p: Problem) -> list[Operand]:
+    """Partial sums of the gradients of a norm's parameters."""
+    team = Team.of(p.dim, _accumulation_dtype(p))
+    num_parts = team.backward_blocks(p.num_values // p.dim, p.multiprocessors)
+    return [p.accumulator(name, num_parts, p.dim) for name in ("grad_weight", "grad_bias")]
+
+
+def gelu_gradients(p: Problem) -> list[Launch]:
+    """``gelu_gradients``."""
+    acc = _accumulation_dtype(p)
+    num_parts, _ = gelu_cuda.cut(p.num_values // p.dim, p.dim, acc, p.multiprocessors)
+    return [
+        Launch(
+            "gelu_gradients",
+            reads=[p.activation("x"), p.activation("grad_out")],
             writes=[
-                p.activation("grad_y"),
-                p.activation("grad_z"),
-                p.accumulator("grad_weight", num_parts, p.dim),
-                p.accumulator("grad_bias", num_parts, p.dim),
+                p.activation("grad_x"),
+                p.activation("out"),
+                p.accumulator("grad_sum", num_parts, p.dim),
             ],
+        )
+    ]
+
+
+def layer_norm_gradients(p: Problem) -> list[Launch]:
+    """``layer_norm_gradients``."""
+    maps = [p.activation("x"), p.activation("grad_out"), p.activation("residual")]
+    return [
+        Launch(
+            "layer_norm_gradients",
+            reads=[*maps, p.per_channel("weight"), p.per_channel("bias")],
+            writes=[p.activation("grad_x"), p.activation("out"), *_norm_sums(p)],
         )
     ]
 

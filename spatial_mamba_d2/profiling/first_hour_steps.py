@@ -209,6 +209,14 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
             partial(operators.gated_layer_norm_backward, delta, *gate, 1e-5),
             model.gate_backward(problem),
         ),
+        "gelu_gradients": (
+            partial(functions.gelu_gradients, delta, u),
+            model.gelu_gradients(problem),
+        ),
+        "layer_norm_gradients": (
+            partial(functions.layer_norm_gradients, delta, sums[0], u, D, bias),
+            model.layer_norm_gradients(problem),
+        ),
         "add_bias_": (
             partial(functions.add_bias_, *sums, relu=True),
             model.add_bias(problem, residual=True),

@@ -155,6 +155,17 @@ def _gate(stride: int, setting: Setting) -> Pair:
     return _with_plain_operators(setting, ops.gated_layer_norm, y, z, *torch.randn(2, dim))
 
 
+def _gelu_gradients(stride: int, setting: Setting) -> Pair:
+    grad, x = (_map(setting, stride, 4 * WIDTHS[stride]) for _ in range(2))
+    return _with_plain_operators(setting, ops.gelu_gradients, grad, x)
+
+
+def _norm_gradients(stride: int, setting: Setting) -> Pair:
+    dim = WIDTHS[stride]
+    maps = [_map(setting, stride, dim) for _ in range(3)]
+    return _with_plain_operators(setting, ops.layer_norm_gradients, *maps, *torch.randn(2, dim))
+
+
 def _linear_inputs(setting: Setting, stride: int, sizes: tuple[int, int]) -> list[Tensor]:
     """Of a layer with ``sizes``: x, weight, bias, all in the setting's dtype, as by autocast."""
     before, after = sizes
@@ -247,6 +258,8 @@ def _subjects() -> tuple[Subject, ...]:
             ("depthwise_conv3x3", _depthwise, _OPERATOR),
             ("gated_layer_norm", _gate, _OPERATOR),
             ("depthwise_conv3x3_layer_norm", _depthwise_norm, {FORWARD: _LARGE}),
+            ("gelu_gradients", _gelu_gradients, {FORWARD: _LARGE}),
+            ("layer_norm_gradients", _norm_gradients, {FORWARD: _LARGE}),
             ("linear layer, C to 4 C", partial(_linear, sizes=(width, 4 * width)), _OPERATOR),
             ("linear layer, 4 C to C", partial(_linear, sizes=(4 * width, width)), _OPERATOR),
             ("linear layer, 2 C to C/16 + 2", partial(_linear, sizes=(2 * width, few)), _OPERATOR),

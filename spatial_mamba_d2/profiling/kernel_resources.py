@@ -39,6 +39,8 @@ class Limits(NamedTuple):
 
 
 CONVOLUTIONS = ("conv3x3", "conv3x3_backward", "conv3x3_stride2", "conv3x3_stride2_backward")
+NORM_GRADIENTS = ("gated_norm_backward", "layer_norm_gradients")
+NORMS = ("conv3x3_norm", "gated_norm", *NORM_GRADIENTS)
 REGISTERS = 65536  # of a multiprocessor of every architecture
 LIMITS = {
     "7.0": Limits(2048, 32, 96, 0),
@@ -144,10 +146,13 @@ def _block(name: str, limits: Limits) -> tuple[int, int]:
         warps = conv_cuda.constant("kConvWarps")
         count = conv_cuda.backward_channels_of_thread(acc, packed=name.split(", ")[1] == "true")
         return warps, warps * LANES * 10 * count * size if "backward" in kernel else 0
-    if kernel in ("conv3x3_norm", "gated_norm", "gated_norm_backward"):  # of 128 channels
-        warps = Team.of(1, acc).block_warps
-        sums = 2 * channels_of_thread(acc) * LANES * size if "backward" in kernel else 0
-        return warps, warps * sums
+    if kernel == "gelu_gradients":
+        warps = constants("gelu_gradients/gelu.cuh")["kGeluWarps"]
+        return warps, warps * channels_of_thread(acc) * LANES * size
+    if kernel in NORMS:  # of 128 channels
+        team = Team.of(1, acc)
+        count = 2 * channels_of_thread(acc) if kernel in NORM_GRADIENTS else 0
+        return team.block_warps, team.shared_bytes_with_sums(count, acc)
     raise ValueError(f"the size of blocks is unknown, add it to {__name__}: {name}")
 
 

@@ -61,12 +61,17 @@ _OURS: dict[str, Callable[[Problem], list[Launch]]] = {
     "depthwise_conv3x3_layer_norm": dram_model.conv_norm_forward,
     "gated_layer_norm": dram_model.gate_forward,
     "gated_layer_norm_backward": dram_model.gate_backward,
+    "gelu_gradients": dram_model.gelu_gradients,
+    "layer_norm_gradients": dram_model.layer_norm_gradients,
 }
 #: the same, if step sizes are products of low rank
 _OURS_FROM_DT: dict[str, Callable[[Problem, int], list[Launch]]] = {
     "structure_aware_ssm_from_dt": dram_model.ssm_from_dt_forward,
     "structure_aware_ssm_from_dt_backward": dram_model.ssm_from_dt_backward,
 }
+# Where the map is whose dtype is that of the kernels, if it is not the first, or the second of a
+# backward pass.
+_MAIN_MAP = {"gelu_gradients": 1, "layer_norm_gradients": 2}
 
 
 class Row(NamedTuple):
@@ -263,7 +268,7 @@ class _Counter(RealLayouts):
 
     def _ours(self, name: str, args: Any) -> Any:
         """Count the launches, and what the launch code does besides."""
-        maps = args[1:] if name.endswith("_backward") else args
+        maps = args[_MAIN_MAP.get(name, int(name.endswith("_backward"))) :]
         dtype = maps[0].dtype
         if name.startswith("structure_aware_ssm"):
             dtype = torch.promote_types(dtype, maps[1].dtype)

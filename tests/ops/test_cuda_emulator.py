@@ -18,7 +18,13 @@ from spatial_mamba_d2.ops.cuda.source import bundle
 from spatial_mamba_d2.ops.state_fusion import cuda as fusion
 from spatial_mamba_d2.profiling import dram_model
 
-from . import emulator, test_add_bias, test_depthwise_conv3x3_layer_norm
+from . import (
+    emulator,
+    test_add_bias,
+    test_depthwise_conv3x3_layer_norm,
+    test_gelu_gradients,
+    test_layer_norm_gradients,
+)
 from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
 from .test_conformance import CASES, arguments, call, truth
 
@@ -28,6 +34,8 @@ FOR_INFERENCE = {
     for suite in (
         test_add_bias.TestAddBias(),
         test_depthwise_conv3x3_layer_norm.TestDepthwiseConv3x3LayerNorm(),
+        test_gelu_gradients.TestGeluGradients(),
+        test_layer_norm_gradients.TestLayerNormGradients(),
     )
 }
 # Compiler flags of the kernels, of the emulator's runtime, and of the linker.
@@ -204,6 +212,8 @@ MODEL = {
     "add_bias_": (lambda p: dram_model.add_bias(p, residual=True),),
     "gated_layer_norm": (dram_model.gate_forward, dram_model.gate_backward),
     "depthwise_conv3x3_layer_norm": (dram_model.conv_norm_forward,),
+    "gelu_gradients": (dram_model.gelu_gradients,),
+    "layer_norm_gradients": (dram_model.layer_norm_gradients,),
     "structure_aware_ssm_from_dt": (
         lambda p: dram_model.ssm_from_dt_forward(p, rank=1 + p.dim // 16),
         lambda p: dram_model.ssm_from_dt_backward(p, rank=1 + p.dim // 16),
@@ -279,14 +289,20 @@ def test_every_barrier_is_missed(header, number, tmp_path, recordings):
     assert "data race" in done.stderr
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", (*CASES, *FOR_INFERENCE))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_order_of_threads_changes_nothing(case, dtype, ssm_inputs):
     """Operators give the same bits: their launches as well as their sums of partial results."""
-    leaves = [x.requires_grad_() for x in arguments(case, ssm_inputs(2, 40, 33, 35, dtype))]
+    inputs = ssm_inputs(2, 40, 33, 35, dtype)
+    suite = FOR_INFERENCE.get(case)
+    tensors = suite.arguments(*inputs) if suite else arguments(case, inputs)
     results = []
     for order in emulator.ORDERS:
         with emulator.emulated_cuda(order):
+            if suite:
+                results.append(suite.call(tensors))
+                continue
+            leaves = [x.requires_grad_() for x in tensors]
             output = call(case, leaves)
             results.append([output, *torch.autograd.grad(output.sum(), leaves)])
     for other in results[1:]:

@@ -97,6 +97,39 @@ MISTAKES = {
         "Acc(1) / Acc(channels.dim + 1)",
         "depthwise_conv3x3_layer_norm",
     ),
+    "GELU: its output for its slope": Mistake(
+        "cuda/activations.cuh", "*slope = below +", "*slope = x * below +", "gelu_gradients"
+    ),
+    "GELU: a sum of one token in two": Mistake(
+        "gelu_gradients/gelu.cuh",
+        "sums[k] += grads[k];",
+        "sums[k] += threadIdx.y % 2 ? Acc(0) : grads[k];",
+        "gelu_gradients",
+    ),
+    "GELU: sums of another part": Mistake(
+        "gelu_gradients/gelu.cuh",
+        "token += a.parts * kGeluWarps",
+        "token += (a.parts + 1) * kGeluWarps",
+        "gelu_gradients",
+    ),
+    "norm's gradients: no residual": Mistake(
+        "layer_norm_gradients/gradients.cuh",
+        "grad[k] = other[k] + scale[0] *",
+        "grad[k] = scale[0] *",
+        "layer_norm_gradients",
+    ),
+    "norm's gradients: not along the norm": Mistake(
+        "layer_norm_gradients/gradients.cuh",
+        "share * (sums[0] + normal[0][k] * sums[1])",
+        "share * sums[0]",
+        "layer_norm_gradients",
+    ),
+    "norm's gradients: the bias's by the weight": Mistake(
+        "layer_norm_gradients/gradients.cuh",
+        "grads[2 * k + 1] += grad[k];",
+        "grads[2 * k + 1] += grad[k] * weight[k];",
+        "layer_norm_gradients",
+    ),
     "bias: of the next channel": Mistake(
         "add_bias/bias.cuh", "sums[k] += bias[k]", "sums[k] += bias[(k + 1) % count]", "add_bias_"
     ),
@@ -166,7 +199,7 @@ def _is_noticed(case: str, shape, dtype, inputs) -> bool:
         tensors = [x.to(dtype) for x in suite.arguments(*inputs)]
         expected = suite.call([x.double() for x in tensors], suite.reference)
         outputs = suite.call(tensors)
-        limits = [TOLERANCE[dtype], 4 * TOLERANCE[dtype]]  # the second: a norm
+        limits = [*suite.tolerances(dtype), 4 * TOLERANCE[dtype]]  # the last: a norm's
         pairs = zip(outputs, expected, limits, strict=False)
         return any(not relative_error(a, e) <= limit for a, e, limit in pairs)
     args = arguments(case, inputs)

@@ -72,6 +72,8 @@ for dtype in (torch.float32, torch.bfloat16):
                 boxes = torch.tensor([[0, -9.0, -9, 9, 5], [0, 3, 2, 70, 80], [0, 1, 1, 1, 1]])
                 ops.roi_align(u, boxes, 3, 2, 0.25)
                 ops.quantize_uint8(u, 0.02, 100)
+                ops.gelu_gradients(delta, u)
+                ops.layer_norm_gradients(delta, u, u, D, bias)
 print("clean")
 """
 

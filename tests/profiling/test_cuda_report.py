@@ -39,6 +39,8 @@ def test_every_operator_has_its_launches():
         "depthwise_conv3x3_layer_norm": 1,
         "gated_layer_norm": 1,
         "gated_layer_norm_backward": 1,
+        "gelu_gradients": 1,
+        "layer_norm_gradients": 1,
     }
 
 

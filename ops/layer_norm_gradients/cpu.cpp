@@ -1,0 +1,152 @@
+// spatial_mamba::layer_norm_gradients on the CPU; op.py documents it.
+#include "../cpu/moments.h"
+#include "../cpu/tensors.h"
+
+namespace smd2 {
+namespace {
+
+constexpr const char* kOp = "layer_norm_gradients";
+
+// Tokens that a thread processes at a time. Fewer balance threads better; more
+// have fewer partial sums of the weights' gradients.
+constexpr int64_t kTokensPerPart = 128;
+
+template <typename T>
+struct GradientsArgs {
+  const T* grad;
+  const T* residual;
+  const T* x;
+  const acc_t<T>* weight;
+  const acc_t<T>* bias;
+  T* grad_x;
+  T* out;
+  acc_t<T>* grad_weights;  // [parts, 2, dim], 0 at first: weight, bias
+  int64_t dim;
+  acc_t<T> eps;
+  int64_t part, first, last;
+};
+
+template <typename T>
+struct Gradients {
+  template <int N>
+  SMD2_INLINE void run(const GradientsArgs<T>& a) {
+    using Acc = acc_t<T>;
+    using V = vec<Acc, N>;
+    const int64_t dim = a.dim;
+    const Acc* weight = a.weight;
+    const Acc* bias = a.bias;
+    Acc* grad_weight = a.grad_weights + 2 * a.part * dim;
+    Acc* grad_bias = grad_weight + dim;
+    for_tokens<kTokens>(
+        a.first, a.last, [&](auto count, int64_t t) SMD2_LAMBDA {
+          constexpr int S = decltype(count)::value;
+          const T* x = a.x + t * dim;
+          const T* grad = a.grad + t * dim;
+          const T* residual = a.residual + t * dim;
+          T* grad_x = a.grad_x + t * dim;
+          T* out = a.out + t * dim;
+          Moments<T> m[S];
+          moments_of<T, N, S>(x, dim, a.eps, m);
+          // Sums over channels of the gradient of the normalized values, and of
+          // its product with the values.
+          V totals[S]{}, products[S]{};
+          for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
+            const auto w = load_channels<Acc, N>(weight + c, n);
+            const auto b = load_channels<Acc, N>(bias + c, n);
+            auto of_weight = load_channels<Acc, N>(grad_weight + c, n);
+            auto of_bias = load_channels<Acc, N>(grad_bias + c, n);
+            each<S>([&](int s) SMD2_LAMBDA {
+              const int64_t at = s * dim + c;
+              const V value = load_channels<T, N>(x + at, n);
+              const V normal = (value - m[s].mean) * m[s].scale;
+              store_channels<T, N>(out + at, normal * w + b, n);
+              const V g = load_channels<T, N>(grad + at, n);
+              of_weight += g * normal;
+              of_bias += g;
+              totals[s] += g * w;  // 0 after the last channel, because g is
+              products[s] += g * w * normal;
+            });
+            store_channels<Acc, N>(grad_weight + c, of_weight, n);
+            store_channels<Acc, N>(grad_bias + c, of_bias, n);
+          });
+          Acc means[S], slopes[S];
+          each<S>([&](int s) SMD2_LAMBDA {
+            means[s] = sum<Acc, N>(totals[s]) / dim;
+            slopes[s] = sum<Acc, N>(products[s]) / dim;
+          });
+          for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
+            const auto w = load_channels<Acc, N>(weight + c, n);
+            each<S>([&](int s) SMD2_LAMBDA {
+              const int64_t at = s * dim + c;
+              const V value = load_channels<T, N>(x + at, n);
+              const V normal = (value - m[s].mean) * m[s].scale;
+              const V grad_normal = load_channels<T, N>(grad + at, n) * w;
+              const V of_norm =
+                  m[s].scale * (grad_normal - means[s] - normal * slopes[s]);
+              store_channels<T, N>(
+                  grad_x + at,
+                  load_channels<T, N>(residual + at, n) + of_norm,
+                  n);
+            });
+          });
+        });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_gradients(
+    const Tensor& grad_output,
+    const Tensor& residual_,
+    const Tensor& x_,
+    const Tensor& weight_,
+    const Tensor& bias_,
+    double eps) {
+  SMD2_CHECK_VALUE(
+      x_.dim() == 4 && x_.size(3),
+      kOp,
+      ": x must be [B, H, W, D] with D >= 1, got ",
+      text(x_.sizes()));
+  const auto dim = x_.size(3);
+  check_arguments(
+      kOp,
+      {{"grad_output", grad_output, x_.sizes()},
+       {"residual", residual_, x_.sizes()},
+       {"weight", weight_, {dim}},
+       {"bias", bias_, {dim}}});
+  const auto x = contiguous_as(x_, kernel_type(x_, x_));
+  const auto grad = contiguous_as(grad_output, x.scalar_type());
+  const auto residual = contiguous_as(residual_, x.scalar_type());
+  const auto weight = small(weight_, x), bias = small(bias_, x);
+  const auto tokens = x.numel() / dim;
+  Tensor grad_x = empty_like(x), out = empty_like(x);
+  Tensor grad_weights =
+      zeros({num_parts(tokens, kTokensPerPart), 2, dim}, weight);
+  SMD2_DISPATCH(x.scalar_type(), kOp, [&] {
+    using Acc = acc_t<scalar_t>;
+    GradientsArgs<scalar_t> args{};
+    args.grad = grad.const_data_ptr<scalar_t>();
+    args.residual = residual.const_data_ptr<scalar_t>();
+    args.x = x.const_data_ptr<scalar_t>();
+    args.weight = weight.const_data_ptr<Acc>();
+    args.bias = bias.const_data_ptr<Acc>();
+    args.grad_x = grad_x.mutable_data_ptr<scalar_t>();
+    args.out = out.mutable_data_ptr<scalar_t>();
+    args.grad_weights = grad_weights.mutable_data_ptr<Acc>();
+    args.dim = dim;
+    args.eps = static_cast<Acc>(eps);
+    run_parts<Gradients<scalar_t>>(args, tokens, kTokensPerPart);
+  });
+  const auto type = weight.scalar_type();
+  const auto sums = sum_first(grad_weights, type);
+  return {
+      as_type(grad_x, x_.scalar_type()),
+      as_type(out, x_.scalar_type()),
+      copy_row(sums, 0, type),
+      copy_row(sums, 1, type)};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
+  m.impl("layer_norm_gradients", TORCH_BOX(&layer_norm_gradients));
+}
+
+}  // namespace
+}  // namespace smd2
