@@ -63,7 +63,7 @@ SMD2_INLINE void normalize(
     int64_t last,
     const Body& body) {
   using Acc = acc_t<T>;
-  for_tokens<kTokens>(first, last, [&](auto count, int64_t t) SMD2_LAMBDA {
+  const auto tokens = [&](auto count, int64_t t) SMD2_LAMBDA {
     constexpr int S = decltype(count)::value;
     Moments<T> m[S];
     moments_of<T, N, S>(y + t * dim, dim, eps, m);
@@ -77,7 +77,14 @@ SMD2_INLINE void normalize(
       });
       body(count, t, c, n, normal);
     });
-  });
+  };
+  int64_t t = first;
+  for (; t + kTokens <= last; t += kTokens) {
+    tokens(std::integral_constant<int, kTokens>{}, t);
+  }
+  for (; t < last; t++) {
+    tokens(std::integral_constant<int, 1>{}, t);
+  }
 }
 
 }  // namespace smd2

@@ -297,17 +297,17 @@ SMD2_INLINE void for_channels(int64_t dim, const Body& body) {
   }
 }
 
-// Calls body(S, t), with S as a type, for each group of S of the tokens first
-// .. last - 1, which begins at t: of `count` as long as there are so many.
-template <int count, typename Body>
-SMD2_INLINE void for_tokens(int64_t first, int64_t last, const Body& body) {
-  int64_t t = first;
-  for (; t + count <= last; t += count) {
-    body(std::integral_constant<int, count>{}, t);
+// The same with body(S, c, n), where S, a type, is a number of blocks that
+// follow each other from channel c on: `count` as long as there are so many.
+template <int N, int count, typename Body>
+SMD2_INLINE void for_channels(int64_t dim, const Body& body) {
+  const int64_t in_groups = dim - dim % (count * N);
+  for (int64_t c = 0; c < in_groups; c += count * N) {
+    body(std::integral_constant<int, count>{}, c, N);
   }
-  for (; t < last; t++) {
-    body(std::integral_constant<int, 1>{}, t);
-  }
+  for_channels<N>(dim - in_groups, [&](int64_t c, int n) SMD2_LAMBDA {
+    body(std::integral_constant<int, 1>{}, in_groups + c, n);
+  });
 }
 
 }  // namespace smd2

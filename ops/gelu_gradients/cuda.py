@@ -43,7 +43,7 @@ def gelu_gradients(grad_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tens
     count = channels_of_thread(acc)
     kernels = GRADIENTS[are_packed(count, dim, x, grad)].on(x.device, x.dtype)
     parts, across = cut(tokens, dim, acc, kernels.multiprocessors)
-    grad_x, out = (torch.empty_like(x) for _ in range(2))
+    grad_x, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     grad_sum = torch.empty((parts, dim), dtype=acc, device=x.device)
     if parts:
         warps = constants(_SOURCE)["kGeluWarps"]

@@ -26,6 +26,10 @@ struct GradientsArgs {
   int64_t part, first, last;
 };
 
+// Tokens are processed one by one: in groups, whose chains of additions would
+// overlap, memory is not read in its order. In float32, that takes 16 ms
+// instead of 14 for 32,768 tokens of 256 channels, on one core of an Intel Xeon
+// (AVX-512).
 template <typename T>
 struct Gradients {
   template <int N>
@@ -37,59 +41,43 @@ struct Gradients {
     const Acc* bias = a.bias;
     Acc* grad_weight = a.grad_weights + 2 * a.part * dim;
     Acc* grad_bias = grad_weight + dim;
-    for_tokens<kTokens>(
-        a.first, a.last, [&](auto count, int64_t t) SMD2_LAMBDA {
-          constexpr int S = decltype(count)::value;
-          const T* x = a.x + t * dim;
-          const T* grad = a.grad + t * dim;
-          const T* residual = a.residual + t * dim;
-          T* grad_x = a.grad_x + t * dim;
-          T* out = a.out + t * dim;
-          Moments<T> m[S];
-          moments_of<T, N, S>(x, dim, a.eps, m);
-          // Sums over channels of the gradient of the normalized values, and of
-          // its product with the values.
-          V totals[S]{}, products[S]{};
-          for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
-            const auto w = load_channels<Acc, N>(weight + c, n);
-            const auto b = load_channels<Acc, N>(bias + c, n);
-            auto of_weight = load_channels<Acc, N>(grad_weight + c, n);
-            auto of_bias = load_channels<Acc, N>(grad_bias + c, n);
-            each<S>([&](int s) SMD2_LAMBDA {
-              const int64_t at = s * dim + c;
-              const V value = load_channels<T, N>(x + at, n);
-              const V normal = (value - m[s].mean) * m[s].scale;
-              store_channels<T, N>(out + at, normal * w + b, n);
-              const V g = load_channels<T, N>(grad + at, n);
-              of_weight += g * normal;
-              of_bias += g;
-              totals[s] += g * w;  // 0 after the last channel, because g is
-              products[s] += g * w * normal;
-            });
-            store_channels<Acc, N>(grad_weight + c, of_weight, n);
-            store_channels<Acc, N>(grad_bias + c, of_bias, n);
-          });
-          Acc means[S], slopes[S];
-          each<S>([&](int s) SMD2_LAMBDA {
-            means[s] = sum<Acc, N>(totals[s]) / dim;
-            slopes[s] = sum<Acc, N>(products[s]) / dim;
-          });
-          for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
-            const auto w = load_channels<Acc, N>(weight + c, n);
-            each<S>([&](int s) SMD2_LAMBDA {
-              const int64_t at = s * dim + c;
-              const V value = load_channels<T, N>(x + at, n);
-              const V normal = (value - m[s].mean) * m[s].scale;
-              const V grad_normal = load_channels<T, N>(grad + at, n) * w;
-              const V of_norm =
-                  m[s].scale * (grad_normal - means[s] - normal * slopes[s]);
-              store_channels<T, N>(
-                  grad_x + at,
-                  load_channels<T, N>(residual + at, n) + of_norm,
-                  n);
-            });
-          });
-        });
+    for (int64_t t = a.first; t < a.last; t++) {
+      const T* x = a.x + t * dim;
+      const T* grad = a.grad + t * dim;
+      const T* residual = a.residual + t * dim;
+      T* grad_x = a.grad_x + t * dim;
+      T* out = a.out + t * dim;
+      Moments<T> m;
+      moments_of<T, N, 1>(x, dim, a.eps, &m);
+      // Sums over channels of the gradient of the normalized values, and of
+      // its product with the values.
+      V total{}, product{};
+      for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
+        const V normal = (load_channels<T, N>(x + c, n) - m.mean) * m.scale;
+        const V w = load_channels<Acc, N>(weight + c, n);
+        const V g = load_channels<T, N>(grad + c, n);
+        store_channels<T, N>(
+            out + c, normal * w + load_channels<Acc, N>(bias + c, n), n);
+        store_channels<Acc, N>(
+            grad_weight + c,
+            load_channels<Acc, N>(grad_weight + c, n) + g * normal,
+            n);
+        store_channels<Acc, N>(
+            grad_bias + c, load_channels<Acc, N>(grad_bias + c, n) + g, n);
+        total += g * w;  // 0 after the last channel, because g is
+        product += g * w * normal;
+      });
+      const Acc mean = sum<Acc, N>(total) / dim;
+      const Acc slope = sum<Acc, N>(product) / dim;
+      for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
+        const V normal = (load_channels<T, N>(x + c, n) - m.mean) * m.scale;
+        const V grad_normal = load_channels<T, N>(grad + c, n) *
+                              load_channels<Acc, N>(weight + c, n);
+        const V of_norm = m.scale * (grad_normal - mean - normal * slope);
+        store_channels<T, N>(
+            grad_x + c, load_channels<T, N>(residual + c, n) + of_norm, n);
+      });
+    }
   }
 };
 

@@ -151,7 +151,7 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
     def map_() -> Tensor:
         return random(batch, height, width, dim).to(dtype)
 
-    u, delta = map_(), map_()
+    u, delta, residual = map_(), map_(), map_()
     A, D, bias = -random(dim).exp(), random(dim), random(dim) - 3
     ssm = [u, delta, A, random(batch, height, width), random(batch, height, width), D, bias]
     ssm.append(0.2 * random(25, dim))
@@ -214,7 +214,7 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
             model.gelu_gradients(problem),
         ),
         "layer_norm_gradients": (
-            partial(functions.layer_norm_gradients, delta, sums[0], u, D, bias),
+            partial(functions.layer_norm_gradients, delta, residual, u, D, bias),
             model.layer_norm_gradients(problem),
         ),
         "add_bias_": (

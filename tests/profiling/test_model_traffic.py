@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from spatial_mamba_d2 import ops
 from spatial_mamba_d2.models.optimized import optimize_for_inference
 from spatial_mamba_d2.models.spatial_mamba import Block
 from spatial_mamba_d2.profiling import cuda_report, dram_model, model_traffic
@@ -66,6 +67,25 @@ def test_a_block_has_the_launches_of_its_operators():
     assert [(row.name.split(": ")[1], *row[2:]) for row in rows] == [
         (launch.name, launch.read_bytes, launch.written_bytes) for launch in expected
     ]
+
+
+class _GradientsInBfloat16(nn.Module):
+    def forward(self, grad):
+        x, channels = grad.bfloat16(), grad.new_empty(64)
+        outputs = ops.gelu_gradients(grad, x)
+        return outputs, ops.layer_norm_gradients(grad, grad, x, channels, channels)
+
+
+def test_the_dtype_is_that_of_the_map_that_is_differentiated():
+    rows = count_inference(*on_meta(_GradientsInBfloat16)).rows
+    p = Problem(1, 5, 7, 64, element_bytes=2)
+    launches = [*dram_model.gelu_gradients(p), *dram_model.layer_norm_gradients(p)]
+    assert [row for row in rows if ": " in row.name] == [
+        Row(f"{launch.name}: {launch.name}", 1, launch.read_bytes, launch.written_bytes)
+        for launch in launches
+    ]
+    casts = 1 + 1 + 2  # of x, and of the gradients for each operator
+    assert rows.count(Row("_to_copy", 1, MAP, MAP // 2)) == casts
 
 
 LAYERS = {
