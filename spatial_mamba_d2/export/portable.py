@@ -29,7 +29,7 @@ from spatial_mamba_d2.models.layers import (
     nhwc,
 )
 from spatial_mamba_d2.models.pointwise import Pointwise, plain_linear
-from spatial_mamba_d2.models.spatial_mamba import StructureAwareSSM
+from spatial_mamba_d2.models.ssm import StructureAwareSSM
 from spatial_mamba_d2.models.upernet import UPerHead
 from spatial_mamba_d2.ops.state_fusion.taps import DILATIONS, RADIUS, split_taps
 
@@ -165,7 +165,7 @@ def _halving_layers(conv: HalvingConv) -> nn.Sequential:
 
 
 class PortableSSM(nn.Module):
-    """:class:`~spatial_mamba_d2.models.spatial_mamba.StructureAwareSSM`, A and taps computed."""
+    """:class:`~spatial_mamba_d2.models.ssm.StructureAwareSSM`, A and taps computed."""
 
     A: Tensor
 

@@ -44,7 +44,8 @@ from spatial_mamba_d2.models.inference_only import (
 )
 from spatial_mamba_d2.models.layers import ConvLayer, DepthwiseConv, nchw, nhwc
 from spatial_mamba_d2.models.packed import PackedConv, PackedLinear, Part, is_on_cpu, packed_conv
-from spatial_mamba_d2.models.spatial_mamba import Block, Downsample, Stage, Stem, StructureAwareSSM
+from spatial_mamba_d2.models.spatial_mamba import Block, Downsample, Stage, Stem
+from spatial_mamba_d2.models.ssm import StructureAwareSSM
 from spatial_mamba_d2.models.upernet import ConvBNReLU, FCNHead, UPerHead
 from spatial_mamba_d2.ops import (
     depthwise_conv3x3_layer_norm,
@@ -214,7 +215,7 @@ class OptimizedDownsample(Part):
 
 
 class OptimizedSSM(Part):
-    """:class:`~.spatial_mamba.StructureAwareSSM`, with ``A`` and the taps computed."""
+    """:class:`~.ssm.StructureAwareSSM`, with ``A`` and the taps computed."""
 
     A: Tensor
     taps: Tensor

@@ -48,20 +48,69 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if torch.jit.is_scripting():
         return F.linear(x, weight, bias)
-    if x.device.type != "cpu" or x.dtype not in _ONEDNN_DTYPES or _is_composed(weight):
-        return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling():  # for shapes that may be unknown
+    if torch.compiler.is_compiling() and _has_choice(x, weight):  # shapes may be unknown
         return _convolved(x, weight, bias)
-    batch, height, width, _ = x.shape
-    if _is_fastest_as_linear(batch * height * width, weight):
+    if not _has_choice(x, weight) or _is_fastest_as_linear(x, weight):
         return F.linear(x, weight, bias)
-    if batch > 1 and height * width <= MERGED_TOKENS:
-        y = _convolved(x.flatten(0, 1)[None], weight, bias)
-        return y.unflatten(1, (batch, height)).squeeze(0)
-    return _convolved(x, weight, bias)
+    if not _is_fastest_merged(x):
+        return _convolved(x, weight, bias)
+    return _convolved(_merged(x), weight, bias).unflatten(1, x.shape[:2]).squeeze(0)
 
 
-def _is_fastest_as_linear(num_tokens: int, weight: Tensor) -> bool:
+def pointwise_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of x of :func:`pointwise`, from that of its output, in the same dtype."""
+    if not _has_choice(grad, weight) or _is_fastest_as_linear(grad, weight):
+        return grad @ weight
+    grads = _merged(grad) if _is_fastest_merged(grad) else grad
+    x = grad.new_empty(*grads.shape[:3], weight.shape[1])  # its values are not read
+    grad_x, _ = _convolution_gradients(grads, x, weight, of_input=True)
+    return grad_x.reshape(*grad.shape[:3], -1)
+
+
+def pointwise_grad_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The same of the weight, ``Tensor[O, I]``. Only the shape of ``weight`` matters."""
+    weight = weight.to(x.dtype)
+    if not _has_choice(x, weight) or _is_fastest_as_linear(x, weight):
+        return grad.flatten(0, 2).T @ x.flatten(0, 2)
+    if _is_fastest_merged(x):
+        grad, x = _merged(grad), _merged(x)
+    return _convolution_gradients(grad, x, weight, of_input=False)[1].flatten(1)
+
+
+def _convolution_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, of_input: bool
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2),
+        x.permute(0, 3, 1, 2),
+        weight[:, :, None, None],
+        None,
+        stride=[1, 1],
+        padding=[0, 0],
+        dilation=[1, 1],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=1,
+        output_mask=[of_input, not of_input, False],
+    )
+    return grad_x.permute(0, 2, 3, 1) if of_input else grad_x, grad_weight
+
+
+def _has_choice(x: Tensor, weight: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in _ONEDNN_DTYPES and not _is_composed(weight)
+
+
+def _is_fastest_merged(x: Tensor) -> bool:
+    """Whether the images of a batch are convolved as one."""
+    return len(x) > 1 and x.shape[1:3].numel() <= MERGED_TOKENS
+
+
+def _merged(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)[None]
+
+
+def _is_fastest_as_linear(x: Tensor, weight: Tensor) -> bool:
+    num_tokens = x.shape[:3].numel()
     is_narrow = len(weight) < CONVOLVED_OUTPUTS
     if weight.dtype != torch.float32:
         return is_narrow or num_tokens <= LINEAR_TOKENS
@@ -124,23 +173,3 @@ def plain_linear(layer: Pointwise) -> nn.Linear:
     plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
     plain.weight, plain.bias = layer.weight, layer.bias
     return plain.train(layer.training)
-
-
-class GELU(nn.GELU):
-    """``torch.nn.GELU`` whose output training computes again rather than keeps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return recompute(F.gelu, x)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with GELU between; ``Tensor[B, H, W, C]`` -> the same shape."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = Pointwise(dim, hidden)
-        self.act = GELU()
-        self.fc2 = Pointwise(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))

@@ -95,6 +95,11 @@ def recomputation(enabled: bool) -> Iterator[None]:
         _state.enabled = previous
 
 
+def is_recording(x: Tensor) -> bool:
+    """Whether autograd keeps recipes at present, and would for ``x``."""
+    return not torch.compiler.is_compiling() and _state.recorder is not None and _is_plain(x)
+
+
 def cast_for_autocast(*operands: Tensor | None) -> tuple[Any, ...]:
     """Convert the operands of a matrix product as autocast would, but through :func:`recompute`.
 
@@ -256,7 +261,7 @@ class _Recomputed(_Value):
         self._function, self._inputs = function, inputs
         self.version, self.dtype = output._version, output.dtype
         self.offset, self.layout = output.storage_offset(), (output.size(), output.stride())
-        self._autocast = _autocast_state(output.device.type)
+        self._autocast = autocast_state(output.device.type)
 
     def use(self) -> None:
         if not self._num_uses:
@@ -281,7 +286,8 @@ def without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False)
 
 
-def _autocast_state(device: str) -> Callable[[], AbstractContextManager]:
+def autocast_state(device: str) -> Callable[[], AbstractContextManager]:
+    """What enters the present state of autocast again."""
     if not torch.amp.is_autocast_available(device):
         return nullcontext
     enabled = torch.is_autocast_enabled(device)

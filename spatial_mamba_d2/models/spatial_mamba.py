@@ -10,7 +10,6 @@ paper; C is the width of a stage, D = ``ssm_ratio`` C the width inside the SSM.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,12 +19,12 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spatial_mamba_d2.models.branches import branch
 from spatial_mamba_d2.models.image_checks import check_images
 from spatial_mamba_d2.models.layers import (
     ConvLayer,
     DepthwiseConv,
     ExpandingConv,
-    GatedLayerNorm,
     HalvingConv,
     LayerNorm,
     PointwiseConv,
@@ -33,23 +32,14 @@ from spatial_mamba_d2.models.layers import (
     nchw,
     nhwc,
 )
-from spatial_mamba_d2.models.plain_layers import is_plain
-from spatial_mamba_d2.models.pointwise import Mlp, Pointwise
-from spatial_mamba_d2.models.recompute import (
-    as_under_autocast,
-    hooks_are_possible,
-    keeps_recipes,
-    recompute,
-)
+from spatial_mamba_d2.models.mlp import Mlp
+from spatial_mamba_d2.models.recompute import hooks_are_possible, keeps_recipes
 from spatial_mamba_d2.models.scripting import scriptable_graph
+from spatial_mamba_d2.models.ssm import StructureAwareSSM
 from spatial_mamba_d2.models.variants import variant_kwargs
-from spatial_mamba_d2.ops import merge_taps, structure_aware_ssm, structure_aware_ssm_from_dt
-from spatial_mamba_d2.ops.cuda.kernels import run_on
 
-# These look at shapes, which are unknown while torch.fx traces, so they become nodes of its graph.
+# It looks at shapes, which are unknown while torch.fx traces, so it becomes a node of its graph.
 torch.fx.wrap("check_images")
-torch.fx.wrap("merge_taps")
-torch.fx.wrap("structure_aware_ssm")
 
 STAGES = ("res2", "res3", "res4", "res5")
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -99,87 +89,6 @@ class Downsample(nn.Module):
         return nhwc(self.project(self.reduce(self.expand(nchw(x)))))
 
 
-class StateFusion(nn.Module):
-    """Weights of structure-aware state fusion; ``forward()`` returns them as ``Tensor[25, D]``."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.kernel_d1 = nn.Parameter(torch.ones(dim, 1, 3, 3))
-        self.kernel_d3 = nn.Parameter(torch.ones(dim, 1, 3, 3))
-        self.kernel_d5 = nn.Parameter(torch.ones(dim, 1, 3, 3))
-        self.alpha = nn.Parameter(torch.ones(3))
-
-    def forward(self) -> Tensor:
-        return merge_taps(self.kernel_d1, self.kernel_d3, self.kernel_d5, self.alpha)
-
-
-class StructureAwareSSM(nn.Module):
-    """Gated structure-aware state space model, ``Tensor[B, H, W, C]`` -> the same shape.
-
-    Paper, section 3.3 and figure 4; ``StructureAwareSSM`` in the authors' code, with one state per
-    channel. A, D and the bias of delta stay float32 under autocast.
-
-    Args:
-        dim: C.
-        ssm_ratio: D / C.
-        dt_min, dt_max: range of the initial values of delta.
-        dt_floor: lower bound of the initial values of delta.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        ssm_ratio: float = 2.0,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
-        dt_floor: float = 1e-4,
-    ):
-        super().__init__()
-        inner = int(ssm_ratio * dim)
-        rank = math.ceil(dim / 16)
-        self.split_sizes = (rank, 1, 1)
-        self.in_proj = Pointwise(dim, 2 * inner, bias=False)
-        self.conv = DepthwiseConv(inner, residual=False)
-        self.x_proj = Pointwise(inner, sum(self.split_sizes), bias=False)
-        self.dt_proj = Pointwise(rank, inner, bias=False, recompute_output=True)
-        self.dt_bias = nn.Parameter(torch.empty(inner))
-        self.A_log = nn.Parameter(torch.zeros(inner, 1))
-        self.D = nn.Parameter(torch.ones(inner))
-        self.fusion = StateFusion(inner)
-        self.out_norm = GatedLayerNorm(inner)
-        self.out_proj = Pointwise(inner, dim, bias=False)
-        self.dt_range = (dt_min, dt_max, dt_floor)
-        self.reset_dt_parameters()
-
-    @torch.no_grad()
-    def reset_dt_parameters(self) -> None:
-        """Initialise ``x_proj``, ``dt_proj`` and ``dt_bias``: delta log-uniform in its range."""
-        dt_min, dt_max, dt_floor = self.dt_range
-        nn.init.kaiming_uniform_(self.x_proj.weight, a=math.sqrt(5))
-        bound = self.dt_proj.in_features**-0.5
-        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp_()
-        dt.clamp_(min=dt_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-
-    def forward(self, x: Tensor) -> Tensor:
-        u, z = self.in_proj(x).chunk(2, dim=-1)  # [B, H, W, D] each
-        u = self.conv(u)
-        dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
-        A = -torch.exp(self.A_log.float().flatten())
-        others = (A, B.squeeze(-1), C.squeeze(-1), self.D, self.dt_bias, self.fusion())
-        layer, on_gpu = self.dt_proj, run_on(u)
-        if on_gpu and is_plain(layer, Pointwise) and layer.bias is None:
-            factors = as_under_autocast(dt, layer.weight)
-            y = structure_aware_ssm_from_dt(u, *factors, *others)  # delta is never in memory
-        else:
-            inputs = (u, layer(dt), *others)
-            # The slowest part of a block on a GPU, where there is more memory for the time of
-            # training.
-            y = structure_aware_ssm(*inputs) if on_gpu else recompute(structure_aware_ssm, *inputs)
-        return self.out_proj(self.out_norm(y, z))
-
-
 class Block(nn.Module):
     """Position encoding, SSM, position encoding, MLP, each with a residual connection.
 
@@ -202,9 +111,9 @@ class Block(nn.Module):
     @keeps_recipes
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = self.drop_path1(self.ssm(self.ln1(x)), x)
+        x = branch(x, self.ln1, self.ssm, self.drop_path1)
         x = self.cpe2(x)
-        return self.drop_path2(self.mlp(self.ln2(x)), x)
+        return branch(x, self.ln2, self.mlp, self.drop_path2)
 
 
 class Blocks(nn.Sequential):

@@ -25,6 +25,15 @@ def gradients_of(model, x):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+def assert_close(actual, expected, tolerance):
+    """Relative to the largest value; a tenth of the largest of all stands for what cancels to 0."""
+    assert actual.keys() == expected.keys()
+    most = max(value.abs().max().item() for value in expected.values())
+    for name, value in expected.items():
+        scale = value.abs().max().item() + most / 10
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=tolerance * scale, msg=name)
+
+
 def assert_equal(actual, expected):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():

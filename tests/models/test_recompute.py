@@ -19,10 +19,18 @@ from torch.nn import functional as F
 
 from spatial_mamba_d2.models import build_backbone
 from spatial_mamba_d2.models.layers import LayerNorm, ReLU
-from spatial_mamba_d2.models.pointwise import Mlp, Pointwise
+from spatial_mamba_d2.models.mlp import Mlp
+from spatial_mamba_d2.models.pointwise import Pointwise
 from spatial_mamba_d2.models.recompute import keeps_recipes, recomputation, recompute
 from spatial_mamba_d2.models.spatial_mamba import Block, Downsample
-from tests.models.gradients import SMALL, assert_equal, gradients_of, loss_of, narrow_backbone
+from tests.models.gradients import (
+    SMALL,
+    assert_close,
+    assert_equal,
+    gradients_of,
+    loss_of,
+    narrow_backbone,
+)
 
 
 @pytest.fixture
@@ -56,7 +64,8 @@ def test_gradients_are_those_of_plain_computation(shape, dtype, backbone):
     x = torch.randn(shape, dtype=dtype)
     with recomputation(False):
         expected = gradients_of(backbone.eval() if min(shape) == 1 else backbone, x)
-    assert_equal(gradients_of(backbone, x), expected)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-13
+    assert_close(gradients_of(backbone, x), expected, tolerance)
 
 
 def test_gradients_under_autocast(backbone):
@@ -68,7 +77,7 @@ def test_gradients_under_autocast(backbone):
         backbone.zero_grad()
         loss.backward()
         gradients.append({name: p.grad.clone() for name, p in backbone.named_parameters()})
-    assert_equal(*gradients)
+    assert_close(*gradients, tolerance=0.1)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
