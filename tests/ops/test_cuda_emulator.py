@@ -20,7 +20,7 @@ from spatial_mamba_d2.profiling import dram_model
 
 from . import emulator, test_add_bias, test_depthwise_conv3x3_layer_norm
 from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
-from .test_conformance import CASES, arguments, call, truth
+from .test_conformance import CASES, arguments, call, rank_of, truth
 
 #: operators that have no gradients
 FOR_INFERENCE = {
@@ -205,8 +205,8 @@ MODEL = {
     "gated_layer_norm": (dram_model.gate_forward, dram_model.gate_backward),
     "depthwise_conv3x3_layer_norm": (dram_model.conv_norm_forward,),
     "structure_aware_ssm_from_dt": (
-        lambda p: dram_model.ssm_from_dt_forward(p, rank=1 + p.dim // 16),
-        lambda p: dram_model.ssm_from_dt_backward(p, rank=1 + p.dim // 16),
+        lambda p: dram_model.ssm_from_dt_forward(p, rank_of(p.dim)),
+        lambda p: dram_model.ssm_from_dt_backward(p, rank_of(p.dim)),
     ),
 }
 
