@@ -22,7 +22,7 @@ _extension.define(
     cuda=cuda.structure_aware_ssm_from_dt,
     cuda_backward=_extension.without_autocast(cuda.structure_aware_ssm_from_dt_backward),
     differentiable=eager.differentiable_structure_aware_ssm_from_dt,
-    by_design=("cpu",),  # the operator in place has a kernel there
+    by_design=("cpu",),  # the operators in place and without the product have kernels there
 )
 _extension.define(
     _IN_PLACE,
