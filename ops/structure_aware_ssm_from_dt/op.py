@@ -22,7 +22,7 @@ _extension.define(
     cuda=cuda.structure_aware_ssm_from_dt,
     cuda_backward=_extension.without_autocast(cuda.structure_aware_ssm_from_dt_backward),
     differentiable=eager.differentiable_structure_aware_ssm_from_dt,
-    by_design=("cpu",),  # the operator in place has a kernel there
+    by_design=("cpu",),  # the operators in place and without the product have kernels there
 )
 _extension.define(
     _IN_PLACE,
@@ -55,19 +55,26 @@ def structure_aware_ssm_from_dt(
     delta_bias: Tensor,
     taps: Tensor,
 ) -> Tensor:
-    """:func:`structure_aware_ssm_from_dt_`, not in place: the one with kernels for CUDA devices.
+    """:func:`structure_aware_ssm` with ``delta = dt dt_weight^T``, for inference and training.
 
-    Their threads read what others would overwrite.
+    The step sizes are products of low rank R. CUDA kernels compute them where they are needed, also
+    in the backward pass, and never store them; on other devices, they are computed once, as by a
+    linear layer. In the authors' code ``dt_projs`` and ``StructureAwareSSM.forward_core``.
 
     Args:
-        u, dt, dt_weight, A, B, C, D, delta_bias, taps: see :func:`structure_aware_ssm_from_dt_`.
+        u: input, ``Tensor[B, H, W, D]``.
+        dt: step sizes before their projection, ``Tensor[B, H, W, R]`` with R >= 1.
+        dt_weight: their projection, ``Tensor[D, R]``.
+        A, B, C, D, delta_bias, taps: see :func:`structure_aware_ssm`.
 
     Returns:
-        ``Tensor[B, H, W, D]``, contiguous, in the dtype of ``u``.
+        ``Tensor[B, H, W, D]``, contiguous, in the dtype of ``u``. Step sizes, states, softplus and
+        sums are float32 (float64 for float64 ``u``) whatever the dtype of the inputs. On CUDA
+        devices, the gradients of ``dt`` and ``dt_weight`` are products in the wider dtype of ``u``
+        and ``dt``, as behind a linear layer.
 
     Raises:
         ValueError: a shape or dtype does not fit.
-        RuntimeError: in the backward pass.
     """
     _check(_NAME, u, dt, dt_weight, A, B, C, D, delta_bias, taps)
     return torch.ops.spatial_mamba.structure_aware_ssm_from_dt(
@@ -86,18 +93,16 @@ def structure_aware_ssm_from_dt_(
     delta_bias: Tensor,
     taps: Tensor,
 ) -> Tensor:
-    """:func:`structure_aware_ssm` with ``delta = dt dt_weight^T``, in place; for inference only.
+    """:func:`structure_aware_ssm_from_dt`, in place; for inference, on CPUs.
 
-    The step sizes are products of low rank R. They are computed where they are needed and never
-    stored; the output overwrites ``u``, which is still in cache. In the authors' code ``dt_projs``
-    and ``StructureAwareSSM.forward_core``.
+    Its kernels for CPUs compute step sizes where they are needed and never store them; the output
+    overwrites ``u``, which is still in cache. CUDA devices have kernels of the other operator only,
+    because their threads read what others would overwrite.
 
     Args:
         u: input, ``Tensor[B, H, W, D]``; afterwards the output. If it is contiguous, no other map
             of its size is allocated.
-        dt: step sizes before their projection, ``Tensor[B, H, W, R]`` with R >= 1.
-        dt_weight: their projection, ``Tensor[D, R]``.
-        A, B, C, D, delta_bias, taps: see :func:`structure_aware_ssm`.
+        dt, dt_weight, A, B, C, D, delta_bias, taps: see :func:`structure_aware_ssm_from_dt`.
 
     Returns:
         ``u``. Step sizes, states, softplus and sums are float32 (float64 for float64 ``u``)

@@ -123,14 +123,13 @@ class StructureAwareSSM(Body):
         steps = self.x_proj(u)
         dt, B, C = self._split(steps)
         others = (derived["A"], B, C, self.D, self.dt_bias, derived["taps"])
+        # The slowest part of a block on a GPU, where there is more memory for the time of training.
         layer, on_gpu = self.dt_proj, run_on(u)
         if on_gpu and is_plain(layer, Pointwise) and layer.bias is None:
             factors = as_under_autocast(dt, layer.weight)
             y = structure_aware_ssm_from_dt(u, *factors, *others)  # delta is never in memory
         else:
             inputs = (u, layer(dt), *others)
-            # The slowest part of a block on a GPU, where there is more memory for the time of
-            # training.
             y = structure_aware_ssm(*inputs) if on_gpu else recompute(structure_aware_ssm, *inputs)
         return self.out_norm(y, z), ((steps, y) if on_gpu else (steps,))
 

@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib", reason="matplotlib, which draws, is not instal
 
 from spatial_mamba_d2.explain.states import plot_states, record_states
 from spatial_mamba_d2.models import build_classifier
+from tests.ops import emulator
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,18 @@ def test_the_operator_is_taken_apart_exactly(model, stage, block):
     torch.testing.assert_close(states.observed, states.output, rtol=1e-4, atol=1e-5)
     assert (states.step > 0).all()
     assert not torch.allclose(states.before, states.after)
+
+
+def test_kernels_for_gpus_are_taken_apart_too(model):
+    """They get step sizes as two factors."""
+    image = torch.randn(2, 3, 70, 50)
+    expected = record_states(model, image, 2, 2)
+    with emulator.emulated_cuda():
+        states = record_states(model, image, 2, 2)
+    for part in ("step", "before", "after", "output", "observed"):
+        torch.testing.assert_close(
+            getattr(states, part), getattr(expected, part), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_it_is_the_block_that_was_asked_for(model):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy
 
 from spatial_mamba_d2.models import build_backbone
+from spatial_mamba_d2.models.recompute import _checkpoint_policy
 from spatial_mamba_d2.models.spatial_mamba import Block, Downsample
+from spatial_mamba_d2.ops.cuda.kernels import OPENERS
 
 SMALL = {"embed_dim": 16, "depths": (1, 1, 1, 1), "drop_path_rate": 0.0}
 
@@ -117,3 +120,14 @@ def test_training_step_under_bfloat16_autocast(backbone):
         gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
     assert gradients[1].dtype == torch.float32 and gradients[1].isfinite().all()
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("name", ["structure_aware_ssm", "structure_aware_ssm_from_dt"])
+def test_the_output_of_the_ssm_is_kept_on_gpus(name, monkeypatch):
+    """It is the slowest part of a block there; on CPUs it is computed again."""
+    operator = getattr(torch.ops.spatial_mamba, name).default
+    u = torch.zeros(1)
+    keep, compute = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+    assert _checkpoint_policy(None, operator, u) == compute
+    monkeypatch.setitem(OPENERS, "cpu", None)
+    assert _checkpoint_policy(None, operator, u) == keep

@@ -26,7 +26,7 @@ from . import (
     test_layer_norm_gradients,
 )
 from .conftest import GRADIENT_TOLERANCE, TOLERANCE, relative_error
-from .test_conformance import CASES, arguments, call, truth
+from .test_conformance import CASES, arguments, call, rank_of, truth
 
 #: operators that have no gradients
 FOR_INFERENCE = {
@@ -215,8 +215,8 @@ MODEL = {
     "gelu_gradients": (dram_model.gelu_gradients,),
     "layer_norm_gradients": (dram_model.layer_norm_gradients,),
     "structure_aware_ssm_from_dt": (
-        lambda p: dram_model.ssm_from_dt_forward(p, rank=1 + p.dim // 16),
-        lambda p: dram_model.ssm_from_dt_backward(p, rank=1 + p.dim // 16),
+        lambda p: dram_model.ssm_from_dt_forward(p, rank_of(p.dim)),
+        lambda p: dram_model.ssm_from_dt_backward(p, rank_of(p.dim)),
     ),
 }
 

@@ -35,6 +35,7 @@ NORM = "gated_layer_norm/norm.cuh"
 CONV_NORM = "depthwise_conv3x3_layer_norm/conv_norm.cuh"
 FUSION = "state_fusion/fusion.cuh"
 SCAN = "selective_scan/scan.cuh"
+STEPS = "selective_scan/steps.cuh"
 MISTAKES = {
     "conv: wrong tap": Mistake(
         CONV, "taps[k][(2 - i) * 3 + j]", "taps[k][i * 3 + j]", "depthwise_conv3x3 silu"
@@ -172,10 +173,28 @@ MISTAKES = {
     "carry: rows are shared wrongly": Mistake(
         SCAN, "warp * share + smaller(warp, more)", "warp * share + more", "structure_aware_ssm"
     ),
+    "scan: steps of the adjoint in the order of the recursion": Mistake(
+        SCAN, "kReverse ? count - 1 - i : i", "i", "structure_aware_ssm_from_dt"
+    ),
     "low rank: one factor for all": Mistake(
-        "selective_scan/steps.cuh",
-        "step += held[r] * values[r];",
-        "step += held[r] * values[0];",
+        STEPS,
+        "sum += weights[r] * values[r];",
+        "sum += weights[r] * values[0];",
+        "structure_aware_ssm_from_dt",
+    ),
+    "low rank: the first weights again": Mistake(
+        STEPS,
+        "read_weights(first, valid, weights);",
+        "read_weights(0, valid, weights);",
+        "structure_aware_ssm_from_dt",
+    ),
+    "low rank: a token too many": Mistake(
+        SCAN, "k + j < count", "k + j <= count", "structure_aware_ssm_from_dt"
+    ),
+    "low rank: of one token for all": Mistake(
+        STEPS,
+        "product(tokens[j], first, weights)",
+        "product(tokens[0], first, weights)",
         "structure_aware_ssm_from_dt",
     ),
 }

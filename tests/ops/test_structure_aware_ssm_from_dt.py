@@ -87,7 +87,7 @@ def test_gradients_are_those_of_a_linear_layer(rank, ssm_inputs, kernels):
         (1, (2, 4, 5), r"dt must be \[B, H, W, R\]"),
         (1, (2, 4, 5, 0), r"dt must be \[B, H, W, R\] with no empty axis"),
         (1, (2, 4, 6, 1), r"dt must be \[B, H, W, R\] = \[2, 4, 5, 1\], got \[2, 4, 6, 1\]"),
-        (2, (3, 2), r"dt_weight must be \[D, R\] = \[3, 1\], got \[3, 2\]"),
+        (2, (3, 1), r"dt_weight must be \[D, R\] = \[3, 2\], got \[3, 1\]"),
         (3, (2,), r"A must be \[D\]"),
         (4, (2, 4), r"B must be \[B, H, W\]"),
         (5, (2, 4, 5, 1), r"C must be \[B, H, W\]"),
@@ -108,9 +108,9 @@ def test_kernels_check_their_arguments(ssm_inputs):
     u, dt, weight, *rest = arguments(CASE, ssm_inputs(2, 4, 5, 3))
     operators = torch.ops.spatial_mamba
     with emulator.emulated_cuda():
-        with pytest.raises(ValueError, match=r"from_dt: dt_weight must be \[3, 1\], got \[2, 1\]"):
+        with pytest.raises(ValueError, match=r"from_dt: dt_weight must be \[3, 2\], got \[2, 2\]"):
             operators.structure_aware_ssm_from_dt(u, dt, weight[:2], *rest)
-        with pytest.raises(ValueError, match=r"_backward: dt must be \[2, 4, 5, 1\], got \["):
+        with pytest.raises(ValueError, match=r"_backward: dt must be \[2, 4, 5, 2\], got \["):
             operators.structure_aware_ssm_from_dt_backward(u, u, dt[:, :3], weight, *rest)
         with pytest.raises(ValueError, match=r"_backward: grad_output must be \[2, 4, 5, 3\], got"):
             operators.structure_aware_ssm_from_dt_backward(u[:1], u, dt, weight, *rest)

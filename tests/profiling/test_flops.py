@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from spatial_mamba_d2 import ops
 from spatial_mamba_d2.models import build_classifier, build_upernet
 from spatial_mamba_d2.models.layers import GatedLayerNorm
 from spatial_mamba_d2.ops import fvcore_handles
@@ -60,6 +62,26 @@ def test_pytorchs_counter_backward():
         output.sum().backward()
     assert forward.get_total_flops() == 2 * 5 * x.numel()
     assert backward.get_total_flops() == 2 * forward.get_total_flops()
+
+
+def test_step_sizes_inside_the_ssm_count_as_a_linear_layer():
+    u, dt, weight = torch.randn(1, 4, 5, 16), torch.randn(1, 4, 5, 3), torch.randn(16, 3)
+    A, D, bias, taps = -torch.ones(16), torch.ones(16), torch.zeros(16), torch.ones(25, 16)
+    others = (A, u[..., 0], u[..., 1], D, bias, taps)
+    leaves = [x.clone().requires_grad_() for x in (u, dt, weight, *others)]
+    totals = []
+    for operator in (
+        ops.structure_aware_ssm_from_dt,
+        lambda u, dt, weight, *x: ops.structure_aware_ssm(u, F.linear(dt, weight), *x),
+    ):
+        with FlopCounterMode(display=False) as forward:
+            output = operator(*leaves)
+        with FlopCounterMode(display=False) as backward:
+            output.sum().backward()
+        totals.append((forward.get_total_flops(), backward.get_total_flops()))
+    with torch.no_grad(), FlopCounterMode(display=False) as in_place:
+        ops.structure_aware_ssm_from_dt_(u, dt, weight, *others)
+    assert totals[0] == totals[1] == (in_place.get_total_flops(), 2 * in_place.get_total_flops())
 
 
 def test_fvcores_counter():
