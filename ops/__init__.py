@@ -14,10 +14,13 @@ from typing import Any
 
 from spatial_mamba_d2.ops._flops import fvcore_handles, register_formulas
 from spatial_mamba_d2.ops.add_bias import add_bias_
-from spatial_mamba_d2.ops.depthwise_conv3x3 import depthwise_conv3x3
+from spatial_mamba_d2.ops.depthwise_conv3x3 import (
+    depthwise_conv3x3,
+    depthwise_conv3x3_gradients_,
+)
 from spatial_mamba_d2.ops.depthwise_conv3x3_layer_norm import depthwise_conv3x3_layer_norm
 from spatial_mamba_d2.ops.depthwise_conv3x3_stride2 import depthwise_conv3x3_stride2
-from spatial_mamba_d2.ops.gated_layer_norm import gated_layer_norm
+from spatial_mamba_d2.ops.gated_layer_norm import gated_layer_norm, gated_layer_norm_gradients_
 from spatial_mamba_d2.ops.gelu_gradients import gelu_gradients
 from spatial_mamba_d2.ops.layer_norm_gradients import layer_norm_gradients
 from spatial_mamba_d2.ops.quantize_uint8 import quantize_uint8
@@ -34,10 +37,12 @@ from spatial_mamba_d2.ops.winograd_conv3x3 import winograd_conv3x3, winograd_wei
 __all__ = [
     "add_bias_",
     "depthwise_conv3x3",
+    "depthwise_conv3x3_gradients_",
     "depthwise_conv3x3_layer_norm",
     "depthwise_conv3x3_stride2",
     "fvcore_handles",
     "gated_layer_norm",
+    "gated_layer_norm_gradients_",
     "gelu_gradients",
     "layer_norm_gradients",
     "merge_taps",

@@ -28,6 +28,15 @@ def check_tensor(op: str, name: str, x: torch.Tensor, shape: tuple[int, ...], li
         raise ValueError(f"{op}: {name} must be {like} = {list(shape)}, got {list(x.shape)}")
 
 
+def check_written(op: str, name: str, written: torch.Tensor, of: str, x: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless ``written`` has the shape and dtype of ``x``, called ``of``."""
+    for what in ("shape", "dtype"):
+        expected, found = getattr(x, what), getattr(written, what)
+        if found != expected:
+            expected, found = (list(v) if what == "shape" else v for v in (expected, found))
+            raise ValueError(f"{op}: {name} must have the {what} of {of}, {expected}, got {found}")
+
+
 def check_activation(op: str, name: str, x: torch.Tensor, dims: str) -> None:
     """Raise ``ValueError`` unless ``x`` is floating point, with one axis per word of ``dims``."""
     axes = dims.split()

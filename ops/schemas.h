@@ -4,11 +4,13 @@ R"(
 add_bias_(Tensor(a!) x, Tensor bias, Tensor? residual, bool relu) -> ()
 depthwise_conv3x3(Tensor x, Tensor weight, Tensor bias, bool residual) -> Tensor
 depthwise_conv3x3_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor bias, bool residual) -> (Tensor, Tensor, Tensor)
+depthwise_conv3x3_gradients_(Tensor(a!) grad_x, Tensor grad_output, Tensor x, Tensor weight, Tensor bias, bool residual) -> (Tensor, Tensor)
 depthwise_conv3x3_layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps) -> (Tensor, Tensor)
 depthwise_conv3x3_stride2(Tensor x, Tensor weight, Tensor bias) -> Tensor
 depthwise_conv3x3_stride2_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)
 gated_layer_norm(Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor
 gated_layer_norm_backward(Tensor grad_output, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)
+gated_layer_norm_gradients_(Tensor(a!) grad_z, Tensor grad_output, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)
 gelu_gradients(Tensor grad_output, Tensor x) -> (Tensor, Tensor, Tensor)
 layer_norm_gradients(Tensor grad_output, Tensor residual, Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)
 quantize_uint8(Tensor x, float scale, int zero_point) -> Tensor

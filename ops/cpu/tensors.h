@@ -97,18 +97,55 @@ void run_parts(const Args& shared, int64_t count, int64_t size) {
   });
 }
 
-// x, [..., D], or a copy, with dense channels and evenly spaced tokens: the
-// address of a token is its number times token_stride(x).
-inline Tensor even_tokens(const Tensor& x) {
+// Whether x, [..., D], has dense channels and evenly spaced tokens: the address
+// of a token is its number times token_stride(x).
+inline bool has_even_tokens(const Tensor& x) {
   bool even = x.stride(-1) == 1;
   for (int64_t i = x.dim() - 3; i >= 0 && even; i--) {
     even = x.stride(i) == x.stride(i + 1) * x.size(i + 1);
   }
-  return even ? x : torch::stable::contiguous(x);
+  return even;
+}
+
+// x or a copy with even tokens.
+inline Tensor even_tokens(const Tensor& x) {
+  return has_even_tokens(x) ? x : torch::stable::contiguous(x);
 }
 
 inline int64_t token_stride(const Tensor& x) {
   return x.is_contiguous() ? x.size(-1) : x.stride(-2);
+}
+
+// Memory for a map that x is to become: x itself if it has this type and even
+// tokens that do not overlap, else new memory; copy_back copies it to x.
+inline Tensor memory_for(const Tensor& x, ScalarType type) {
+  const bool direct = x.scalar_type() == type && has_even_tokens(x) &&
+                      token_stride(x) >= x.size(-1);
+  return direct ? x : torch::stable::new_empty(x, x.sizes(), type);
+}
+inline void copy_back(const Tensor& x, const Tensor& memory) {
+  if (memory.const_data_ptr() != x.const_data_ptr()) {
+    Tensor out = x;
+    torch::stable::copy_(out, memory);
+  }
+}
+
+// Raises ValueError unless `written` has the shape and the dtype of x.
+inline void check_written(
+    const char* op,
+    const char* name,
+    const Tensor& written,
+    const Tensor& x) {
+  check_arguments(op, {{name, written, x.sizes()}});
+  SMD2_CHECK_VALUE(
+      written.scalar_type() == x.scalar_type(),
+      op,
+      ": ",
+      name,
+      " must be ",
+      x.scalar_type(),
+      ", got ",
+      written.scalar_type());
 }
 
 }  // namespace smd2

@@ -16,11 +16,10 @@ def cpp_bool(value: bool) -> str:
     return str(value).lower()
 
 
-def with_even_tokens(x: Tensor) -> tuple[Tensor, int]:
-    """``Tensor[B, H, W, D]`` with dense channels, and the distance from token to token.
+def _token_stride(x: Tensor) -> int | None:
+    """The distance from token to token of a ``Tensor[B, H, W, D]``.
 
-    ``x`` is copied unless its tokens are evenly spaced, as in a slice of the channels of a
-    contiguous map.
+    None if tokens are not evenly spaced or their channels not dense.
     """
     stride, inner = None, 1
     for size, distance in zip(x.shape[2::-1], x.stride()[2::-1], strict=True):
@@ -28,13 +27,39 @@ def with_even_tokens(x: Tensor) -> tuple[Tensor, int]:
             continue
         stride = distance if stride is None else stride
         if distance != stride * inner:
-            break
+            return None
         inner *= size
-    else:
-        stride = x.shape[3] if stride is None else stride
-        if (x.shape[3] == 1 or x.stride(3) == 1) and stride < 2**28:  # kernels compute in 32 bits
-            return x, stride
-    return x.contiguous(), x.shape[3]
+    stride = x.shape[3] if stride is None else stride
+    is_dense = x.shape[3] == 1 or x.stride(3) == 1
+    return stride if is_dense and stride < 2**28 else None  # kernels compute in 32 bits
+
+
+def with_even_tokens(x: Tensor) -> tuple[Tensor, int]:
+    """``Tensor[B, H, W, D]`` with dense channels, and the distance from token to token.
+
+    ``x`` is copied unless its tokens are evenly spaced, as in a slice of the channels of a
+    contiguous map.
+    """
+    stride = _token_stride(x)
+    return (x.contiguous(), x.shape[3]) if stride is None else (x, stride)
+
+
+def memory_for(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Memory for a map that ``x`` is to become, and its distance from token to token.
+
+    That is ``x`` itself if it has this dtype, and tokens as above that do not overlap; else new
+    memory, which :func:`copy_back` copies to ``x``.
+    """
+    stride = _token_stride(x) if x.dtype is dtype else None
+    if stride is None or stride < x.shape[3]:
+        return torch.empty(x.shape, dtype=dtype, device=x.device), x.shape[3]
+    return x, stride
+
+
+def copy_back(x: Tensor, memory: Tensor) -> None:
+    """Copy what has been written into :func:`memory_for` to ``x``."""
+    if memory is not x:
+        x.copy_(memory)
 
 
 def are_packed(count: int, stride: int, x: Tensor, *others: Tensor) -> bool:

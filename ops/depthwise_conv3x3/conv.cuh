@@ -265,6 +265,11 @@ SMD2_DEVICE void store_weight_sums(
   }
 }
 
+template <typename T>
+struct ConvStride1BackwardArgs : ConvBackwardArgs<T> {
+  int64_t grad_x_stride;  // from token to token
+};
+
 // Block: 32 x kConvBackwardPack channels of kConvWarps x kConvColumns columns
 // of a band, a part; each writes partial sums.
 //
@@ -276,7 +281,7 @@ SMD2_DEVICE void store_weight_sums(
 template <typename T, bool kPacked, bool kResidual>
 __global__ void __launch_bounds__(
     kConvWarps* kLanes,
-    min_blocks<acc_t<T>>(2, 1)) conv3x3_backward(ConvBackwardArgs<T> a) {
+    min_blocks<acc_t<T>>(2, 1)) conv3x3_backward(ConvStride1BackwardArgs<T> a) {
   using Acc = acc_t<T>;
   constexpr int count = kConvBackwardPack<T, kPacked>, columns = kConvColumns;
   constexpr int halo = kResidual ? 0 : 2;  // columns of x that are read
@@ -314,9 +319,8 @@ __global__ void __launch_bounds__(
   const int first = place.y0 - (kResidual ? 1 : 3);
   const T* x_token =
       a.x + place.token(first + 1, place.x0 - halo) * a.map.stride;
-  const int64_t row_size = static_cast<int64_t>(width) * dim;
-  int64_t at =
-      place.token(place.y0 - 1, place.x0 - 1) * dim;  // of the gradient
+  const T* grad_token =
+      a.grad_out + place.token(place.y0 - 1, place.x0 - 1) * dim;
   for (int y = first; y <= place.y1; y++) {
     const bool in_band = y + 1 >= place.y0 && y + 1 < place.y1;
     Acc row[columns + 2 * halo][count];
@@ -343,7 +347,7 @@ __global__ void __launch_bounds__(
     if (y >= place.y0 - 1) {
       Acc grad[columns + 2][count];
       load_tokens(
-          a.grad_out + at,
+          grad_token,
           dim,
           place,
           place.has_row(y),
@@ -379,13 +383,14 @@ __global__ void __launch_bounds__(
         }
       }
       if (y > place.y0) {
-        T* above = a.grad_x + at - row_size + dim;
+        T* above = a.grad_x + place.token(y - 1, place.x0) * a.grad_x_stride;
 #pragma unroll
         for (int c = 0; c < columns; c++) {
-          channels.store(above + c * dim, place.x0 + c < width, grad_x[0][c]);
+          channels.store(above, place.x0 + c < width, grad_x[0][c]);
+          above += a.grad_x_stride;
         }
       }
-      at += row_size;
+      grad_token += static_cast<int64_t>(width) * dim;
       shift_rows(grad_x, zero);
     }
     shift_rows(conv, weights.bias);

@@ -1,4 +1,5 @@
-// spatial_mamba::depthwise_conv3x3 on the CPU; op.py documents it.
+// spatial_mamba::depthwise_conv3x3 and depthwise_conv3x3_gradients_ on the CPU;
+// op.py documents them.
 //
 // Threads process whole rows. Within a row, the outer loop goes over strips of
 // tokens and the inner one over channels, so that memory is read in order.
@@ -64,6 +65,7 @@ template <typename T, typename G>
 struct BackwardArgs : ConvArgs<T> {
   Map<G> grad_conv;
   T* grad_x;
+  int64_t grad_x_stride;  // from token to token
   // [parts, kPacked, dim], 0 at first: sums of weights, and last of the bias.
   acc_t<T>* grad_weights;
   bool residual;
@@ -79,7 +81,7 @@ struct Backward {
     for (int64_t r = a.first; r < a.last; r++) {
       const auto rows = Rows<G>::around(a.grad_conv, a, r);
       const T* input = a.x.data + r * a.width * a.x.stride;
-      T* grad_x = a.grad_x + r * a.width * a.dim;
+      T* grad_x = a.grad_x + r * a.width * a.grad_x_stride;
       for_strips<N>(
           a.width,
           a.dim,
@@ -124,7 +126,8 @@ struct Backward {
               }
             }
             for (int s = 0; s < S; s++) {
-              store_channels<T, N>(grad_x + (x + s) * a.dim + c, out[s], n);
+              store_channels<T, N>(
+                  grad_x + (x + s) * a.grad_x_stride + c, out[s], n);
             }
           });
     }
@@ -161,24 +164,24 @@ void backward(
       {in.x, in.weights},
       Map<G>(grad_conv),
       grad_x.mutable_data_ptr<T>(),
+      token_stride(grad_x),
       grad_weights.mutable_data_ptr<acc_t<T>>(),
       residual};
   run_parts<Backward<T, G>>(args, in.rows(), kRowsPerPart);
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_backward(
+// Writes the gradient of x into `grad_x`, in the dtype of in.x and with even
+// tokens; returns partial sums of weights, and last of the bias.
+Tensor write_gradients(
+    const char* op,
+    const ConvInputs& in,
     const Tensor& grad_output,
-    const Tensor& x,
-    const Tensor& weight,
-    const Tensor& bias,
+    const Tensor& grad_x,
     bool residual) {
-  constexpr const char* op = "depthwise_conv3x3_backward";
-  const ConvInputs in(kOp, x, weight, bias);
-  check_arguments(op, {{"grad_output", grad_output, x.sizes()}});
+  check_arguments(op, {{"grad_output", grad_output, in.x.sizes()}});
   const auto grad = contiguous_as(grad_output, in.x.scalar_type());
-  Tensor grad_x = empty(in.x.sizes(), in.x);
-  Tensor grad_weights = zeros({in.parts(), kPacked, x.size(3)}, in.weights);
-  SMD2_DISPATCH(in.x.scalar_type(), op, [&] {
+  Tensor grad_weights = zeros({in.parts(), kPacked, in.x.size(3)}, in.weights);
+  SMD2_DISPATCH(in.x.scalar_type(), kOp, [&] {
     using Acc = acc_t<scalar_t>;
     if (residual) {
       backward<scalar_t, scalar_t>(in, grad, grad_x, grad_weights, true);
@@ -192,12 +195,43 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_backward(
       backward<scalar_t, Acc>(in, grad_conv, grad_x, grad_weights, false);
     }
   });
-  return gradients_of_convolution(grad_x, grad_weights, x, weight, bias);
+  return grad_weights;
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv3x3_backward(
+    const Tensor& grad_output,
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& bias,
+    bool residual) {
+  constexpr const char* op = "depthwise_conv3x3_backward";
+  const ConvInputs in(kOp, x, weight, bias);
+  const Tensor grad_x = empty(in.x.sizes(), in.x);
+  const auto sums = write_gradients(op, in, grad_output, grad_x, residual);
+  return gradients_of_convolution(grad_x, sums, x, weight, bias);
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv3x3_gradients_(
+    const Tensor& grad_x,
+    const Tensor& grad_output,
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& bias,
+    bool residual) {
+  constexpr const char* op = "depthwise_conv3x3_gradients_";
+  const ConvInputs in(op, x, weight, bias);
+  check_written(op, "grad_x", grad_x, x);
+  const auto memory = memory_for(grad_x, in.x.scalar_type());
+  const auto sums = write_gradients(op, in, grad_output, memory, residual);
+  copy_back(grad_x, memory);
+  return gradients_of_parameters(sums, weight, bias);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
   m.impl("depthwise_conv3x3", TORCH_BOX(&depthwise_conv3x3));
   m.impl("depthwise_conv3x3_backward", TORCH_BOX(&depthwise_conv3x3_backward));
+  m.impl(
+      "depthwise_conv3x3_gradients_", TORCH_BOX(&depthwise_conv3x3_gradients_));
 }
 
 }  // namespace

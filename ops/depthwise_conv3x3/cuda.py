@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spatial_mamba_d2.ops._checks import check_written
 from spatial_mamba_d2.ops._precision import accumulation_dtype
 from spatial_mamba_d2.ops.cuda.arguments import (
     LANES,
@@ -20,7 +21,9 @@ from spatial_mamba_d2.ops.cuda.arguments import (
 from spatial_mamba_d2.ops.cuda.channels import (
     are_packed,
     channels_of_thread,
+    copy_back,
     cpp_bool,
+    memory_for,
     with_even_tokens,
 )
 from spatial_mamba_d2.ops.cuda.kernels import KernelSet
@@ -133,22 +136,57 @@ def depthwise_conv3x3_backward(
     """Gradients of x, weight, bias."""
     op = "depthwise_conv3x3_backward"
     check(op, x, weight, bias)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    written = (grad_x, x.shape[3])
+    return grad_x, *_write_gradients(op, written, grad_output, x, weight, bias, residual)
+
+
+def depthwise_conv3x3_gradients_(
+    grad_x: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`spatial_mamba_d2.ops.depthwise_conv3x3_gradients_`."""
+    op = "depthwise_conv3x3_gradients_"
+    check(op, x, weight, bias)
+    check_arguments(op, x, [("grad_x", grad_x, x.shape)])
+    check_written(op, "grad_x", grad_x, "x", x)
+    written = memory_for(grad_x, x.dtype)
+    gradients = _write_gradients(op, written, grad_output, x, weight, bias, residual)
+    copy_back(grad_x, written[0])
+    return gradients
+
+
+def _write_gradients(
+    op: str,
+    written: tuple[Tensor, int],
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of x; return those of weight and bias.
+
+    Args:
+        written: memory for the gradient of x, in its dtype, and the distance from token to token.
+    """
+    grad_x, grad_x_stride = written
     check_arguments(op, x, [("grad_output", grad_output, x.shape)])
     acc = accumulation_dtype(x)
     x, stride = with_even_tokens(x)
     (grad,) = contiguous_as(x.dtype, grad_output)
-    packed = are_packed(backward_channels_of_thread(acc, packed=True), stride, x, grad)
+    count = backward_channels_of_thread(acc, packed=True)
+    packed = are_packed(count, stride, x, grad) and are_packed(count, grad_x_stride, grad_x)
     count = backward_channels_of_thread(acc, packed)
     kernels = BACKWARD[packed].on(x.device, x.dtype)
     tiles, parts, lanes = cut_backward(x.shape, stride, count, kernels.multiprocessors)
     dim = tiles.dim
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_weight = torch.empty((parts, *weight.shape), dtype=acc, device=x.device)
     grad_bias = torch.empty((parts, dim), dtype=acc, device=x.device)
     if parts:
         launch = kernels.residual if residual else kernels.silu
         warps = constant("kConvWarps")
         shared_bytes = warps * LANES * 10 * count * acc.itemsize
-        members = (x, *contiguous_as(acc, weight, bias), grad, grad_x, grad_weight, grad_bias)
+        outputs = (grad_x, grad_weight, grad_bias, grad_x_stride)
+        members = (x, *contiguous_as(acc, weight, bias), grad, *outputs)
         launch(parts * lanes, warps, shared_bytes, *tiles, *members)
-    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
+    return grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)

@@ -69,3 +69,12 @@ def depthwise_conv3x3_backward(
         grad_weight.to(weight.dtype).reshape(-1).view(weight.shape),
         grad_bias.to(bias.dtype),
     )
+
+
+def depthwise_conv3x3_gradients_(
+    grad_x: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`spatial_mamba_d2.ops.depthwise_conv3x3_gradients_`."""
+    gradients = depthwise_conv3x3_backward(grad_output, x, weight, bias, residual)
+    grad_x.copy_(gradients[0])
+    return gradients[1:]

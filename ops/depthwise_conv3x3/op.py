@@ -1,4 +1,7 @@
-"""``spatial_mamba::depthwise_conv3x3``: definition, documentation, argument checks."""
+"""``spatial_mamba::depthwise_conv3x3``: definition, documentation, argument checks.
+
+Also of ``spatial_mamba::depthwise_conv3x3_gradients_``.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import torch
 from torch import Tensor
 
 from spatial_mamba_d2.ops import _extension
-from spatial_mamba_d2.ops._checks import check_activation, check_tensor
+from spatial_mamba_d2.ops._checks import check_activation, check_tensor, check_written
 from spatial_mamba_d2.ops._precision import empty_output
 from spatial_mamba_d2.ops.depthwise_conv3x3 import cuda, eager, reference
 
 _NAME = "depthwise_conv3x3"
+_GRADIENTS = f"{_NAME}_gradients_"
 _extension.define(
     _NAME,
     fake=lambda x, *_: empty_output(x),
@@ -21,6 +25,14 @@ _extension.define(
     cuda=cuda.depthwise_conv3x3,
     cuda_backward=cuda.depthwise_conv3x3_backward,
 )
+_extension.define(
+    _GRADIENTS,
+    fake=lambda _, grad_output, x, weight, bias, *__: (empty_output(weight), empty_output(bias)),
+    eager=eager.depthwise_conv3x3_gradients_,
+    reference=reference.depthwise_conv3x3_gradients_,
+    cuda=cuda.depthwise_conv3x3_gradients_,
+)
+_extension.forbid_gradients(_GRADIENTS, _NAME)
 
 
 def check_convolution(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -55,3 +67,35 @@ def depthwise_conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: bool) -
     if not torch.jit.is_scripting():
         check_convolution(_NAME, x, weight, bias)
     return torch.ops.spatial_mamba.depthwise_conv3x3(x, weight, bias, residual)
+
+
+def depthwise_conv3x3_gradients_(
+    grad_x: Tensor, grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`depthwise_conv3x3`, that of ``x`` written where it belongs.
+
+    For backward passes in which ``x`` is a slice of the channels of a map, such as a half of the
+    output of a linear layer: the slices' gradients are written into one map, without a copy.
+
+    Args:
+        grad_x: written: ``Tensor[B, H, W, D]`` in the dtype of ``x``, which shares no memory with
+            the other arguments. The compiled kernels write it directly if its channels are dense
+            and its tokens evenly spaced, as in a slice of the channels of a contiguous map; values
+            between its tokens stay. Otherwise, and in float16 on CPUs, they make a copy.
+        grad_output: gradient of the output, ``Tensor[B, H, W, D]``.
+        x, weight, bias, residual: see :func:`depthwise_conv3x3`.
+
+    Returns:
+        ``grad_weight``, ``Tensor[D, 1, 3, 3]``, and ``grad_bias``, ``Tensor[D]``, in the dtypes of
+        ``weight`` and ``bias``. Sums are float32 (float64 for float64 ``x``).
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+        RuntimeError: gradients are enabled and an input requires them.
+    """
+    check_convolution(_GRADIENTS, x, weight, bias)
+    check_tensor(_GRADIENTS, "grad_output", grad_output, tuple(x.shape), "[B, H, W, D]")
+    check_written(_GRADIENTS, "grad_x", grad_x, "x", x)
+    return torch.ops.spatial_mamba.depthwise_conv3x3_gradients_(
+        grad_x, grad_output, x, weight, bias, residual
+    )

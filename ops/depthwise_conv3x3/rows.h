@@ -244,22 +244,31 @@ struct ConvInputs {
   }
 };
 
-// What the backward pass returns, in the dtypes of x, weight and bias.
-// `partial_sums`, [parts, kPacked, dim], is of weights, and last of the bias.
-inline std::tuple<Tensor, Tensor, Tensor> gradients_of_convolution(
-    const Tensor& grad_x,
+// Gradients of weight and bias, in their dtypes, from `partial_sums`, [parts,
+// kPacked, dim], of weights, and last of the bias.
+inline std::tuple<Tensor, Tensor> gradients_of_parameters(
     const Tensor& partial_sums,
-    const Tensor& x,
     const Tensor& weight,
     const Tensor& bias) {
   Tensor sums = sum_first(partial_sums, partial_sums.scalar_type());
   const auto grad_weight = torch::stable::transpose(
       torch::stable::narrow(sums, 0, 0, kWeights), 0, 1);
   return {
-      as_type(grad_x, x.scalar_type()),
       torch::stable::view(
           contiguous_as(grad_weight, weight.scalar_type()), weight.sizes()),
       copy_row(sums, kWeights, bias.scalar_type())};
+}
+
+// What the backward pass returns, in the dtypes of x, weight and bias.
+inline std::tuple<Tensor, Tensor, Tensor> gradients_of_convolution(
+    const Tensor& grad_x,
+    const Tensor& partial_sums,
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& bias) {
+  const auto [grad_weight, grad_bias] =
+      gradients_of_parameters(partial_sums, weight, bias);
+  return {as_type(grad_x, x.scalar_type()), grad_weight, grad_bias};
 }
 
 }  // namespace smd2

@@ -1,4 +1,5 @@
-// spatial_mamba::gated_layer_norm on the CPU; op.py documents it.
+// spatial_mamba::gated_layer_norm and gated_layer_norm_gradients_ on the CPU;
+// op.py documents them.
 #include "../cpu/moments.h"
 #include "../cpu/tensors.h"
 
@@ -65,6 +66,8 @@ struct BackwardArgs : NormArgs<T> {
   const T* grad;
   T* grad_y;
   T* grad_z;
+  int64_t grad_z_stride;   // from token to token
+  T* out;                  // null if it is not wanted
   acc_t<T>* grad_weights;  // [parts, 2, dim], 0 at first: weight, bias
 };
 
@@ -94,8 +97,11 @@ struct Backward {
         sigmoid<Acc, N, 1>(&open);
         const auto g = load_channels<T, N>(grad + c, n);
         const auto grad_norm = g * gate * open;
+        if (a.out) {
+          store_channels<T, N>(a.out + t * a.dim + c, norm * (gate * open), n);
+        }
         store_channels<T, N>(
-            a.grad_z + t * a.dim + c,
+            a.grad_z + t * a.grad_z_stride + c,
             g * norm * open * (1 + gate * (1 - open)),
             n);
         store_channels<Acc, N>(
@@ -132,18 +138,19 @@ struct Inputs {
   Tensor y, z, weight, bias;
 
   Inputs(
+      const char* op,
       const Tensor& y_,
       const Tensor& z_,
       const Tensor& weight_,
       const Tensor& bias_) {
     SMD2_CHECK_VALUE(
         y_.dim() == 4 && y_.size(3),
-        kOp,
+        op,
         ": y must be [B, H, W, D] with D >= 1, got ",
         text(y_.sizes()));
     const auto dim = y_.size(3);
     check_arguments(
-        kOp,
+        op,
         {{"z", z_, y_.sizes()},
          {"weight", weight_, {dim}},
          {"bias", bias_, {dim}}});
@@ -179,7 +186,7 @@ Tensor gated_layer_norm(
     const Tensor& weight,
     const Tensor& bias,
     double eps) {
-  const Inputs in(y, z, weight, bias);
+  const Inputs in(kOp, y, z, weight, bias);
   Tensor out = empty_like(in.y);
   SMD2_DISPATCH(in.y.scalar_type(), kOp, [&] {
     ForwardArgs<scalar_t> args{};
@@ -190,6 +197,34 @@ Tensor gated_layer_norm(
   return as_type(out, y.scalar_type());
 }
 
+// Writes the gradients of y and z, and the output unless `out` is null, in the
+// dtype of in.y; `grad_z` has even tokens, the others are contiguous. Returns
+// the sums that are the gradients of weight and bias, [2, dim].
+Tensor write_gradients(
+    const char* op,
+    const Inputs& in,
+    const Tensor& grad_output,
+    double eps,
+    const Tensor& grad_y,
+    const Tensor& grad_z,
+    const Tensor* out) {
+  check_arguments(op, {{"grad_output", grad_output, in.y.sizes()}});
+  const auto grad = contiguous_as(grad_output, in.y.scalar_type());
+  Tensor grad_weights = zeros({in.parts(), 2, in.y.size(3)}, in.weight);
+  SMD2_DISPATCH(in.y.scalar_type(), kOp, [&] {
+    BackwardArgs<scalar_t> args{};
+    in.fill(&args, eps);
+    args.grad = grad.const_data_ptr<scalar_t>();
+    args.grad_y = grad_y.mutable_data_ptr<scalar_t>();
+    args.grad_z = grad_z.mutable_data_ptr<scalar_t>();
+    args.grad_z_stride = token_stride(grad_z);
+    args.out = out ? out->mutable_data_ptr<scalar_t>() : nullptr;
+    args.grad_weights = grad_weights.mutable_data_ptr<acc_t<scalar_t>>();
+    run_parts<Backward<scalar_t>>(args, in.tokens(), kTokensPerPart);
+  });
+  return sum_first(grad_weights, in.weight.scalar_type());
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_layer_norm_backward(
     const Tensor& grad_output,
     const Tensor& y,
@@ -198,21 +233,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_layer_norm_backward(
     const Tensor& bias,
     double eps) {
   constexpr const char* op = "gated_layer_norm_backward";
-  const Inputs in(y, z, weight, bias);
-  check_arguments(op, {{"grad_output", grad_output, y.sizes()}});
-  const auto grad = contiguous_as(grad_output, in.y.scalar_type());
-  Tensor grad_y = empty_like(in.y), grad_z = empty_like(in.y);
-  Tensor grad_weights = zeros({in.parts(), 2, in.y.size(3)}, in.weight);
-  SMD2_DISPATCH(in.y.scalar_type(), op, [&] {
-    BackwardArgs<scalar_t> args{};
-    in.fill(&args, eps);
-    args.grad = grad.const_data_ptr<scalar_t>();
-    args.grad_y = grad_y.mutable_data_ptr<scalar_t>();
-    args.grad_z = grad_z.mutable_data_ptr<scalar_t>();
-    args.grad_weights = grad_weights.mutable_data_ptr<acc_t<scalar_t>>();
-    run_parts<Backward<scalar_t>>(args, in.tokens(), kTokensPerPart);
-  });
-  const auto sums = sum_first(grad_weights, in.weight.scalar_type());
+  const Inputs in(kOp, y, z, weight, bias);
+  const Tensor grad_y = empty_like(in.y), grad_z = empty_like(in.y);
+  const auto sums =
+      write_gradients(op, in, grad_output, eps, grad_y, grad_z, nullptr);
   return {
       as_type(grad_y, y.scalar_type()),
       as_type(grad_z, z.scalar_type()),
@@ -220,9 +244,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_layer_norm_backward(
       copy_row(sums, 1, bias.scalar_type())};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_layer_norm_gradients_(
+    const Tensor& grad_z,
+    const Tensor& grad_output,
+    const Tensor& y,
+    const Tensor& z,
+    const Tensor& weight,
+    const Tensor& bias,
+    double eps) {
+  constexpr const char* op = "gated_layer_norm_gradients_";
+  const Inputs in(op, y, z, weight, bias);
+  check_written(op, "grad_z", grad_z, z);
+  const auto memory = memory_for(grad_z, in.y.scalar_type());
+  const Tensor grad_y = empty_like(in.y), out = empty_like(in.y);
+  const auto sums =
+      write_gradients(op, in, grad_output, eps, grad_y, memory, &out);
+  copy_back(grad_z, memory);
+  return {
+      as_type(grad_y, y.scalar_type()),
+      as_type(out, y.scalar_type()),
+      copy_row(sums, 0, weight.scalar_type()),
+      copy_row(sums, 1, bias.scalar_type())};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
   m.impl("gated_layer_norm", TORCH_BOX(&gated_layer_norm));
   m.impl("gated_layer_norm_backward", TORCH_BOX(&gated_layer_norm_backward));
+  m.impl(
+      "gated_layer_norm_gradients_", TORCH_BOX(&gated_layer_norm_gradients_));
 }
 
 }  // namespace

@@ -41,3 +41,19 @@ def gated_layer_norm_backward(
         grad_weight.to(weight.dtype),
         grad_bias.to(bias.dtype),
     )
+
+
+def gated_layer_norm_gradients_(
+    grad_z: Tensor,
+    grad_output: Tensor,
+    y: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`spatial_mamba_d2.ops.gated_layer_norm_gradients_`."""
+    gradients = gated_layer_norm_backward(grad_output, y, z, weight, bias, eps)
+    grad_y, of_z, grad_weight, grad_bias = gradients
+    grad_z.copy_(of_z)
+    return grad_y, gated_layer_norm(y, z, weight, bias, eps), grad_weight, grad_bias

@@ -13,7 +13,7 @@ template <typename Acc>
 constexpr int kMaxNormThreads = sizeof(Acc) == sizeof(double) ? 512 : 1024;
 constexpr int kMaxNormBackwardThreads = 512;
 
-// Pointers to contiguous tensors, except y and z.
+// Pointers to contiguous tensors, except y, z and the gradient of z.
 template <typename T>
 struct NormArgs {
   const T* y;              // [tokens, dim]
@@ -66,6 +66,8 @@ struct NormBackwardArgs : NormArgs<T> {
   T* grad_z;              // [tokens, dim]
   acc_t<T>* grad_weight;  // [blocks, dim]
   acc_t<T>* grad_bias;    // [blocks, dim]
+  T* out;                 // [tokens, dim], or null if it is not wanted
+  int64_t grad_z_stride;  // from token to token
   int64_t blocks;
 };
 
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kMaxNormBackwardThreads, 1)
   const int64_t block = blockIdx.x;
   for (int64_t token = block * team.teams() + team.number(); token < a.tokens;
        token += a.blocks * team.teams()) {
-    Acc norm[1][count], gate[count], grad[count], scale[1];
+    Acc norm[1][count], gate[count], grad[count], out[count], scale[1];
     channels.load(a.y + token * a.y_stride, true, norm[0]);
     channels.load(a.z + token * a.z_stride, true, gate);
     channels.load(a.grad_out + token * dim, true, grad);
@@ -100,7 +102,9 @@ __global__ void __launch_bounds__(kMaxNormBackwardThreads, 1)
     Acc sums[2] = {0, 0};  // of the gradient of the norm, and times the norm
 #pragma unroll
     for (int k = 0; k < count; k++) {
-      const Acc of_silu = grad[k] * (norm[0][k] * weight[k] + bias[k]);
+      const Acc affine = norm[0][k] * weight[k] + bias[k];
+      const Acc of_silu = grad[k] * affine;
+      out[k] = affine * silu(gate[k]);
       grad[k] *= silu(gate[k]);
       gate[k] = of_silu * silu_slope(gate[k]);
       grads[2 * k] += grad[k] * norm[0][k];
@@ -109,7 +113,10 @@ __global__ void __launch_bounds__(kMaxNormBackwardThreads, 1)
       sums[0] += grad[k];
       sums[1] += grad[k] * norm[0][k];
     }
-    channels.store(a.grad_z + token * dim, true, gate);
+    channels.store(a.grad_z + token * a.grad_z_stride, true, gate);
+    if (a.out) {
+      channels.store(a.out + token * dim, true, out);
+    }
     team.sum(sums);
     const Acc share = Acc(1) / Acc(dim);
 #pragma unroll

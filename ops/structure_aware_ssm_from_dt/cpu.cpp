@@ -63,10 +63,7 @@ void structure_aware_ssm_from_dt_(
     args.y = in.u.mutable_data_ptr<scalar_t>();
     run_forward(args);
   });
-  if (in.u.const_data_ptr() != u.const_data_ptr()) {
-    Tensor out = u;
-    torch::stable::copy_(out, in.u);
-  }
+  copy_back(u, in.u);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {

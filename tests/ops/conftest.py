@@ -26,7 +26,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return (difference / expected.abs().max().clamp(min=1e-30)).item()
 
 
-pytest.register_assert_rewrite("tests.ops.inference_suite")
+pytest.register_assert_rewrite("tests.ops.inference_suite", "tests.ops.written_gradient_suite")
 
 
 @pytest.fixture

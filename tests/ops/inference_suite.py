@@ -29,7 +29,7 @@ class InferenceSuite:
     name: str  # of the function and the schema
     reference: ModuleType
     others: tuple = ()  # the arguments after the tensors
-    num_sums = 0  # of the outputs, which are maps; those at the end are sums over tokens, [D]
+    num_sums = 0  # of the outputs, which are maps; those at the end are sums over tokens
 
     @pytest.fixture(params=["eager", "native", "emulated CUDA"], autouse=True)
     def kernels(self, request):
@@ -83,6 +83,12 @@ class InferenceSuite:
         result = getattr(of, self.name)(first, *rest, *self.others)
         return result if isinstance(result, tuple) else (result,)
 
+    def sums_like(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Tensors of the shapes and dtypes of the sums: by default [D], of at least 32 bits."""
+        x = tensors[0]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return [x.new_empty(x.shape[-1], dtype=dtype)] * self.num_sums
+
     @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_against_the_reference(self, shape, dtype, inputs):
@@ -94,9 +100,8 @@ class InferenceSuite:
         maps = self.maps(outputs)
         for output in maps:
             assert output.shape == shape and output.dtype == dtype and output.is_contiguous()
-        for output in outputs[len(maps) :]:
-            assert output.shape == shape[-1:]
-            assert output.dtype == torch.promote_types(dtype, torch.float32)
+        for output, like in zip(outputs[len(maps) :], self.sums_like(tensors), strict=True):
+            assert output.shape == like.shape and output.dtype == like.dtype
 
     def test_strided_inputs(self, inputs, strided):
         tensors = inputs(2, 6, 9, 5)
@@ -139,7 +144,8 @@ class InferenceSuite:
         outputs = self.call(tensors)
         maps = self.maps(outputs)
         assert all(output.shape == (0, 3, 4, 2) for output in maps)
-        assert all(output.tolist() == [0, 0] for output in outputs[len(maps) :])
+        for output, like in zip(outputs[len(maps) :], self.sums_like(tensors), strict=True):
+            assert torch.equal(output, torch.zeros_like(like))
 
     @pytest.mark.parametrize("of", [ops, torch.ops.spatial_mamba], ids=["function", "operator"])
     def test_gradients_are_refused(self, of, inputs):
