@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from spatial_mamba_d2 import ops
 from spatial_mamba_d2.models import build_classifier, build_upernet
 from spatial_mamba_d2.models.layers import GatedLayerNorm
 from spatial_mamba_d2.ops import fvcore_handles
@@ -60,6 +61,17 @@ def test_pytorchs_counter_backward():
         output.sum().backward()
     assert forward.get_total_flops() == 2 * 5 * x.numel()
     assert backward.get_total_flops() == 2 * forward.get_total_flops()
+
+
+def test_operators_for_backward_passes():
+    """They count as the backward operators that they replace, and the gate's output as forward."""
+    x, weight, vector = torch.randn(2, 6, 5, 8), torch.randn(8, 1, 3, 3), torch.randn(8)
+    with FlopCounterMode(display=False) as convolution:
+        ops.depthwise_conv3x3_gradients_(torch.empty_like(x), x, x, weight, vector, False)
+    with FlopCounterMode(display=False) as gate:
+        ops.gated_layer_norm_gradients_(torch.empty_like(x), x, x, x, vector, vector)
+    assert convolution.get_total_flops() == 2 * 2 * 9 * x.numel()
+    assert gate.get_total_flops() == 3 * 2 * 5 * x.numel()
 
 
 def test_fvcores_counter():
