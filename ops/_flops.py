@@ -23,11 +23,17 @@ MULTIPLY_ADDS = {
     "gated_layer_norm": 5,
 }
 _INFERENCE_MULTIPLY_ADDS = {"depthwise_conv3x3_layer_norm": 9 + 5}
+#: of backward passes, twice those of the forward pass, as PyTorch has it
+_GRADIENTS_MULTIPLY_ADDS = {
+    "depthwise_conv3x3_gradients_": 2 * 9,
+    "gated_layer_norm_gradients_": 2 * 5 + 5,  # the output as well
+}
 
 
 def register_formulas() -> None:
     """Tell PyTorch's counter."""
-    for name, count in {**MULTIPLY_ADDS, **_INFERENCE_MULTIPLY_ADDS}.items():
+    others = {**_INFERENCE_MULTIPLY_ADDS, **_GRADIENTS_MULTIPLY_ADDS}
+    for name, count in {**MULTIPLY_ADDS, **others}.items():
         packets = torch.ops.spatial_mamba
         register_flop_formula(getattr(packets, name))(_formula(2 * count))
         if name in MULTIPLY_ADDS:  # a backward pass counts twice, as PyTorch has it

@@ -319,8 +319,7 @@ __global__ void __launch_bounds__(
   const int first = place.y0 - (kResidual ? 1 : 3);
   const T* x_token =
       a.x + place.token(first + 1, place.x0 - halo) * a.map.stride;
-  const T* grad_token =
-      a.grad_out + place.token(place.y0 - 1, place.x0 - 1) * dim;
+  int64_t at = place.token(place.y0 - 1, place.x0 - 1);  // of the gradient
   for (int y = first; y <= place.y1; y++) {
     const bool in_band = y + 1 >= place.y0 && y + 1 < place.y1;
     Acc row[columns + 2 * halo][count];
@@ -347,7 +346,7 @@ __global__ void __launch_bounds__(
     if (y >= place.y0 - 1) {
       Acc grad[columns + 2][count];
       load_tokens(
-          grad_token,
+          a.grad_out + at * dim,
           dim,
           place,
           place.has_row(y),
@@ -383,14 +382,14 @@ __global__ void __launch_bounds__(
         }
       }
       if (y > place.y0) {
-        T* above = a.grad_x + place.token(y - 1, place.x0) * a.grad_x_stride;
+        T* above = a.grad_x + (at - width + 1) * a.grad_x_stride;
 #pragma unroll
         for (int c = 0; c < columns; c++) {
           channels.store(above, place.x0 + c < width, grad_x[0][c]);
           above += a.grad_x_stride;
         }
       }
-      grad_token += static_cast<int64_t>(width) * dim;
+      at += width;
       shift_rows(grad_x, zero);
     }
     shift_rows(conv, weights.bias);

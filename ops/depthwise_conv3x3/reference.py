@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spatial_mamba_d2.ops._precision import accumulation_dtype, precise
+from spatial_mamba_d2.ops._precision import precise
 
 
 def _shifted(x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -19,13 +19,18 @@ def _shifted(x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
             yield i, j, padded[:, i : i + height, j : j + width]
 
 
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    total = torch.zeros_like(x)
+    for i, j, value in _shifted(x):
+        total = total + weight[:, 0, i, j] * value
+    return total
+
+
 def depthwise_conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: bool) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.depthwise_conv3x3`."""
-    dtype = accumulation_dtype(x)
-    conv = bias.to(dtype)
-    for i, j, value in _shifted(x.to(dtype)):
-        conv = conv + weight[:, 0, i, j].to(dtype) * value
-    out = x.to(dtype) + conv if residual else conv * torch.sigmoid(conv)
+    x_, weight, bias = precise(x, weight, bias)
+    conv = _convolve(x_, weight) + bias
+    out = x_ + conv if residual else conv * torch.sigmoid(conv)
     return out.to(x.dtype)
 
 
@@ -34,11 +39,11 @@ def depthwise_conv3x3_gradients_(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`spatial_mamba_d2.ops.depthwise_conv3x3_gradients_`."""
     x_, grad, weight_, bias_ = precise(x, grad_output, weight, bias)
-    conv = bias_ + sum(weight_[:, 0, i, j] * value for i, j, value in _shifted(x_))
+    conv = _convolve(x_, weight_) + bias_
     gate = torch.sigmoid(conv)
     grad_conv = grad if residual else grad * gate * (1 + conv * (1 - gate))
     # The output at y + 1 - i, x + 1 - j reads x[y, x] with weight i, j.
-    of_x = sum(weight_[:, 0, 2 - i, 2 - j] * value for i, j, value in _shifted(grad_conv))
+    of_x = _convolve(grad_conv, weight_.flip(2, 3))
     grad_x.copy_(of_x + grad if residual else of_x)
     sums = [(grad_conv * value).sum(dim=(0, 1, 2)) for _, _, value in _shifted(x_)]
     grad_weight = torch.stack(sums, -1).reshape(weight.shape)

@@ -327,7 +327,7 @@ def conv_forward(p: Problem) -> list[Launch]:
 
 
 def conv_backward(p: Problem) -> list[Launch]:
-    """``depthwise_conv3x3_backward``."""
+    """``depthwise_conv3x3_backward`` and ``depthwise_conv3x3_gradients_``."""
     shape = (p.num_images, p.height, p.width, p.dim)
     acc = _accumulation_dtype(p)
     packed = p.dim % conv_cuda.backward_channels_of_thread(acc, packed=True) == 0
@@ -412,6 +412,12 @@ def gate_backward(p: Problem) -> list[Launch]:
             writes=[p.activation("grad_y"), p.activation("grad_z"), *_norm_sums(p)],
         )
     ]
+
+
+def gate_gradients(p: Problem) -> list[Launch]:
+    """``gated_layer_norm_gradients_``: the output is written in addition."""
+    (backward,) = gate_backward(p)
+    return [Launch(backward.name, backward.reads, [*backward.writes, p.activation("out")])]
 
 
 def _norm_sums(p: Problem) -> list[Operand]:

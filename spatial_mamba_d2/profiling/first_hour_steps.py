@@ -162,6 +162,7 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
     sums = [u.clone(), bias, delta]
     functions: Any = ops
     operators = torch.ops.spatial_mamba
+    halves = random(batch, height, width, 2 * dim).to(dtype).chunk(2, -1)
     halved = map_()[:, : (height + 1) // 2, : (width + 1) // 2].contiguous()
     model = dram_model
     return {
@@ -189,6 +190,10 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
             partial(operators.depthwise_conv3x3_backward, delta, *conv, False),
             model.conv_backward(problem),
         ),
+        "depthwise_conv3x3_gradients_": (
+            partial(functions.depthwise_conv3x3_gradients_, halves[0], delta, *conv, False),
+            model.conv_backward(problem),
+        ),
         "depthwise_conv3x3_stride2": (
             partial(functions.depthwise_conv3x3_stride2, *conv),
             model.conv_stride2_forward(problem),
@@ -208,6 +213,10 @@ def _kernel_cases(problem: Problem, device: str) -> dict[str, tuple[Callable, li
         "gated_layer_norm_backward": (
             partial(operators.gated_layer_norm_backward, delta, *gate, 1e-5),
             model.gate_backward(problem),
+        ),
+        "gated_layer_norm_gradients_": (
+            partial(functions.gated_layer_norm_gradients_, halves[1], delta, *gate),
+            model.gate_gradients(problem),
         ),
         "gelu_gradients": (
             partial(functions.gelu_gradients, delta, u),

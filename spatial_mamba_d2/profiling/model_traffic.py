@@ -56,11 +56,13 @@ _OURS: dict[str, Callable[[Problem], list[Launch]]] = {
     "structure_aware_ssm_backward": dram_model.ssm_backward,
     "depthwise_conv3x3": dram_model.conv_forward,
     "depthwise_conv3x3_backward": dram_model.conv_backward,
+    "depthwise_conv3x3_gradients_": dram_model.conv_backward,
     "depthwise_conv3x3_stride2": dram_model.conv_stride2_forward,
     "depthwise_conv3x3_stride2_backward": dram_model.conv_stride2_backward,
     "depthwise_conv3x3_layer_norm": dram_model.conv_norm_forward,
     "gated_layer_norm": dram_model.gate_forward,
     "gated_layer_norm_backward": dram_model.gate_backward,
+    "gated_layer_norm_gradients_": dram_model.gate_gradients,
     "gelu_gradients": dram_model.gelu_gradients,
     "layer_norm_gradients": dram_model.layer_norm_gradients,
 }
@@ -71,7 +73,12 @@ _OURS_FROM_DT: dict[str, Callable[[Problem, int], list[Launch]]] = {
 }
 # Where the map is whose dtype is that of the kernels, if it is not the first, or the second of a
 # backward pass.
-_MAIN_MAP = {"gelu_gradients": 1, "layer_norm_gradients": 2}
+_MAIN_MAP = {
+    "depthwise_conv3x3_gradients_": 2,
+    "gated_layer_norm_gradients_": 2,
+    "gelu_gradients": 1,
+    "layer_norm_gradients": 2,
+}
 
 
 class Row(NamedTuple):

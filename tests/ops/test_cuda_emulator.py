@@ -21,7 +21,9 @@ from spatial_mamba_d2.profiling import dram_model
 from . import (
     emulator,
     test_add_bias,
+    test_depthwise_conv3x3_gradients,
     test_depthwise_conv3x3_layer_norm,
+    test_gated_layer_norm_gradients,
     test_gelu_gradients,
     test_layer_norm_gradients,
 )
@@ -33,7 +35,9 @@ FOR_INFERENCE = {
     suite.name: suite
     for suite in (
         test_add_bias.TestAddBias(),
+        test_depthwise_conv3x3_gradients.TestDepthwiseConv3x3Gradients(),
         test_depthwise_conv3x3_layer_norm.TestDepthwiseConv3x3LayerNorm(),
+        test_gated_layer_norm_gradients.TestGatedLayerNormGradients(),
         test_gelu_gradients.TestGeluGradients(),
         test_layer_norm_gradients.TestLayerNormGradients(),
     )
@@ -209,8 +213,10 @@ MODEL = {
         dram_model.conv_stride2_forward,
         dram_model.conv_stride2_backward,
     ),
+    "depthwise_conv3x3_gradients_": (dram_model.conv_backward,),
     "add_bias_": (lambda p: dram_model.add_bias(p, residual=True),),
     "gated_layer_norm": (dram_model.gate_forward, dram_model.gate_backward),
+    "gated_layer_norm_gradients_": (dram_model.gate_gradients,),
     "depthwise_conv3x3_layer_norm": (dram_model.conv_norm_forward,),
     "gelu_gradients": (dram_model.gelu_gradients,),
     "layer_norm_gradients": (dram_model.layer_norm_gradients,),

@@ -58,6 +58,18 @@ MISTAKES = {
         "place.y0 - (kResidual ? 1 : 2)",
         "depthwise_conv3x3 silu",
     ),
+    "conv: tokens of the gradient are not apart": Mistake(
+        CONV,
+        "above += a.grad_x_stride;",
+        "above += a.map.dim;",
+        "depthwise_conv3x3_gradients_",
+    ),
+    "conv: rows of the gradient are not apart": Mistake(
+        CONV,
+        "place.token(y - 1, place.x0) * a.grad_x_stride",
+        "place.token(y - 1, place.x0) * a.map.dim",
+        "depthwise_conv3x3_gradients_",
+    ),
     "stride 2: wrong parity": Mistake(
         STRIDE2,
         "const int left = 2 * place.x0 - 1;",
@@ -84,6 +96,13 @@ MISTAKES = {
     ),
     "gate: weight for bias": Mistake(
         NORM, "* weight[k] + bias[k]) * silu", "* weight[k] + weight[k]) * silu", "gated_layer_norm"
+    ),
+    "gate: tokens of its gradient are not apart": Mistake(
+        NORM, "token * a.grad_z_stride", "token * dim", "gated_layer_norm_gradients_"
+    ),
+    "gate: no output": Mistake(NORM, "if (a.out) {", "if (false) {", "gated_layer_norm_gradients_"),
+    "gate: the output before the gate": Mistake(
+        NORM, "out[k] = affine * silu(gate[k]);", "out[k] = affine;", "gated_layer_norm_gradients_"
     ),
     "gate: sums in 16 bits": Mistake(
         "cuda/team.cuh",

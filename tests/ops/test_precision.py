@@ -39,6 +39,8 @@ def convolve(x, grad, weight, channels):
     for residual in (True, False):
         conv.depthwise_conv3x3(x, weight, channels, residual)
         conv.depthwise_conv3x3_backward(grad, x, weight, channels, residual)
+        written = torch.empty_like(x)
+        conv.depthwise_conv3x3_gradients_(written, grad, x, weight, channels, residual)
 
 
 def convolve_and_norm(x, grad, weight, channels):
@@ -48,6 +50,8 @@ def convolve_and_norm(x, grad, weight, channels):
 def gate(x, grad, weight, channels):
     norm.gated_layer_norm(x, grad, channels, channels, 1e-5)
     norm.gated_layer_norm_backward(grad, x, grad, channels, channels, 1e-5)
+    written = torch.empty_like(x)
+    norm.gated_layer_norm_gradients_(written, grad, x, grad, channels, channels, 1e-5)
 
 
 def recompute(x, grad, weight, channels):

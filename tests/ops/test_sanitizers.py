@@ -74,6 +74,10 @@ for dtype in (torch.float32, torch.bfloat16):
                 ops.quantize_uint8(u, 0.02, 100)
                 ops.gelu_gradients(delta, u)
                 ops.layer_norm_gradients(delta, u, u, D, bias)
+                of_u, of_z = torch.empty(*shape[:3], 2 * dim).to(dtype).chunk(2, -1)
+                for residual in (True, False):
+                    ops.depthwise_conv3x3_gradients_(of_u, delta, u, weight, bias, residual)
+                ops.gated_layer_norm_gradients_(of_z, delta, u, delta, D, bias)
 print("clean")
 """
 

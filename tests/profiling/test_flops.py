@@ -84,6 +84,17 @@ def test_step_sizes_inside_the_ssm_count_as_a_linear_layer():
     assert totals[0] == totals[1] == (in_place.get_total_flops(), 2 * in_place.get_total_flops())
 
 
+def test_operators_for_backward_passes():
+    """They count as the backward operators that they replace, and the gate's output as forward."""
+    x, weight, vector = torch.randn(2, 6, 5, 8), torch.randn(8, 1, 3, 3), torch.randn(8)
+    with FlopCounterMode(display=False) as convolution:
+        ops.depthwise_conv3x3_gradients_(torch.empty_like(x), x, x, weight, vector, False)
+    with FlopCounterMode(display=False) as gate:
+        ops.gated_layer_norm_gradients_(torch.empty_like(x), x, x, x, vector, vector)
+    assert convolution.get_total_flops() == 2 * 2 * 9 * x.numel()
+    assert gate.get_total_flops() == 3 * 2 * 5 * x.numel()
+
+
 def test_fvcores_counter():
     count = pytest.importorskip("fvcore.nn").FlopCountAnalysis
     model = build_classifier("tiny", embed_dim=16, depths=(1, 1, 1, 1)).train()
