@@ -43,7 +43,9 @@ _VIEWS = frozenset(
     "split_with_sizes squeeze t transpose unbind unflatten unsqueeze view".split()
 )
 # Operators that read nothing.
-_FILLS = frozenset("arange fill_ full new_ones new_zeros ones ones_like zero_ zeros zeros_like".split())
+_FILLS = frozenset(
+    "arange fill_ full new_ones new_zeros ones ones_like zero_ zeros zeros_like".split()
+)
 
 # What autocast does on CUDA to the functions that these models call.
 _LOW_PRECISION = {F.linear, torch.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__}
