@@ -7,6 +7,7 @@ PyTorch). The dispatcher picks the kernel; ``SMD2_BACKEND=reference|eager|native
 
 One stem names an operator's folder, function, schema, kernels and test. An operator that works in
 place has PyTorch's trailing underscore in addition, in the function and the schema only.
+``<name>_gradients_`` is in the folder of ``<name>``, whose kernels it shares.
 """
 
 import warnings

@@ -52,7 +52,7 @@ class TestGatedLayerNormGradients(WrittenGradientSuite):
                 assert actual.dtype == expected.dtype and torch.equal(actual, expected)
 
     @pytest.mark.parametrize("dim", [2048, 2052])
-    def test_more_channels_than_a_block_has(self, dim, inputs, kernels):
+    def test_more_channels_than_a_block_has(self, dim, inputs):
         """On CUDA devices, plain PyTorch computes these."""
         tensors = inputs(1, 2, 3, dim)
         expected = self.call([x.double() for x in tensors], reference)

@@ -66,8 +66,8 @@ MISTAKES = {
     ),
     "conv: rows of the gradient are not apart": Mistake(
         CONV,
-        "place.token(y - 1, place.x0) * a.grad_x_stride",
-        "place.token(y - 1, place.x0) * a.map.dim",
+        "(at - width + 1) * a.grad_x_stride",
+        "(at - width + 1) * a.map.dim",
         "depthwise_conv3x3_gradients_",
     ),
     "stride 2: wrong parity": Mistake(
@@ -236,7 +236,10 @@ def _is_noticed(case: str, shape, dtype, inputs) -> bool:
         suite = FOR_INFERENCE[case]
         tensors = [x.to(dtype) for x in suite.arguments(*inputs)]
         expected = suite.call([x.double() for x in tensors], suite.reference)
-        outputs = suite.call(tensors)
+        try:
+            outputs = suite.call(tensors)
+        except AssertionError:  # it has written next to its output
+            return True
         limits = [*suite.tolerances(dtype), 4 * TOLERANCE[dtype]]  # the last: a norm's
         pairs = zip(outputs, expected, limits, strict=False)
         return any(not relative_error(a, e) <= limit for a, e, limit in pairs)
