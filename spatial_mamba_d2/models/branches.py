@@ -13,7 +13,7 @@ possible either, the modules are called under autograd.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -87,15 +87,15 @@ class Body(nn.Module):
 
 def branch(x: Tensor, norm: nn.Module, body: nn.Module, depth: nn.Module) -> Tensor:
     """``depth(body(norm(x)), x)``: the sum of x and the branch, some of which are dropped."""
-    is_known = (
+    if not (
         is_recording(x)
         and isinstance(body, Body)
+        and isinstance(depth, StochasticDepth)
         and is_plain(norm, LayerNorm)
         and is_plain(body, type(body))
         and is_plain(depth, StochasticDepth)
         and body.has_known_layers()
-    )
-    if not is_known:
+    ):
         return depth(body(norm(x)), x)
     derived = body.derived()
     tensors = (*attrgetter("weight", "bias")(norm), *attrgetter(*body.weights)(body))
@@ -106,7 +106,9 @@ def branch(x: Tensor, norm: nn.Module, body: nn.Module, depth: nn.Module) -> Ten
 class _Parts(nn.Module):
     """The branch of which some weights are given."""
 
-    def __init__(self, norm: nn.Module, body: nn.Module):
+    body: Body
+
+    def __init__(self, norm: LayerNorm, body: Body):
         super().__init__()
         self.norm, self.body = norm, body
 
@@ -136,10 +138,11 @@ class _Branch(torch.autograd.Function):
         return StochasticDepth.add(y, x, factor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # one output
+    def backward(ctx: Any, grad: Tensor) -> Any:
         num_weights = len(ctx.names)
         x, factor, *saved = ctx.saved_tensors
         tensors, (h, *kept) = saved[:num_weights], saved[num_weights:]
+        gradients: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx, grad, x, factor, tensors)
         else:
