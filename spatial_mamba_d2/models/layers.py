@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 import torch.fx
-from timm.layers import DropPath, drop_path
+from timm.layers import DropPath
+from timm.layers import drop_path as stochastic_depth
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +23,7 @@ torch.fx.wrap("depthwise_conv3x3")
 torch.fx.wrap("depthwise_conv3x3_stride2")
 torch.fx.wrap("gated_layer_norm")
 torch.fx.wrap("pointwise")
-torch.fx.wrap("_residual_sum")
+torch.fx.wrap("stochastic_depth")
 
 
 def nchw(x: Tensor) -> Tensor:
@@ -147,11 +148,13 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class StochasticDepth(DropPath):
-    """timm's ``DropPath`` and the residual sum."""
+    """timm's ``DropPath`` and the residual sum, in a form that torch.fx can trace."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]  # two
         """``residual + DropPath(x)``, of two ``Tensor[B, H, W, C]``."""
-        return _residual_sum(x, residual, self.drop_prob, self.training, self.scale_by_keep)
+        if self.training and self.drop_prob and run_on(x):
+            return self.add(x, residual, self.factor(x))
+        return residual + stochastic_depth(x, self.drop_prob, self.training, self.scale_by_keep)
 
     def factor(self, x: Tensor) -> Tensor | None:
         """What each image of the branch ``x`` is multiplied by, ``Tensor[B, 1, 1, 1]``, at random.
@@ -160,21 +163,11 @@ class StochasticDepth(DropPath):
         """
         if not self.training or not self.drop_prob:
             return None
-        return _factor_of_images(x, self.drop_prob, self.scale_by_keep)
+        return stochastic_depth(
+            x.new_ones(len(x), 1, 1, 1), self.drop_prob, True, self.scale_by_keep
+        )
 
     @staticmethod
     def add(x: Tensor, residual: Tensor, factor: Tensor | None) -> Tensor:
         """``residual + factor x``, without a pass for the product."""
         return residual + x if factor is None else torch.addcmul(residual, x, factor)
-
-
-def _residual_sum(
-    x: Tensor, residual: Tensor, drop_prob: float, training: bool, scale_by_keep: bool
-) -> Tensor:
-    if not training or drop_prob == 0.0:
-        return residual + x
-    return torch.addcmul(residual, x, _factor_of_images(x, drop_prob, scale_by_keep))
-
-
-def _factor_of_images(x: Tensor, drop_prob: float, scale_by_keep: bool) -> Tensor:
-    return drop_path(x.new_ones(len(x), 1, 1, 1), drop_prob, True, scale_by_keep)

@@ -69,15 +69,21 @@ def test_gradients_are_those_of_plain_computation(shape, dtype, backbone):
 
 
 def test_gradients_under_autocast(backbone):
+    """As near to those in float32 as without recipes; the order of roundings differs."""
     x = torch.randn(2, 3, 45, 71)
-    gradients = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16), recomputation(enabled):
+
+    def gradients(autocast, enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), recomputation(enabled):
             loss = loss_of(backbone, x)
         backbone.zero_grad()
         loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in backbone.named_parameters()})
-    assert_close(*gradients, tolerance=0.1)
+        return torch.cat([p.grad.flatten() for p in backbone.parameters()])
+
+    exact = gradients(autocast=False, enabled=False)
+    error, plain_error = (
+        (gradients(autocast=True, enabled=enabled) - exact).norm() for enabled in (True, False)
+    )
+    assert 0 < error < 1.5 * plain_error < 0.3 * exact.norm()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
