@@ -70,6 +70,7 @@ def test_the_models_use_the_kernels(backbone, image, device):
         *("reduce", "carry", "fuse_tiles", "grad_input_tiles", "apply_adjoint", "add_bias"),
         *("conv3x3", "conv3x3_backward", "conv3x3_stride2", "conv3x3_stride2_backward"),
         *("conv3x3_norm", "gated_norm", "gated_norm_backward"),
+        *("gelu_gradients", "layer_norm_gradients"),
     }
 
 
