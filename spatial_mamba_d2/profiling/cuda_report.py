@@ -12,11 +12,13 @@ from pathlib import Path
 from spatial_mamba_d2.data.outputs import check_outputs
 from spatial_mamba_d2.ops.cuda.nvrtc import UnavailableError
 from spatial_mamba_d2.profiling import dram_model
+from spatial_mamba_d2.profiling.authors_traffic import (
+    authors_forward,
+    authors_training_forward,
+)
 from spatial_mamba_d2.profiling.dram_model import (
     BANDWIDTH_TB_S,
     Problem,
-    authors_forward,
-    authors_training_forward,
     halo_bytes,
     ssm_forward,
     stage_problems,

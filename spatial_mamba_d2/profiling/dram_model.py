@@ -1,9 +1,9 @@
-"""DRAM traffic of the CUDA launches, ours and the authors', by a model.
+"""DRAM traffic of our CUDA launches, by a model.
 
 Each launch reads every byte that it needs from DRAM once and writes every byte once. Caches keep
 all that blocks of one launch share, and nothing from one launch to the next. The same rule holds
-for our launches and for the authors'. These bytes over a device's bandwidth bound the time from
-below.
+for the authors' launches (:mod:`.authors_traffic`). These bytes over a device's bandwidth bound the
+time from below.
 
 Each launch lists the tensors that it reads and writes by name and shape, in the notation of the
 kernels' argument structs (``ops/*/cuda.h``, ``ops/*/*.cuh``), and the bytes follow. For our kernels
@@ -157,7 +157,8 @@ def image_segments(p: Problem) -> Segments:
     return Segments(num_rows, segments.per_row, num_rows * segments.per_row)
 
 
-def _scan_inputs(p: Problem) -> list[Operand]:
+def scan_inputs(p: Problem) -> list[Operand]:
+    """What every launch of a scan reads: u, delta, A, B, bias."""
     channels = [p.per_channel("A"), p.per_channel("delta_bias")]
     return [p.activation("u"), p.activation("delta"), p.per_token("B"), *channels]
 
@@ -193,7 +194,7 @@ def _carries(p: Problem, s: Segments, reads: list[Operand]) -> list[Launch]:
 
 def scan_forward(p: Problem) -> list[Launch]:
     """``selective_scan``."""
-    segments, inputs = sequence_segments(p), _scan_inputs(p)
+    segments, inputs = sequence_segments(p), scan_inputs(p)
     return [
         *_carries(p, segments, inputs),
         Launch(
@@ -207,14 +208,14 @@ def scan_forward(p: Problem) -> list[Launch]:
 def scan_backward(p: Problem) -> list[Launch]:
     """``selective_scan_backward``, which computes the states again."""
     segments = sequence_segments(p)
-    return [*_carries(p, segments, _scan_inputs(p)), *_scan_adjoint(p, segments)]
+    return [*_carries(p, segments, scan_inputs(p)), *_scan_adjoint(p, segments)]
 
 
 def _scan_adjoint(p: Problem, s: Segments, *, observed: bool = False) -> list[Launch]:
     """Gradients from that of the states; with ``observed`` also those of ``D u`` in y."""
     grad_h = p.accumulator_map("grad_h")
     recursion = [p.activation("delta"), grad_h, p.per_channel("A"), p.per_channel("delta_bias")]
-    reads = [*_scan_inputs(p), grad_h]
+    reads = [*scan_inputs(p), grad_h]
     # Of the recursion and of its adjoint; empty segments are passed over.
     reads += 2 * [p.accumulator("segment_maps", s.num_used, p.dim, 2), _row_states(p, s)]
     writes = [
@@ -258,7 +259,7 @@ def _grad_taps(p: Problem) -> Operand:
 
 def ssm_forward(p: Problem) -> list[Launch]:
     """``structure_aware_ssm``, the SSM core from u, delta, B, C to y, in training as well."""
-    segments, inputs = image_segments(p), _scan_inputs(p)
+    segments, inputs = image_segments(p), scan_inputs(p)
     observation = [p.per_token("C"), p.per_channel("D"), p.taps()]
     return [
         *_carries(p, segments, inputs),
@@ -272,7 +273,7 @@ def ssm_forward(p: Problem) -> list[Launch]:
 
 def ssm_backward(p: Problem) -> list[Launch]:
     """``structure_aware_ssm_backward``, which computes the states again."""
-    segments, inputs = image_segments(p), _scan_inputs(p)
+    segments, inputs = image_segments(p), scan_inputs(p)
     observation = [p.activation("grad_y"), p.per_token("C"), p.taps()]
     grad_C = p.accumulator("grad_C", p.num_channel_blocks, p.num_images, p.height, p.width)
     return [
@@ -472,46 +473,6 @@ def halo_bytes(p: Problem) -> int:
     )
     num_with_halos = p.num_images * columns * rows * p.dim
     return (2 * (num_with_halos - p.num_values) + p.num_values) * p.element_bytes
-
-
-def authors_forward(p: Problem) -> list[Launch]:
-    """The authors' launches for the same in eval mode, in float32, the only dtype they have.
-
-    ``StructureAwareSSM.forward_core`` and ``StateFusion.forward`` of their repository; tensors are
-    [B, D, H, W]. Not counted, in their favour: what the scan saves for a backward pass, the halos
-    of the convolution, and the copies to and from channels-first that surround this part.
-    """
-    p = p._replace(element_bytes=4)
-    kernel = p.accumulator("fusion kernel", 11, 11, p.dim)
-    h, fused = p.activation("h"), p.activation("fused h")
-    observed, skip = p.activation("C h"), p.activation("D u")
-    return [
-        Launch("selective_scan_fwd: u, delta, A, B, bias -> h", reads=_scan_inputs(p), writes=[h]),
-        Launch("DepthwiseFunction: 11 x 11, 121 taps", reads=[h, kernel], writes=[fused]),
-        Launch("h * C", reads=[fused, p.per_token("C")], writes=[observed]),
-        Launch("u * D", reads=[p.activation("u"), p.per_channel("D")], writes=[skip]),
-        Launch("sum of both", reads=[observed, skip], writes=[p.activation("y")]),
-    ]
-
-
-def authors_training_forward(p: Problem) -> list[Launch]:
-    """The same in training mode: three padded and dilated convolutions and their weighted sum."""
-    p = p._replace(element_bytes=4)
-    scan, _, *observe = authors_forward(p)
-    h, kernel = p.activation("h"), p.accumulator("kernel", 9, p.dim)
-    fusion = []
-    for dilation in (1, 3, 5):
-        height, width = p.height + 2 * dilation, p.width + 2 * dilation
-        padded = p.accumulator("padded h", p.num_images, height, width, p.dim)
-        convolved, weighted = p.activation("convolved h"), p.activation("weighted h")
-        fusion += [
-            Launch(f"replicate by {dilation}", reads=[h], writes=[padded]),
-            Launch(f"3 x 3, dilation {dilation}", reads=[padded, kernel], writes=[convolved]),
-            Launch(f"alpha times dilation {dilation}", reads=[convolved], writes=[weighted]),
-        ]
-    weighted = p.activation("weighted h")
-    sums = [Launch("sum of two", reads=[weighted, weighted], writes=[p.activation("fused h")])] * 2
-    return [scan, *fusion, *sums, *observe]
 
 
 def total_bytes(launches: Iterable[Launch]) -> int:

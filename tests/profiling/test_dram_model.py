@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from spatial_mamba_d2.profiling.authors_traffic import authors_forward
 from spatial_mamba_d2.profiling.dram_model import (
     Launch,
     Operand,
     Problem,
-    authors_forward,
     ssm_backward,
     ssm_forward,
     stage_problems,
