@@ -32,6 +32,7 @@ def test_one_graph_for_inference(backbone):
 
     Images of at most 6826 pixels would need a second graph, in which PyTorch convolves otherwise.
     """
+    torch._dynamo.utils.counters.clear()  # of other tests
     compiled = torch.compile(backbone, fullgraph=True, backend="eager", dynamic=True)
     with torch.no_grad():
         for size in ((75, 101), (70, 99), (128, 57)):
