@@ -169,10 +169,11 @@ def render_image(
     seen = np.zeros((height, width), np.uint8)  # number of the topmost layer, from 1
     complete_px = []  # area of each layer, hidden parts included
     for number, layer in enumerate(layers, 1):
-        coverage = _coverage(layer.outlines, height, width)
-        image += coverage[..., None] * (_surface(rng, layer, height, width) - image)
+        box, coverage = _coverage(layer.outlines, height, width)
+        covered = image[box]
+        covered += coverage[..., None] * (_surface(rng, layer, height, width, box) - covered)
         inside = coverage >= 0.5
-        seen[inside] = number
+        seen[box][inside] = number
         complete_px.append(np.count_nonzero(inside))
     image += rng.integers(-5, 6, image.shape)  # sensor noise
 
@@ -293,26 +294,34 @@ def _outline(
     return center + radius * np.stack([cos * x - sin * y, sin * x + cos * y], axis=1)
 
 
-def _coverage(outlines: list[np.ndarray], height: int, width: int) -> np.ndarray:
-    """How much of each pixel the outlines cover together, float32 [H, W] from 0 to 1.
+def _coverage(
+    outlines: list[np.ndarray], height: int, width: int
+) -> tuple[tuple[slice, slice], np.ndarray]:
+    """How much of each pixel the outlines cover together, float32 from 0 to 1.
 
+    Returns the rows and columns of the image that the outlines reach, and the map of these alone.
     Done here because cv2.fillPoly does not draw the same pixels in all versions of OpenCV.
     """
-    fine_height, fine_width = height * SUPERSAMPLING, width * SUPERSAMPLING
-    x0, y0 = np.concatenate(outlines).T * SUPERSAMPLING
+    points = np.concatenate(outlines)
+    size = np.array([width, height])
+    left, top = np.floor(points.min(axis=0)).clip(0, size).astype(int).tolist()
+    right, bottom = np.ceil(points.max(axis=0)).clip(0, size).astype(int).tolist()
+    height, width = bottom - top, right - left
+    fine_width = width * SUPERSAMPLING
+    x0, y0 = points.T * SUPERSAMPLING
     x1, y1 = np.concatenate([np.roll(o, -1, axis=0) for o in outlines]).T * SUPERSAMPLING
-    y = np.arange(fine_height) + 0.5
+    y = np.arange(top * SUPERSAMPLING, bottom * SUPERSAMPLING) + 0.5
     descends = (y0[:, None] <= y) & (y < y1[:, None])
     ascends = (y1[:, None] <= y) & (y < y0[:, None])
     edge, row = np.nonzero(descends | ascends)
     x = x0[edge] + (y[row] - y0[edge]) / (y1[edge] - y0[edge]) * (x1[edge] - x0[edge])
-    column = np.ceil(x - 0.5).clip(0, fine_width).astype(np.int64)
-    winding = np.zeros((fine_height, fine_width + 1), np.int8)  # number of turns around a point
+    column = (np.ceil(x - 0.5) - left * SUPERSAMPLING).clip(0, fine_width).astype(np.int64)
+    winding = np.zeros((len(y), fine_width + 1), np.int8)  # number of turns around a point
     np.add.at(winding, (row, column), np.where(descends[edge, row], 1, -1).astype(np.int8))
     covered = np.cumsum(winding, axis=1, dtype=np.int8)[:, :fine_width] != 0
     rows = covered.reshape(height, SUPERSAMPLING, fine_width).sum(axis=1, dtype=np.uint8)
     pixels = rows.reshape(height, width, SUPERSAMPLING).sum(axis=2, dtype=np.float32)
-    return pixels / SUPERSAMPLING**2
+    return (slice(top, bottom), slice(left, right)), pixels / SUPERSAMPLING**2
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -327,13 +336,15 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return image
 
 
-def _surface(rng: np.random.Generator, layer: _Layer, height: int, width: int) -> np.ndarray:
-    """The colours of a layer, shaded and grained, float32 [H, W, 3]."""
+def _surface(
+    rng: np.random.Generator, layer: _Layer, height: int, width: int, box: tuple[slice, slice]
+) -> np.ndarray:
+    """The colours of a layer, shaded and grained, float32 [h, w, 3] in the box."""
     hue = CLASSES[layer.class_index].hue + rng.uniform(-0.04, 0.04)
     color = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.45, 0.9), rng.uniform(0.55, 0.95))
     shading = 1 + np.float32(0.2) * _ramp(rng, height, width)
     shading += np.float32(0.12) * smooth_noise(rng, height, width, 7)
-    return shading[..., None] * np.array(color, np.float32) * np.float32(255)
+    return shading[box][..., None] * np.array(color, np.float32) * np.float32(255)
 
 
 def _ramp(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

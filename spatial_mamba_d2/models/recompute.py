@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
+from operator import methodcaller
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -227,8 +228,7 @@ class _Kept(_Value):
 
     def __init__(self, tensor: Tensor, hooks: Hooks | None):
         super().__init__()
-        owner = tensor if tensor._base is None else tensor._base
-        if isinstance(owner, nn.Parameter):  # in memory anyway; checkpoint would compute up to it
+        if isinstance(tensor._base, nn.Parameter):  # as for _KeptParameter
             hooks = None
         self._version = tensor._version
         self._pack: Callable[[Tensor], Any] | None = hooks and hooks[0]
@@ -244,13 +244,33 @@ class _Kept(_Value):
     def _compute(self) -> Tensor:
         if self._unpack:
             return self._unpack(self._kept)
-        if self._kept._version != self._version:
-            raise RuntimeError(
-                "a tensor needed for gradient computation has been modified by an inplace "
-                f"operation: {list(self._kept.shape)} is at version {self._kept._version}, "
-                f"expected version {self._version}"
-            )
-        return self._kept
+        return _unchanged(self._kept, self._version)
+
+
+class _KeptParameter:
+    """A parameter, which no hooks pack: it is in memory anyway, and checkpointing would compute
+    everything up to it. There are as many as all other tensors together."""
+
+    __slots__ = ("_parameter", "_version")
+
+    def __init__(self, parameter: nn.Parameter):
+        self._parameter, self._version = parameter, parameter._version
+
+    def use(self) -> None:
+        pass
+
+    def get(self) -> Tensor:
+        return _unchanged(self._parameter, self._version)
+
+
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    if tensor._version != version:
+        raise RuntimeError(
+            "a tensor needed for gradient computation has been modified by an inplace "
+            f"operation: {list(tensor.shape)} is at version {tensor._version}, "
+            f"expected version {version}"
+        )
+    return tensor
 
 
 class _Recomputed(_Value):
@@ -266,13 +286,13 @@ class _Recomputed(_Value):
     def use(self) -> None:
         if not self._num_uses:
             for x in self._inputs:
-                if isinstance(x, _Reference):
+                if isinstance(x, _REFERENCES):
                     x.use()
         super().use()
 
     def _compute(self) -> Tensor:
         with torch.no_grad(), self._autocast():
-            inputs = (x.get() if isinstance(x, _Reference) else x for x in self._inputs)
+            inputs = (x.get() if isinstance(x, _REFERENCES) else x for x in self._inputs)
             output = self._function(*inputs)
             if output.stride() != self.layout[1]:  # hooks may return inputs of other strides
                 output = output.new_empty_strided(*self.layout).copy_(output)
@@ -315,6 +335,9 @@ class _Reference:
         return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
+_REFERENCES = (_Reference, _KeptParameter)
+
+
 class _Recorder:
     """Saved-tensor hooks for one call of a forward method, and the recipes of its tensors."""
 
@@ -326,7 +349,7 @@ class _Recorder:
 
     def __enter__(self) -> None:
         self._previous, _state.recorder = _state.recorder, self
-        self._context = saved_tensors_hooks(self._pack, _Reference.get)
+        self._context = saved_tensors_hooks(self._pack, methodcaller("get"))
         self._context.__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -356,10 +379,17 @@ class _Recorder:
         shares_memory = any(_is_plain(x) and x.untyped_storage() is storage for x in tensors)
         if shares_memory or storage.nbytes() != output.nbytes:
             return
-        inputs = [self._refer(x, _Reference()) if isinstance(x, Tensor) else x for x in inputs]
+        inputs = [self._input(x) if isinstance(x, Tensor) else x for x in inputs]
         self._recomputed[storage] = _Recomputed(function, inputs, output)
 
-    def _pack(self, tensor: Tensor) -> _Reference:
+    def _input(self, tensor: Tensor) -> _Reference | _KeptParameter:
+        if type(tensor) is nn.Parameter:
+            return _KeptParameter(tensor)
+        return self._refer(tensor, _Reference())
+
+    def _pack(self, tensor: Tensor) -> _Reference | _KeptParameter:
+        if type(tensor) is nn.Parameter:
+            return _KeptParameter(tensor)
         reference = _Reference()
         if self._saved is None:
             self._refer(tensor, reference).use()

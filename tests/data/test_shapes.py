@@ -75,6 +75,27 @@ def test_sample_has_the_promised_shapes_and_types():
         assert instance.mask.dtype == bool and instance.mask.shape == (height, width)
 
 
+@pytest.mark.parametrize(
+    "corners, rows, columns",
+    [
+        ((-2, -2, 3.5, 4), (0, 4), (0, 4)),
+        ((6, 5.5, 14, 20), (5, 8), (6, 10)),
+        ((2, -5, 4, -1), (0, 0), (2, 4)),
+        ((11, 2, 12, 3), (2, 3), (10, 10)),
+    ],
+)
+def test_coverage_of_outlines_beyond_the_image(corners, rows, columns):
+    x0, y0, x1, y1 = corners
+    box, coverage = shapes._coverage([np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])], 8, 10)
+    assert box == (slice(*rows), slice(*columns))
+    y, x = np.arange(8)[box[0]], np.arange(10)[box[1]]
+    expected = np.outer(
+        (np.minimum(y + 1, y1) - np.maximum(y, y0)).clip(0),
+        (np.minimum(x + 1, x1) - np.maximum(x, x0)).clip(0),
+    )
+    np.testing.assert_array_equal(coverage, expected)
+
+
 def test_semantic_labels_agree_with_the_instances():
     for index in range(60):
         sample = render_image("train", index)
