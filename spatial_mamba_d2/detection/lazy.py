@@ -53,7 +53,7 @@ from spatial_mamba_d2.system.atomic import replacing
 from spatial_mamba_d2.system.devices import check_device, check_device_name
 from spatial_mamba_d2.system.missing import no_such
 from spatial_mamba_d2.system.package_files import recipe_file
-from spatial_mamba_d2.training.guard import IterationGuard, gradient_norm
+from spatial_mamba_d2.training.guard import IterationGuard, clip_norm
 from spatial_mamba_d2.training.run_folder import CONFIG, LAST_MARK, METRICS, claimed, log_end
 
 logger = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any] | None:
         device=settings.device,
         precision=torch.bfloat16 if settings.amp.enabled else None,
         seed=settings.seed,
-        clip=partial(_clip, max_norm=settings.clip_norm),
+        clip=partial(clip_norm, max_norm=settings.clip_norm),
     )
     checkpointer = SafeCheckpointer(model, settings.output_dir, trainer=trainer)
     trainer.checkpointer = checkpointer  # for StopOnSignal
@@ -320,12 +320,6 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any] | None:
     trainer.train(start, settings.max_iter)
     trainer.close_loader()
     return results
-
-
-def _clip(parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor:
-    if not max_norm:
-        return gradient_norm(parameters)
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def _build_writers(cfg: DictConfig) -> list[Any]:

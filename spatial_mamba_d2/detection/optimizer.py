@@ -12,7 +12,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
 from spatial_mamba_d2.models.param_groups import build_adamw
-from spatial_mamba_d2.training.guard import gradient_norm
+from spatial_mamba_d2.training.guard import clip_norm, gradient_norm
 
 PLATEAU = "WarmupPlateauLR"  # of SOLVER.LR_SCHEDULER_NAME, in addition to Detectron2's
 
@@ -49,7 +49,7 @@ def clip_gradients(cfg: CfgNode, parameters: Iterable[torch.Tensor]) -> torch.Te
     clip = cfg.SOLVER.CLIP_GRADIENTS
     parameters = [p for p in parameters if p.grad is not None]
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
-        return nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+        return clip_norm(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
     norm = gradient_norm(parameters)
     if clip.ENABLED and clip.CLIP_TYPE == "norm":
         for parameter in parameters:

@@ -248,8 +248,10 @@ class _Kept(_Value):
 
 
 class _KeptParameter:
-    """A parameter, which no hooks pack: it is in memory anyway, and checkpointing would compute
-    everything up to it. There are as many as all other tensors together."""
+    """A parameter, which no hooks pack: it is in memory anyway.
+
+    Checkpointing would compute everything up to it again. Most saved tensors are parameters.
+    """
 
     __slots__ = ("_parameter", "_version")
 

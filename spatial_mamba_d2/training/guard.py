@@ -88,13 +88,32 @@ def reduce_max(signum: int, flags: Tensor) -> list[int]:
     return tensor.tolist()
 
 
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+def gradient_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     """Of all gradients together, a scalar on the parameters' device."""
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients:
-        return nn.utils.get_total_norm(gradients)
+        return nn.utils.get_total_norm(gradients, norm_type)
     return torch.zeros((), device=parameters[0].device if parameters else None)
+
+
+def clip_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Scale all gradients in place so that their norm together is at most ``max_norm``.
+
+    Args:
+        max_norm: 0 leaves them as they are.
+
+    Returns:
+        the norm before, as :func:`gradient_norm`.
+    """
+    parameters = list(parameters)
+    norm = gradient_norm(parameters, norm_type)
+    # On a CPU, multiplying all gradients by 1 takes as long as a third of the optimizer's step; on
+    # other devices, looking at the norm would wait for it.
+    is_small = norm.device.type == "cpu" and bool(norm <= max_norm)
+    if max_norm and not is_small:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def require_finite_weights(state: Mapping[str, Tensor], what: str) -> None:

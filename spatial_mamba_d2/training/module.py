@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spatial_mamba_d2.system.atomic import replacing
 from spatial_mamba_d2.system.seeding import derive_seed, seed_all
-from spatial_mamba_d2.training.guard import IterationGuard, gradient_norm, require_finite_weights
+from spatial_mamba_d2.training.guard import IterationGuard, clip_norm, require_finite_weights
 from spatial_mamba_d2.training.resuming import ConfiguredSchedule
 from spatial_mamba_d2.training.run_folder import LAST
 
@@ -189,10 +189,7 @@ class TrainingModule(lightning.LightningModule):
             FloatingPointError: they are not: see :class:`~.guard.IterationGuard`.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_val:
-            norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-        else:
-            norm = gradient_norm(parameters)
+        norm = clip_norm(parameters, gradient_clip_val or 0)
         assert self.guard is not None
         self.guard.check(self.trainer.global_step, self.losses, norm, self.rate)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from spatial_mamba_d2.training.guard import (
     IterationGuard,
+    clip_norm,
     gradient_norm,
     reduce_max,
     require_finite_weights,
@@ -56,6 +58,27 @@ def test_gradient_norm_is_of_all_together():
     assert gradient_norm(nn.Linear(2, 1, device="meta").parameters()).device.type == "meta"
     network.weight.grad, network.bias.grad = torch.tensor([[1.0, 2.0]]), torch.tensor([2.0])
     assert gradient_norm(network.parameters()) == 3
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0, 1.0, 2.5, 4.0])
+def test_gradients_are_clipped_as_pytorch_does(max_norm, norm_type):
+    ours, theirs = nn.Linear(2, 1), nn.Linear(2, 1)
+    for network in (ours, theirs):
+        network.weight.grad = torch.tensor([[1.0, 2.0]])
+        network.bias.grad = torch.tensor([2.0])
+    norm = clip_norm(ours.parameters(), max_norm, norm_type)
+    expected = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or math.inf, norm_type)
+    assert torch.equal(norm, expected) and norm == (3 if norm_type == 2 else 2)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_gradients_that_are_not_finite_stay_so():
+    network = nn.Linear(1, 1)
+    network.weight.grad, network.bias.grad = torch.tensor([[math.nan]]), torch.tensor([1.0])
+    assert clip_norm(network.parameters(), 1.0).isnan()
+    assert network.weight.grad.isnan().all()
 
 
 def test_one_process_reduces_to_its_own():
