@@ -15,6 +15,7 @@ gelu_gradients(Tensor grad_output, Tensor x) -> (Tensor, Tensor, Tensor)
 layer_norm_gradients(Tensor grad_output, Tensor residual, Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)
 quantize_uint8(Tensor x, float scale, int zero_point) -> Tensor
 roi_align(Tensor x, Tensor boxes, int height, int width, float scale, int sampling_ratio, bool aligned) -> Tensor
+roi_align_backward(Tensor grad_output, Tensor x, Tensor boxes, int height, int width, float scale, int sampling_ratio, bool aligned) -> (Tensor, Tensor)
 selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor delta_bias) -> Tensor
 selective_scan_backward(Tensor grad_output, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor delta_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)
 state_fusion(Tensor h, Tensor taps) -> Tensor

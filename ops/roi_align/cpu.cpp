@@ -1,10 +1,12 @@
-// spatial_mamba::roi_align on the CPU; op.py documents it.
+// spatial_mamba::roi_align on the CPU, forward and backward; op.py documents
+// it.
 //
 // The mean over a bin's samples is separable: bilinear interpolation at (y, x)
 // is one along y of one along x, and samples form a grid. So a row of the map
 // is reduced to one value per column of bins, which is then added to the rows
 // of bins that it counts for. Each pixel is read about once, however many
-// samples are near it.
+// samples are near it. The backward pass goes the same way back, each block of
+// channels of an image in one thread, so that no two of them add to a value.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -62,17 +64,65 @@ struct Axis {
   }
 };
 
+// What is known of a box: its image, and which pixels of it count how much.
+template <typename Acc>
+struct Placed {
+  int64_t image = -1;  // none, if a number is not finite
+  Axis<Acc> down, across;
+  int64_t first = 0, last = 0;  // rows of the map that it touches
+};
+
+// Boxes, and how they lie on a map.
+template <typename Acc>
+struct Boxes {
+  const Acc* boxes;  // [num, kBoxValues]
+  int64_t images, height, width, rows, columns, sampling_ratio;
+  Acc scale, offset;
+  Acc least;  // side of a box, in pixels of the map
+
+  void place(int64_t number, Placed<Acc>* out) const {
+    const Acc* box = boxes + number * kBoxValues;
+    out->image = -1;
+    for (int i = 0; i < kBoxValues; i++) {
+      if (!(std::abs(box[i]) <= kMaxCoordinate)) {
+        return;
+      }
+    }
+    // Of an image that is there, whatever the caller checked.
+    out->image =
+        std::clamp<int64_t>(static_cast<int64_t>(box[0]), 0, images - 1);
+    place_along(&out->across, box[1], box[3], width, columns);
+    place_along(&out->down, box[2], box[4], height, rows);
+    out->first = height;
+    out->last = 0;
+    for (const auto& bin : out->down.bins) {
+      if (bin.count > 0) {
+        out->first = std::min(out->first, bin.first);
+        out->last = std::max(out->last, bin.first + bin.count);
+      }
+    }
+  }
+
+  void place_along(
+      Axis<Acc>* axis,
+      Acc low,
+      Acc high,
+      int64_t size,
+      int64_t num_bins) const {
+    low = low * scale - offset;
+    high = low + std::max(high * scale - offset - low, least);
+    axis->place(low, high, size, num_bins, sampling_ratio);
+  }
+};
+
 template <typename T>
-struct RoiAlignArgs {
+struct RoiAlignArgs : Boxes<acc_t<T>> {
   using Acc = acc_t<T>;
   const T* x;
-  const Acc* boxes;  // [num, kBoxValues]
   T* out;
-  int64_t x_stride, images, height, width, dim, rows, columns, sampling_ratio;
-  Acc scale, offset;
-  Acc least;     // side of a box, in pixels of the map
+  int64_t x_stride, dim;
   Acc* scratch;  // [rows, columns, padded()]
-  Axis<Acc>*down, *across;
+  Placed<Acc>* placed;
   int64_t box;
 
   int64_t padded() const {
@@ -89,27 +139,15 @@ struct RoiAlign {
   SMD2_INLINE void run(const Args& a) {
     const int64_t bins = a.rows * a.columns;
     T* out = a.out + a.box * bins * a.dim;
-    const Acc* box = a.boxes + a.box * kBoxValues;
-    for (int i = 0; i < kBoxValues; i++) {
-      if (!(std::abs(box[i]) <= kMaxCoordinate)) {
-        std::fill_n(out, bins * a.dim, std::numeric_limits<T>::quiet_NaN());
-        return;
-      }
+    const auto& placed = *a.placed;
+    a.place(a.box, a.placed);
+    if (placed.image < 0) {
+      std::fill_n(out, bins * a.dim, std::numeric_limits<T>::quiet_NaN());
+      return;
     }
-    // Of an image that is there, whatever the caller checked.
-    const int64_t number =
-        std::clamp<int64_t>(static_cast<int64_t>(box[0]), 0, a.images - 1);
-    place(a, box);
     std::fill_n(a.scratch, bins * a.padded(), Acc(0));
-    int64_t first = a.height, last = 0;
-    for (const auto& bin : a.down->bins) {
-      if (bin.count > 0) {
-        first = std::min(first, bin.first);
-        last = std::max(last, bin.first + bin.count);
-      }
-    }
-    const T* image = a.x + number * a.height * a.width * a.x_stride;
-    for (int64_t y = first; y < last; y++) {
+    const T* image = a.x + placed.image * a.height * a.width * a.x_stride;
+    for (int64_t y = placed.first; y < placed.last; y++) {
       const T* row = image + y * a.width * a.x_stride;
       int64_t c = 0;
       for (; c + 4 * N <= a.dim; c += 4 * N) {
@@ -130,27 +168,13 @@ struct RoiAlign {
     }
   }
 
-  static void place(const Args& a, const Acc* box) {
-    const auto along = [&](Axis<Acc>* axis,
-                           Acc low,
-                           Acc high,
-                           int64_t size,
-                           int64_t num_bins) {
-      low = low * a.scale - a.offset;
-      high = low + std::max(high * a.scale - a.offset - low, a.least);
-      axis->place(low, high, size, num_bins, a.sampling_ratio);
-    };
-    along(a.across, box[1], box[3], a.width, a.columns);
-    along(a.down, box[2], box[4], a.height, a.rows);
-  }
-
   // Adds row y of the map, S vectors of channels from c on, to all bins.
   template <int N, int S>
   SMD2_INLINE void
   add_row(const Args& a, const T* row, int64_t y, int64_t c, int n) {
     using V = vec<Acc, N>;
     for (int64_t column = 0; column < a.columns; column++) {
-      const auto& bin = a.across->bins[column];
+      const auto& bin = a.placed->across.bins[column];
       V mean[S]{};
       for (int64_t i = 0; i < bin.count; i++) {
         const T* pixel = row + (bin.first + i) * a.x_stride + c;
@@ -160,7 +184,7 @@ struct RoiAlign {
         });
       }
       for (int64_t r = 0; r < a.rows; r++) {
-        const auto& rows = a.down->bins[r];
+        const auto& rows = a.placed->down.bins[r];
         if (y < rows.first || y >= rows.first + rows.count) {
           continue;
         }
@@ -174,6 +198,90 @@ struct RoiAlign {
     }
   }
 };
+
+template <typename T>
+struct GradientArgs {
+  using Acc = acc_t<T>;
+  const T* grad_output;       // [num, rows, columns, dim]
+  const Placed<Acc>* placed;  // [num]
+  T* grad_x;                  // [images, height, width, dim]
+  int64_t num, height, width, rows, columns, dim;
+  int64_t image, block;
+  Acc* scratch;  // [height, width, N], the gradient of a block of channels
+};
+
+template <typename T>
+struct Gradient {
+  template <int N, bool Full>
+  SMD2_INLINE void run(const GradientArgs<T>& a) {
+    using Acc = acc_t<T>;
+    const int64_t c = a.block * N, pixels = a.height * a.width;
+    const int n = block_channels<N, Full>(a);
+    std::fill_n(a.scratch, pixels * N, Acc(0));
+    for (int64_t i = 0; i < a.num; i++) {
+      const auto& placed = a.placed[i];
+      if (placed.image != a.image) {
+        continue;
+      }
+      const T* grad = a.grad_output + i * a.rows * a.columns * a.dim + c;
+      for (int64_t y = placed.first; y < placed.last; y++) {
+        add_row<N>(a, placed, grad, y, n);
+      }
+    }
+    T* out = a.grad_x + a.image * pixels * a.dim + c;
+    for (int64_t i = 0; i < pixels; i++) {
+      store_channels<T, N>(out + i * a.dim, read<Acc, N>(a.scratch + i * N), n);
+    }
+  }
+
+  // Adds what row y of the map has from all bins of a box.
+  template <int N>
+  SMD2_INLINE void add_row(
+      const GradientArgs<T>& a,
+      const Placed<acc_t<T>>& placed,
+      const T* grad,
+      int64_t y,
+      int n) {
+    using Acc = acc_t<T>;
+    for (int64_t column = 0; column < a.columns; column++) {
+      vec<Acc, N> sum{};
+      for (int64_t r = 0; r < a.rows; r++) {
+        const auto& rows = placed.down.bins[r];
+        if (y >= rows.first && y < rows.first + rows.count) {
+          const T* bin = grad + (r * a.columns + column) * a.dim;
+          sum += rows.weights[y - rows.first] * load_channels<T, N>(bin, n);
+        }
+      }
+      const auto& bin = placed.across.bins[column];
+      Acc* pixel = a.scratch + (y * a.width + bin.first) * N;
+      for (int64_t i = 0; i < bin.count; i++, pixel += N) {
+        write<Acc, N>(pixel, read<Acc, N>(pixel) + bin.weights[i] * sum);
+      }
+    }
+  }
+};
+
+template <typename Acc>
+Boxes<Acc> boxes_of(
+    const Tensor& boxes,
+    const Tensor& x,
+    int64_t height,
+    int64_t width,
+    double scale,
+    int64_t sampling_ratio,
+    bool aligned) {
+  return {
+      boxes.const_data_ptr<Acc>(),
+      x.size(0),
+      x.size(1),
+      x.size(2),
+      height,
+      width,
+      sampling_ratio,
+      static_cast<Acc>(scale),
+      aligned ? Acc(0.5) : Acc(0),
+      aligned ? Acc(0) : Acc(1)};
+}
 
 Tensor roi_align(
     const Tensor& x,
@@ -191,31 +299,21 @@ Tensor roi_align(
   SMD2_DISPATCH(in.scalar_type(), kOp, [&] {
     using Acc = acc_t<scalar_t>;
     const RoiAlignArgs<scalar_t> shared{
+        boxes_of<Acc>(
+            corners, x, height, width, scale, sampling_ratio, aligned),
         in.const_data_ptr<scalar_t>(),
-        corners.const_data_ptr<Acc>(),
         out.mutable_data_ptr<scalar_t>(),
         token_stride(in),
-        x.size(0),
-        x.size(1),
-        x.size(2),
         dim,
-        height,
-        width,
-        sampling_ratio,
-        static_cast<Acc>(scale),
-        aligned ? Acc(0.5) : Acc(0),
-        aligned ? Acc(0) : Acc(1),
-        nullptr,
         nullptr,
         nullptr,
         0};
     parallel_for(0, num, 1, [&](int64_t begin, int64_t end) {
       const auto scratch = cache_lines<Acc>(height * width * shared.padded());
-      Axis<Acc> down, across;
+      Placed<Acc> placed;
       auto args = shared;
       args.scratch = scratch.get();
-      args.down = &down;
-      args.across = &across;
+      args.placed = &placed;
       for (args.box = begin; args.box < end; args.box++) {
         run<RoiAlign<scalar_t>>(args);
       }
@@ -224,8 +322,58 @@ Tensor roi_align(
   return as_type(out, x.scalar_type());
 }
 
+std::tuple<Tensor, Tensor> roi_align_backward(
+    const Tensor& grad_output,
+    const Tensor& x,
+    const Tensor& boxes,
+    int64_t height,
+    int64_t width,
+    double scale,
+    int64_t sampling_ratio,
+    bool aligned) {
+  const int64_t num = boxes.size(0), dim = x.size(3);
+  check_arguments(
+      kOp,
+      {{"boxes", boxes, {num, kBoxValues}},
+       {"grad_output", grad_output, {num, height, width, dim}}});
+  const auto type = kernel_type(x, x);
+  const auto grad = contiguous_as(grad_output, type);
+  const auto corners = small(boxes, grad);
+  Tensor grad_x = empty(x.sizes(), grad);
+  SMD2_DISPATCH(type, kOp, [&] {
+    using Acc = acc_t<scalar_t>;
+    const auto all = boxes_of<Acc>(
+        corners, x, height, width, scale, sampling_ratio, aligned);
+    std::vector<Placed<Acc>> placed(num);
+    parallel_for(0, num, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        all.place(i, &placed[i]);
+      }
+    });
+    const GradientArgs<scalar_t> shared{
+        grad.template const_data_ptr<scalar_t>(),
+        placed.data(),
+        grad_x.mutable_data_ptr<scalar_t>(),
+        num,
+        x.size(1),
+        x.size(2),
+        height,
+        width,
+        dim,
+        0,
+        0,
+        nullptr};
+    run_blocks<Gradient<scalar_t>, Acc>(
+        shared, x.size(0), x.size(1) * x.size(2) * lanes<scalar_t>());
+  });
+  return {
+      as_type(grad_x, x.scalar_type()),
+      torch::stable::new_zeros(boxes, boxes.sizes())};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(spatial_mamba, CPU, m) {
   m.impl("roi_align", TORCH_BOX(&roi_align));
+  m.impl("roi_align_backward", TORCH_BOX(&roi_align_backward));
 }
 
 }  // namespace

@@ -21,9 +21,9 @@ _extension.define(
     fake=_fake,
     eager=eager.roi_align,
     reference=reference.roi_align,
+    eager_backward=eager.roi_align_backward,
     by_design=("cuda",),  # torchvision's kernel is fast there
 )
-_extension.forbid_gradients(_NAME, "torchvision.ops.roi_align")
 
 
 def roi_align(
@@ -35,7 +35,7 @@ def roi_align(
     sampling_ratio: int = 0,
     aligned: bool = True,
 ) -> Tensor:
-    """RoIAlign of a channels-last map; for inference only.
+    """RoIAlign of a channels-last map.
 
     The numbers of ``torchvision.ops.roi_align`` up to rounding: a box is divided into bins, whose
     values are the means of bilinear samples. He et al., "Mask R-CNN", arXiv 1703.06870.
@@ -53,11 +53,11 @@ def roi_align(
 
     Returns:
         ``Tensor[N, P, Q, C]``, contiguous, in the dtype of ``x``; computed in float32 (float64 for
-        float64 ``x``).
+        float64 ``x``). Gradients of ``x`` do not depend on the number of threads; those of
+        ``boxes`` are 0.
 
     Raises:
         ValueError: a shape, dtype or number does not fit.
-        RuntimeError: gradients are requested.
     """
     check_activation(_NAME, "x", x, "B H W C")
     check_tensor(_NAME, "boxes", boxes, (boxes.shape[0] if boxes.dim() else 0, 5), "[N, 5]")

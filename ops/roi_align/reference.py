@@ -14,18 +14,21 @@ def roi_align(
     x: Tensor, boxes: Tensor, height: int, width: int, scale: float, ratio: int, aligned: bool
 ) -> Tensor:
     """See :func:`spatial_mamba_d2.ops.roi_align`."""
-    x_, boxes = precise(x, boxes)
-    out = x_.new_full((len(boxes), height, width, x.shape[3]), math.nan)
-    for box, mean in zip(boxes, out, strict=True):
+    x_, boxes = precise(x, boxes.detach())
+    means = []
+    for box in boxes:
         if not box.isfinite().all():
+            means.append(x_.new_full((height, width, x.shape[3]), math.nan))
             continue
         left, top, right, bottom = (box[1:] * scale - (0.5 if aligned else 0)).tolist()
         right = max(right, left + (0 if aligned else 1))
         bottom = max(bottom, top + (0 if aligned else 1))
         across = _weights(left, right, x.shape[2], width, ratio, x_)
         down = _weights(top, bottom, x.shape[1], height, ratio, x_)
-        mean.copy_(torch.einsum("iy,jx,yxc->ijc", down, across, x_[int(box[0])]))
-    return out.to(x.dtype)
+        means.append(torch.einsum("iy,jx,yxc->ijc", down, across, x_[int(box[0])]))
+    if not means:
+        return x[:0, :1, :1].expand(0, height, width, -1)
+    return torch.stack(means).to(x.dtype)
 
 
 def _weights(low: float, high: float, size: int, bins: int, ratio: int, like: Tensor) -> Tensor:

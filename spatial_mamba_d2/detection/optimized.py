@@ -14,14 +14,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ROIAlign, ShapeSpec
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.modeling.poolers import (
-    ROIPooler,
-    assign_boxes_to_levels,
-    convert_boxes_to_pooler_format,
-)
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
@@ -34,10 +30,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from spatial_mamba_d2.detection.pooling import with_fast_pooling
 from spatial_mamba_d2.models.layers import nchw, nhwc
 from spatial_mamba_d2.models.optimized import is_known, register_optimized, replace_children
 from spatial_mamba_d2.models.packed import PackedLinear, Part, is_on_cpu, packed_conv
-from spatial_mamba_d2.ops import _extension, roi_align
 
 
 def _is_supported(part: nn.Module) -> bool:
@@ -234,34 +230,8 @@ def _optimized_rpn(rpn: RPN, dtype: torch.dtype | None) -> nn.Module:
     return rpn
 
 
-class OptimizedPooler(ROIPooler):
-    """:class:`ROIPooler` for RoIAlign."""
-
-    def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
-        if not is_on_cpu(x[0]):
-            return super().forward(x, box_lists)
-        height, width = self.output_size
-        boxes = convert_boxes_to_pooler_format(box_lists)
-        levels = assign_boxes_to_levels(
-            box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
-        )
-        out = x[0].new_empty(len(boxes), height, width, x[0].shape[1])
-        for level, (features, pooler) in enumerate(zip(x, self.level_poolers, strict=True)):
-            rows = (levels == level).nonzero()[:, 0]
-            pooled = roi_align(
-                nhwc(features), boxes[rows], height, width, pooler.spatial_scale,
-                pooler.sampling_ratio, pooler.aligned,
-            )  # fmt: skip
-            out.index_copy_(0, rows, pooled)
-        return nchw(out)
-
-
 def _optimized_pooler(pooler: ROIPooler, dtype: torch.dtype | None) -> nn.Module | None:
-    is_roi_align = all(type(level) is ROIAlign for level in pooler.level_poolers)
-    if _extension.WHY_NOT_COMPILED or not is_roi_align:
-        return None
-    pooler.__class__ = OptimizedPooler
-    return pooler
+    return pooler if with_fast_pooling(pooler) else None
 
 
 class OptimizedBoxHead(Part):

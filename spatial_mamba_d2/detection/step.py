@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from spatial_mamba_d2.detection.pooling import use_fast_pooling
 from spatial_mamba_d2.system.seeding import derive_seed, seed_all
 from spatial_mamba_d2.training.guard import IterationGuard, gradient_norm
 
@@ -53,6 +54,7 @@ class AccumulatingTrainer(SimpleTrainer):
         seed: int = -1,
         clip: Callable[[Iterable[torch.Tensor]], torch.Tensor] = gradient_norm,
     ):
+        use_fast_pooling(model)
         super().__init__(model, data_loader, optimizer)
         self.device_type = torch.device(device).type
         self.precision, self.accumulation_steps = precision, accumulation_steps

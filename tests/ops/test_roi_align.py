@@ -1,4 +1,4 @@
-"""RoIAlign of channels-last maps, for inference."""
+"""RoIAlign of channels-last maps, and its gradients."""
 
 from __future__ import annotations
 
@@ -67,20 +67,49 @@ def test_against_the_reference(shape, dtype, options):
     assert relative_error(actual, expected) <= 4 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("options", [(0, True), (3, False)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_against_the_reference(shape, dtype, options):
+    *size, rows, columns = shape
+    x, boxes = inputs(*size, dtype)
+    grad = torch.randn(len(boxes), rows, columns, size[-1], dtype=torch.float64).to(dtype)
+
+    leaves = [x.clone().requires_grad_(), boxes.clone().requires_grad_()]
+    ops.roi_align(*leaves, rows, columns, 0.25, *options).backward(grad)
+    of_x, of_boxes = (leaf.grad for leaf in leaves)
+    precise = x.double().requires_grad_()
+    pooled = reference.roi_align(precise, boxes.double(), rows, columns, 0.25, *options)
+    (expected,) = torch.autograd.grad(pooled, precise, grad.double())
+    assert of_x.shape == x.shape and of_x.dtype == dtype and of_x.is_contiguous()
+    assert relative_error(of_x, expected) <= 4 * TOLERANCE[dtype]
+    assert not of_boxes.any()
+
+
 @pytest.mark.parametrize("options", [(0, True), (2, True), (0, False)], ids=str)
 def test_against_torchvision(options):
     x, boxes = inputs(12, 20, 33)
     boxes = boxes[(boxes[:, 3:] >= boxes[:, 1:3]).all(dim=1)]  # what torchvision refuses
+    x.requires_grad_()
     actual = ops.roi_align(x, boxes, 7, 7, 0.25, *options)
     expected = torchvision.ops.roi_align(x.permute(0, 3, 1, 2), boxes, 7, 0.25, *options)
     torch.testing.assert_close(actual.permute(0, 3, 1, 2), expected, rtol=1e-5, atol=2e-6)
+    grad = torch.randn(expected.shape)
+    (expected,) = torch.autograd.grad(expected, x, grad)
+    (actual,) = torch.autograd.grad(actual, x, grad.permute(0, 2, 3, 1))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_strided_inputs(strided):
     x, boxes = inputs(9, 7, 5)
+    x.requires_grad_()
     expected = ops.roi_align(x, boxes, 3, 4, 0.25)
     actual = ops.roi_align(strided(x), strided(boxes), 3, 4, 0.25)
     torch.testing.assert_close(actual, expected)
+    grad = torch.randn(expected.shape)
+    of_x = [torch.autograd.grad(y, x, g)[0] for y, g in ((expected, grad), (actual, strided(grad)))]
+    torch.testing.assert_close(*of_x)
+    x = x.detach()
     rows = torch.randn(2, 9, 7, 12)[..., 3:8].copy_(x)  # evenly spaced
     torch.testing.assert_close(ops.roi_align(rows, boxes, 3, 4, 0.25), expected)
 
@@ -91,36 +120,50 @@ def test_number_of_threads_changes_nothing(kernels):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(ops.roi_align(x, boxes, 7, 7, 0.25))
+            pooled = ops.roi_align(x.requires_grad_(), boxes, 7, 7, 0.25)
+            results.append((pooled, *torch.autograd.grad(pooled.square().sum(), x)))
     finally:
         torch.set_num_threads(before)
     tolerance = 1e-5 if kernels == "eager" else 0
     for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=0, atol=tolerance)
+        torch.testing.assert_close(other, results[0], rtol=tolerance, atol=tolerance)
 
 
 def test_no_boxes_and_no_numbers():
     x, boxes = inputs(9, 7, 5)
-    assert ops.roi_align(x, boxes[:0], 3, 4, 0.25).shape == (0, 3, 4, 5)
+    none = ops.roi_align(x.requires_grad_(), boxes[:0], 3, 4, 0.25)
+    assert none.shape == (0, 3, 4, 5)
+    assert torch.equal(*torch.autograd.grad(none.sum(), x), torch.zeros_like(x))
     boxes[1, 2], boxes[2, 4] = torch.nan, torch.inf
     pooled = ops.roi_align(x, boxes, 3, 4, 0.25)
     assert pooled[1:3].isnan().all() and pooled[3:].isfinite().all() and pooled[0].isfinite().all()
+    others = ops.roi_align(x, boxes[[0, *range(3, len(boxes))]], 3, 4, 0.25)
+    torch.testing.assert_close(
+        *torch.autograd.grad(pooled.sum(), x), *torch.autograd.grad(others.sum(), x)
+    )
 
 
 def test_opcheck():
     x, boxes = inputs(9, 7, 5)
     torch.library.opcheck(
-        torch.ops.spatial_mamba.roi_align.default, (x, boxes, 3, 4, 0.25, 0, True),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+        torch.ops.spatial_mamba.roi_align.default,
+        (x.requires_grad_(), boxes, 3, 4, 0.25, 0, True),
+    )
 
 
-def test_gradients_are_refused():
-    x, boxes = inputs(9, 7, 5)
-    with pytest.raises(RuntimeError, match="roi_align has no gradients"):
-        ops.roi_align(x.requires_grad_(), boxes, 3, 4, 0.25).sum().backward()
-    with pytest.raises(RuntimeError, match="roi_align has no gradients"):
-        torch.func.vmap(lambda x: ops.roi_align(x, boxes, 3, 4, 0.25))(x.detach()[None])
+def test_other_derivatives():
+    x, boxes = inputs(5, 4, 3, torch.float64)
+
+    def pool(x):
+        return ops.roi_align(x, boxes, 2, 3, 0.25)
+
+    torch.autograd.gradgradcheck(pool, x.clone().requires_grad_())
+    direction = torch.randn_like(x)
+    pooled, tangent = torch.func.jvp(pool, (x,), (direction,))
+    torch.testing.assert_close(pooled, pool(x))
+    torch.testing.assert_close(tangent, pool(direction))  # the operator is linear
+    mapped = torch.func.vmap(pool)(torch.stack((x, direction)))
+    torch.testing.assert_close(mapped, torch.stack((pool(x), pool(direction))))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ for dtype in (torch.float32, torch.bfloat16):
         u, delta, B, C = leaf(*shape), leaf(*shape), leaf(*shape[:3]), leaf(*shape[:3])
         A, D, bias = leaf(dim), leaf(dim), leaf(dim)
         taps, weight = leaf(25, dim), leaf(dim, 1, 3, 3)
+        boxes = torch.tensor([[0, -9.0, -9, 9, 5], [0, 3, 2, 70, 80], [0, 1, 1, 1, 1]])
         for threads in (1, 4):
             torch.set_num_threads(threads)
             outputs = (
@@ -61,6 +62,7 @@ for dtype in (torch.float32, torch.bfloat16):
                 ops.depthwise_conv3x3_stride2(u, weight, bias),
                 ops.depthwise_conv3x3_stride2(u.transpose(1, 2), weight, bias),
                 ops.gated_layer_norm(u, delta, D, bias),
+                ops.roi_align(u, boxes, 3, 2, 0.25),
             )
             sum(output.sum().float() for output in outputs).backward()
             with torch.no_grad():
@@ -69,8 +71,6 @@ for dtype in (torch.float32, torch.bfloat16):
                 ops.structure_aware_ssm_from_dt_(u.clone(), *steps, A, B, C, D, bias, taps)
                 kernels, offset = torch.randn(dim + 3, dim, 3, 3), torch.randn(dim + 3)
                 ops.winograd_conv3x3(u, ops.winograd_weight(kernels), offset, True)
-                boxes = torch.tensor([[0, -9.0, -9, 9, 5], [0, 3, 2, 70, 80], [0, 1, 1, 1, 1]])
-                ops.roi_align(u, boxes, 3, 2, 0.25)
                 ops.quantize_uint8(u, 0.02, 100)
                 ops.gelu_gradients(delta, u)
                 ops.layer_norm_gradients(delta, u, u, D, bias)
