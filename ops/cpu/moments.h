@@ -49,6 +49,45 @@ moments_of(const T* y, int64_t dim, acc_t<T> eps, Moments<T>* out) {
   }
 }
 
+// What the gradient of a layer norm's input needs of all channels of a token:
+// sums of the gradient of the normalized values, and of its product with them.
+// Channels after the last one count as 0, because their gradients are.
+template <typename T, int N>
+struct NormGradient {
+  using Acc = acc_t<T>;
+  using V = vec<Acc, N>;
+  V total{}, product{};
+  Acc mean = 0, slope = 0;
+
+  // Adds channels of which `grad` is the gradient of the norm's output, also to
+  // the gradients of weight and bias.
+  SMD2_INLINE void add(
+      NormGradient* self,
+      V grad,
+      V normal,
+      V weight,
+      Acc* grad_weight,
+      Acc* grad_bias,
+      int n) {
+    add_channels<Acc, N>(grad_weight, grad * normal, n);
+    add_channels<Acc, N>(grad_bias, grad, n);
+    self->total += grad * weight;
+    self->product += grad * weight * normal;
+  }
+
+  // After the last channel.
+  SMD2_INLINE void finish(NormGradient* self, int64_t dim) {
+    self->mean = sum<Acc, N>(self->total) / dim;
+    self->slope = sum<Acc, N>(self->product) / dim;
+  }
+
+  // Of the input's channels, from that of the normalized values.
+  SMD2_INLINE V
+  of_input(const NormGradient& self, V grad, V normal, const Moments<T>& m) {
+    return m.scale * (grad - self.mean - normal * self.slope);
+  }
+};
+
 // Calls body(S, t, c, n, normal) for each group of S of the tokens first ..
 // last - 1 of y, and for each block of n channels from c on, with the
 // normalized values of tokens t .. t + S - 1.

@@ -131,6 +131,12 @@ SMD2_INLINE void store_channels(T* p, vec<acc_t<T>, N> v, int n) {
   }
 }
 
+// Adds v to n sums.
+template <typename Acc, int N>
+SMD2_INLINE void add_channels(Acc* sums, vec<Acc, N> v, int n) {
+  store_channels<Acc, N>(sums, load_channels<Acc, N>(sums, n) + v, n);
+}
+
 // Sum over the channels: the upper half is added to the lower half until one
 // value is left.
 template <typename T, int N>

@@ -84,9 +84,8 @@ struct Backward {
       const T* grad = a.grad + t * a.dim;
       Moments<T> m;
       moments_of<T, N, 1>(y, a.dim, a.eps, &m);
-      // Sums over channels of the gradient of the normalized values, and of
-      // its product with the values.
-      vec<Acc, N> total{}, product{};
+      using Norm = NormGradient<T, N>;
+      Norm of_norm;
       for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {
         const auto normal = (load_channels<T, N>(y + c, n) - m.mean) * m.scale;
         const auto weight = load_channels<Acc, N>(a.weight + c, n);
@@ -104,19 +103,16 @@ struct Backward {
             a.grad_z + t * a.grad_z_stride + c,
             g * norm * open * (1 + gate * (1 - open)),
             n);
-        store_channels<Acc, N>(
+        Norm::add(
+            &of_norm,
+            grad_norm,
+            normal,
+            weight,
             grad_weight + c,
-            load_channels<Acc, N>(grad_weight + c, n) + grad_norm * normal,
-            n);
-        store_channels<Acc, N>(
             grad_bias + c,
-            load_channels<Acc, N>(grad_bias + c, n) + grad_norm,
             n);
-        total += grad_norm * weight;  // 0 after the last channel, because g is
-        product += grad_norm * weight * normal;
       });
-      const Acc mean = sum<Acc, N>(total) / a.dim;
-      const Acc slope = sum<Acc, N>(product) / a.dim;
+      Norm::finish(&of_norm, a.dim);
       for_channels<N>(a.dim, [&](int64_t c, int n) SMD2_LAMBDA {
         const auto normal = (load_channels<T, N>(y + c, n) - m.mean) * m.scale;
         const auto gate = load_channels<T, N>(z + c, n);
@@ -126,7 +122,7 @@ struct Backward {
                                  open * load_channels<Acc, N>(a.weight + c, n);
         store_channels<T, N>(
             a.grad_y + t * a.dim + c,
-            m.scale * (grad_normal - mean - normal * slope),
+            Norm::of_input(of_norm, grad_normal, normal, m),
             n);
       });
     }

@@ -99,8 +99,7 @@ struct Gelu {
               const V g = load_channels<T, N>(grad + at, n) * slope;
               store_channels<T, N>(out + at, value[s] * below[s], n);
               store_channels<T, N>(grad_x + at, g, n);
-              store_channels<Acc, N>(
-                  sums + at, load_channels<Acc, N>(sums + at, n) + g, n);
+              add_channels<Acc, N>(sums + at, g, n);
             });
           });
     }

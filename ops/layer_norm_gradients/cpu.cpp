@@ -49,31 +49,22 @@ struct Gradients {
       T* out = a.out + t * dim;
       Moments<T> m;
       moments_of<T, N, 1>(x, dim, a.eps, &m);
-      // Sums over channels of the gradient of the normalized values, and of
-      // its product with the values.
-      V total{}, product{};
+      using Norm = NormGradient<T, N>;
+      Norm norm;
       for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
         const V normal = (load_channels<T, N>(x + c, n) - m.mean) * m.scale;
         const V w = load_channels<Acc, N>(weight + c, n);
         const V g = load_channels<T, N>(grad + c, n);
         store_channels<T, N>(
             out + c, normal * w + load_channels<Acc, N>(bias + c, n), n);
-        store_channels<Acc, N>(
-            grad_weight + c,
-            load_channels<Acc, N>(grad_weight + c, n) + g * normal,
-            n);
-        store_channels<Acc, N>(
-            grad_bias + c, load_channels<Acc, N>(grad_bias + c, n) + g, n);
-        total += g * w;  // 0 after the last channel, because g is
-        product += g * w * normal;
+        Norm::add(&norm, g, normal, w, grad_weight + c, grad_bias + c, n);
       });
-      const Acc mean = sum<Acc, N>(total) / dim;
-      const Acc slope = sum<Acc, N>(product) / dim;
+      Norm::finish(&norm, dim);
       for_channels<N>(dim, [&](int64_t c, int n) SMD2_LAMBDA {
         const V normal = (load_channels<T, N>(x + c, n) - m.mean) * m.scale;
         const V grad_normal = load_channels<T, N>(grad + c, n) *
                               load_channels<Acc, N>(weight + c, n);
-        const V of_norm = m.scale * (grad_normal - mean - normal * slope);
+        const V of_norm = Norm::of_input(norm, grad_normal, normal, m);
         store_channels<T, N>(
             grad_x + c, load_channels<T, N>(residual + c, n) + of_norm, n);
       });
