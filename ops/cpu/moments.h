@@ -81,7 +81,7 @@ struct NormGradient {
     self->slope = sum<Acc, N>(self->product) / dim;
   }
 
-  // Of the input's channels, from that of the normalized values.
+  // Gradient of the input's channels, given that of the normalized values.
   SMD2_INLINE V
   of_input(const NormGradient& self, V grad, V normal, const Moments<T>& m) {
     return m.scale * (grad - self.mean - normal * self.slope);

@@ -6,7 +6,7 @@
 // is reduced to one value per column of bins, which is then added to the rows
 // of bins that it counts for. Each pixel is read about once, however many
 // samples are near it. The backward pass goes the same way back, each block of
-// channels of an image in one thread, so that no two of them add to a value.
+// channels of an image in one thread, so no two threads add to a value.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -64,12 +64,12 @@ struct Axis {
   }
 };
 
-// What is known of a box: its image, and which pixels of it count how much.
+// A box on the map: its image, and the weights of the pixels along each axis.
 template <typename Acc>
 struct Placed {
   int64_t image = -1;  // none, if a number is not finite
   Axis<Acc> down, across;
-  int64_t first = 0, last = 0;  // rows of the map that it touches
+  int64_t first = 0, last = 0;  // rows [first, last) of the map
 };
 
 // Boxes, and how they lie on a map.
@@ -234,7 +234,7 @@ struct Gradient {
     }
   }
 
-  // Adds what row y of the map has from all bins of a box.
+  // Adds the gradients of a box's bins to row y of the map.
   template <int N>
   SMD2_INLINE void add_row(
       const GradientArgs<T>& a,

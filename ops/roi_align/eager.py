@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spatial_mamba_d2.ops._precision import precise
+from spatial_mamba_d2.ops.roi_align.reference import MAX_COORDINATE
 
 _Placed = tuple[int, Tensor, slice, Tensor, slice]
 
@@ -27,7 +28,7 @@ def roi_align(
         of_rows = torch.matmul(across, x_[image, rows, columns])  # [h, Q, C]
         means.append(torch.mm(down, of_rows.flatten(1)).view(height, width, -1))
     if not means:
-        return x_[:0, :1, :1].expand(0, height, width, -1).to(x.dtype)
+        return x_[:0, :1, :1].expand(0, height, width, -1).to(x.dtype).clone()
     return torch.stack(means).to(x.dtype)
 
 
@@ -62,13 +63,13 @@ def _place(
     ratio: int,
     aligned: bool,
 ) -> Iterator[_Placed | None]:
-    """Each box's image, and weights and pixels along both axes; None if a number is not finite."""
+    """Each box's image, and weights and pixels along both axes; None if a number is not valid."""
     corners = boxes[:, 1:] * scale - (0.5 if aligned else 0)
     sides = (corners[:, 2:] - corners[:, :2]).clamp(min=0 if aligned else 1)
-    is_finite = boxes.isfinite().all(dim=1).tolist()
+    is_valid = (boxes.abs() <= MAX_COORDINATE).all(dim=1).tolist()
     images = boxes[:, 0].nan_to_num().long().tolist()
     for i, image in enumerate(images):
-        if is_finite[i]:
+        if is_valid[i]:
             across, columns = _weights(corners[i, 0], sides[i, 0], shape[2], width, ratio)
             down, rows = _weights(corners[i, 1], sides[i, 1], shape[1], height, ratio)
             yield image, across, columns, down, rows

@@ -44,8 +44,8 @@ def roi_align(
         x: ``Tensor[B, H, W, C]``; the compiled kernel copies it unless its channels are dense and
             its tokens evenly spaced.
         boxes: ``Tensor[N, 5]``: number of the image, left, top, right, bottom; best in float32. A
-            box whose right is left of its left is empty. If a number is not finite, the result is
-            NaN.
+            box whose right is left of its left is empty. If a number is not finite or beyond
+            1e9, the result is NaN.
         height, width: P and Q, the numbers of bins.
         scale: pixels of the map per unit of ``boxes``.
         sampling_ratio: samples along each side of a bin; 0: about one per pixel of the map.

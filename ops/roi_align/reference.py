@@ -9,6 +9,9 @@ from torch import Tensor
 
 from spatial_mamba_d2.ops._precision import precise
 
+#: Larger coordinates, which no image has, are treated as NaN.
+MAX_COORDINATE = 1e9
+
 
 def roi_align(
     x: Tensor, boxes: Tensor, height: int, width: int, scale: float, ratio: int, aligned: bool
@@ -17,7 +20,7 @@ def roi_align(
     x_, boxes = precise(x, boxes.detach())
     means = []
     for box in boxes:
-        if not box.isfinite().all():
+        if not (box.abs() <= MAX_COORDINATE).all():
             means.append(x_.new_full((height, width, x.shape[3]), math.nan))
             continue
         left, top, right, bottom = (box[1:] * scale - (0.5 if aligned else 0)).tolist()
@@ -27,7 +30,7 @@ def roi_align(
         down = _weights(top, bottom, x.shape[1], height, ratio, x_)
         means.append(torch.einsum("iy,jx,yxc->ijc", down, across, x_[int(box[0])]))
     if not means:
-        return x[:0, :1, :1].expand(0, height, width, -1)
+        return x_[:0, :1, :1].expand(0, height, width, -1).to(x.dtype).clone()
     return torch.stack(means).to(x.dtype)
 
 

@@ -1,11 +1,12 @@
 """Detectron2's RoIAlign poolers with the kernels of this package on CPUs.
 
-torchvision's kernel for the gradients runs in one thread there, and adds to each pixel of each
-sample in an order of planes.
+torchvision's backward kernel is single-threaded there and scatters each sample's gradient plane by
+plane.
 """
 
 from __future__ import annotations
 
+import torch
 from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import (
     ROIPooler,
@@ -21,17 +22,34 @@ from spatial_mamba_d2.ops import _extension, roi_align
 
 
 class ChannelsLastPooler(ROIPooler):
-    """:class:`ROIPooler` of RoIAlign layers."""
+    """:class:`ROIPooler` whose levels are all RoIAlign.
+
+    On CPUs its output is channels-last in memory, so that heads must not use ``Tensor.view`` across
+    channels, and boxes keep float32 under autocast.
+    """
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
         if not is_on_cpu(x[0]):
             return super().forward(x, box_lists)
+        if len(box_lists) != len(x[0]):
+            raise ValueError(
+                f"box_lists must have one list per image, {len(x[0])}, got {len(box_lists)}"
+            )
         height, width = self.output_size
+        if not box_lists:
+            return x[0].new_zeros(0, x[0].shape[1], height, width)
         boxes = convert_boxes_to_pooler_format(box_lists)
-        levels = assign_boxes_to_levels(
-            box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
-        )
-        out = x[0].new_empty(len(boxes), height, width, x[0].shape[1])
+        levels = torch.zeros(len(boxes), dtype=torch.int64)
+        if len(self.level_poolers) > 1:
+            levels = assign_boxes_to_levels(
+                box_lists,
+                self.min_level,
+                self.max_level,
+                self.canonical_box_size,
+                self.canonical_level,
+            )
+        # 0 for boxes of no level, whose sides are not numbers or have different signs
+        out = x[0].new_zeros(len(boxes), height, width, x[0].shape[1])
         for level, (features, pooler) in enumerate(zip(x, self.level_poolers, strict=True)):
             rows = (levels == level).nonzero()[:, 0]
             pooled = roi_align(
@@ -56,7 +74,7 @@ def with_fast_pooling(pooler: ROIPooler) -> bool:
 
 
 def use_fast_pooling(model: nn.Module) -> None:
-    """The same for all poolers of a model; the classes of others stay as they are."""
+    """Apply :func:`with_fast_pooling` to every pooler of a model."""
     for module in model.modules():
         if isinstance(module, ROIPooler):
             with_fast_pooling(module)

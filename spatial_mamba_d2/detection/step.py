@@ -27,7 +27,8 @@ class AccumulatingTrainer(SimpleTrainer):
     over the micro-batches, so that accumulation changes memory, not the recipe.
 
     Args:
-        model: its losses, by name, for a micro-batch.
+        model: its losses, by name, for a micro-batch. Its RoIAlign poolers become
+            :class:`~.pooling.ChannelsLastPooler`.
         data_loader: endless micro-batches.
         optimizer: of the model.
         device: of the model.

@@ -228,7 +228,8 @@ class _Kept(_Value):
 
     def __init__(self, tensor: Tensor, hooks: Hooks | None):
         super().__init__()
-        if isinstance(tensor._base, nn.Parameter):  # as for _KeptParameter
+        owner = tensor if tensor._base is None else tensor._base
+        if isinstance(owner, nn.Parameter):  # as for _KeptParameter
             hooks = None
         self._version = tensor._version
         self._pack: Callable[[Tensor], Any] | None = hooks and hooks[0]
@@ -256,7 +257,8 @@ class _KeptParameter:
     __slots__ = ("_parameter", "_version")
 
     def __init__(self, parameter: nn.Parameter):
-        self._parameter, self._version = parameter, parameter._version
+        # Not the parameter, whose ``data`` may be replaced
+        self._parameter, self._version = parameter.detach(), parameter._version
 
     def use(self) -> None:
         pass

@@ -201,7 +201,7 @@ def _roi_align(setting: Setting) -> Pair:
     def ours(x: Tensor) -> Tensor:
         return ops.roi_align(x, boxes, 7, 7, scale=0.25)
 
-    def plain(x: Tensor) -> Tensor:  # of what the pyramid returns; has no bfloat16 on CPUs
+    def plain(x: Tensor) -> Tensor:  # x has the pyramid's layout
         return nhwc(torchvision.ops.roi_align(nchw(x).float(), boxes, 7, 0.25, aligned=True))
 
     return _calls(setting, ours, plain, x)

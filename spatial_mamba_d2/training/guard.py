@@ -109,7 +109,7 @@ def clip_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 
     parameters = list(parameters)
     norm = gradient_norm(parameters, norm_type)
     # On a CPU, multiplying all gradients by 1 takes as long as a third of the optimizer's step; on
-    # other devices, looking at the norm would wait for it.
+    # other devices, reading the norm would synchronize with them.
     is_small = norm.device.type == "cpu" and bool(norm <= max_norm)
     if max_norm and not is_small:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

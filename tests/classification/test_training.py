@@ -93,7 +93,9 @@ def test_the_recipe_equals_a_plain_loop(arguments, tmp_path, curve):
             if value.is_floating_point() and not name.endswith(BEFORE_NORM):
                 way = (value - first[name]).norm()
                 assert way > 0, name
-                assert (content[key][name] - value).norm() < 0.2 * way, name  # AdamW lifts rounding
+                # AdamW lifts rounding; alpha, which hardly changes, may be off by a ninth
+                bound = 0.2 if name.endswith("fusion.alpha") else 0.1
+                assert (content[key][name] - value).norm() < bound * way, name
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])

@@ -154,6 +154,29 @@ def test_what_is_kept_passes_through_the_hooks_around(backbone):
     assert_equal({name: p.grad for name, p in backbone.named_parameters()}, expected)
 
 
+@pytest.mark.parametrize("kind", [nn.Parameter, type("Special", (nn.Parameter,), {})])
+def test_parameters_do_not_pass_through_them(backbone, kind):
+    for module in backbone.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, kind(parameter.detach()))
+    memory = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    packed = set()
+    pack = lambda x: packed.add(x.untyped_storage().data_ptr()) or x  # noqa: E731
+    with saved_tensors_hooks(pack, lambda x: x):
+        backbone.stages[0](torch.randn(1, 8, 8, 16, requires_grad=True))
+    assert packed and not packed & memory
+
+
+def test_weights_may_be_replaced_before_backward(backbone):
+    """By ``data``, which raises no version: the gradients are of the forward pass's weights."""
+    stage, x = backbone.stages[0], torch.randn(1, 8, 8, 16, requires_grad=True)
+    (expected,) = torch.autograd.grad(stage(x).square().sum(), x)
+    loss = stage(x).square().sum()
+    for parameter in stage.parameters():
+        parameter.data = torch.zeros_like(parameter)
+    assert torch.equal(*torch.autograd.grad(loss, x), expected)
+
+
 def test_save_on_cpu(backbone):
     """Its copies are dense, whatever the strides of the saved tensors were."""
     x = torch.randn(2, 3, 45, 71)

@@ -67,7 +67,9 @@ def test_gradients_are_clipped_as_pytorch_does(max_norm, norm_type):
     for network in (ours, theirs):
         network.weight.grad = torch.tensor([[1.0, 2.0]])
         network.bias.grad = torch.tensor([2.0])
+    before = ours.weight.grad._version
     norm = clip_norm(ours.parameters(), max_norm, norm_type)
+    assert (ours.weight.grad._version == before) == (not max_norm or norm <= max_norm)
     expected = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or math.inf, norm_type)
     assert torch.equal(norm, expected) and norm == (3 if norm_type == 2 else 2)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
