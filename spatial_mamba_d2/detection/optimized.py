@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from spatial_mamba_d2.detection.pooling import with_fast_pooling
+from spatial_mamba_d2.detection.pooling import ChannelsLastPooler, FastPooler, become
 from spatial_mamba_d2.models.layers import nchw, nhwc
 from spatial_mamba_d2.models.optimized import is_known, register_optimized, replace_children
 from spatial_mamba_d2.models.packed import PackedLinear, Part, is_on_cpu, packed_conv
@@ -231,7 +231,7 @@ def _optimized_rpn(rpn: RPN, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _optimized_pooler(pooler: ROIPooler, dtype: torch.dtype | None) -> nn.Module | None:
-    return pooler if with_fast_pooling(pooler) else None
+    return pooler if become(pooler, ChannelsLastPooler) else None
 
 
 class OptimizedBoxHead(Part):
@@ -331,6 +331,7 @@ def register_parts() -> None:
     register_optimized(RPN, _optimized_rpn)
     register_optimized(StandardRPNHead, _optimized_rpn_head)
     register_optimized(ROIPooler, _optimized_pooler)
+    register_optimized(FastPooler, _optimized_pooler)
     register_optimized(StandardROIHeads, _optimized_roi_heads)
     register_optimized(CascadeROIHeads, _optimized_roi_heads)
     register_optimized(MaskRCNNConvUpsampleHead, _optimized_mask_head)

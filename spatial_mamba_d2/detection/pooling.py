@@ -21,16 +21,16 @@ from spatial_mamba_d2.models.packed import is_on_cpu
 from spatial_mamba_d2.ops import _extension, roi_align
 
 
-class ChannelsLastPooler(ROIPooler):
-    """:class:`ROIPooler` whose levels are all RoIAlign.
-
-    On CPUs its output is channels-last in memory, so that heads must not use ``Tensor.view`` across
-    channels, and boxes keep float32 under autocast.
-    """
+class FastPooler(ROIPooler):
+    """:class:`ROIPooler` whose levels are all RoIAlign; boxes keep float32 under autocast."""
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
         if not is_on_cpu(x[0]):
             return super().forward(x, box_lists)
+        return self.pool(x, box_lists).contiguous()  # heads may use Tensor.view
+
+    def pool(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
+        """The same on a CPU, channels-last in memory."""
         if len(box_lists) != len(x[0]):
             raise ValueError(
                 f"box_lists must have one list per image, {len(x[0])}, got {len(box_lists)}"
@@ -60,21 +60,28 @@ class ChannelsLastPooler(ROIPooler):
         return nchw(out)
 
 
-def with_fast_pooling(pooler: ROIPooler) -> bool:
-    """Make a pooler a :class:`ChannelsLastPooler`, in place, if it can be one and that is faster.
+class ChannelsLastPooler(FastPooler):
+    """The same for heads that take channels-last maps."""
+
+    def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
+        return self.pool(x, box_lists) if is_on_cpu(x[0]) else super().forward(x, box_lists)
+
+
+def become(pooler: ROIPooler, kind: type[FastPooler]) -> bool:
+    """Make a pooler one of ``kind``, in place, if it can be one and that is faster.
 
     Returns:
         whether it is one now.
     """
-    if type(pooler) is ROIPooler:
+    if type(pooler) in (ROIPooler, FastPooler):
         is_roi_align = all(type(level) is ROIAlign for level in pooler.level_poolers)
         if is_roi_align and not _extension.WHY_NOT_COMPILED:
-            pooler.__class__ = ChannelsLastPooler
-    return isinstance(pooler, ChannelsLastPooler)
+            pooler.__class__ = kind
+    return isinstance(pooler, kind)
 
 
 def use_fast_pooling(model: nn.Module) -> None:
-    """Apply :func:`with_fast_pooling` to every pooler of a model."""
+    """Make every pooler of a model that can be one a :class:`FastPooler`, in place."""
     for module in model.modules():
         if isinstance(module, ROIPooler):
-            with_fast_pooling(module)
+            become(module, FastPooler)

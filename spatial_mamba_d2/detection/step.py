@@ -28,7 +28,7 @@ class AccumulatingTrainer(SimpleTrainer):
 
     Args:
         model: its losses, by name, for a micro-batch. Its RoIAlign poolers become
-            :class:`~.pooling.ChannelsLastPooler`.
+            :class:`~.pooling.FastPooler`.
         data_loader: endless micro-batches.
         optimizer: of the model.
         device: of the model.

@@ -10,7 +10,12 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import nn
 
-from spatial_mamba_d2.detection.pooling import ChannelsLastPooler, use_fast_pooling
+from spatial_mamba_d2.detection.pooling import (
+    ChannelsLastPooler,
+    FastPooler,
+    become,
+    use_fast_pooling,
+)
 from spatial_mamba_d2.detection.step import AccumulatingTrainer
 from spatial_mamba_d2.ops import _extension
 
@@ -43,10 +48,14 @@ def test_the_same_values_and_gradients(kind):
     theirs, x = pooler(kind), features()
     ours = copy.deepcopy(theirs)
     use_fast_pooling(ours)
-    assert type(ours) is ChannelsLastPooler and type(theirs) is ROIPooler
+    assert type(ours) is FastPooler and type(theirs) is ROIPooler
     boxes = [random_boxes(30, 200), random_boxes(11, 900)]
     expected, found = theirs(x, boxes), ours(x, boxes)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous()
+    channels_last = copy.deepcopy(ours)
+    assert become(channels_last, ChannelsLastPooler)
+    assert torch.equal(channels_last(x, boxes), found)
     grad = torch.randn(expected.shape)
     gradients = [torch.autograd.grad(y, x, grad) for y in (found, expected)]
     for actual, wanted in zip(*gradients, strict=True):
@@ -132,4 +141,4 @@ def test_training_uses_them():
     model = nn.ModuleDict({"pooler": pooler(), "layer": nn.Linear(1, 1)})
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     AccumulatingTrainer(model, [], optimizer, device="cpu")
-    assert type(model["pooler"]) is ChannelsLastPooler
+    assert type(model["pooler"]) is FastPooler

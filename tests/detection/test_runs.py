@@ -156,7 +156,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_scored(make_cfg):
 def test_resuming_with_other_settings(run_arguments, tmp_path, caplog):
     """What cannot be is refused before anything is rewritten; another rate counts."""
     output = tmp_path / "output"
-    short = ("SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0)
+    short = ("SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0, "SOLVER.BASE_LR", 1e-3)
     run(run_arguments(*short))
     files = {path: path.read_bytes() for path in output.glob("*.*") if path.name != "log.txt"}
     with pytest.raises(ValueError, match=r"holds another training .*model_final.pth.*--resume"):

@@ -215,7 +215,7 @@ def test_the_plateau_of_the_trainer_is_exact_across_a_resume(make_cfg, tmp_path,
     )  # fmt: skip
     words = ("SOLVER.LR_SCHEDULER_NAME", "WarmupPlateauLR", "SOLVER.PLATEAU_PATIENCE", 2,
              "SOLVER.GAMMA", 0.1, "TEST.EVAL_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 3,
-             "SOLVER.LAYER_DECAY", 0.8)  # fmt: skip
+             "SOLVER.BASE_LR", 1e-3, "SOLVER.LAYER_DECAY", 0.8)  # fmt: skip
     whole = trained(make_cfg(*words, "OUTPUT_DIR", tmp_path / "whole"))
     lines = [*map(json.loads, (tmp_path / "whole/metrics.json").read_text().splitlines())]
     rates = [line["lr"] / 1e-3 for line in lines]
