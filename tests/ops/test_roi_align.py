@@ -159,6 +159,8 @@ def test_other_derivatives():
         return ops.roi_align(x, boxes, 2, 3, 0.25)
 
     torch.autograd.gradgradcheck(pool, x.clone().requires_grad_())
+    if torch.__version__ < (2, 9):
+        pytest.skip("PyTorch 2.8 has no Tensor.tolist under torch.func")
     direction = torch.randn_like(x)
     pooled, tangent = torch.func.jvp(pool, (x,), (direction,))
     torch.testing.assert_close(pooled, pool(x))
