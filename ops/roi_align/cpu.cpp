@@ -67,7 +67,7 @@ struct Axis {
 // A box on the map: its image, and the weights of the pixels along each axis.
 template <typename Acc>
 struct Placed {
-  int64_t image = -1;  // none, if a number is not finite
+  int64_t image = -1;  // none, if a number is not valid
   Axis<Acc> down, across;
   int64_t first = 0, last = 0;  // rows [first, last) of the map
 };

@@ -20,7 +20,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
-from operator import methodcaller
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -290,13 +289,13 @@ class _Recomputed(_Value):
     def use(self) -> None:
         if not self._num_uses:
             for x in self._inputs:
-                if isinstance(x, _REFERENCES):
+                if isinstance(x, _Reference):
                     x.use()
         super().use()
 
     def _compute(self) -> Tensor:
         with torch.no_grad(), self._autocast():
-            inputs = (x.get() if isinstance(x, _REFERENCES) else x for x in self._inputs)
+            inputs = (x.get() if isinstance(x, _Reference) else x for x in self._inputs)
             output = self._function(*inputs)
             if output.stride() != self.layout[1]:  # hooks may return inputs of other strides
                 output = output.new_empty_strided(*self.layout).copy_(output)
@@ -322,9 +321,9 @@ class _Reference:
     """What autograd or a recipe keeps instead of a tensor: a value, or a view of its memory."""
 
     __slots__ = ("_value", "_view")
-    _value: _Value
+    _value: _Value | _KeptParameter
 
-    def set(self, value: _Value, view: tuple[Any, ...] | None) -> _Reference:
+    def set(self, value: _Value | _KeptParameter, view: tuple[Any, ...] | None) -> _Reference:
         self._value, self._view = value, view
         return self
 
@@ -339,9 +338,6 @@ class _Reference:
         return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
-_REFERENCES = (_Reference, _KeptParameter)
-
-
 class _Recorder:
     """Saved-tensor hooks for one call of a forward method, and the recipes of its tensors."""
 
@@ -353,7 +349,7 @@ class _Recorder:
 
     def __enter__(self) -> None:
         self._previous, _state.recorder = _state.recorder, self
-        self._context = saved_tensors_hooks(self._pack, methodcaller("get"))
+        self._context = saved_tensors_hooks(self._pack, _Reference.get)
         self._context.__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -383,17 +379,10 @@ class _Recorder:
         shares_memory = any(_is_plain(x) and x.untyped_storage() is storage for x in tensors)
         if shares_memory or storage.nbytes() != output.nbytes:
             return
-        inputs = [self._input(x) if isinstance(x, Tensor) else x for x in inputs]
+        inputs = [self._refer(x, _Reference()) if isinstance(x, Tensor) else x for x in inputs]
         self._recomputed[storage] = _Recomputed(function, inputs, output)
 
-    def _input(self, tensor: Tensor) -> _Reference | _KeptParameter:
-        if type(tensor) is nn.Parameter:
-            return _KeptParameter(tensor)
-        return self._refer(tensor, _Reference())
-
-    def _pack(self, tensor: Tensor) -> _Reference | _KeptParameter:
-        if type(tensor) is nn.Parameter:
-            return _KeptParameter(tensor)
+    def _pack(self, tensor: Tensor) -> _Reference:
         reference = _Reference()
         if self._saved is None:
             self._refer(tensor, reference).use()
@@ -403,6 +392,8 @@ class _Recorder:
 
     def _refer(self, tensor: Tensor, reference: _Reference) -> _Reference:
         """Let ``reference`` point to the recipe of ``tensor`` or, if it has none, to itself."""
+        if type(tensor) is nn.Parameter:
+            return reference.set(_KeptParameter(tensor), None)
         if not _is_plain(tensor):
             return reference.set(_Kept(tensor, self._hooks), None)
         storage, version = tensor.untyped_storage(), tensor._version

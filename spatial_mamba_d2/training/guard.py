@@ -110,8 +110,7 @@ def clip_norm(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 
     norm = gradient_norm(parameters, norm_type)
     # On a CPU, multiplying all gradients by 1 takes as long as a third of the optimizer's step; on
     # other devices, reading the norm would synchronize with them.
-    is_small = norm.device.type == "cpu" and bool(norm <= max_norm)
-    if max_norm and not is_small:
+    if max_norm and not (norm.device.type == "cpu" and norm <= max_norm):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
